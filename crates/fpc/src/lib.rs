@@ -1,0 +1,7 @@
+//! FPC, fast path control: what the cache manager (CM) tells the fast path manager (FPM), as typed messages.
+//!
+//! In one process the messages travel as they are; between processes `codec` frames them.
+
+pub mod message;
+
+pub use message::*;

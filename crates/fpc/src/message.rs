@@ -1,0 +1,325 @@
+//! The messages. Each describes one object of Linux whole, so that it replaces what was known under the same key;
+//! nothing is a delta. Interfaces are named by Linux's own index. Addresses are `core::net` types.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use towpath_tables::{Reason, record::Family};
+
+/// One message from CM to FPM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// A full description of some object classes begins: what is not mentioned before the matching end is gone.
+    SnapshotBegin(Snapshot),
+    /// The snapshot is complete: sweep what it did not mention.
+    SnapshotEnd(Snapshot),
+    /// An interface and the settings that decide over forwarding through it.
+    Port(Port),
+    /// The interface with this index is gone.
+    PortDelete(u32),
+    /// An address of this host.
+    Address(Address),
+    /// The address is gone.
+    AddressDelete(Address),
+    /// A neighbour whose link-layer address may be used (`lladdr` set), or may not (None).
+    Neighbour(Neighbour),
+    /// The neighbour entry is gone.
+    NeighbourDelete(NeighbourKey),
+    /// A route.
+    Route(Route),
+    /// The route is gone.
+    RouteDelete(RouteKey),
+    /// A nexthop object (`ip nexthop`).
+    Nexthop(NexthopObject),
+    /// The nexthop object is gone.
+    NexthopDelete(u32),
+    /// A setting that the fast path does not repeat holds, or no longer holds.
+    Policy(Policy),
+    /// Settings of a whole network namespace and family.
+    FamilySettings(FamilySettings),
+}
+
+/// The classes of objects a snapshot speaks for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Snapshot {
+    /// `Port`
+    Ports,
+    /// `Address`, of one family
+    Addresses(Family),
+    /// `Neighbour`, of one family
+    Neighbours(Family),
+    /// `Nexthop`
+    Nexthops,
+    /// `Route`, of one family
+    Routes(Family),
+    /// `Policy`, those of one watcher
+    Policies(PolicySource),
+}
+
+/// An interface. CM describes every interface of the namespace; FPM serves those it was asked to serve (and VLAN
+/// sub-interfaces of them).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Port {
+    /// Interface index
+    pub ifindex: u32,
+    /// Name in Linux
+    pub name: String,
+    /// Link-layer address; None if the interface has none of six bytes
+    pub mac: Option<[u8; 6]>,
+    /// MTU in bytes
+    pub mtu: u32,
+    /// What kind of interface it is
+    pub kind: PortKind,
+    /// IFF_UP
+    pub up: bool,
+    /// Lower layer up (IFF_LOWER_UP) and operational state not down
+    pub carrier: bool,
+    /// Index of the master (bridge, bond, VRF, …), 0 if there is none
+    pub master: u32,
+    /// IFF_PROMISC as Linux counts it
+    pub promiscuous: bool,
+    /// Settings per family, IPv4 first
+    pub family: [PortFamily; 2],
+    /// IPv4 `send_redirects` (all or this)
+    pub send_redirects: bool,
+    /// IPv4 `rp_filter`, the larger of all's and this
+    pub rp_filter: u8,
+    /// IPv4 `route_localnet`
+    pub route_localnet: bool,
+    /// A port-local setting that the fast path does not repeat, if there is one (proxy_arp does not count; an
+    /// egress-qos-map of a VLAN, `accept_local`, `seg6_enabled`, … do): ingress and egress, per family.
+    pub unsupported: Option<String>,
+}
+
+/// Settings of an interface for one family.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PortFamily {
+    /// Forwarding is on for packets that come in here
+    pub forwarding: bool,
+    /// `ignore_routes_with_linkdown`
+    pub ignore_linkdown: bool,
+}
+
+/// Kinds of interfaces that matter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PortKind {
+    /// An Ethernet interface with a driver of its own
+    Ethernet,
+    /// One end of a veth pair, or a TAP device: its frames may carry partial checksums
+    Virtual,
+    /// A VLAN sub-interface
+    Vlan {
+        /// Index of the interface underneath
+        lower: u32,
+        /// 0x8100 or 0x88a8
+        protocol: u16,
+        /// VLAN identifier
+        id: u16,
+    },
+    /// The loopback interface
+    Loopback,
+    /// Anything else: not served
+    Other,
+}
+
+/// An address of this host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Address {
+    /// Interface index
+    pub ifindex: u32,
+    /// The address itself (the local one of a point-to-point pair)
+    pub address: IpAddr,
+    /// Prefix length
+    pub prefix_len: u8,
+}
+
+/// What names a neighbour.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NeighbourKey {
+    /// Interface index
+    pub ifindex: u32,
+    /// Protocol address
+    pub address: IpAddr,
+}
+
+/// A neighbour.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Neighbour {
+    /// Which
+    pub key: NeighbourKey,
+    /// Link-layer address while Linux itself would use it (NUD_VALID); None while it would not
+    pub lladdr: Option<[u8; 6]>,
+    /// NUD_* state bits as Linux gave them
+    pub state: u16,
+}
+
+/// An IP prefix; bits beyond the length are zero.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Prefix {
+    address: IpAddr,
+    len: u8,
+}
+
+impl Prefix {
+    /// The prefix of `address` with `len` bits; None if the length does not fit the family. Host bits are cleared.
+    pub fn new(address: IpAddr, len: u8) -> Option<Self> {
+        let address = match address {
+            IpAddr::V4(a) if len <= 32 => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0);
+                IpAddr::V4(Ipv4Addr::from_bits(a.to_bits() & mask))
+            }
+            IpAddr::V6(a) if len <= 128 => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0);
+                IpAddr::V6(Ipv6Addr::from_bits(a.to_bits() & mask))
+            }
+            _ => return None,
+        };
+        Some(Self { address, len })
+    }
+
+    /// First address of the prefix.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// Length in bits.
+    pub fn prefix_len(&self) -> u8 {
+        self.len
+    }
+
+    /// Family of the prefix.
+    pub fn family(&self) -> Family {
+        if self.address.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+}
+
+impl std::fmt::Display for Prefix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.len)
+    }
+}
+
+/// What names a route.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct RouteKey {
+    /// Routing table (255 local, 254 main, …)
+    pub table: u32,
+    /// Destination
+    pub prefix: Prefix,
+    /// Metric; the lowest wins
+    pub priority: u32,
+    /// IPv4 TOS the route is for; 0 for all
+    pub tos: u8,
+}
+
+/// A route.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Route {
+    /// Which
+    pub key: RouteKey,
+    /// RTN_*: 1 unicast, 2 local, 3 broadcast, 4 anycast, 5 multicast, 6 blackhole, 7 unreachable, 8 prohibit, 9 throw
+    pub kind: u8,
+    /// RTPROT_*, for display
+    pub protocol: u8,
+    /// Where to
+    pub via: Via,
+    /// RTAX_MTU, 0 if there is none
+    pub mtu: u32,
+    /// Something about the route that the fast path does not repeat (lwtunnel, source-specific, …): always an exception
+    pub unsupported: bool,
+}
+
+/// A route's next hops.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Via {
+    /// Listed in the route itself; none for blackhole and friends
+    Hops(Vec<Hop>),
+    /// A nexthop object by its id
+    Object(u32),
+}
+
+/// One next hop of a route or nexthop object.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Hop {
+    /// Way out; 0 if there is none
+    pub ifindex: u32,
+    /// Gateway of either family (RFC 8950); None if the destination is on the link
+    pub gateway: Option<IpAddr>,
+    /// 1 and more; the share of flows
+    pub weight: u16,
+    /// RTNH_F_* flags as Linux gave them (dead 1, linkdown 16, …)
+    pub flags: u32,
+}
+
+/// A nexthop object.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NexthopObject {
+    /// Its id
+    pub id: u32,
+    /// What it is
+    pub kind: NexthopObjectKind,
+}
+
+/// Kinds of nexthop objects.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NexthopObjectKind {
+    /// A single next hop
+    Hop(Hop),
+    /// Discards (ICMP as Linux does)
+    Blackhole,
+    /// A group: ids and weights
+    Group(Vec<(u32, u16)>),
+    /// Anything else (resilient groups, encapsulations, fdb): always an exception
+    Unsupported,
+}
+
+/// Who found a policy; a snapshot replaces the policies of one source.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub enum PolicySource {
+    /// nftables, and hooks listed by nfnetlink_hook
+    Nftables = 0,
+    /// iptables-legacy, ip6tables-legacy
+    Xtables = 1,
+    /// XFRM policies
+    Xfrm = 2,
+    /// `ip rule`
+    Rules = 3,
+    /// qdiscs, filters, tcx
+    Tc = 4,
+    /// Packet sockets
+    Capture = 5,
+    /// sysctls
+    Sysctl = 6,
+}
+
+/// A setting of Linux that the fast path does not repeat: the traffic it may touch goes to Linux while it stands.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Policy {
+    /// Who found it
+    pub source: PolicySource,
+    /// What it touches
+    pub scope: Scope,
+    /// The reason counted
+    pub reason: Reason,
+    /// For people: the object that stands in the way, e.g. "nft table inet filter, chain forward: 3 rules"
+    pub detail: String,
+}
+
+/// What a policy touches.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Scope {
+    /// Every forwarded packet of the family
+    Family(Family),
+    /// Packets that come in by the interface, of one family or (None) of both
+    Ingress(u32, Option<Family>),
+    /// Packets that leave by the interface, of one family or (None) of both
+    Egress(u32, Option<Family>),
+}
+
+/// Settings of the namespace for a family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FamilySettings {
+    /// Which family
+    pub family: Family,
+    /// `fib_multipath_hash_policy`; other values than 0 and 1 are reported as a policy too
+    pub hash_policy: u8,
+}

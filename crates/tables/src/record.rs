@@ -1,0 +1,309 @@
+//! The records of the shared tables, as they lie in memory. No pointers, only indices; no padding; integers in the
+//! machine's byte order unless a field says otherwise. The XDP program, the user engine and the manager all use these
+//! definitions; nothing else in the project describes the layout.
+//!
+//! Fields that change while readers look are words (`W32`, `W64`: relaxed atomics). A `Node` and a run of entries are
+//! immutable once published and may be read as they are.
+
+use crate::word::{W32, W64};
+
+/// Version of this layout; a region of another version is never adopted, only replaced.
+pub const LAYOUT_VERSION: u32 = 1;
+/// First word of a region's `Config`.
+pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
+
+/// Index into `Config::family` and per-family arrays.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum Family {
+    /// IPv4
+    V4 = 0,
+    /// IPv6
+    V6 = 1,
+}
+
+/// Bits of the source address filter (see `Config::local_filter`).
+pub const LOCAL_FILTER_BITS: u32 = 4096;
+
+/// What holds for the whole region: one record.
+#[repr(C, align(64))]
+pub struct Config {
+    /// `MAGIC`
+    pub magic: W32,
+    /// `LAYOUT_VERSION`
+    pub version: W32,
+    /// Hash of the record layouts, from `layout_hash()`
+    pub layout: W32,
+    /// Rises by one each time a writer takes the region over
+    pub epoch: W32,
+    /// Per family: 0, or 1 + the `Reason` for which every packet of the family is an exception
+    pub policy: [W32; 2],
+    /// Per family: fields that choose among a group's next hops, `sysctl fib_multipath_hash_policy` (0 or 1)
+    pub hash_policy: [W32; 2],
+    /// Seed of the multipath hash
+    pub hash_seed: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 7],
+    /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
+    /// that a source is not one of ours; a set bit sends the packet to the exact check.
+    pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],
+}
+const _: () = assert!(size_of::<Config>() == 64 + 512);
+
+/// Longest chain of slots looked at to find a port by interface index.
+pub const PORT_PROBES: u32 = 4;
+
+/// `Port::flags`
+pub mod port_flags {
+    /// The slot is in use by the interface in `ifindex`.
+    pub const PRESENT: u32 = 1 << 0;
+    /// Administratively up, with carrier, not enslaved, and served: packets may enter by it.
+    pub const READY: u32 = 1 << 1;
+    /// IPv4 forwarding is on (`net.ipv4.conf.<port>.forwarding`)
+    pub const FORWARD_V4: u32 = 1 << 2;
+    /// IPv6 forwarding is on
+    pub const FORWARD_V6: u32 = 1 << 3;
+    /// IPv4 redirects may be sent (`send_redirects`): a packet that leaves by this port again is Linux's
+    pub const REDIRECTS: u32 = 1 << 4;
+    /// Sources must be reachable by this port (`rp_filter` 1)
+    pub const RP_STRICT: u32 = 1 << 5;
+    /// Sources must be reachable (`rp_filter` 2)
+    pub const RP_LOOSE: u32 = 1 << 6;
+    /// 127.0.0.0/8 is not martian here (`route_localnet`)
+    pub const ROUTE_LOCALNET: u32 = 1 << 7;
+    /// Frames may carry transport checksums that a local sender left to the device (veth, tap)
+    pub const PARTIAL_CSUM: u32 = 1 << 8;
+    /// A VLAN sub-interface: no XDP link of its own
+    pub const VLAN: u32 = 1 << 9;
+}
+
+/// One port: an interface that the fast path serves, or a VLAN sub-interface of one. Its index in the table is its
+/// *slot*: for an interface with a program, one of `PORT_PROBES` slots from `ifindex % slots` on; for a VLAN
+/// sub-interface, any.
+#[repr(C, align(64))]
+pub struct Port {
+    /// Interface index in Linux; 0 if the slot is free
+    pub ifindex: W32,
+    /// `port_flags`
+    pub flags: W32,
+    /// MAC address, first four bytes as they are on the wire
+    pub mac_hi: W32,
+    /// MAC address, last two bytes as they are on the wire, in the low half
+    pub mac_lo: W32,
+    /// Per family: root of the routes to look up in (index into `Roots`)
+    pub root: [W32; 2],
+    /// Per family: 0, or 1 + the `Reason` for which packets that enter here are exceptions
+    pub ingress_policy: [W32; 2],
+    /// Index into `Vlans` of the table that gives the sub-interface for a tag; `NO_VLANS` if there are none
+    pub vlans: W32,
+    /// VLAN sub-interface: its tag protocol (0x8100, 0x88a8) in the high half and its identifier in the low half
+    pub vlan: W32,
+    /// Slot of the interface underneath (for a plain port, the slot itself)
+    pub lower: W32,
+    /// IP MTU in bytes
+    pub mtu: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 4],
+}
+const _: () = assert!(size_of::<Port>() == 64);
+
+/// `Port::vlans` of a port without VLAN sub-interfaces.
+pub const NO_VLANS: u32 = u32::MAX;
+
+/// For each VLAN identifier 1 + the slot of the sub-interface's port, or 0.
+#[repr(C)]
+pub struct VlanTable {
+    /// By VLAN identifier, two to a word: the even identifier in the low half
+    pub slots: [W32; 2048],
+}
+
+/// Top level of a route table: 65536 words indexed by the first 16 bits of the address, then the leaf for packets
+/// that match nothing longer than /0. See `lpm` for what a word means.
+#[repr(C, align(64))]
+pub struct Root {
+    /// By the address's first 16 bits
+    pub direct: [W32; 65536],
+    /// Leaf of the default route; 0 if there is none
+    pub default: W32,
+    /// 0, or 1 + the family this root serves
+    pub family: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 14],
+}
+const _: () = assert!(size_of::<Root>() == 65536 * 4 + 64);
+
+/// Words that fit into a node itself.
+pub const INLINE_ENTRIES: usize = 6;
+/// `Node::base` of a node whose words are inline.
+pub const BASE_INLINE: u32 = u32::MAX;
+
+/// Eight bits of an address: 256 words, of which only those that differ from their left neighbour are stored.
+/// One cache line. Immutable once published.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Node {
+    /// Bit b is set if the word for value b differs from that of b - 1; bit 0 is always set
+    pub bitmap: [u64; 4],
+    /// First stored word in `Entries`, or `BASE_INLINE`
+    pub base: u32,
+    /// Number of set bits before each quarter of the bitmap (at most 192)
+    pub counts: [u8; 4],
+    /// The stored words, if there are at most `INLINE_ENTRIES`; otherwise zero
+    pub inline: [u32; INLINE_ENTRIES],
+}
+const _: () = assert!(size_of::<Node>() == 64);
+
+/// Entries (stored words of nodes) come in pages, because a BPF array rounds its element size up to 8 bytes.
+pub const ENTRIES_PER_PAGE: usize = 1024;
+
+/// One page of entries.
+#[repr(C, align(64))]
+pub struct EntryPage {
+    /// Words, see `lpm`
+    pub words: [W32; ENTRIES_PER_PAGE],
+}
+
+/// What a next hop does with a packet: low byte of `Nexthop::state`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum NexthopKind {
+    /// The slot is free
+    Free = 0,
+    /// Send it: `l2` is complete
+    Forward = 1,
+    /// Hand it to Linux for the reason in the second byte
+    Exception = 2,
+}
+
+/// One next hop. Changed in place under `sequence`: odd while a change is under way.
+#[repr(C, align(64))]
+pub struct Nexthop {
+    /// Sequence count
+    pub sequence: W32,
+    /// `NexthopKind` in bits 0..8, `Reason` in bits 8..16, number of VLAN tags in `l2` (0, 1, 2) in bits 16..24
+    pub state: W32,
+    /// Slot of the port it leaves by
+    pub port: W32,
+    /// Slot of the interface underneath, whose driver transmits (differs from `port` for VLAN sub-interfaces)
+    pub device: W32,
+    /// Largest IP packet that may leave: the smaller of the port's and the route's MTU
+    pub mtu: W32,
+    /// Hit flag: set to 1 by an engine when a packet took this next hop, cleared by the manager
+    pub hit: W32,
+    /// Destination MAC, source MAC and up to two VLAN tags (TPID and TCI each), as they are on the wire; the
+    /// EtherType follows from the packet
+    pub l2: [W64; 3],
+    /// Reserved, zero
+    pub reserved: [W32; 4],
+}
+const _: () = assert!(size_of::<Nexthop>() == 64);
+
+/// What a next hop is, for tools and for a daemon that adopts the tables; engines do not read it.
+#[repr(C)]
+pub struct NexthopKey {
+    /// Interface index in Linux, 0 for next hops without one (local, blackhole, …)
+    pub ifindex: W32,
+    /// 0 none, 4 or 6: family of `gateway`
+    pub family: W32,
+    /// Gateway (or directly connected host), network byte order; IPv4 in the first four bytes
+    pub gateway: [W32; 4],
+    /// Route MTU metric, 0 if there is none
+    pub mtu: W32,
+    /// For next hops that are always exceptions: 1 + their `Reason`; 0 otherwise
+    pub reason: W32,
+}
+const _: () = assert!(size_of::<NexthopKey>() == 32);
+
+/// Buckets of a group; weights are granular to one part in this many.
+pub const GROUP_BUCKETS: usize = 256;
+
+/// A next-hop group: the flow's hash selects a bucket, the bucket names a next hop.
+#[repr(C, align(64))]
+pub struct Group {
+    /// Next-hop indices
+    pub buckets: [W32; GROUP_BUCKETS],
+}
+
+/// Counters of one port on one CPU, written by that CPU only. Index in the table: `cpu * port slots + slot`.
+#[repr(C, align(64))]
+pub struct PortStats {
+    /// Packets and bytes (from the Ethernet header on, without FCS) that entered here and were forwarded fast
+    pub rx_packets: W64,
+    /// See `rx_packets`
+    pub rx_bytes: W64,
+    /// Packets and bytes that left by this port from the fast path
+    pub tx_packets: W64,
+    /// See `tx_packets`
+    pub tx_bytes: W64,
+    /// Reserved, zero
+    pub reserved: [W64; 4],
+    /// Exceptions of packets that entered here, by `Reason`
+    pub exceptions: [W64; crate::reason::REASONS],
+}
+const _: () = assert!(size_of::<PortStats>() == 512);
+
+/// The shared tables, each an array of one record type. Names are the names of the BPF maps.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum TableId {
+    /// `Config`, one element
+    Config = 0,
+    /// `Port` by slot
+    Ports = 1,
+    /// `VlanTable`
+    Vlans = 2,
+    /// `Root`
+    Roots = 3,
+    /// `Node`; node 0 is never used
+    Nodes = 4,
+    /// `EntryPage`
+    Entries = 5,
+    /// `Nexthop`; 0 is never used
+    Nexthops = 6,
+    /// `NexthopKey`, as many as next hops
+    NexthopKeys = 7,
+    /// `Group`
+    Groups = 8,
+    /// `PortStats`
+    Stats = 9,
+}
+
+impl TableId {
+    /// Every table.
+    pub const ALL: [TableId; 10] = [
+        TableId::Config, TableId::Ports, TableId::Vlans, TableId::Roots, TableId::Nodes,
+        TableId::Entries, TableId::Nexthops, TableId::NexthopKeys, TableId::Groups, TableId::Stats,
+    ];
+
+    /// Name of the BPF map and of its pin.
+    pub const fn name(self) -> &'static str {
+        match self {
+            TableId::Config => "config",
+            TableId::Ports => "ports",
+            TableId::Vlans => "vlans",
+            TableId::Roots => "roots",
+            TableId::Nodes => "nodes",
+            TableId::Entries => "entries",
+            TableId::Nexthops => "nexthops",
+            TableId::NexthopKeys => "nexthop_keys",
+            TableId::Groups => "groups",
+            TableId::Stats => "stats",
+        }
+    }
+
+    /// Bytes of one element; always a multiple of 8, so a BPF array has no gaps between elements.
+    pub const fn element_size(self) -> usize {
+        match self {
+            TableId::Config => size_of::<Config>(),
+            TableId::Ports => size_of::<Port>(),
+            TableId::Vlans => size_of::<VlanTable>(),
+            TableId::Roots => size_of::<Root>(),
+            TableId::Nodes => size_of::<Node>(),
+            TableId::Entries => size_of::<EntryPage>(),
+            TableId::Nexthops => size_of::<Nexthop>(),
+            TableId::NexthopKeys => size_of::<NexthopKey>(),
+            TableId::Groups => size_of::<Group>(),
+            TableId::Stats => size_of::<PortStats>(),
+        }
+    }
+}
