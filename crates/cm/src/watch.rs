@@ -1,0 +1,64 @@
+//! The seam between CM's event loop and the watchers that find policies (netfilter, XFRM, rules, tc, captures,
+//! sysctls): the loop wakes a watcher, the watcher tells its whole current set, the loop sends what changed.
+
+use crate::error::CmError;
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+use towpath_fpc::{Policy, PolicySource, Port};
+
+/// The interfaces of the namespace as CM knows them at the moment.
+#[derive(Default, Debug)]
+pub struct PortIndex {
+    ports: BTreeMap<u32, Port>,
+}
+
+impl PortIndex {
+    /// The interface with this index.
+    pub fn get(&self, ifindex: u32) -> Option<&Port> {
+        self.ports.get(&ifindex)
+    }
+
+    /// The interface of this name.
+    pub fn by_name(&self, name: &str) -> Option<&Port> {
+        self.ports.values().find(|port| port.name == name)
+    }
+
+    /// All interfaces by index.
+    pub fn iter(&self) -> impl Iterator<Item = &Port> {
+        self.ports.values()
+    }
+
+    /// Learns or replaces an interface; gives what was known before.
+    pub fn insert(&mut self, port: Port) -> Option<Port> {
+        self.ports.insert(port.ifindex, port)
+    }
+
+    /// Forgets an interface.
+    pub fn remove(&mut self, ifindex: u32) -> Option<Port> {
+        self.ports.remove(&ifindex)
+    }
+}
+
+/// Finds the policies of one source. Made in the network namespace it watches, and used by one thread.
+pub trait Watcher {
+    /// Short name for logs.
+    fn name(&self) -> &'static str;
+
+    /// Whose policies these are. Several watchers must not share a source: a snapshot replaces its whole set.
+    fn source(&self) -> PolicySource;
+
+    /// Descriptors that wake it when they become readable (level-triggered; it must read them empty in `poll`). Asked
+    /// for once, after creation; they must stay open until the watcher is dropped.
+    fn fds(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Longest time between polls when nothing wakes it; None if its descriptors tell everything. Asked after each poll.
+    fn interval(&self) -> Option<Duration>;
+
+    /// Called once at the start, then when a descriptor is readable, when the interval has passed, and when the set of
+    /// interfaces changed. Gives the full current set, or None if it cannot have changed.
+    ///
+    /// After an error the loop declares everything unknown (`Reason::PolicyUnknown`, both families) and polls again
+    /// soon; the watcher must then start afresh and give a full set, never None.
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError>;
+}
