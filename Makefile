@@ -1,0 +1,15 @@
+# The commands a user and a CI need. Each says what it does and may be run twice.
+.PHONY: build setup test lint
+
+build: ## the towpath command, with its BPF programs inside: target/release/towpath
+	scripts/bpf-toolchain.sh
+	cargo build --release
+
+setup: ## what the tests and the demo need on this machine
+	scripts/setup.sh
+
+test: setup ## every test; ends with one line of totals
+	scripts/test.sh
+
+lint: ## formatting and clippy only
+	scripts/test.sh fmt clippy

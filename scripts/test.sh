@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Runs the tests: all steps, or those named. Each step's output goes to out/test/<step>.log, its course to the
+# terminal; the last line is the total. Status 0 only if nothing failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+logs=out/test
+mkdir -p $logs
+
+# Tests that make network namespaces and load programs run as root, whoever builds them.
+[ "$(id -u)" = 0 ] || export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo -E"
+export TOWPATH_BIN=$PWD/target/release/towpath
+export CARGO_TERM_COLOR=never RUST_BACKTRACE=1
+
+steps=(build fmt clippy unit loom miri lab vm)
+step_build() { cargo build --release; }
+step_fmt() { cargo fmt --all --check; }
+step_clippy() { cargo clippy --workspace --all-targets -- -D warnings; }
+step_unit() { cargo test --workspace --exclude towpath-lab --no-fail-fast; }
+step_loom() {
+    # A target folder of its own: the flag rebuilds everything.
+    RUSTFLAGS="--cfg loom" cargo test -p towpath-tables --release --target-dir target/loom --test 'loom*'
+}
+step_miri() { scripts/miri.sh; }
+step_lab() { cargo test -p towpath-lab --no-fail-fast -- --nocapture; }
+step_vm() { scripts/test-vm.sh; }
+
+# Lines worth seeing while a step runs.
+course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|SKIP|miri:)|^error|panicked at'; }
+
+# Sums of passed and failed tests over a log's "test result" lines; nothing if there are none.
+totals() {
+    sed -nE 's/^test result.* ([0-9]+) passed; ([0-9]+) failed.*/\1 \2/p' "$1" |
+        awk '{ ok += $1; bad += $2 } END { if (NR) print ok, bad }'
+}
+
+passed=0 failed=0 broken=() skipped=()
+run_step() {
+    local step=$1 log=$logs/$1.log started=$SECONDS status ok='' bad=0
+    echo "== $step"
+    "step_$step" 2>&1 | tee "$log" | course
+    status=${PIPESTATUS[0]}
+    read -r ok bad < <(totals "$log")
+    # A step without tests of its own counts as one; so does a failure that no test reported (it did not build, …).
+    if [ "$status" != 0 ]; then
+        [ "${bad:-0}" != 0 ] || bad=1
+    elif [ -z "$ok" ]; then
+        if grep -q SKIPPED "$log"; then skipped+=("$step"); else ok=1; fi
+    fi
+    ok=${ok:-0} bad=${bad:-0}
+    if [ "$bad" != 0 ]; then
+        broken+=("$step")
+        tail -n 60 "$log"
+    fi
+    passed=$((passed + ok)) failed=$((failed + bad))
+    echo "== $step: $ok passed, $bad failed, $((SECONDS - started)) s ($log)"
+}
+
+for step in "${@:-${steps[@]}}"; do
+    declare -F "step_$step" >/dev/null || { echo "test: no step '$step' (there are: ${steps[*]})" >&2; exit 2; }
+    run_step "$step"
+done
+[ ${#skipped[@]} = 0 ] || echo "skipped: ${skipped[*]}"
+[ ${#broken[@]} = 0 ] || echo "failed: ${broken[*]}"
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
