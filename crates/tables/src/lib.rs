@@ -4,6 +4,9 @@
 //! Without the feature `std` only what readers need is built, for the BPF target.
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+pub mod filter;
+pub mod lpm;
+pub mod order;
 pub mod reason;
 pub mod record;
 pub mod word;

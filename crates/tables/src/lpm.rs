@@ -1,0 +1,213 @@
+//! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
+//! cannot panic and walks at most one node per address byte after the second.
+
+use crate::record::{BASE_INLINE, Node};
+
+const NODE: u32 = 1 << 31;
+const GROUP: u32 = 1 << 30;
+
+/// Indices of next hops, groups and nodes are below this (nodes could use one bit more; nothing needs it).
+pub const INDEX_LIMIT: u32 = 1 << 30;
+
+/// What a root slot or an entry holds: nothing, a node to go on at, or a leaf.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[repr(transparent)]
+pub struct Word(pub u32);
+
+/// A word taken apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// No route longer than /0
+    None,
+    /// Go on at this node
+    Node(u32),
+    /// Leaf: this next hop
+    Nexthop(u32),
+    /// Leaf: this next-hop group
+    Group(u32),
+}
+
+impl Word {
+    /// No route longer than /0.
+    pub const NONE: Word = Word(0);
+
+    /// The word that leads to a node.
+    pub const fn node(index: u32) -> Word {
+        Word(NODE | index)
+    }
+
+    /// True if the walk goes on at a node.
+    #[inline(always)]
+    pub const fn is_node(self) -> bool {
+        self.0 & NODE != 0
+    }
+
+    /// The word taken apart.
+    #[inline(always)]
+    pub const fn kind(self) -> Kind {
+        if self.0 == 0 {
+            Kind::None
+        } else if self.0 & NODE != 0 {
+            Kind::Node(self.0 & !NODE)
+        } else if self.0 & GROUP != 0 {
+            Kind::Group(self.0 & !GROUP)
+        } else {
+            Kind::Nexthop(self.0)
+        }
+    }
+}
+
+/// A word that is a leaf: a next hop or a group. Cannot hold anything else.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct Leaf(u32);
+
+impl Leaf {
+    /// The leaf that names a next hop; None if there can be no such next hop (0, or `INDEX_LIMIT` and more).
+    pub const fn nexthop(index: u32) -> Option<Leaf> {
+        if index != 0 && index < INDEX_LIMIT { Some(Leaf(index)) } else { None }
+    }
+
+    /// The leaf that names a next-hop group; None from `INDEX_LIMIT` on.
+    pub const fn group(index: u32) -> Option<Leaf> {
+        if index < INDEX_LIMIT { Some(Leaf(GROUP | index)) } else { None }
+    }
+
+    /// The leaf as a word.
+    pub const fn word(self) -> Word {
+        Word(self.0)
+    }
+
+    /// The leaf in a word, if it is one.
+    pub const fn from_word(word: Word) -> Option<Leaf> {
+        if word.0 == 0 || word.is_node() { None } else { Some(Leaf(word.0)) }
+    }
+}
+
+/// An index in the tables was out of range. Never happens while there is one writer; counted, not trusted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Internal;
+
+/// The memory a look-up reads. Each method returns None if the index is outside the table.
+pub trait LpmRead {
+    /// `Root::direct[slot]`. What the word leads to was written before the word: a native implementation orders its
+    /// later reads after this one (`order::load`), the BPF one relies on the address dependency.
+    fn root_word(&self, root: u32, slot: u16) -> Option<u32>;
+    /// `Root::default`
+    fn root_default(&self, root: u32) -> Option<u32>;
+    /// A node
+    fn node(&self, index: u32) -> Option<&Node>;
+    /// A stored word, counted through all pages
+    fn entry(&self, index: u32) -> Option<u32>;
+}
+
+/// The leaf for an address (network byte order; 4 or 16 bytes), or `Word::NONE` if there is no route.
+#[inline(always)]
+pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> Result<Word, Internal> {
+    let [high, low, rest @ ..] = addr.as_slice() else { return Err(Internal) };
+    let mut word = Word(mem.root_word(root, u16::from_be_bytes([*high, *low])).ok_or(Internal)?);
+    for byte in rest {
+        let Kind::Node(index) = word.kind() else { break };
+        word = Word(step(mem, mem.node(index).ok_or(Internal)?, *byte).ok_or(Internal)?);
+    }
+    match word.kind() {
+        Kind::Node(_) => Err(Internal),
+        Kind::None => mem.root_default(root).map(Word).ok_or(Internal),
+        _ => Ok(word),
+    }
+}
+
+/// The word for `byte` in a node: the last stored one at or before it.
+#[inline(always)]
+fn step(mem: &impl LpmRead, node: &Node, byte: u8) -> Option<u32> {
+    let quarter = usize::from(byte >> 6);
+    let upto = node.bitmap.get(quarter)? & (u64::MAX >> (63 - (byte & 63)));
+    let rank = (u32::from(*node.counts.get(quarter)?) + upto.count_ones()).wrapping_sub(1);
+    if node.base == BASE_INLINE { node.inline.get(rank as usize).copied() } else { mem.entry(node.base.wrapping_add(rank)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::INLINE_ENTRIES;
+
+    /// One root slot (0x0a00) leading to nodes[1]; everything else is empty.
+    struct Fixture {
+        nodes: Vec<Node>,
+        entries: Vec<u32>,
+    }
+
+    impl LpmRead for Fixture {
+        fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+            (root == 0).then_some(if slot == 0x0a00 { Word::node(1).0 } else { 0 })
+        }
+        fn root_default(&self, root: u32) -> Option<u32> {
+            (root == 0).then_some(9)
+        }
+        fn node(&self, index: u32) -> Option<&Node> {
+            self.nodes.get(index as usize)
+        }
+        fn entry(&self, index: u32) -> Option<u32> {
+            self.entries.get(index as usize).copied()
+        }
+    }
+
+    fn node(bits: &[u8], base: u32, inline: [u32; INLINE_ENTRIES]) -> Node {
+        let mut node = Node { bitmap: [0; 4], base, counts: [0; 4], inline };
+        for bit in bits {
+            node.bitmap[usize::from(bit >> 6)] |= 1 << (bit & 63);
+        }
+        for quarter in 1..4 {
+            node.counts[quarter] = node.counts[quarter - 1] + node.bitmap[quarter - 1].count_ones() as u8;
+        }
+        node
+    }
+
+    fn fixture() -> Fixture {
+        let unused = node(&[0], BASE_INLINE, [0; 6]);
+        // 10.0.0/24: default; 10.0.1/24: next hop 2; 10.0.2 to 10.0.199: node 2; from 10.0.200: group 3
+        let first = node(&[0, 1, 2, 200], BASE_INLINE, [0, 2, Word::node(2).0, GROUP | 3, 0, 0]);
+        // stored in entries from 8 on: values 0, 63, 64, 127, 128, 191, 192, 255
+        let second = node(&[0, 63, 64, 127, 128, 191, 192, 255], 8, [0; 6]);
+        Fixture { nodes: vec![unused, first, second], entries: (0..16).map(|i| 100 + i).collect() }
+    }
+
+    #[test]
+    fn walks_inline_and_stored_words() {
+        let mem = fixture();
+        let at = |a: [u8; 4]| lookup(&mem, 0, &a).map(Word::kind);
+        assert_eq!(at([11, 0, 0, 1]), Ok(Kind::Nexthop(9)), "empty slot: default");
+        assert_eq!(at([10, 0, 0, 1]), Ok(Kind::Nexthop(9)), "empty word: default");
+        assert_eq!(at([10, 0, 1, 1]), Ok(Kind::Nexthop(2)));
+        assert_eq!(at([10, 0, 200, 1]), Ok(Kind::Group(3)));
+        assert_eq!(at([10, 0, 255, 255]), Ok(Kind::Group(3)));
+        for (last, stored) in [(0, 0), (62, 0), (63, 1), (64, 2), (126, 2), (127, 3), (128, 4), (191, 5), (192, 6), (254, 6), (255, 7)] {
+            assert_eq!(at([10, 0, 2, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
+            assert_eq!(at([10, 0, 199, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
+        }
+    }
+
+    #[test]
+    fn indices_out_of_range_are_reported() {
+        let mem = fixture();
+        assert_eq!(lookup(&mem, 1, &[10, 0, 0, 1]), Err(Internal), "root");
+        let mem = Fixture { nodes: vec![mem.nodes[0]], ..fixture() };
+        assert_eq!(lookup(&mem, 0, &[10, 0, 0, 1]), Err(Internal), "node");
+        let mem = Fixture { entries: vec![1; 8], ..fixture() };
+        assert_eq!(lookup(&mem, 0, &[10, 0, 2, 0]), Err(Internal), "entry");
+        let mut mem = fixture();
+        mem.nodes[2] = node(&[0], BASE_INLINE, [Word::node(2).0; 6]);
+        assert_eq!(lookup(&mem, 0, &[10, 0, 2, 0]), Err(Internal), "a walk longer than the address");
+    }
+
+    #[test]
+    fn leaves_hold_only_leaves() {
+        assert_eq!(Leaf::nexthop(0), None);
+        assert_eq!(Leaf::nexthop(INDEX_LIMIT), None);
+        assert_eq!(Leaf::group(INDEX_LIMIT), None);
+        assert_eq!(Leaf::nexthop(7).map(|l| l.word().kind()), Some(Kind::Nexthop(7)));
+        assert_eq!(Leaf::group(0).map(|l| l.word().kind()), Some(Kind::Group(0)));
+        assert_eq!(Leaf::from_word(Word::NONE), None);
+        assert_eq!(Leaf::from_word(Word::node(5)), None);
+    }
+}
