@@ -75,6 +75,10 @@ pub mod port_flags {
     pub const PARTIAL_CSUM: u32 = 1 << 8;
     /// A VLAN sub-interface: no XDP link of its own
     pub const VLAN: u32 = 1 << 9;
+    /// The driver transmits redirected frames only if they lie in one buffer (before Linux 6.3 all do,
+    /// net/core/filter.c `xdp_do_redirect`): a frame in several buffers that would leave here is `EgressNotServed`,
+    /// since the kernel would drop it without a word
+    pub const SINGLE_BUFFER: u32 = 1 << 10;
 }
 
 /// One port: an interface that the fast path serves, or a VLAN sub-interface of one. Its index in the table is its
