@@ -9,7 +9,7 @@ mkdir -p $logs
 # Tests that make network namespaces and load programs run as root, whoever builds them.
 [ "$(id -u)" = 0 ] || export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo -E"
 export TOWPATH_BIN=$PWD/target/release/towpath
-export CARGO_TERM_COLOR=never RUST_BACKTRACE=1
+export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
 steps=(build fmt clippy unit loom miri lab vm)
 step_build() { cargo build --release; }
