@@ -2,6 +2,9 @@
 //!
 //! In one process the messages travel as they are; between processes `codec` frames them.
 
+pub mod codec;
+pub mod connection;
 pub mod message;
 
+pub use connection::{Connection, ConnectionError, Receiver, Sender};
 pub use message::*;

@@ -37,6 +37,28 @@ pub enum Message {
     FamilySettings(FamilySettings),
 }
 
+/// One message from FPM back to CM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Feedback {
+    /// These neighbours were used by the fast path since the last such message: Linux is to keep them alive.
+    Hits(Vec<NeighbourKey>),
+    /// FPM cannot trust what it has (why, for people): describe everything again, by snapshots.
+    Resync(String),
+}
+
+/// Where CM's messages go: FPM in the same process, or a socket.
+pub trait Sink {
+    /// Takes one message. It may wait in a batch until `flush`; blocks while the receiver is behind.
+    fn send(&mut self, message: Message) -> Result<(), SinkError>;
+    /// Ends a batch: what was sent so far takes effect together, now.
+    fn flush(&mut self) -> Result<(), SinkError>;
+}
+
+/// The receiver is gone or refuses; what was sent since the last `flush` may be lost.
+#[derive(thiserror::Error, Debug)]
+#[error("fast path manager does not take messages: {0}")]
+pub struct SinkError(pub String);
+
 /// The classes of objects a snapshot speaks for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Snapshot {
