@@ -4,11 +4,26 @@
 //! Without the feature `std` only what readers need is built, for the BPF target.
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+#[cfg(feature = "std")]
+pub mod adopt;
+#[cfg(feature = "std")]
+pub mod backing;
 pub mod filter;
+pub mod layout;
 pub mod lpm;
+#[cfg(feature = "std")]
+pub mod nexthop;
 pub mod order;
+#[cfg(feature = "std")]
+pub mod pool;
 pub mod reason;
 pub mod record;
+#[cfg(feature = "std")]
+pub mod rib;
+#[cfg(feature = "std")]
+pub mod store;
 pub mod word;
+#[cfg(feature = "std")]
+pub mod writer;
 
 pub use reason::{REASONS, Reason};

@@ -63,6 +63,11 @@ impl Word {
 pub struct Leaf(u32);
 
 impl Leaf {
+    /// No leaf is less than this.
+    pub const MIN: Leaf = Leaf(1);
+    /// No leaf is greater than this.
+    pub const MAX: Leaf = Leaf(!NODE);
+
     /// The leaf that names a next hop; None if there can be no such next hop (0, or `INDEX_LIMIT` and more).
     pub const fn nexthop(index: u32) -> Option<Leaf> {
         if index != 0 && index < INDEX_LIMIT { Some(Leaf(index)) } else { None }

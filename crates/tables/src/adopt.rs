@@ -1,0 +1,149 @@
+//! Looking through tables that another writer left: are they of this layout, are they sound, what is in use.
+
+use crate::backing::View;
+use crate::layout::layout_hash;
+use crate::lpm::{Kind, Word};
+use crate::record::*;
+use crate::store::{InUse, stored_count};
+
+/// Tables that cannot be taken over; new ones must be made.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// Written by a build with other records, or not by Towpath at all
+    #[error("the tables' {what} is {found:#x}, this program's is {expected:#x}: they must be replaced, not adopted")]
+    Different {
+        /// `magic number`, `layout version` or `layout hash`
+        what: &'static str,
+        /// What the tables say
+        found: u32,
+        /// What this program would say
+        expected: u32,
+    },
+    /// They contradict themselves
+    #[error("the tables are damaged and must be replaced, not adopted: {0}")]
+    Damaged(String),
+}
+
+fn damaged<T>(what: String) -> Result<T, AdoptError> {
+    Err(AdoptError::Damaged(what))
+}
+
+/// Checks the tables; returns what is in use in them.
+pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
+    let config = view.config();
+    for (what, word, expected) in [
+        ("magic number", &config.magic, MAGIC),
+        ("layout version", &config.version, LAYOUT_VERSION),
+        ("layout hash", &config.layout, layout_hash()),
+    ] {
+        let found = word.load();
+        if found != expected {
+            return Err(AdoptError::Different { what, found, expected });
+        }
+    }
+    let mut scan = Scan {
+        view,
+        nodes: vec![false; view.elements(TableId::Nodes)],
+        nexthops: vec![false; view.nexthops().len().min(view.nexthop_keys().len())],
+        groups: vec![false; view.groups().len()],
+        used: InUse::default(),
+    };
+    for (index, root) in (0..).zip(view.roots()) {
+        let bytes = match root.family.load() {
+            0 => continue,
+            1 => 4,
+            2 => 16,
+            other => return damaged(format!("route table {index} is of family {other}")),
+        };
+        scan.used.roots.push(index);
+        for word in &root.direct {
+            scan.word(Word(word.load()), bytes - 2)?;
+        }
+        scan.word(Word(root.default.load()), 0)?;
+    }
+    for index in 0..scan.groups.len() {
+        if scan.groups[index] {
+            scan.used.groups.push(index as u32);
+            for bucket in &view.groups()[index].buckets {
+                scan.nexthop(bucket.load())?;
+            }
+        }
+    }
+    scan.used.nexthops = (0..).zip(&scan.nexthops).filter(|(_, used)| **used).map(|(index, _)| index).collect();
+    for (slot, port) in view.ports().iter().enumerate() {
+        match port.vlans.load() {
+            NO_VLANS => {}
+            _ if port.ifindex.load() == 0 => {}
+            vlans if (vlans as usize) < view.vlans().len() => scan.used.vlans.push(vlans),
+            vlans => return damaged(format!("port {slot} has VLAN table {vlans}, which is not there")),
+        }
+    }
+    Ok(scan.used)
+}
+
+struct Scan<'a> {
+    view: &'a View<'a>,
+    nodes: Vec<bool>,
+    nexthops: Vec<bool>,
+    groups: Vec<bool>,
+    used: InUse,
+}
+
+impl Scan<'_> {
+    /// Follows a word over at most `levels` nodes.
+    fn word(&mut self, word: Word, levels: usize) -> Result<(), AdoptError> {
+        match word.kind() {
+            Kind::None => Ok(()),
+            Kind::Nexthop(index) => self.nexthop(index),
+            Kind::Group(index) => match self.groups.get_mut(index as usize) {
+                Some(used) => {
+                    *used = true;
+                    Ok(())
+                }
+                None => damaged(format!("a route leads to group {index}, which is not there")),
+            },
+            Kind::Node(index) if levels == 0 => damaged(format!("node {index} is deeper than an address is long")),
+            Kind::Node(index) => self.node(index, levels),
+        }
+    }
+
+    fn nexthop(&mut self, index: u32) -> Result<(), AdoptError> {
+        match self.nexthops.get_mut(index as usize) {
+            Some(used) if index != 0 => {
+                *used = true;
+                Ok(())
+            }
+            _ => damaged(format!("a route leads to next hop {index}, which is not there")),
+        }
+    }
+
+    fn node(&mut self, index: u32, levels: usize) -> Result<(), AdoptError> {
+        let Some(node) = self.view.node_of(index).filter(|_| index != 0) else {
+            return damaged(format!("a route leads to node {index}, which is not there"));
+        };
+        if std::mem::replace(&mut self.nodes[index as usize], true) {
+            return damaged(format!("node {index} is part of two routes' ways"));
+        }
+        let mut counts = [0u32; 5];
+        for (quarter, bits) in node.bitmap.iter().enumerate() {
+            counts[quarter + 1] = counts[quarter] + bits.count_ones();
+        }
+        let stored = stored_count(node);
+        let inline = node.base == BASE_INLINE;
+        if node.bitmap[0] & 1 == 0 || node.counts.map(u32::from) != counts[..4] || inline != (stored as usize <= INLINE_ENTRIES) {
+            return damaged(format!("node {index} contradicts itself"));
+        }
+        self.used.nodes.push(index);
+        if !inline {
+            self.used.runs.push((node.base, stored));
+        }
+        for rank in 0..stored {
+            let word = if inline { Some(node.inline[rank as usize]) } else { node.base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i)) };
+            match word {
+                Some(word) => self.word(Word(word), levels - 1)?,
+                None => return damaged(format!("node {index} has entries outside the table")),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,312 @@
+//! Where the tables lie: raw arrays given by a `Backing` (heap here, mapped BPF arrays in the engine), seen through a
+//! typed `View`.
+
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+use crate::lpm::LpmRead;
+use crate::order;
+use crate::record::{
+    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, NexthopKey, Node, Port, PortStats, Root, TableId, VlanTable,
+};
+
+/// Alignment of every table: one cache line, which no record exceeds.
+pub const TABLE_ALIGN: usize = 64;
+
+/// A number for each table, such as its elements.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PerTable(pub [usize; TableId::ALL.len()]);
+
+impl PerTable {
+    /// The number of one table.
+    pub const fn get(&self, table: TableId) -> usize {
+        self.0[table as usize]
+    }
+
+    /// The same with one table's number replaced.
+    pub const fn with(mut self, table: TableId, value: usize) -> Self {
+        self.0[table as usize] = value;
+        self
+    }
+}
+
+/// Elements of each table before anything is known about the routes.
+pub const fn initial_elements(cpus: usize) -> PerTable {
+    const PORTS: usize = 256;
+    PerTable([0; TableId::ALL.len()])
+        .with(TableId::Config, 1)
+        .with(TableId::Ports, PORTS)
+        .with(TableId::Vlans, 16)
+        .with(TableId::Roots, 2)
+        .with(TableId::Nodes, 1024)
+        .with(TableId::Entries, 64)
+        .with(TableId::Nexthops, 1024)
+        .with(TableId::NexthopKeys, 1024)
+        .with(TableId::Groups, 64)
+        .with(TableId::Stats, cpus * PORTS)
+}
+
+/// One table's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct RawTable {
+    base: NonNull<u8>,
+    elements: usize,
+}
+
+impl RawTable {
+    /// The table of `elements` records at `base`.
+    ///
+    /// # Safety
+    /// `base` must be aligned to `TABLE_ALIGN` and point to that many records of the table it is given out for,
+    /// zeroed or written by this crate, readable and writable for as long as it is in use. Nothing but this crate (in
+    /// this or other processes) and the engines' programs may write there.
+    pub const unsafe fn from_raw(base: NonNull<u8>, elements: usize) -> Self {
+        Self { base, elements }
+    }
+
+    /// Number of records.
+    pub const fn elements(&self) -> usize {
+        self.elements
+    }
+}
+
+/// A table could not be made larger.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("table {} cannot grow to {elements} elements: {cause}", table.name())]
+pub struct GrowError {
+    /// Which table
+    pub table: TableId,
+    /// Elements asked for
+    pub elements: usize,
+    /// Why, in the words of whoever refused
+    pub cause: String,
+}
+
+/// Owner of the tables' memory.
+///
+/// # Safety
+/// `table(id)` returns memory of table `id`, valid until `grow` for that table or the end of the backing.
+pub unsafe trait Backing {
+    /// The memory of a table.
+    fn table(&self, table: TableId) -> RawTable;
+
+    /// Makes a table at least `elements` large, keeping its content and zeroing the rest. Returns when every reader
+    /// uses the new memory.
+    fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError>;
+
+    /// The tables, typed.
+    fn view(&self) -> View<'_> {
+        // SAFETY: by the contract of this trait the memory is right, and stays while `self` is borrowed.
+        unsafe { View::new(TableId::ALL.map(|table| self.table(table))) }
+    }
+}
+
+/// The tables, typed. Shared access only: what changes is made of atomic words, what does not is read in place.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    tables: [RawTable; TableId::ALL.len()],
+    backing: PhantomData<&'a ()>,
+}
+
+// SAFETY: through a view memory is only read, or written word by word atomically.
+unsafe impl Send for View<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for View<'_> {}
+
+macro_rules! slices {
+    ($($(#[$doc:meta])* $name:ident: $record:ty = $table:ident;)*) => { $(
+        $(#[$doc])*
+        pub fn $name(&self) -> &'a [$record] {
+            let raw = &self.tables[TableId::$table as usize];
+            // SAFETY: `new` was promised records of this type, which consist of atomic words, for the lifetime 'a.
+            unsafe { core::slice::from_raw_parts(raw.base.cast().as_ptr(), raw.elements) }
+        }
+    )* };
+}
+
+impl<'a> View<'a> {
+    /// A view of tables given in the order of `TableId::ALL`.
+    ///
+    /// # Safety
+    /// As for `RawTable::from_raw`, for the lifetime 'a; there is at least one `Config`.
+    pub unsafe fn new(tables: [RawTable; TableId::ALL.len()]) -> Self {
+        Self { tables, backing: PhantomData }
+    }
+
+    /// Elements of a table.
+    pub fn elements(&self, table: TableId) -> usize {
+        self.tables[table as usize].elements
+    }
+
+    /// The region's configuration.
+    pub fn config(&self) -> &'a Config {
+        // SAFETY: `new` was promised one.
+        unsafe { self.tables[TableId::Config as usize].base.cast().as_ref() }
+    }
+
+    slices! {
+        /// Ports by slot
+        ports: Port = Ports;
+        /// Tables of VLAN sub-interfaces
+        vlans: VlanTable = Vlans;
+        /// Route tables' top levels
+        roots: Root = Roots;
+        /// Pages of entries
+        entry_pages: EntryPage = Entries;
+        /// Next hops
+        nexthops: Nexthop = Nexthops;
+        /// What the next hops are, index by index
+        nexthop_keys: NexthopKey = NexthopKeys;
+        /// Next-hop groups
+        groups: Group = Groups;
+        /// Counters
+        stats: PortStats = Stats;
+    }
+
+    fn node_ptr(&self, index: u32) -> Option<NonNull<Node>> {
+        let raw = &self.tables[TableId::Nodes as usize];
+        // SAFETY: the index was compared with the number of nodes there are.
+        ((index as usize) < raw.elements).then(|| unsafe { raw.base.cast::<Node>().add(index as usize) })
+    }
+
+    /// A node that a published word leads to.
+    #[inline(always)]
+    pub fn node_of(&self, index: u32) -> Option<&'a Node> {
+        // SAFETY: the node lies in the table; the index came from a published word, so it does not change before a
+        // grace period has passed for this reader.
+        self.node_ptr(index).map(|node| unsafe { node.as_ref() })
+    }
+
+    /// Writes a node that no reader can reach; false if there is no such node.
+    ///
+    /// # Safety
+    /// Nothing published leads to the node, and no reader that could still look at it is under way.
+    pub(crate) unsafe fn write_node(&self, index: u32, node: &Node) -> bool {
+        // SAFETY: inside the table, and by the promise above not shared.
+        self.node_ptr(index).map(|slot| unsafe { slot.write(*node) }).is_some()
+    }
+
+    /// Writes consecutive entries; false if they are not all in the table.
+    pub(crate) fn write_entries(&self, base: u32, words: &[u32]) -> bool {
+        let pages = self.entry_pages();
+        (base as usize..).zip(words).all(|(index, word)| {
+            pages.get(index / ENTRIES_PER_PAGE).map(|page| page.words[index % ENTRIES_PER_PAGE].store(*word)).is_some()
+        })
+    }
+}
+
+impl LpmRead for View<'_> {
+    #[inline(always)]
+    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+        self.roots().get(root as usize).map(|root| order::load(&root.direct[usize::from(slot)]))
+    }
+
+    #[inline(always)]
+    fn root_default(&self, root: u32) -> Option<u32> {
+        self.roots().get(root as usize).map(|root| order::load(&root.default))
+    }
+
+    #[inline(always)]
+    fn node(&self, index: u32) -> Option<&Node> {
+        self.node_of(index)
+    }
+
+    #[inline(always)]
+    fn entry(&self, index: u32) -> Option<u32> {
+        let page = self.entry_pages().get(index as usize / ENTRIES_PER_PAGE)?;
+        Some(page.words[index as usize % ENTRIES_PER_PAGE].load())
+    }
+}
+
+/// Tables on the heap, for tests, tools and engines without BPF. Growing copies.
+pub struct HeapBacking {
+    tables: [RawTable; TableId::ALL.len()],
+    limits: PerTable,
+}
+
+// SAFETY: the memory is owned, and only reached through `View`.
+unsafe impl Send for HeapBacking {}
+// SAFETY: as above.
+unsafe impl Sync for HeapBacking {}
+
+impl HeapBacking {
+    /// Zeroed tables of these sizes, which may grow without limit.
+    pub fn new(elements: PerTable) -> Self {
+        Self::with_limits(elements, PerTable([usize::MAX; TableId::ALL.len()]))
+    }
+
+    /// Zeroed tables that refuse to grow beyond `limits`.
+    pub fn with_limits(elements: PerTable, limits: PerTable) -> Self {
+        Self { tables: TableId::ALL.map(|table| allocate(table, elements.get(table))), limits }
+    }
+}
+
+fn layout(table: TableId, elements: usize) -> Layout {
+    // One element at least, so that the size is never zero.
+    Layout::from_size_align(table.element_size() * elements.max(1), TABLE_ALIGN).expect("a table's size fits")
+}
+
+fn allocate(table: TableId, elements: usize) -> RawTable {
+    let layout = layout(table, elements);
+    // SAFETY: the size is not zero.
+    let base = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+    // SAFETY: just allocated, zeroed, with the size and alignment asked for.
+    unsafe { RawTable::from_raw(base, elements) }
+}
+
+// SAFETY: each table was allocated for its id and is freed only when replaced or dropped.
+unsafe impl Backing for HeapBacking {
+    fn table(&self, table: TableId) -> RawTable {
+        self.tables[table as usize]
+    }
+
+    fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {
+        let limit = self.limits.get(table);
+        if elements > limit {
+            return Err(GrowError { table, elements, cause: format!("the limit is {limit}") });
+        }
+        let old = self.tables[table as usize];
+        if elements <= old.elements {
+            return Ok(());
+        }
+        let new = allocate(table, elements);
+        // SAFETY: both are at least as large as the old one and do not overlap; nobody borrows `self` meanwhile.
+        unsafe {
+            old.base.copy_to_nonoverlapping(new.base, table.element_size() * old.elements);
+            dealloc(old.base.as_ptr(), layout(table, old.elements));
+        }
+        self.tables[table as usize] = new;
+        Ok(())
+    }
+}
+
+impl Drop for HeapBacking {
+    fn drop(&mut self) {
+        for table in TableId::ALL {
+            let raw = self.tables[table as usize];
+            // SAFETY: allocated with this layout, and not used after.
+            unsafe { dealloc(raw.base.as_ptr(), layout(table, raw.elements)) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn growing_keeps_content_and_zeroes_the_rest() {
+        let sizes = initial_elements(2).with(TableId::Groups, 1);
+        let mut backing = HeapBacking::with_limits(sizes, PerTable([8; TableId::ALL.len()]));
+        backing.view().groups()[0].buckets[255].store(77);
+        backing.grow(TableId::Groups, 3).unwrap();
+        let groups = backing.view().groups();
+        assert_eq!(groups.len(), 3);
+        assert_eq!(groups[0].buckets[255].load(), 77);
+        assert!(groups[1..].iter().flat_map(|g| &g.buckets).all(|bucket| bucket.load() == 0));
+        let error = backing.grow(TableId::Groups, 9).unwrap_err();
+        assert_eq!(error.to_string(), "table groups cannot grow to 9 elements: the limit is 8");
+        assert_eq!(backing.view().groups().len(), 3);
+    }
+}
