@@ -1,0 +1,55 @@
+//! The Internet checksum (RFC 1071), over words as they are on the wire: one's complement sums do not mind the byte
+//! order as long as all words share it.
+
+use zerocopy::native_endian::U32;
+
+/// A running one's complement sum of words as on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Sum(u64);
+
+impl Sum {
+    /// Adds words; `N` is small enough (below 2^31) that no carry is lost.
+    #[inline(always)]
+    pub fn words<const N: usize>(mut self, words: &[U32; N]) -> Self {
+        for word in words {
+            self.0 += u64::from(word.get());
+        }
+        self
+    }
+
+    /// Adds a 16-bit number that stands on the wire big-endian.
+    #[inline(always)]
+    pub fn number(self, number: u16) -> Self {
+        Self(self.0 + u64::from(number.to_be()))
+    }
+
+    /// The sum folded to 16 bits, as on the wire, not complemented. Zero only if everything added was zero.
+    #[inline(always)]
+    pub fn fold(self) -> u16 {
+        let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        sum as u16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 1071, section 3: the example's words and their sum.
+    #[test]
+    fn rfc_1071_example() {
+        let words = [[0x00, 0x01, 0xf2, 0x03], [0xf4, 0xf5, 0xf6, 0xf7]].map(U32::from_bytes);
+        assert_eq!(Sum::default().words(&words).fold(), 0xddf2u16.to_be());
+    }
+
+    #[test]
+    fn carries_are_folded_to_the_end() {
+        let ones = [U32::new(u32::MAX); 5];
+        assert_eq!(Sum::default().words(&ones).fold(), 0xffff);
+        assert_eq!(Sum::default().words(&ones).number(1).fold(), 1u16.to_be());
+        assert_eq!(Sum::default().fold(), 0);
+    }
+}

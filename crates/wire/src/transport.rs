@@ -1,0 +1,90 @@
+//! As much of the transport protocols as a router that hashes flows looks at.
+
+use crate::view;
+use zerocopy::{byteorder::network_endian::U16, native_endian};
+
+/// Protocol numbers (IANA)
+pub mod protocol {
+    /// IPv6 hop-by-hop options
+    pub const HOP_BY_HOP: u8 = 0;
+    /// ICMP
+    pub const ICMP: u8 = 1;
+    /// TCP
+    pub const TCP: u8 = 6;
+    /// UDP
+    pub const UDP: u8 = 17;
+    /// IPv6 fragment header
+    pub const FRAGMENT: u8 = 44;
+    /// Encapsulating security payload
+    pub const ESP: u8 = 50;
+    /// ICMPv6
+    pub const ICMPV6: u8 = 58;
+    /// IPv6: nothing follows
+    pub const NO_NEXT: u8 = 59;
+    /// OSPF
+    pub const OSPF: u8 = 89;
+    /// SCTP
+    pub const SCTP: u8 = 132;
+}
+
+view! {
+    /// The ports that TCP, UDP, SCTP, DCCP and UDP-Lite begin with.
+    Ports {
+        /// Source
+        source: U16,
+        /// Destination
+        destination: U16,
+    }
+}
+
+view! {
+    /// UDP (RFC 768), 8 bytes.
+    Udp {
+        /// Ports
+        ports: Ports,
+        /// Length with this header
+        len: U16,
+        /// Checksum, as on the wire; 0 if there is none
+        checksum: native_endian::U16,
+    }
+}
+
+view! {
+    /// TCP (RFC 9293) up to and with its checksum, 18 bytes.
+    Tcp {
+        /// Ports
+        ports: Ports,
+        /// Sequence and acknowledgement numbers
+        numbers: [u8; 8],
+        /// Header length, flags, window
+        flags: [u8; 4],
+        /// Checksum, as on the wire
+        checksum: native_endian::U16,
+    }
+}
+
+view! {
+    /// SCTP's common header (RFC 9260), 12 bytes.
+    Sctp {
+        /// Ports
+        ports: Ports,
+        /// Verification tag
+        tag: [u8; 4],
+        /// CRC32c, as on the wire
+        checksum: native_endian::U32,
+    }
+}
+
+view! {
+    /// The eight bytes that ICMP and ICMPv6 messages begin with.
+    Icmp {
+        /// Type
+        kind: u8,
+        /// Code
+        code: u8,
+        /// Checksum, as on the wire
+        checksum: native_endian::U16,
+        /// Depends on the type
+        rest: [u8; 4],
+    }
+}
