@@ -1,1 +1,101 @@
+//! The packet path, once for every engine: it is compiled for BPF (crate `xdp`) and natively (tests, `explain`, the
+//! user engine), generic over the frame and the tables.
+//!
+//! The contract: nothing in a frame changes until everything is decided, so an exception is the packet as it arrived;
+//! every exception is counted on the port that the packet entered by (the VLAN sub-interface, once the tags named
+//! one). A packet of a port that is in no slot is left alone and counted nowhere.
+//!
+//! Three stages, for engines that run each over a batch: [`parse`] (ports, tags, headers), [`route`] (sources,
+//! look-up, next hop) and [`rewrite`]; [`process`] runs them one after another.
+#![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+mod hash;
+mod ingress;
+mod network;
+mod partial;
+mod rewrite;
+mod route;
+pub mod slices;
+mod source;
+mod stats;
+
+#[cfg(feature = "std")]
+pub mod packet;
+
+pub use ingress::{Entry, Parsed, parse};
+pub use rewrite::rewrite;
+pub use route::{Hop, route};
+pub use stats::{count_exception, count_forward};
+
+use towpath_tables::Reason;
+use towpath_tables::lpm::LpmRead;
+use towpath_tables::record::{Config, Group, Nexthop, Port, PortStats, VlanTable};
+use towpath_wire::View;
+
+/// A frame, from its Ethernet header on. The first buffer of a multi-buffer frame is what can be read and written.
+pub trait Frame {
+    /// A view of the bytes at `offset`; None if they are not all in the first buffer.
+    fn get<T: View>(&self, offset: usize) -> Option<&T>;
+    /// As `get`, to be written.
+    fn get_mut<T: View>(&mut self, offset: usize) -> Option<&mut T>;
+    /// Length of the whole frame, all buffers counted.
+    fn total_len(&self) -> usize;
+    /// Moves the frame's beginning: removes `by` bytes, or adds as many if `by` is negative. Bytes removed come back
+    /// as they were when they are added again. False if it could not be done; then nothing changed.
+    fn move_head(&mut self, by: i32) -> bool;
+    /// Cuts `by` bytes off the end. False if it could not be done; then nothing changed.
+    fn trim(&mut self, by: u32) -> bool;
+}
+
+/// The tables. Each look-up returns None if the index is outside its table.
+pub trait Tables: LpmRead {
+    /// What holds for the whole region
+    fn config(&self) -> Option<&Config>;
+    /// A port by its slot
+    fn port(&self, slot: u32) -> Option<&Port>;
+    /// The sub-interfaces of a port
+    fn vlan_table(&self, index: u32) -> Option<&VlanTable>;
+    /// A next hop
+    fn nexthop(&self, index: u32) -> Option<&Nexthop>;
+    /// A next-hop group
+    fn group(&self, index: u32) -> Option<&Group>;
+    /// Counters of a port that only the caller's CPU or worker writes
+    fn stats(&self, slot: u32) -> Option<&PortStats>;
+    /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
+    /// frame is changed does it here.
+    fn transmitter(&self, slot: u32) -> bool;
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// It came in by an interface that is no port: to Linux, untouched and not counted.
+    NotAPort,
+    /// To Linux, untouched, for this reason.
+    Exception(Reason),
+    /// Rewritten, to be sent by the interface in this slot.
+    Forward(u32),
+}
+
+/// Takes one frame that came in by the interface with index `ifindex` along the whole path, and counts it.
+#[inline(always)]
+pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> Verdict {
+    let Some(mut entry) = Entry::find(tables, ifindex) else { return Verdict::NotAPort };
+    match forward(frame, tables, &mut entry) {
+        Ok(device) => Verdict::Forward(device),
+        Err(reason) => {
+            count_exception(tables, entry.slot, reason);
+            Verdict::Exception(reason)
+        }
+    }
+}
+
+#[inline(always)]
+fn forward<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
+    let parsed = parse(frame, tables, entry)?;
+    let hop = route(frame, tables, entry, &parsed)?;
+    rewrite(frame, &parsed, &hop)?;
+    hop.mark_hit();
+    count_forward(tables, entry.slot, &parsed, &hop);
+    Ok(hop.device)
+}

@@ -50,6 +50,9 @@ pub struct Config {
 }
 const _: () = assert!(size_of::<Config>() == 64 + 512);
 
+/// Slots in the table of ports.
+pub const PORT_SLOTS: u32 = 256;
+
 /// Longest chain of slots looked at to find a port by interface index.
 pub const PORT_PROBES: u32 = 4;
 

@@ -3,16 +3,16 @@
 //! where the two differ.
 
 macro_rules! word {
-    ($name:ident, $int:ty, $atomic:ty) => {
+    ($name:ident, $int:ty) => {
         /// One shared word; loads and stores are single accesses and relaxed. Order comes from fences at publication.
         #[repr(transparent)]
         #[derive(Default)]
-        pub struct $name(imp::Cell<$int, $atomic>);
+        pub struct $name(imp::Cell<$int>);
 
         impl $name {
             /// A word that holds `value`.
             pub const fn new(value: $int) -> Self {
-                Self(imp::Cell::<$int, $atomic>::new(value))
+                Self(imp::Cell::<$int>::new(value))
             }
 
             /// The value, read once.
@@ -30,59 +30,58 @@ macro_rules! word {
     };
 }
 
-word!(W32, u32, core::sync::atomic::AtomicU32);
-word!(W64, u64, core::sync::atomic::AtomicU64);
+word!(W32, u32);
+word!(W64, u64);
 
 #[cfg(not(target_arch = "bpf"))]
 mod imp {
-    use core::marker::PhantomData;
     use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+    /// The atomic for an integer.
+    pub trait Int {
+        type Atomic: Default;
+    }
 
     #[repr(transparent)]
     #[derive(Default)]
-    pub struct Cell<I, A>(A, PhantomData<I>);
+    pub struct Cell<I: Int>(I::Atomic);
 
-    impl Cell<u32, AtomicU32> {
-        pub const fn new(value: u32) -> Self {
-            Self(AtomicU32::new(value), PhantomData)
-        }
-        #[inline(always)]
-        pub fn load(&self) -> u32 {
-            self.0.load(Relaxed)
-        }
-        #[inline(always)]
-        pub fn store(&self, value: u32) {
-            self.0.store(value, Relaxed)
-        }
-    }
+    macro_rules! cell {
+        ($int:ty, $atomic:ident) => {
+            impl Int for $int {
+                type Atomic = $atomic;
+            }
 
-    impl Cell<u64, AtomicU64> {
-        pub const fn new(value: u64) -> Self {
-            Self(AtomicU64::new(value), PhantomData)
-        }
-        #[inline(always)]
-        pub fn load(&self) -> u64 {
-            self.0.load(Relaxed)
-        }
-        #[inline(always)]
-        pub fn store(&self, value: u64) {
-            self.0.store(value, Relaxed)
-        }
+            impl Cell<$int> {
+                pub const fn new(value: $int) -> Self {
+                    Self($atomic::new(value))
+                }
+                #[inline(always)]
+                pub fn load(&self) -> $int {
+                    self.0.load(Relaxed)
+                }
+                #[inline(always)]
+                pub fn store(&self, value: $int) {
+                    self.0.store(value, Relaxed)
+                }
+            }
+        };
     }
+    cell!(u32, AtomicU32);
+    cell!(u64, AtomicU64);
 }
 
 #[cfg(target_arch = "bpf")]
 mod imp {
     use core::cell::UnsafeCell;
-    use core::marker::PhantomData;
 
     #[repr(transparent)]
     #[derive(Default)]
-    pub struct Cell<I, A>(UnsafeCell<I>, PhantomData<A>);
+    pub struct Cell<I>(UnsafeCell<I>);
 
-    impl<I: Copy, A> Cell<I, A> {
+    impl<I: Copy> Cell<I> {
         pub const fn new(value: I) -> Self {
-            Self(UnsafeCell::new(value), PhantomData)
+            Self(UnsafeCell::new(value))
         }
         #[inline(always)]
         pub fn load(&self) -> I {
@@ -98,5 +97,5 @@ mod imp {
     }
 
     // SAFETY: a word is only ever accessed as a whole by volatile loads and stores.
-    unsafe impl<I, A> Sync for Cell<I, A> {}
+    unsafe impl<I> Sync for Cell<I> {}
 }

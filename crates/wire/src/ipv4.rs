@@ -23,9 +23,9 @@ view! {
         /// Header checksum, as on the wire
         checksum: native_endian::U16,
         /// Source
-        source: network_endian::U32,
+        source: [u8; 4],
         /// Destination
-        destination: network_endian::U32,
+        destination: [u8; 4],
     }
 }
 

@@ -4,16 +4,6 @@ use crate::{checksum::Sum, view};
 use zerocopy::{byteorder::network_endian, native_endian};
 
 view! {
-    /// An IPv6 address, in two halves.
-    Address {
-        /// First eight bytes
-        hi: network_endian::U64,
-        /// Last eight bytes
-        lo: network_endian::U64,
-    }
-}
-
-view! {
     /// The IPv6 header, 40 bytes.
     Ipv6 {
         /// Version (4 bits), traffic class (8 bits), flow label (20 bits)
@@ -25,9 +15,9 @@ view! {
         /// Hop limit
         hop_limit: u8,
         /// Source
-        source: Address,
+        source: [u8; 16],
         /// Destination
-        destination: Address,
+        destination: [u8; 16],
     }
 }
 
@@ -67,7 +57,7 @@ mod tests {
         let header = Ipv6::ref_from_bytes(&bytes).unwrap();
         assert_eq!((header.version(), header.flow_label()), (6, 0xcdef1));
         assert_eq!((header.payload_len.get(), header.next_header, header.hop_limit), (0x1234, 17, 63));
-        assert_eq!((header.source.hi.get(), header.destination.lo.get()), (0x20 << 56, 7));
+        assert_eq!((header.source[0], header.destination[15]), (0x20, 7));
         assert_eq!(header.address_sum().fold(), 0x2007u16.to_be());
     }
 }

@@ -1,0 +1,137 @@
+//! First stage: the port, the tags, and whether this is an IP packet that a router forwards at all.
+
+use crate::network::Network;
+use crate::{Frame, Tables, partial};
+use towpath_tables::Reason;
+use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, port_flags};
+use towpath_wire::ethernet::{self, Ethernet, Mac, Tag};
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
+
+/// The port that a frame entered by.
+pub struct Entry<'t> {
+    /// Its slot
+    pub slot: u32,
+    /// Its record
+    pub port: &'t Port,
+}
+
+/// What the first stage found out about a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Parsed {
+    /// Address family
+    pub family: Family,
+    /// Where the IP header begins: 14, 18 or 22
+    pub offset: usize,
+    /// Length of the IP packet; the frame may be longer by padding
+    pub packet_len: usize,
+    /// Length of the frame as it arrived
+    pub frame_len: usize,
+}
+
+impl<'t> Entry<'t> {
+    /// The port of the interface with this index, if it has one.
+    #[inline(always)]
+    pub fn find<T: Tables>(tables: &'t T, ifindex: u32) -> Option<Self> {
+        for probe in 0..PORT_PROBES {
+            let slot = ifindex.wrapping_add(probe) % PORT_SLOTS;
+            let port = tables.port(slot)?;
+            if port.ifindex.load() == ifindex {
+                return Some(Self { slot, port });
+            }
+        }
+        None
+    }
+
+    /// Goes on to the VLAN sub-interface that a tag names.
+    #[inline(always)]
+    fn descend<T: Tables>(&mut self, tables: &'t T, protocol: u16, id: u16) -> Result<(), Reason> {
+        let table = match self.port.vlans.load() {
+            NO_VLANS => return Err(Reason::UnsupportedEncap),
+            index => tables.vlan_table(index).ok_or(Reason::Internal)?,
+        };
+        // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
+        let pair = table.slots.get(usize::from(id / 2)).ok_or(Reason::Internal)?.load();
+        let slot = (if id % 2 == 0 { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
+        let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
+        let port = tables.port(slot).ok_or(Reason::Internal)?;
+        if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
+            return Err(Reason::UnsupportedEncap);
+        }
+        *self = Self { slot, port };
+        self.ready()
+    }
+
+    #[inline(always)]
+    fn ready(&self) -> Result<(), Reason> {
+        self.has(port_flags::PRESENT | port_flags::READY)
+    }
+
+    #[inline(always)]
+    fn has(&self, flags: u32) -> Result<(), Reason> {
+        if self.port.flags.load() & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
+    }
+
+    #[inline(always)]
+    fn owns(&self, mac: &Mac) -> bool {
+        self.port.mac_hi.load() == mac.hi.get() && self.port.mac_lo.load() == u32::from(mac.lo.get())
+    }
+}
+
+/// Reads the frame's headers and leaves in `entry` the port that they belong to.
+#[inline(always)]
+pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Reason> {
+    entry.ready()?;
+    let ethernet = frame.get::<Ethernet>(0).ok_or(Reason::Truncated)?;
+    if ethernet.destination.is_group() {
+        return Err(Reason::L2Multicast);
+    }
+    let mut offset = size_of::<Ethernet>();
+    let mut ethertype = ethernet.ethertype.get();
+    for _ in 0..2 {
+        if !matches!(ethertype, ethernet::VLAN | ethernet::SERVICE_VLAN) {
+            break;
+        }
+        let tag = frame.get::<Tag>(offset).ok_or(Reason::Truncated)?;
+        entry.descend(tables, ethertype, tag.id())?;
+        ethertype = tag.ethertype.get();
+        offset += size_of::<Tag>();
+    }
+    if !entry.owns(&ethernet.destination) {
+        return Err(Reason::NotForUs);
+    }
+    let config = tables.config().ok_or(Reason::Internal)?;
+    match ethertype {
+        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset),
+        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset),
+        _ => Err(Reason::UnsupportedEncap),
+    }
+}
+
+#[inline(always)]
+fn parse_packet<N: Network, F: Frame>(
+    frame: &F, config: &Config, entry: &Entry, offset: usize,
+) -> Result<Parsed, Reason> {
+    entry.has(N::FORWARDING)?;
+    policy(config.policy[N::FAMILY as usize].load())?;
+    policy(entry.port.ingress_policy[N::FAMILY as usize].load())?;
+    let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
+    let frame_len = frame.total_len();
+    let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
+    let flags = entry.port.flags.load();
+    header.check_scopes(flags)?;
+    if flags & port_flags::PARTIAL_CSUM != 0 {
+        partial::check(frame, header, offset, packet_len)?;
+    }
+    Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len })
+}
+
+/// A policy word: 0, or 1 + the reason for which packets are exceptions.
+#[inline(always)]
+fn policy(word: u32) -> Result<(), Reason> {
+    match word {
+        0 => Ok(()),
+        word => Err(Reason::from_index((word - 1) as u8).unwrap_or(Reason::Internal)),
+    }
+}
+

@@ -1,0 +1,53 @@
+//! Recognises packets whose transport checksum a local sender left to the device (CHECKSUM_PARTIAL). Over veth and
+//! TAP they arrive so, and what says how to complete them is not in the frame: only Linux can pass them on.
+//!
+//! The sender has put the folded sum of the pseudo header, not complemented, where the checksum belongs (6.1,
+//! net/ipv4/{tcp_ipv4,udp}.c: `~tcp_v4_check`, `~csum_tcpudp_magic`); with segmentation offload too, over the whole
+//! length. SCTP leaves zero (net/sctp/output.c). A right checksum looks like this once in 65536 packets, which then
+//! only takes the slow way. Linux completes checksums before it fragments or encrypts, so fragments and ESP are
+//! complete.
+
+use crate::Frame;
+use crate::network::{Network, Part};
+use towpath_tables::Reason;
+use towpath_wire::transport::{Sctp, Tcp, Udp, protocol};
+
+/// UDP ports of encapsulations that can carry a partial checksum inside while their own is complete or absent:
+/// L2TP, GTP-U, VXLAN (IANA's and Linux's old one), VXLAN-GPE, Geneve.
+const ENCAPSULATIONS: [u16; 6] = [1701, 2152, 4789, 8472, 4790, 6081];
+
+/// Fails with `PartialChecksum` unless the packet's transport checksum is certainly complete.
+#[inline(always)]
+pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<(), Reason> {
+    if header.part() == Part::Later {
+        return Ok(());
+    }
+    let place = offset + size_of::<N>();
+    let len = packet_len - size_of::<N>();
+    let complete = match header.protocol() {
+        protocol::TCP if len >= size_of::<Tcp>() => {
+            let tcp = frame.get::<Tcp>(place).ok_or(Reason::Truncated)?;
+            tcp.checksum.get() != seed(header, len)
+        }
+        protocol::UDP if len >= size_of::<Udp>() => {
+            let udp = frame.get::<Udp>(place).ok_or(Reason::Truncated)?;
+            let checksum = udp.checksum.get();
+            checksum != 0 && checksum != seed(header, len) && !ENCAPSULATIONS.contains(&udp.ports.destination.get())
+        }
+        protocol::SCTP if len >= size_of::<Sctp>() => {
+            frame.get::<Sctp>(place).ok_or(Reason::Truncated)?.checksum.get() != 0
+        }
+        // Too short to have a checksum
+        protocol::TCP | protocol::UDP | protocol::SCTP => true,
+        protocol::ICMP | protocol::ICMPV6 | protocol::ESP | protocol::OSPF | protocol::NO_NEXT => true,
+        // Tunnels and extension headers: what is inside may be partial
+        _ => false,
+    };
+    if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
+}
+
+/// What a sender leaves in the checksum field.
+#[inline(always)]
+fn seed<N: Network>(header: &N, len: usize) -> u16 {
+    header.address_sum().number(header.protocol().into()).number(len as u16).fold()
+}

@@ -1,0 +1,111 @@
+//! Second stage: is the source acceptable, where does the packet go, and may it.
+
+use crate::network::Network;
+use crate::{Entry, Frame, Parsed, Tables, hash};
+use towpath_tables::lpm::Kind;
+use towpath_tables::order;
+use towpath_tables::record::{Family, Nexthop, NexthopKind};
+use towpath_tables::Reason;
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
+
+/// A next hop as it was when it was read, whole.
+pub struct Hop<'t> {
+    /// The record, for its hit flag
+    record: &'t Nexthop,
+    state: u32,
+    /// Slot of the port that the packet leaves by
+    pub port: u32,
+    /// Slot of the interface that transmits it
+    pub device: u32,
+    mtu: u32,
+    /// MAC addresses and tags
+    pub l2: [u64; 3],
+}
+
+impl<'t> Hop<'t> {
+    #[inline(always)]
+    fn read(record: &'t Nexthop) -> Option<Self> {
+        order::consistent(&record.sequence, || Self {
+            record,
+            state: record.state.load(),
+            port: record.port.load(),
+            device: record.device.load(),
+            mtu: record.mtu.load(),
+            l2: [record.l2[0].load(), record.l2[1].load(), record.l2[2].load()],
+        })
+    }
+
+    /// Number of VLAN tags in `l2`
+    #[inline(always)]
+    pub fn tags(&self) -> u32 {
+        self.state >> 16 & 0xff
+    }
+
+    /// Ok if packets may be sent to it.
+    #[inline(always)]
+    fn check(&self) -> Result<(), Reason> {
+        const FORWARD: u32 = NexthopKind::Forward as u32;
+        const EXCEPTION: u32 = NexthopKind::Exception as u32;
+        match self.state & 0xff {
+            FORWARD => Ok(()),
+            EXCEPTION => Err(Reason::from_index((self.state >> 8) as u8).unwrap_or(Reason::Internal)),
+            _ => Err(Reason::Internal),
+        }
+    }
+
+    /// Sets the hit flag; the line is only written if that changes something.
+    #[inline(always)]
+    pub fn mark_hit(&self) {
+        if self.record.hit.load() == 0 {
+            self.record.hit.store(1);
+        }
+    }
+}
+
+/// Finds the next hop and checks that Linux would forward the packet there without a word.
+#[inline(always)]
+pub fn route<'t, F: Frame, T: Tables>(
+    frame: &F, tables: &'t T, entry: &Entry, parsed: &Parsed,
+) -> Result<Hop<'t>, Reason> {
+    match parsed.family {
+        Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed),
+        Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed),
+    }
+}
+
+#[inline(always)]
+fn route_packet<'t, N: Network, F: Frame, T: Tables>(
+    frame: &F, tables: &'t T, entry: &Entry, parsed: &Parsed,
+) -> Result<Hop<'t>, Reason> {
+    let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
+    let root = entry.port.root[N::FAMILY as usize].load();
+    let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
+    let index = match word.kind() {
+        Kind::Nexthop(index) => index,
+        Kind::Group(index) => {
+            let config = tables.config().ok_or(Reason::Internal)?;
+            let bucket = hash::bucket(frame, config, header, parsed)?;
+            let group = tables.group(index).ok_or(Reason::Internal)?;
+            group.buckets.get(bucket).ok_or(Reason::Internal)?.load()
+        }
+        Kind::None => return Err(Reason::NoRoute),
+        Kind::Node(_) => return Err(Reason::Internal),
+    };
+    let hop = Hop::read(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
+    hop.check()?;
+    header.check_source(tables, entry)?;
+    if header.hops_left() <= 1 {
+        return Err(Reason::TtlExpired);
+    }
+    if hop.port == entry.slot && N::redirects(entry.port.flags.load()) {
+        return Err(Reason::Redirect);
+    }
+    if parsed.packet_len > hop.mtu as usize {
+        return Err(Reason::MtuExceeded);
+    }
+    if !tables.transmitter(hop.device) {
+        return Err(Reason::EgressNotServed);
+    }
+    Ok(hop)
+}

@@ -1,0 +1,97 @@
+//! Whether Linux accepts an IPv4 source on a port (6.1, net/ipv4/fib_frontend.c, fib_validate_source).
+
+use crate::{Tables, ingress::Entry};
+use towpath_tables::filter::local_filter_bit;
+use towpath_tables::lpm::{self, Kind, Word};
+use towpath_tables::order;
+use towpath_tables::record::{GROUP_BUCKETS, Nexthop, NexthopKind, port_flags};
+use towpath_tables::{Reason, record::Family};
+
+/// Buckets of a group that are looked at for the port: members with a smaller share may be missed, and their packets
+/// take the slow way.
+const SAMPLES: usize = 16;
+
+#[inline(always)]
+pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<(), Reason> {
+    let filtered = entry.port.flags.load() & (port_flags::RP_STRICT | port_flags::RP_LOOSE) != 0;
+    if !filtered && !may_be_ours(tables, source)? {
+        return Ok(());
+    }
+    let root = entry.port.root[Family::V4 as usize].load();
+    let word = lpm::lookup(tables, root, &source).map_err(|_| Reason::Internal)?;
+    check_route(tables, entry, word, filtered)
+}
+
+/// The filter has no false negatives: false proves that the address is not one of this host's.
+#[inline(always)]
+fn may_be_ours<T: Tables>(tables: &T, source: [u8; 4]) -> Result<bool, Reason> {
+    let bit = local_filter_bit(source);
+    let config = tables.config().ok_or(Reason::Internal)?;
+    let word = config.local_filter.get((bit / 64) as usize).ok_or(Reason::Internal)?;
+    Ok(word.load() >> (bit % 64) & 1 != 0)
+}
+
+/// Judges the route back to the source.
+#[inline(always)]
+fn check_route<T: Tables>(tables: &T, entry: &Entry, word: Word, filtered: bool) -> Result<(), Reason> {
+    let strict = entry.port.flags.load() & port_flags::RP_STRICT != 0;
+    match word.kind() {
+        Kind::Nexthop(index) => match way_back(tables, index)? {
+            Way::Ours => Err(Reason::MartianSource),
+            _ if !filtered => Ok(()),
+            Way::Unicast(port) if !strict || port == entry.slot => Ok(()),
+            _ => Err(Reason::RpFilter),
+        },
+        Kind::Group(_) if !filtered => Ok(()),
+        Kind::Group(_) if !strict => Ok(()),
+        Kind::Group(index) => any_member(tables, entry, index),
+        Kind::None if filtered => Err(Reason::RpFilter),
+        Kind::None => Ok(()),
+        Kind::Node(_) => Err(Reason::Internal),
+    }
+}
+
+/// A route with several next hops accepts a source if one of them is the port (fib_info_nh_uses_dev).
+#[inline(always)]
+fn any_member<T: Tables>(tables: &T, entry: &Entry, index: u32) -> Result<(), Reason> {
+    let group = tables.group(index).ok_or(Reason::Internal)?;
+    for sample in 0..SAMPLES {
+        let bucket = group.buckets.get(sample * (GROUP_BUCKETS / SAMPLES)).ok_or(Reason::Internal)?;
+        if let Way::Unicast(port) = way_back(tables, bucket.load())? && port == entry.slot {
+            return Ok(());
+        }
+    }
+    Err(Reason::RpFilter)
+}
+
+/// What a next hop says about a source that it leads back to.
+enum Way {
+    /// The address is this host's
+    Ours,
+    /// Linux has a unicast route by the port in this slot
+    Unicast(u32),
+    /// Anything else
+    Other,
+}
+
+#[inline(always)]
+fn way_back<T: Tables>(tables: &T, index: u32) -> Result<Way, Reason> {
+    let hop = tables.nexthop(index).ok_or(Reason::Internal)?;
+    let (state, port) = read(hop).ok_or(Reason::TableBusy)?;
+    if state & 0xff == NexthopKind::Forward as u32 {
+        return Ok(Way::Unicast(port));
+    }
+    Ok(match Reason::from_index((state >> 8) as u8) {
+        Some(Reason::LocalDestination) => Way::Ours,
+        // A unicast route by a served port whose neighbour is not known, or that a policy keeps from the fast path
+        Some(Reason::NoNeighbour | Reason::PolicyTc | Reason::PolicyCapture) => Way::Unicast(port),
+        // A unicast route by some other interface, which has no slot
+        Some(Reason::EgressNotServed) => Way::Unicast(u32::MAX),
+        _ => Way::Other,
+    })
+}
+
+#[inline(always)]
+fn read(hop: &Nexthop) -> Option<(u32, u32)> {
+    order::consistent(&hop.sequence, || (hop.state.load(), hop.port.load()))
+}

@@ -1,0 +1,33 @@
+//! Counters. Each is written by one CPU only, so a load and a store are enough.
+
+use crate::{Hop, Parsed, Tables};
+use towpath_tables::Reason;
+use towpath_tables::word::W64;
+
+/// Counts an exception of a packet that entered by the port in `slot`.
+#[inline(always)]
+pub fn count_exception<T: Tables>(tables: &T, slot: u32, reason: Reason) {
+    if let Some(stats) = tables.stats(slot)
+        && let Some(counter) = stats.exceptions.get(reason as usize)
+    {
+        add(counter, 1);
+    }
+}
+
+/// Counts a forwarded packet on the port that it entered by and on the one that it leaves by.
+#[inline(always)]
+pub fn count_forward<T: Tables>(tables: &T, slot: u32, parsed: &Parsed, hop: &Hop) {
+    if let Some(stats) = tables.stats(slot) {
+        add(&stats.rx_packets, 1);
+        add(&stats.rx_bytes, parsed.frame_len as u64);
+    }
+    if let Some(stats) = tables.stats(hop.port) {
+        add(&stats.tx_packets, 1);
+        add(&stats.tx_bytes, (hop.link_len() + parsed.packet_len) as u64);
+    }
+}
+
+#[inline(always)]
+fn add(counter: &W64, amount: u64) {
+    counter.store(counter.load().wrapping_add(amount));
+}
