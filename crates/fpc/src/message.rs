@@ -8,6 +8,7 @@ use towpath_tables::{Reason, record::Family};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Message {
     /// A full description of some object classes begins: what is not mentioned before the matching end is gone.
+    /// Changes may come in between and count as mentions. A second begin without an end starts the description over.
     SnapshotBegin(Snapshot),
     /// The snapshot is complete: sweep what it did not mention.
     SnapshotEnd(Snapshot),

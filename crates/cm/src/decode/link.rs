@@ -1,0 +1,156 @@
+//! RTM_NEWLINK, RTM_DELLINK (include/uapi/linux/if_link.h).
+
+use super::{attrs, fixed, int16, int32, split};
+use crate::error::CmError;
+use towpath_fpc::PortKind;
+
+const WHAT: &str = "link message";
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_OPERSTATE: u16 = 16;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_PROMISCUITY: u16 = 30;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_VLAN_ID: u16 = 1;
+const IFLA_VLAN_FLAGS: u16 = 2;
+const IFLA_VLAN_EGRESS_QOS: u16 = 3;
+const IFLA_VLAN_PROTOCOL: u16 = 5;
+/// VLAN_FLAG_REORDER_HDR, what a VLAN has unless it was told otherwise
+const VLAN_DEFAULT_FLAGS: u32 = 1;
+
+const ARPHRD_ETHER: u16 = 1;
+const ARPHRD_LOOPBACK: u16 = 772;
+const IF_OPER_UNKNOWN: u8 = 0;
+const IF_OPER_UP: u8 = 6;
+
+/// An interface as one message describes it; settings of families come from elsewhere.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Interface index
+    pub ifindex: u32,
+    /// Name
+    pub name: String,
+    /// Link-layer address of six bytes
+    pub mac: Option<[u8; 6]>,
+    /// MTU in bytes
+    pub mtu: u32,
+    /// What it is
+    pub kind: PortKind,
+    /// IFF_UP
+    pub up: bool,
+    /// IFF_LOWER_UP and operational state up (or unknown: the driver does not say)
+    pub carrier: bool,
+    /// Index of the master or 0
+    pub master: u32,
+    /// Promiscuity count above 0
+    pub promiscuous: bool,
+    /// A setting of the link that the fast path does not repeat
+    pub unsupported: Option<String>,
+}
+
+#[derive(Default)]
+struct Info<'a> {
+    kind: &'a [u8],
+    vlan_id: Option<u16>,
+    vlan_protocol: Option<u16>,
+    unsupported: Option<String>,
+}
+
+/// The link in a message; None if it speaks of a bridge port or of a family's view of a link.
+pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
+    let (header, rest) = split::<16>(WHAT, payload)?;
+    let [family, _, t0, t1, i0, i1, i2, i3, f0, f1, f2, f3, ..] = *header;
+    if i32::from(family) != libc::AF_UNSPEC {
+        return Ok(None);
+    }
+    let device_type = u16::from_ne_bytes([t0, t1]);
+    let flags = i32::from_ne_bytes([f0, f1, f2, f3]);
+    let (mut name, mut mac, mut mtu, mut master, mut lower) = (String::new(), None, 0, 0, None);
+    let (mut operstate, mut promiscuity, mut foreign_lower) = (IF_OPER_UNKNOWN, 0, false);
+    let mut info = Info::default();
+    for attr in attrs(WHAT, rest) {
+        let (kind, value) = attr?;
+        match kind {
+            IFLA_IFNAME => name = String::from_utf8_lossy(text(value)).into_owned(),
+            IFLA_ADDRESS => mac = value.try_into().ok(),
+            IFLA_MTU => mtu = int32(WHAT, value)?,
+            IFLA_LINK => lower = Some(int32(WHAT, value)?),
+            IFLA_MASTER => master = int32(WHAT, value)?,
+            IFLA_OPERSTATE => operstate = u8::from_ne_bytes(fixed(WHAT, value)?),
+            IFLA_PROMISCUITY => promiscuity = int32(WHAT, value)?,
+            IFLA_LINK_NETNSID => foreign_lower = true,
+            IFLA_LINKINFO => info = link_info(value)?,
+            _ => {}
+        }
+    }
+    let kind = match (device_type, info.kind) {
+        (ARPHRD_LOOPBACK, _) => PortKind::Loopback,
+        (ARPHRD_ETHER, b"") => PortKind::Ethernet,
+        (ARPHRD_ETHER, b"veth" | b"tun") => PortKind::Virtual,
+        (ARPHRD_ETHER, b"vlan") => match (lower, info.vlan_protocol, info.vlan_id) {
+            (Some(lower), Some(protocol), Some(id)) if !foreign_lower => PortKind::Vlan { lower, protocol, id },
+            _ => PortKind::Other,
+        },
+        _ => PortKind::Other,
+    };
+    Ok(Some(Link {
+        ifindex: u32::from_ne_bytes([i0, i1, i2, i3]),
+        name,
+        mac,
+        mtu,
+        kind,
+        up: flags & libc::IFF_UP != 0,
+        carrier: flags & libc::IFF_LOWER_UP != 0 && matches!(operstate, IF_OPER_UNKNOWN | IF_OPER_UP),
+        master,
+        promiscuous: promiscuity > 0,
+        unsupported: info.unsupported,
+    }))
+}
+
+fn link_info(bytes: &[u8]) -> Result<Info<'_>, CmError> {
+    let mut info = Info::default();
+    let mut data: &[u8] = &[];
+    for attr in attrs(WHAT, bytes) {
+        match attr? {
+            (IFLA_INFO_KIND, value) => info.kind = text(value),
+            (IFLA_INFO_DATA, value) => data = value,
+            _ => {}
+        }
+    }
+    if info.kind == b"vlan" {
+        vlan_info(data, &mut info)?;
+    }
+    Ok(info)
+}
+
+fn vlan_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
+    for attr in attrs(WHAT, bytes) {
+        match attr? {
+            (IFLA_VLAN_ID, value) => info.vlan_id = Some(int16(WHAT, value)?),
+            (IFLA_VLAN_PROTOCOL, value) => info.vlan_protocol = Some(u16::from_be(int16(WHAT, value)?)),
+            // struct ifla_vlan_flags: flags, mask
+            (IFLA_VLAN_FLAGS, value) => {
+                let (flags, _) = split::<4>(WHAT, value)?;
+                let flags = u32::from_ne_bytes(*flags);
+                if flags != VLAN_DEFAULT_FLAGS {
+                    info.unsupported = Some(format!("VLAN flags {flags:#x}"));
+                }
+            }
+            (IFLA_VLAN_EGRESS_QOS, value) if !value.is_empty() => {
+                info.unsupported = Some("VLAN egress-qos-map".to_owned());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A string attribute without its terminating zero.
+fn text(value: &[u8]) -> &[u8] {
+    value.split(|byte| *byte == 0).next().unwrap_or_default()
+}

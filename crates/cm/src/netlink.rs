@@ -1,0 +1,251 @@
+//! Rtnetlink sockets: one that listens to notifications, one that asks for dumps.
+
+use crate::decode::{attrs, family_number, rtm};
+use crate::error::CmError;
+use netlink_packet_core::NetlinkBuffer;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use towpath_tables::record::Family;
+
+/// `nlmsg_type` of an error or acknowledgement (include/uapi/linux/netlink.h).
+pub const NLMSG_ERROR: u16 = 2;
+/// `nlmsg_type` of the last message of a dump.
+pub const NLMSG_DONE: u16 = 3;
+/// The dump was not consistent.
+pub const NLM_F_DUMP_INTR: u16 = 0x10;
+/// The object replaces another.
+pub const NLM_F_REPLACE: u16 = 0x100;
+/// Of a notification: the object is the only one under its key.
+pub const NLM_F_EXCL: u16 = 0x200;
+const NLM_F_REQUEST_DUMP: u16 = 0x301;
+const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
+/// Multicast groups (RTNLGRP_*): link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf,
+/// nexthop.
+const GROUPS: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
+
+/// The kernel sends at most 32 KiB at once in dumps; single notifications can be larger (SR-IOV, wide groups).
+const BUFFER: usize = 256 * 1024;
+
+/// What reading a socket gave.
+pub enum Received {
+    /// So many bytes of messages
+    Bytes(usize),
+    /// Nothing is there
+    Empty,
+    /// The kernel had to drop messages
+    Overrun,
+}
+
+/// A rtnetlink socket.
+pub struct Rtnetlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Rtnetlink {
+    /// A socket that gets notifications of every class CM follows, with a receive buffer of (twice) this size.
+    pub fn listener(receive_buffer: usize) -> Result<Self, CmError> {
+        let listener = Self::open()?;
+        listener.set_receive_buffer(receive_buffer)?;
+        for group in GROUPS {
+            let joined = listener.socket.add_membership(group);
+            joined.map_err(|e| CmError::io(format!("subscribing to rtnetlink group {group}"), e))?;
+        }
+        Ok(listener)
+    }
+
+    /// A socket for dumps.
+    pub fn requester() -> Result<Self, CmError> {
+        let requester = Self::open()?;
+        let set = |what: &str, result: io::Result<()>| result.map_err(|e| CmError::io(what, e));
+        set("NETLINK_GET_STRICT_CHK", requester.socket.set_netlink_get_strict_chk(true))?;
+        set("NETLINK_EXT_ACK", requester.socket.set_ext_ack(true))?;
+        set("NETLINK_CAP_ACK", requester.socket.set_cap_ack(true))?;
+        Ok(requester)
+    }
+
+    fn open() -> Result<Self, CmError> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind_auto()?;
+            socket.set_non_blocking(true)?;
+            Ok(socket)
+        };
+        open().map(|socket| Self { socket, sequence: 0 }).map_err(|e| CmError::io("opening a rtnetlink socket", e))
+    }
+
+    /// Sets the receive buffer beyond the administrator's limit if CM may do so, within it otherwise.
+    fn set_receive_buffer(&self, bytes: usize) -> Result<(), CmError> {
+        let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX / 2);
+        // SAFETY: the pointer and length describe `value`, which lives across the call.
+        let rc = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVBUFFORCE,
+                (&raw const value).cast(),
+                size_of_val(&value) as libc::socklen_t,
+            )
+        };
+        if rc == 0 {
+            return Ok(());
+        }
+        self.socket.set_rx_buf_sz(value).map_err(|e| CmError::io("setting a rtnetlink receive buffer", e))
+    }
+
+    /// A buffer large enough for `receive`.
+    pub fn buffer() -> Vec<u8> {
+        vec![0; BUFFER]
+    }
+
+    /// Reads what the kernel sent at once, without waiting.
+    pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, CmError> {
+        let size = buffer.len();
+        let mut slice = buffer;
+        match self.socket.recv(&mut slice, libc::MSG_TRUNC) {
+            Ok(len) if len > size => Ok(Received::Overrun),
+            Ok(len) => Ok(Received::Bytes(len)),
+            Err(e) => match e.raw_os_error() {
+                Some(libc::EAGAIN) => Ok(Received::Empty),
+                Some(libc::ENOBUFS) => Ok(Received::Overrun),
+                Some(libc::EINTR) => Ok(Received::Bytes(0)),
+                _ => Err(CmError::io("reading a rtnetlink socket", e)),
+            },
+        }
+    }
+
+    /// Asks for a dump; its messages will carry the sequence number given back.
+    pub fn dump(&mut self, request: Request) -> Result<u32, CmError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let payload = request.payload();
+        let mut bytes = Vec::with_capacity(16 + payload.len());
+        bytes.extend((16 + payload.len() as u32).to_ne_bytes());
+        bytes.extend(request.message_type().to_ne_bytes());
+        bytes.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+        bytes.extend(self.sequence.to_ne_bytes());
+        bytes.extend(0u32.to_ne_bytes());
+        bytes.extend(payload);
+        let sent = self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0);
+        sent.map_err(|e| CmError::io(format!("asking for a {request:?} dump"), e))?;
+        Ok(self.sequence)
+    }
+}
+
+impl AsFd for Rtnetlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// A dump that CM can ask for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// Interfaces
+    Links,
+    /// Addresses
+    Addresses(Family),
+    /// Neighbours
+    Neighbours(Family),
+    /// Routes of one table
+    Routes(Family, u8),
+    /// Nexthop objects
+    Nexthops,
+    /// Settings per interface
+    Netconf(Family),
+}
+
+impl Request {
+    fn message_type(self) -> u16 {
+        match self {
+            Request::Links => rtm::GETLINK,
+            Request::Addresses(_) => rtm::GETADDR,
+            Request::Neighbours(_) => rtm::GETNEIGH,
+            Request::Routes(..) => rtm::GETROUTE,
+            Request::Nexthops => rtm::GETNEXTHOP,
+            Request::Netconf(_) => rtm::GETNETCONF,
+        }
+    }
+
+    /// The fixed header of the request: family first, then zero but for the table and (links) a filter attribute.
+    fn payload(self) -> Vec<u8> {
+        const IFLA_EXT_MASK: u16 = 29;
+        const RTEXT_FILTER_SKIP_STATS: u32 = 8;
+        let header = |family: u8, len: usize| {
+            let mut header = vec![0; len];
+            header[0] = family;
+            header
+        };
+        match self {
+            Request::Links => {
+                let mut payload = header(0, 16);
+                payload.extend(8u16.to_ne_bytes());
+                payload.extend(IFLA_EXT_MASK.to_ne_bytes());
+                payload.extend(RTEXT_FILTER_SKIP_STATS.to_ne_bytes());
+                payload
+            }
+            Request::Addresses(family) => header(family_number(family), 8),
+            Request::Neighbours(family) => header(family_number(family), 12),
+            Request::Routes(family, table) => {
+                let mut payload = header(family_number(family), 12);
+                payload[4] = table;
+                payload
+            }
+            Request::Nexthops => header(0, 8),
+            Request::Netconf(family) => header(family_number(family), 4),
+        }
+    }
+}
+
+/// One netlink message.
+pub struct Incoming<'a> {
+    /// `nlmsg_type`
+    pub kind: u16,
+    /// `nlmsg_flags`
+    pub flags: u16,
+    /// `nlmsg_seq`
+    pub sequence: u32,
+    /// What follows the header
+    pub payload: &'a [u8],
+}
+
+/// The messages in what was received at once.
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Result<Incoming<'_>, CmError>> {
+    std::iter::from_fn(move || {
+        if bytes.is_empty() {
+            return None;
+        }
+        let message = match NetlinkBuffer::new_checked(bytes) {
+            Ok(message) => message,
+            Err(e) => {
+                bytes = &[];
+                return Some(Err(CmError::decode("netlink message", e)));
+            }
+        };
+        let len = message.length() as usize;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some(Ok(Incoming {
+            kind: message.message_type(),
+            flags: message.flags(),
+            sequence: message.sequence_number(),
+            payload: message.payload(),
+        }))
+    })
+}
+
+/// The error in the payload of NLMSG_ERROR or NLMSG_DONE, with the kernel's own words; None if it says success.
+pub fn failure(what: impl Into<String>, message: &Incoming<'_>) -> Option<CmError> {
+    let code = message.payload.first_chunk::<4>().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
+    if code >= 0 {
+        return None;
+    }
+    // An error repeats the request's header (only that, because of NETLINK_CAP_ACK) before its attributes.
+    let skip = if message.kind == NLMSG_ERROR { 20 } else { 4 };
+    let words = message.payload.get(skip..).filter(|_| message.flags & NLM_F_ACK_TLVS != 0).and_then(|bytes| {
+        attrs("extended acknowledgement", bytes).flatten().find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG)
+    });
+    let ext = words.map(|(_, text)| String::from_utf8_lossy(text).trim_end_matches('\0').to_owned());
+    Some(CmError::Kernel { what: what.into(), source: io::Error::from_raw_os_error(-code), ext })
+}
