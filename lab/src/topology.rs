@@ -48,11 +48,15 @@ impl Lab {
         let peer = ["type", "veth", "peer", "name", b.1, "netns", b.0.netns()];
         a.0.run(["ip", "link", "add", "name", a.1].iter().chain(&peer))?;
         for (node, port) in [a, b] {
+            node.run(["ip", "link", "set", port, "up"])?;
+        }
+        for (node, port) in [a, b] {
             // gro on: frames redirected by XDP into one end arrive only where the other end polls (NAPI).
             // tx off: a sender would leave transport checksums partial, which no real link carries.
             // txvlan off: tags would travel beside the frame, where an XDP program does not see them.
+            // Not before both are up: a veth that is down does not tell its peer (drivers/net/veth.c, 6.18), which then
+            // does not count as able to transmit redirected frames.
             node.run(["ethtool", "-K", port, "gro", "on", "tx", "off", "txvlan", "off"])?;
-            node.run(["ip", "link", "set", port, "up"])?;
         }
         for (node, port) in [a, b] {
             let what = format!("{port} of node {} to be up", node.name());
