@@ -12,6 +12,8 @@ pub mod filter;
 pub mod layout;
 pub mod lpm;
 #[cfg(feature = "std")]
+pub mod mix;
+#[cfg(feature = "std")]
 pub mod nexthop;
 pub mod order;
 #[cfg(feature = "std")]

@@ -233,8 +233,8 @@ mod tests {
                 runs.give(base, words);
             }
             prop_assert_eq!(runs.used_words(), 0);
-            for _ in 0..2 * ENTRIES_PER_PAGE / 256 {
-                prop_assert!(runs.take(256, 2).is_some());
+            for _ in 0..2 * ENTRIES_PER_PAGE / RUN_UNIT as usize {
+                prop_assert!(runs.take(RUN_UNIT, 2).is_some());
             }
             prop_assert!(runs.take(1, 2).is_none());
         }
