@@ -1,8 +1,125 @@
-//! Watchers for everything in Linux that the fast path does not repeat.
+//! Watchers for everything in Linux that the fast path does not repeat: while such a setting stands, the packets that
+//! it may touch are Linux's.
+//!
+//! Where it cannot be told cheaply what a setting does, it is taken to touch more rather than less. Where the kernel
+//! announces changes, the announcement only wakes the watcher, which then reads the whole state again; where it does
+//! not, the state is read every `POLL`.
 
-use crate::{error::CmError, watch::Watcher};
+mod bpf;
+mod capture;
+pub mod netfilter;
+mod nftables;
+mod nl;
+mod rules;
+pub mod sysctl;
+mod tc;
+mod xfrm;
+mod xtables;
 
-/// All watchers, made in the calling thread's network namespace.
+use crate::error::CmError;
+use crate::watch::{PortIndex, Watcher};
+use std::time::Duration;
+use towpath_fpc::{Policy, PolicySource, Port, PortKind, Scope};
+use towpath_tables::Reason;
+use towpath_tables::record::Family;
+
+pub use capture::Capture;
+pub use nftables::Nftables;
+pub use rules::Rules;
+pub use sysctl::Sysctl;
+pub use tc::Tc;
+pub use xfrm::Xfrm;
+pub use xtables::Xtables;
+
+/// How often state without announcements is read.
+pub const POLL: Duration = Duration::from_millis(40);
+
+/// Both families.
+pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// All watchers, made in the calling thread's network namespace, which they go on watching wherever they are used.
 pub fn watchers() -> Result<Vec<Box<dyn Watcher>>, CmError> {
-    Ok(Vec::new())
+    Ok(vec![
+        Box::new(Nftables::new()?),
+        Box::new(Xtables::new()?),
+        Box::new(Xfrm::new()?),
+        Box::new(Rules::new()?),
+        Box::new(Tc::new()?),
+        Box::new(Capture::new()?),
+        Box::new(Sysctl::new()?),
+    ])
+}
+
+/// Something that stands in the way, before it is known whose it is.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Finding {
+    scope: Scope,
+    reason: Reason,
+    detail: String,
+}
+
+impl Finding {
+    fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
+        Self { scope, reason, detail: detail.into() }
+    }
+
+    fn family(family: Family, reason: Reason, detail: impl Into<String>) -> Self {
+        Self::new(Scope::Family(family), reason, detail)
+    }
+}
+
+/// The set told last, so that an unchanged one is not told again.
+pub(crate) struct Told {
+    source: PolicySource,
+    last: Option<Vec<Policy>>,
+}
+
+impl Told {
+    fn new(source: PolicySource) -> Self {
+        Self { source, last: None }
+    }
+
+    /// The findings as the full set of policies, or None if that is what was told last.
+    fn tell(&mut self, findings: impl IntoIterator<Item = Finding>) -> Option<Vec<Policy>> {
+        let source = self.source;
+        let mut policies: Vec<_> = findings
+            .into_iter()
+            .map(|Finding { scope, reason, detail }| Policy { source, scope, reason, detail })
+            .collect();
+        policies.sort_unstable();
+        policies.dedup();
+        if self.last.as_ref() == Some(&policies) {
+            return None;
+        }
+        self.last = Some(policies.clone());
+        Some(policies)
+    }
+
+    /// What was told counts no longer (after an error): the next set is told whatever it is.
+    fn forget(&mut self) {
+        self.last = None;
+    }
+}
+
+/// Whether the interface can be a port at all; others need not be looked at.
+pub(crate) fn can_be_port(port: &Port) -> bool {
+    port.master == 0 && matches!(port.kind, PortKind::Ethernet | PortKind::Virtual | PortKind::Vlan { .. })
+}
+
+/// The interfaces that can be ports.
+pub(crate) fn candidates(ports: &PortIndex) -> impl Iterator<Item = &Port> {
+    ports.iter().filter(|port| can_be_port(port))
+}
+
+/// "IPv4" or "IPv6".
+pub(crate) fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+/// "1 rule", "2 rules".
+pub(crate) fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }

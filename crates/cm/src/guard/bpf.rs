@@ -1,0 +1,156 @@
+//! The little of bpf(2) that the watchers ask: links in netfilter's hooks, and programs attached by tcx.
+
+use crate::error::CmError;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const PROG_QUERY: libc::c_long = 16;
+const LINK_GET_FD_BY_ID: libc::c_long = 30;
+const LINK_GET_NEXT_ID: libc::c_long = 31;
+const LINK_TYPE_NETFILTER: u32 = 10;
+
+/// bpf(2) with one of the forms of its attribute; gives what the call returns.
+fn bpf<T>(command: libc::c_long, attribute: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attribute` is a plain record of the size given, exclusively borrowed through the call; pointers in it are
+    // the caller's, who keeps what they point to alive.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attribute), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A BPF program in a netfilter hook (Linux 6.4). The kernel does not tell of which namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NetfilterLink {
+    /// Link id
+    pub id: u32,
+    /// Netfilter family
+    pub pf: u8,
+    /// Hook number
+    pub hook: u32,
+}
+
+/// All links there are, by id; a link never changes what it is.
+#[derive(Default)]
+pub struct NetfilterLinks {
+    known: HashMap<u32, Option<NetfilterLink>>,
+}
+
+impl NetfilterLinks {
+    /// The netfilter links of now, in order of their ids.
+    pub fn read(&mut self) -> Result<Vec<NetfilterLink>, CmError> {
+        let mut known = HashMap::new();
+        let mut found = Vec::new();
+        let mut id = 0;
+        while let Some(next) = next_link(id)? {
+            id = next;
+            let link = match self.known.get(&id) {
+                Some(link) => *link,
+                None => inspect(id)?,
+            };
+            known.insert(id, link);
+            found.extend(link);
+        }
+        self.known = known;
+        Ok(found)
+    }
+}
+
+fn next_link(start: u32) -> Result<Option<u32>, CmError> {
+    #[repr(C)]
+    struct Attribute {
+        start: u32,
+        next: u32,
+        flags: u32,
+    }
+    let mut attribute = Attribute { start, next: 0, flags: 0 };
+    match bpf(LINK_GET_NEXT_ID, &mut attribute) {
+        Ok(_) => Ok(Some(attribute.next)),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        // Kernels before 5.8 do not list links, and have none in netfilter.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        Err(e) => Err(CmError::io("list of BPF links", e)),
+    }
+}
+
+fn inspect(id: u32) -> Result<Option<NetfilterLink>, CmError> {
+    #[repr(C)]
+    struct ById {
+        id: u32,
+        next: u32,
+        flags: u32,
+    }
+    #[repr(C)]
+    struct InfoByFd {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    /// bpf_link_info with its netfilter part, and room for what else may be put there.
+    #[repr(C, align(8))]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program: u32,
+        pad: u32,
+        pf: u32,
+        hook: u32,
+        rest: [u32; 10],
+    }
+    let failed = |e| CmError::io(format!("BPF link {id}"), e);
+    let fd = match bpf(LINK_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
+        // SAFETY: the call has just made this descriptor, and nothing else owns it.
+        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd as i32) },
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None), // gone meanwhile
+        Err(e) => return Err(failed(e)),
+    };
+    let mut info = Info::default();
+    let mut attribute = InfoByFd {
+        fd: fd.as_raw_fd() as u32,
+        length: size_of::<Info>() as u32,
+        info: std::ptr::from_mut(&mut info).expose_provenance() as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attribute).map_err(failed)?;
+    let netfilter = info.kind == LINK_TYPE_NETFILTER;
+    Ok(netfilter.then(|| NetfilterLink { id, pf: info.pf as u8, hook: info.hook }))
+}
+
+/// Where tcx programs hang: the value is the kernel's attach type.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Tcx {
+    /// Before the stack sees a packet
+    Ingress = 46,
+    /// After it
+    Egress = 47,
+}
+
+/// Number of tcx programs on the interface of the thread's namespace; None if the kernel has no tcx (before 6.6). 0 if
+/// the interface is gone.
+pub fn tcx_programs(ifindex: u32, place: Tcx) -> Result<Option<u32>, CmError> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attribute {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        pad: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+    let mut attribute = Attribute { target: ifindex, attach_type: place as u32, ..Attribute::default() };
+    match bpf(PROG_QUERY, &mut attribute) {
+        Ok(_) => Ok(Some(attribute.count)),
+        Err(e) => match e.raw_os_error() {
+            Some(libc::ENODEV) => Ok(Some(0)),
+            Some(libc::EINVAL | libc::E2BIG) => Ok(None),
+            _ => Err(CmError::io(format!("tcx programs on interface {ifindex}"), e)),
+        },
+    }
+}

@@ -1,0 +1,65 @@
+//! What nftables and xtables have in common: the hooks, and which matches and targets leave connection tracking alone.
+
+use super::FAMILIES;
+use towpath_tables::record::Family;
+
+/// Protocol families of netfilter (include/uapi/linux/netfilter.h).
+pub mod pf {
+    /// IPv4 and IPv6
+    pub const INET: u8 = 1;
+    /// IPv4
+    pub const IPV4: u8 = 2;
+    /// Hooks of one device
+    pub const NETDEV: u8 = 5;
+    /// IPv6
+    pub const IPV6: u8 = 10;
+}
+
+/// Hooks of IPv4 and IPv6 that a forwarded packet passes, with their names.
+pub const FORWARD_PATH: [(u32, &str); 3] = [(0, "prerouting"), (2, "forward"), (4, "postrouting")];
+
+/// The families that a netfilter family covers; none for ARP, bridge and netdev.
+pub fn families(pf: u8) -> &'static [Family] {
+    match pf {
+        pf::INET => &FAMILIES,
+        pf::IPV4 => &FAMILIES[..1],
+        pf::IPV6 => &FAMILIES[1..],
+        _ => &[],
+    }
+}
+
+/// Matches and targets of xtables known not to register connection tracking when a rule with them is added. It acts
+/// at prerouting on every packet, in whatever chain the rule stands that asked for it, so anything else (conntrack,
+/// state, helper, MASQUERADE, …, and whatever is unknown) counts as using it. By `checkentry` functions of
+/// net/netfilter/xt_*.c and net/ipv{4,6}/netfilter, Linux 6.1: who calls nf_ct_netns_get or nf_defrag_ipv{4,6}_enable.
+const WITHOUT_CONNTRACK: &[&str] = &[
+    // targets
+    "", "standard", "ERROR", "AUDIT", "CHECKSUM", "CLASSIFY", "DSCP", "ECN", "HL", "HMARK", "IDLETIMER", "LED", "LOG",
+    "MARK", "NFLOG", "NFQUEUE", "RATEEST", "REJECT", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS", "TRACE",
+    "TTL", // matches
+    "addrtype", "ah", "bpf", "cgroup", "comment", "cpu", "dccp", "devgroup", "dscp", "dst", "ecn", "esp", "eui64",
+    "frag", "hashlimit", "hbh", "hl", "icmp", "icmp6", "ipcomp", "iprange", "ipv6header", "l2tp", "length", "limit",
+    "mac", "mark", "mh", "multiport", "nfacct", "osf", "owner", "physdev", "pkttype", "policy", "quota", "rateest",
+    "realm", "recent", "rpfilter", "rt", "sctp", "set", "statistic", "string", "tcp", "tcpmss", "time", "tos", "ttl",
+    "u32", "udp", "udplite",
+];
+
+/// Whether a rule with this match or target makes connection tracking (or reassembly) act on forwarded packets.
+pub fn xt_tracks(name: &str) -> bool {
+    !WITHOUT_CONNTRACK.contains(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tracking_extensions_and_unknown_ones_track() {
+        for name in ["conntrack", "state", "MASQUERADE", "SNAT", "CT", "connlimit", "socket", "TPROXY", "no-such"] {
+            assert!(xt_tracks(name), "{name}");
+        }
+        for name in ["", "tcp", "ERROR", "comment", "REJECT"] {
+            assert!(!xt_tracks(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! nftables, and with it iptables-nft: rules on a forwarded packet's way, and rules anywhere that make the kernel track
+//! connections. Beside the rules, `hooks` looks at what else hangs in netfilter's hooks.
+//!
+//! A rule set changes by transactions, each with a new generation number. The generation is what is compared at every
+//! poll; notifications only make the poll come at once (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
+
+mod hooks;
+mod ruleset;
+
+use super::{Finding, POLL, Told, nl};
+use crate::error::CmError;
+use crate::watch::{PortIndex, Watcher};
+use hooks::Hooks;
+use nl::{Netlink, Wakeup};
+use ruleset::Ruleset;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+use towpath_fpc::{Policy, PolicySource};
+
+const NETLINK_NETFILTER: isize = 12;
+const SUBSYSTEM: u16 = 10;
+const GROUP: u32 = 7;
+const GETGEN: u16 = 16;
+const GEN_ID: u16 = 1;
+
+/// nfgenmsg: family, version 0, resource id 0.
+fn header(family: u8) -> [u8; 4] {
+    [family, 0, 0, 0]
+}
+
+/// How long to wait until a kernel that has no nf_tables is asked again: each question makes it look for the module.
+const ABSENT_RETRY: Duration = Duration::from_secs(10);
+
+/// The watcher of nftables.
+pub struct Nftables {
+    wakeup: Wakeup,
+    netlink: Netlink,
+    generation: Generation,
+    ruleset: Ruleset,
+    hooks: Hooks,
+    told: Told,
+}
+
+#[derive(PartialEq, Eq)]
+enum Generation {
+    Unknown,
+    Absent(Instant),
+    Is(u32),
+}
+
+impl Nftables {
+    /// Watches the thread's network namespace.
+    pub fn new() -> Result<Self, CmError> {
+        let open = |e| CmError::io("nftables: netlink socket", e);
+        let mut netlink = Netlink::open(NETLINK_NETFILTER).map_err(open)?;
+        Ok(Self {
+            wakeup: Wakeup::join(NETLINK_NETFILTER, &[GROUP]).map_err(open)?,
+            hooks: Hooks::new(&mut netlink)?,
+            netlink,
+            generation: Generation::Unknown,
+            ruleset: Ruleset::default(),
+            told: Told::new(PolicySource::Nftables),
+        })
+    }
+
+    fn refresh(&mut self) -> Result<(), CmError> {
+        let woken = self.wakeup.drain("nftables notifications")?;
+        if let Generation::Absent(since) = self.generation
+            && !woken
+            && since.elapsed() < ABSENT_RETRY
+        {
+            return Ok(());
+        }
+        // Asked before the rules are: if they change in between, the next poll sees it.
+        let generation = match self.netlink.ask("nftables generation", SUBSYSTEM << 8 | GETGEN, &header(0)) {
+            Ok((_, payload)) => Generation::Is(decode_generation(&payload)?),
+            Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                Generation::Absent(Instant::now())
+            }
+            Err(e) => return Err(e),
+        };
+        match generation {
+            Generation::Is(_) if generation != self.generation => self.ruleset = Ruleset::read(&mut self.netlink)?,
+            Generation::Is(_) => {}
+            _ => self.ruleset = Ruleset::default(),
+        }
+        self.generation = generation;
+        Ok(())
+    }
+
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.refresh()?;
+        let mut findings = self.ruleset.findings(ports);
+        findings.extend(self.hooks.findings(&mut self.netlink)?);
+        Ok(findings)
+    }
+}
+
+impl Watcher for Nftables {
+    fn name(&self) -> &'static str {
+        "nftables"
+    }
+
+    fn source(&self) -> PolicySource {
+        PolicySource::Nftables
+    }
+
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.wakeup.fd()]
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        Some(POLL)
+    }
+
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+        match self.findings(ports) {
+            Ok(findings) => Ok(self.told.tell(findings)),
+            Err(e) => {
+                self.generation = Generation::Unknown;
+                self.told.forget();
+                Err(e)
+            }
+        }
+    }
+}
+
+fn decode_generation(payload: &[u8]) -> Result<u32, CmError> {
+    let what = "nftables generation";
+    let attributes = nl::attrs(what, payload.get(4..).unwrap_or_default())?;
+    nl::find(&attributes, GEN_ID).and_then(nl::be32).ok_or_else(|| CmError::decode(what, "no generation number"))
+}

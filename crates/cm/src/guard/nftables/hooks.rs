@@ -1,0 +1,139 @@
+//! What hangs in the hooks of IPv4 and IPv6 beside nftables' chains and xtables' tables. The kernel's own list
+//! (nfnetlink_hook, a module since Linux 5.14) names each function; where it is missing, BPF links of netfilter and
+//! IPVS are looked for, the others that are known.
+//!
+//! Hooks of a device (ingress, egress) are only ever those of nftables, which has been asked itself.
+
+use super::super::bpf::{self, NetfilterLinks};
+use super::super::netfilter::{FORWARD_PATH, families, pf};
+use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
+use super::super::{FAMILIES, Finding};
+use super::header;
+use crate::error::CmError;
+use towpath_tables::Reason;
+
+const SUBSYSTEM: u16 = 12;
+const HOOKNUM: u16 = 1;
+const FUNCTION: u16 = 4;
+
+/// Hook functions judged by the watchers of nftables and xtables, and those that let pass whatever is forwarded:
+/// `nf_nat_*` does nothing to packets without a connection (nf_nat_core.c), `apparmor_ip_postroute` nothing to packets
+/// without a local socket (security/apparmor/lsm.c), `ip_sabotage_in` nothing to packets that did not come in by a
+/// bridge (br_netfilter_hooks.c), `accept_all` nothing at all (net/netfilter/core.c). Linux 6.1.
+const JUDGED: &[&str] = &[
+    "accept_all", "apparmor_ip_postroute", "ip6t_do_table", "ip6table_mangle_hook", "ip_sabotage_in", "ipt_do_table",
+    "iptable_mangle_hook",
+];
+const JUDGED_PREFIXES: &[&str] = &["nf_nat_", "nft_do_chain"];
+
+/// Where to look.
+pub enum Hooks {
+    /// The kernel lists its hooks
+    Listed,
+    /// It does not: what can hang there is asked for one by one
+    Guessed(NetfilterLinks),
+}
+
+impl Hooks {
+    /// Finds out what this kernel offers.
+    pub fn new(netlink: &mut Netlink) -> Result<Self, CmError> {
+        match list(netlink, pf::IPV4, 0) {
+            Ok(_) => Ok(Self::Listed),
+            Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                Ok(Self::Guessed(NetfilterLinks::default()))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What hangs in the hooks now.
+    pub fn findings(&mut self, netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
+        let mut findings = Vec::new();
+        match self {
+            Self::Listed => {
+                for pf in [pf::IPV4, pf::IPV6] {
+                    for (hook, name) in FORWARD_PATH {
+                        for function in list(netlink, pf, hook)? {
+                            findings.extend(judge(pf, name, &function));
+                        }
+                    }
+                }
+            }
+            Self::Guessed(links) => {
+                for bpf::NetfilterLink { id, pf, hook } in links.read()? {
+                    let Some((_, name)) = FORWARD_PATH.iter().find(|(h, _)| *h == hook) else { continue };
+                    let detail = format!("BPF link {id} in netfilter's {name} hook (of some namespace)");
+                    findings.extend(
+                        families(pf).iter().map(|f| Finding::family(*f, Reason::PolicyNetfilter, detail.clone())),
+                    );
+                }
+                if ipvs_serves()? {
+                    findings.extend(
+                        FAMILIES.map(|f| Finding::family(f, Reason::PolicyConntrack, "IPVS has virtual services")),
+                    );
+                }
+            }
+        }
+        Ok(findings)
+    }
+}
+
+fn judge(pf: u8, hook: &str, function: &str) -> Vec<Finding> {
+    if JUDGED.contains(&function) || JUDGED_PREFIXES.iter().any(|prefix| function.starts_with(prefix)) {
+        return Vec::new();
+    }
+    let tracks = function.contains("conntrack");
+    let reason = if tracks { Reason::PolicyConntrack } else { Reason::PolicyNetfilter };
+    let detail = format!("netfilter hook {hook}: kernel function {function}");
+    families(pf).iter().map(|f| Finding::family(*f, reason, detail.clone())).collect()
+}
+
+/// Names of the functions in a hook.
+fn list(netlink: &mut Netlink, pf: u8, hook: u32) -> Result<Vec<String>, CmError> {
+    let mut body = header(pf).to_vec();
+    body.extend(nl::attr(HOOKNUM, &hook.to_be_bytes()));
+    netlink.dump("netfilter hooks", SUBSYSTEM << 8, &body, |message| function(&message).map(Some))
+}
+
+fn function(message: &Message<'_>) -> Result<String, CmError> {
+    let attributes = attrs("netfilter hooks", message.payload.get(4..).unwrap_or_default())?;
+    // Without kallsyms there are no names, and what cannot be named is not judged.
+    Ok(find(&attributes, FUNCTION).map_or_else(|| "without a name".to_owned(), text_of))
+}
+
+/// Whether IPVS has services: its hooks come with the first of them (ip_vs_core.c). Three lines are its heading.
+fn ipvs_serves() -> Result<bool, CmError> {
+    match std::fs::read_to_string("/proc/thread-self/net/ip_vs") {
+        Ok(text) => Ok(text.lines().count() > 3),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(CmError::io("/proc/thread-self/net/ip_vs", e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towpath_tables::record::Family;
+
+    #[test]
+    fn only_unknown_functions_stand_in_the_way() {
+        for harmless in ["nft_do_chain_inet", "ipt_do_table", "nf_nat_ipv4_out", "apparmor_ip_postroute"] {
+            assert_eq!(judge(pf::IPV4, "forward", harmless), [], "{harmless}");
+        }
+        let found = judge(pf::IPV6, "prerouting", "ipv6_conntrack_in");
+        let detail = "netfilter hook prerouting: kernel function ipv6_conntrack_in";
+        assert_eq!(found, [Finding::family(Family::V6, Reason::PolicyConntrack, detail)]);
+        assert_eq!(judge(pf::IPV4, "forward", "nf_hook_run_bpf")[0].reason, Reason::PolicyNetfilter);
+    }
+
+    #[test]
+    fn names_are_read_from_the_message() {
+        // As recorded on Linux 6.1: nfgenmsg, module name, function name, hook number, priority.
+        let mut payload = vec![2, 0, 0, 0];
+        payload.extend(nl::attr(5, b"nf_conntrack\0"));
+        payload.extend(nl::attr(4, b"ipv4_conntrack_in\0"));
+        payload.extend(nl::attr(1, &[0; 4]));
+        assert_eq!(function(&Message { kind: 0, payload: &payload }).unwrap(), "ipv4_conntrack_in");
+        assert!(function(&Message { kind: 0, payload: &payload[..7] }).is_err());
+    }
+}

@@ -1,0 +1,341 @@
+//! The rule set as far as it matters: base chains and where they hang, how many rules they hold, and what uses
+//! connection tracking.
+
+use super::super::netfilter::{FORWARD_PATH, families, pf, xt_tracks};
+use super::super::nl::{self, Message, Netlink, attrs, be32, find, text_of};
+use super::super::{Finding, count};
+use super::{SUBSYSTEM, header};
+use crate::error::CmError;
+use crate::watch::PortIndex;
+use std::collections::{BTreeMap, BTreeSet};
+use towpath_fpc::Scope;
+use towpath_tables::Reason;
+
+const GETTABLE: u16 = 1;
+const GETCHAIN: u16 = 4;
+const GETRULE: u16 = 7;
+const GETSET: u16 = 10;
+const GETOBJ: u16 = 19;
+const GETFLOWTABLE: u16 = 23;
+
+const DORMANT: u32 = 1;
+const NF_ACCEPT: u32 = 1;
+const INET_INGRESS: u32 = 5;
+const NETDEV_INGRESS: u32 = 0;
+const NETDEV_EGRESS: u32 = 1;
+
+/// A table: netfilter family and name.
+type TableKey = (u8, String);
+
+/// What the rule set does to forwarded packets.
+#[derive(Default, PartialEq, Eq, Debug)]
+pub struct Ruleset {
+    dormant: BTreeSet<TableKey>,
+    chains: Vec<Chain>,
+    /// Number of rules by table and chain
+    rules: BTreeMap<(TableKey, String), usize>,
+    /// What tracks connections: the netfilter family and where it was found
+    tracking: BTreeSet<(u8, String)>,
+    flowtables: Vec<Flowtable>,
+}
+
+#[derive(PartialEq, Eq, Debug)]
+struct Chain {
+    table: TableKey,
+    name: String,
+    hook: u32,
+    devices: Vec<String>,
+    accepts: bool,
+}
+
+#[derive(PartialEq, Eq, Debug)]
+struct Flowtable {
+    table: TableKey,
+    name: String,
+    devices: Vec<String>,
+}
+
+impl Ruleset {
+    /// Reads the rule set of the namespace.
+    pub fn read(netlink: &mut Netlink) -> Result<Self, CmError> {
+        let tables = dump(netlink, "nftables tables", GETTABLE, table)?;
+        let chains = dump(netlink, "nftables chains", GETCHAIN, chain)?;
+        let flowtables = dump(netlink, "nftables flowtables", GETFLOWTABLE, flowtable)?;
+        let mut tracking: BTreeSet<_> = dump(netlink, "nftables sets", GETSET, set)?.into_iter().collect();
+        tracking.extend(dump(netlink, "nftables objects", GETOBJ, object)?);
+        let mut rules = BTreeMap::new();
+        for rule in dump(netlink, "nftables rules", GETRULE, rule)? {
+            if let Some(expression) = rule.tracking {
+                let (pf, table) = &rule.chain.0;
+                tracking.insert((*pf, format!("{}, chain {}: {expression}", table_name(*pf, table), rule.chain.1)));
+            }
+            *rules.entry(rule.chain).or_default() += 1;
+        }
+        Ok(Self { dormant: tables.into_iter().collect(), chains, rules, tracking, flowtables })
+    }
+
+    /// What stands in the way, with the interfaces known at the moment.
+    pub fn findings(&self, ports: &PortIndex) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for chain in self.chains.iter().filter(|chain| !self.dormant.contains(&chain.table)) {
+            let rules = self.rules.get(&(chain.table.clone(), chain.name.clone())).copied().unwrap_or(0);
+            if rules > 0 || !chain.accepts {
+                let policy = if chain.accepts { "" } else { ", policy drop" };
+                let detail = format!("{}: {}{policy}", chain.describe(), count(rules, "rule"));
+                findings.extend(chain.scopes(ports).into_iter().map(|s| {
+                    Finding::new(s, Reason::PolicyNetfilter, detail.clone())
+                }));
+            }
+        }
+        for (pf, detail) in &self.tracking {
+            let detail = format!("{detail} (connection tracking)");
+            findings
+                .extend(families(*pf).iter().map(|f| Finding::family(*f, Reason::PolicyConntrack, detail.clone())));
+        }
+        for flowtable in &self.flowtables {
+            let detail = format!("{}, flowtable {}", table_name(flowtable.table.0, &flowtable.table.1), flowtable.name);
+            findings.extend(
+                indices(&flowtable.devices, ports)
+                    .map(|i| Finding::new(Scope::Ingress(i, None), Reason::PolicyConntrack, detail.clone())),
+            );
+        }
+        findings
+    }
+}
+
+impl Chain {
+    fn describe(&self) -> String {
+        format!("{}, chain {}", table_name(self.table.0, &self.table.1), self.name)
+    }
+
+    /// What the chain sees of forwarded packets; nothing if it is not on their way.
+    fn scopes(&self, ports: &PortIndex) -> Vec<Scope> {
+        let ingress = || indices(&self.devices, ports).map(|i| Scope::Ingress(i, None)).collect();
+        match (self.table.0, self.hook) {
+            (pf::INET, INET_INGRESS) | (pf::NETDEV, NETDEV_INGRESS) => ingress(),
+            (pf::NETDEV, NETDEV_EGRESS) => indices(&self.devices, ports).map(|i| Scope::Egress(i, None)).collect(),
+            (pf, hook) if FORWARD_PATH.iter().any(|(h, _)| *h == hook) => {
+                families(pf).iter().map(|f| Scope::Family(*f)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Indices of the named devices; a name that ends in `*` stands for all that begin so (Linux 6.16).
+fn indices<'a>(names: &'a [String], ports: &'a PortIndex) -> impl Iterator<Item = u32> + 'a {
+    let named = |name: &str| {
+        names.iter().any(|n| match n.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => n == name,
+        })
+    };
+    ports.iter().filter(move |port| named(&port.name)).map(|port| port.ifindex)
+}
+
+fn table_name(family: u8, name: &str) -> String {
+    let family = match family {
+        pf::INET => "inet",
+        pf::IPV4 => "ip",
+        pf::NETDEV => "netdev",
+        pf::IPV6 => "ip6",
+        3 => "arp",
+        7 => "bridge",
+        _ => "?",
+    };
+    format!("nft table {family} {name}")
+}
+
+/// One object of a dump: the table's family and the attributes.
+type Attributes<'a> = [(u16, &'a [u8])];
+
+fn dump<T>(
+    netlink: &mut Netlink,
+    what: &str,
+    kind: u16,
+    decode: impl Fn(&str, u8, &Attributes<'_>) -> Result<Option<T>, CmError>,
+) -> Result<Vec<T>, CmError> {
+    netlink.dump(what, SUBSYSTEM << 8 | kind, &header(0), |message| decode_with(what, &message, &decode))
+}
+
+fn decode_with<T>(
+    what: &str,
+    message: &Message<'_>,
+    decode: impl Fn(&str, u8, &Attributes<'_>) -> Result<Option<T>, CmError>,
+) -> Result<Option<T>, CmError> {
+    let (family, attributes) =
+        message.payload.split_first_chunk::<4>().ok_or_else(|| CmError::decode(what, "shorter than its header"))?;
+    decode(what, family[0], &attrs(what, attributes)?)
+}
+
+fn string(what: &str, attributes: &Attributes<'_>, kind: u16) -> Result<String, CmError> {
+    find(attributes, kind).map(text_of).ok_or_else(|| CmError::decode(what, format!("attribute {kind} is missing")))
+}
+
+/// A dormant table; others do not matter.
+fn table(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<TableKey>, CmError> {
+    let dormant = find(attributes, 2).and_then(be32).is_some_and(|flags| flags & DORMANT != 0);
+    Ok(if dormant { Some((family, string(what, attributes, 1)?)) } else { None })
+}
+
+/// A base chain; others hang nowhere.
+fn chain(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Chain>, CmError> {
+    let Some(hook) = find(attributes, 4) else { return Ok(None) };
+    let hook = attrs(what, hook)?;
+    Ok(Some(Chain {
+        table: (family, string(what, attributes, 1)?),
+        name: string(what, attributes, 3)?,
+        hook: find(&hook, 1).and_then(be32).ok_or_else(|| CmError::decode(what, "base chain without hook number"))?,
+        devices: devices(what, &hook, 3, 4)?,
+        accepts: find(attributes, 5).and_then(be32).is_none_or(|policy| policy == NF_ACCEPT),
+    }))
+}
+
+/// Device names of a hook: one in attribute `single`, several nested in `list` (a prefix comes as attribute 2 there).
+fn devices(what: &str, hook: &Attributes<'_>, single: u16, list: u16) -> Result<Vec<String>, CmError> {
+    let mut names: BTreeSet<_> = find(hook, single).filter(|_| single != list).map(text_of).into_iter().collect();
+    for (kind, name) in attrs(what, find(hook, list).unwrap_or_default())? {
+        names.insert(if kind == 1 { text_of(name) } else { format!("{}*", text_of(name)) });
+    }
+    Ok(names.into_iter().collect())
+}
+
+fn flowtable(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Flowtable>, CmError> {
+    let hook = attrs(what, find(attributes, 3).unwrap_or_default())?;
+    Ok(Some(Flowtable {
+        table: (family, string(what, attributes, 1)?),
+        name: string(what, attributes, 2)?,
+        devices: devices(what, &hook, 3, 3)?,
+    }))
+}
+
+/// A set whose elements carry expressions that track connections.
+fn set(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<(u8, String)>, CmError> {
+    let Some(expression) = nested_tracking(what, attributes, 17, 18)? else { return Ok(None) };
+    let table = table_name(family, &string(what, attributes, 1)?);
+    Ok(Some((family, format!("{table}, set {}: {expression}", string(what, attributes, 2)?))))
+}
+
+/// A named object that tracks connections by being there.
+fn object(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<(u8, String)>, CmError> {
+    // Counter, quota, limit, tunnel and secmark do not; ct helper, ct timeout, ct expectation, connlimit, synproxy and
+    // whatever comes later do.
+    if matches!(find(attributes, 3).and_then(be32), Some(1 | 2 | 4 | 6 | 8)) {
+        return Ok(None);
+    }
+    let table = table_name(family, &string(what, attributes, 1)?);
+    Ok(Some((family, format!("{table}, object {}", string(what, attributes, 2)?))))
+}
+
+struct Rule {
+    chain: (TableKey, String),
+    tracking: Option<String>,
+}
+
+fn rule(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Rule>, CmError> {
+    let chain = ((family, string(what, attributes, 1)?), string(what, attributes, 2)?);
+    Ok(Some(Rule { chain, tracking: list_tracking(what, find(attributes, 4).unwrap_or_default())? }))
+}
+
+/// The first expression of a list that tracks connections.
+fn list_tracking(what: &str, list: &[u8]) -> Result<Option<String>, CmError> {
+    for (_, expression) in attrs(what, list)? {
+        if let Some(name) = tracking(what, expression)? {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// As `list_tracking`, for a single expression in attribute `single` or a list of them in `list`.
+fn nested_tracking(what: &str, from: &Attributes<'_>, single: u16, list: u16) -> Result<Option<String>, CmError> {
+    if let Some(expression) = find(from, single)
+        && let Some(name) = tracking(what, expression)?
+    {
+        return Ok(Some(name));
+    }
+    list_tracking(what, find(from, list).unwrap_or_default())
+}
+
+/// The expression's name if adding a rule with it makes the kernel track (or reassemble) what it forwards. By the
+/// `init` functions of net/netfilter/nft_*.c, Linux 6.1; unknown ones are taken to.
+fn tracking(what: &str, expression: &[u8]) -> Result<Option<String>, CmError> {
+    let expression = attrs(what, expression)?;
+    let name = string(what, &expression, 1)?;
+    let data = attrs(what, find(&expression, 2).unwrap_or_default())?;
+    Ok(match name.as_str() {
+        "bitwise" | "byteorder" | "cmp" | "counter" | "dup" | "exthdr" | "fib" | "fwd" | "hash" | "immediate"
+        | "inner" | "last" | "limit" | "log" | "lookup" | "meta" | "notrack" | "numgen" | "objref" | "osf"
+        | "payload" | "queue" | "quota" | "range" | "reject" | "rt" | "tunnel" | "xfrm" => None,
+        "dynset" => nested_tracking(what, &data, 7, 10)?,
+        "match" | "target" => Some(string(what, &data, 1)?).filter(|extension| xt_tracks(extension)),
+        _ => Some(name),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture(text: &str) -> Vec<Vec<u8>> {
+        text.lines()
+            .filter(|line| !line.starts_with('#') && !line.is_empty())
+            .map(|line| {
+                let digits: Vec<u8> = line.bytes().filter(u8::is_ascii_hexdigit).collect();
+                digits
+                    .chunks(2)
+                    .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// The rule set of the recorded dumps in `recorded/nftables-*`, each line one message's payload.
+    fn recorded() -> Ruleset {
+        let what = "recording";
+        let mut set = Ruleset::default();
+        for payload in fixture(include_str!("recorded/chains.hex")) {
+            set.chains.extend(decode_with(what, &Message { kind: 0, payload: &payload }, chain).unwrap());
+        }
+        for payload in fixture(include_str!("recorded/rules.hex")) {
+            let rule = decode_with(what, &Message { kind: 0, payload: &payload }, rule).unwrap().unwrap();
+            if let Some(name) = rule.tracking {
+                set.tracking.insert((rule.chain.0.0, name));
+            }
+            *set.rules.entry(rule.chain).or_default() += 1;
+        }
+        set
+    }
+
+    #[test]
+    fn recorded_rule_set_is_understood() {
+        let set = recorded();
+        let hooks: Vec<_> = set.chains.iter().map(|c| (c.describe(), c.hook, c.accepts, c.devices.clone())).collect();
+        let expected = [
+            ("nft table inet t, chain fwd", 2, false, vec![]),
+            ("nft table inet t, chain in", 1, true, vec![]),
+            ("nft table netdev d, chain ing", 0, true, vec!["v0".to_owned()]),
+        ];
+        assert_eq!(hooks, expected.map(|(name, hook, accepts, devices)| (name.to_owned(), hook, accepts, devices)));
+        assert_eq!(set.tracking, BTreeSet::from([(pf::INET, "ct".to_owned()), (pf::IPV4, "MASQUERADE".to_owned())]));
+        let rules: Vec<_> = set.rules.iter().map(|(((_, t), c), n)| (t.as_str(), c.as_str(), *n)).collect();
+        assert_eq!(rules, [("t", "in", 2), ("nat", "POSTROUTING", 1), ("d", "ing", 1)]);
+    }
+
+    #[test]
+    fn truncated_recordings_are_errors_or_nothing_but_never_a_panic() {
+        for payload in fixture(include_str!("recorded/rules.hex")) {
+            for length in 0..payload.len() {
+                let _ = decode_with("test", &Message { kind: 0, payload: &payload[..length] }, rule);
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_expressions_count_as_tracking() {
+        let expression = |name: &str| nl::attr(1, format!("{name}\0").as_bytes());
+        assert_eq!(tracking("test", &expression("cmp")).unwrap(), None);
+        assert_eq!(tracking("test", &expression("ct")).unwrap().as_deref(), Some("ct"));
+        assert_eq!(tracking("test", &expression("from-the-future")).unwrap().as_deref(), Some("from-the-future"));
+    }
+}

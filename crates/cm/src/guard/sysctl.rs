@@ -1,0 +1,263 @@
+//! Sysctls that change what Linux does with forwarded packets, that the fast path does not repeat, and that no
+//! notification tells. They are read at every poll, by descriptors kept open.
+//!
+//! Watched, with the place in Linux 6.1 that makes them matter:
+//! - `net.ipv4.ip_forward_use_pmtu`: path MTUs learned from ICMP limit forwarded packets (route.c, ipv4_mtu)
+//! - `net.ipv4.fib_multipath_use_neigh`: next hops of a group are skipped by neighbour state (fib_semantics.c)
+//! - `net.ipv{4,6}.fib_multipath_hash_policy` above 1: inner or custom fields choose the next hop (route.c)
+//! - `net.ipv6.conf.all.proxy_ndp`: neighbour discovery for proxied hosts is taken out of the way (ip6_output.c)
+//! - `net.ipv6.conf.X.disable_ipv6`, or no such file (MTU below 1280, IPv6 off): IPv6 is dropped (ip6_input.c)
+//! - `net.ipv6.conf.X.mtu` below the interface's: it limits forwarded IPv6 packets (ip6_output.c, addrconf.c)
+//! - `net.ipv4.conf.X.accept_redirects`, all and X, with forwarding: redirects change next hops (IN_DEV_RX_REDIRECTS)
+//! - `net.ipv4.conf.X.send_redirects` on, or `route_localnet` off, while the port is still described otherwise: only
+//!   while the change has not been taken over
+//!
+//! Left alone: what netconf announces (forwarding, rp_filter, ignore_routes_with_linkdown, bc_forwarding, …); what
+//! concerns only exceptions (accept_local and log_martians: sources that are ours or martian; accept_source_route:
+//! options; bc_forwarding, mc_forwarding, drop_unicast_in_l2_multicast: broadcast and multicast; seg6_enabled,
+//! rpl_seg_enabled, ioam6_enabled: extension headers); what only weakens XFRM policies, which are watched themselves
+//! (disable_xfrm, disable_policy); src_valid_mark (a forwarded packet has no mark unless netfilter or tc, watched
+//! themselves, give it one); shared_media (redirects to the sender, on which the packet is Linux's); ARP and ND
+//! (proxy_arp, arp_*); and ip_forward_update_priority (orders packets within a full queue).
+
+use super::{FAMILIES, Finding, POLL, Told, candidates, family_name};
+use crate::error::CmError;
+use crate::watch::{PortIndex, Watcher};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use towpath_fpc::{FamilySettings, Policy, PolicySource, Port, Scope};
+use towpath_tables::Reason;
+use towpath_tables::record::Family;
+
+/// A sysctl that holds one number, kept open. It belongs to the namespace of the thread that opened it.
+struct Number {
+    path: String,
+    file: Option<File>,
+}
+
+impl Number {
+    fn new(name: &str) -> Self {
+        Self { path: format!("/proc/sys/{name}"), file: None }
+    }
+
+    /// Its value; None if the kernel has no such sysctl (now).
+    fn read(&mut self) -> Result<Option<u32>, CmError> {
+        // An open file of an interface that went or was renamed gives an error: then the name may have a new one.
+        for _ in 0..2 {
+            if self.file.is_none() {
+                match File::open(&self.path) {
+                    Ok(file) => self.file = Some(file),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                    Err(e) => return Err(CmError::io(&self.path, e)),
+                }
+            }
+            let mut text = [0; 32];
+            match self.file.as_ref().map_or(Ok(0), |file| file.read_at(&mut text, 0)) {
+                Ok(length) => return self.decode(&text[..length]).map(Some),
+                Err(_) => self.file = None,
+            }
+        }
+        Ok(None)
+    }
+
+    fn decode(&self, text: &[u8]) -> Result<u32, CmError> {
+        let text = String::from_utf8_lossy(text);
+        text.trim().parse().map_err(|e| CmError::decode(&self.path, format!("{:?}: {e}", text.trim())))
+    }
+
+    fn is_on(&mut self) -> Result<bool, CmError> {
+        Ok(self.read()?.is_some_and(|value| value != 0))
+    }
+}
+
+/// Reads what `FamilySettings` tells of both families of the thread's namespace.
+pub struct FamilyReader {
+    hash_policy: [Number; 2],
+}
+
+impl Default for FamilyReader {
+    fn default() -> Self {
+        let hash_policy = ["net/ipv4", "net/ipv6"].map(|dir| Number::new(&format!("{dir}/fib_multipath_hash_policy")));
+        Self { hash_policy }
+    }
+}
+
+impl FamilyReader {
+    /// The settings of now, IPv4 first. A kernel without multipath routing counts as policy 0.
+    pub fn read(&mut self) -> Result<[FamilySettings; 2], CmError> {
+        let [v4, v6] = &mut self.hash_policy;
+        let read = |family, number: &mut Number| {
+            let value = number.read()?.unwrap_or(0);
+            Ok(FamilySettings { family, hash_policy: u8::try_from(value).unwrap_or(u8::MAX) })
+        };
+        Ok([read(Family::V4, v4)?, read(Family::V6, v6)?])
+    }
+}
+
+/// The watcher of sysctls.
+pub struct Sysctl {
+    settings: FamilyReader,
+    use_pmtu: Number,
+    use_neigh: Number,
+    proxy_ndp: Number,
+    all: Redirects,
+    ports: HashMap<u32, PortNumbers>,
+    told: Told,
+}
+
+/// `net.ipv4.conf.X.*` that hold for an interface together with those of `all`.
+struct Redirects {
+    accept: Number,
+    send: Number,
+    route_localnet: Number,
+}
+
+impl Redirects {
+    fn new(name: &str) -> Self {
+        let number = |sysctl| Number::new(&format!("net/ipv4/conf/{name}/{sysctl}"));
+        Self {
+            accept: number("accept_redirects"),
+            send: number("send_redirects"),
+            route_localnet: number("route_localnet"),
+        }
+    }
+
+    fn read(&mut self) -> Result<[bool; 3], CmError> {
+        Ok([self.accept.is_on()?, self.send.is_on()?, self.route_localnet.is_on()?])
+    }
+}
+
+struct PortNumbers {
+    name: String,
+    redirects: Redirects,
+    disable_ipv6: Number,
+    mtu: Number,
+}
+
+impl PortNumbers {
+    fn new(name: &str) -> Self {
+        let v6 = |sysctl| Number::new(&format!("net/ipv6/conf/{name}/{sysctl}"));
+        Self {
+            name: name.to_owned(),
+            redirects: Redirects::new(name),
+            disable_ipv6: v6("disable_ipv6"),
+            mtu: v6("mtu"),
+        }
+    }
+}
+
+impl Sysctl {
+    /// Watches the thread's network namespace.
+    pub fn new() -> Result<Self, CmError> {
+        Ok(Self {
+            settings: FamilyReader::default(),
+            use_pmtu: Number::new("net/ipv4/ip_forward_use_pmtu"),
+            use_neigh: Number::new("net/ipv4/fib_multipath_use_neigh"),
+            proxy_ndp: Number::new("net/ipv6/conf/all/proxy_ndp"),
+            all: Redirects::new("all"),
+            ports: HashMap::new(),
+            told: Told::new(PolicySource::Sysctl),
+        })
+    }
+
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        let mut findings = self.namespace()?;
+        let all = self.all.read()?;
+        self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
+        for port in candidates(ports) {
+            let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
+            findings.extend(port_v4(port, all, numbers.redirects.read()?));
+            findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
+        }
+        Ok(findings)
+    }
+
+    fn namespace(&mut self) -> Result<Vec<Finding>, CmError> {
+        let switches = [
+            (&mut self.use_pmtu, Family::V4, "net.ipv4.ip_forward_use_pmtu"),
+            (&mut self.use_neigh, Family::V4, "net.ipv4.fib_multipath_use_neigh"),
+            (&mut self.proxy_ndp, Family::V6, "net.ipv6.conf.all.proxy_ndp"),
+        ];
+        let mut findings = Vec::new();
+        for (number, family, name) in switches {
+            if number.is_on()? {
+                findings.push(Finding::family(family, Reason::PolicySysctl, format!("{name} is on")));
+            }
+        }
+        for (settings, family) in self.settings.read()?.iter().zip(FAMILIES) {
+            if settings.hash_policy > 1 {
+                let family_name = family_name(family).to_lowercase();
+                let detail = format!("net.{family_name}.fib_multipath_hash_policy is {}", settings.hash_policy);
+                findings.push(Finding::family(family, Reason::PolicySysctl, detail));
+            }
+        }
+        Ok(findings)
+    }
+}
+
+impl Watcher for Sysctl {
+    fn name(&self) -> &'static str {
+        "sysctl"
+    }
+
+    fn source(&self) -> PolicySource {
+        PolicySource::Sysctl
+    }
+
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        Some(POLL)
+    }
+
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+        let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
+        Ok(self.told.tell(findings))
+    }
+}
+
+/// `all` and `own`: accept_redirects, send_redirects, route_localnet.
+fn port_v4(port: &Port, all: [bool; 3], own: [bool; 3]) -> Vec<Finding> {
+    let name = &port.name;
+    let (ingress, egress) =
+        (Scope::Ingress(port.ifindex, Some(Family::V4)), Scope::Egress(port.ifindex, Some(Family::V4)));
+    let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
+    let mut findings = Vec::new();
+    if port.family[0].forwarding && all[0] && own[0] {
+        let detail = format!("net.ipv4.conf.{name}.accept_redirects is on (all too) while forwarding");
+        findings.push(finding(egress, detail));
+    }
+    if (all[1] || own[1]) && !port.send_redirects {
+        findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
+    }
+    if !(all[2] || own[2]) && port.route_localnet {
+        findings.push(finding(ingress, format!("net.ipv4.conf.{name}.route_localnet has just been turned off")));
+    }
+    findings
+}
+
+fn port_v6(port: &Port, disabled: Option<u32>, mtu: Option<u32>) -> Vec<Finding> {
+    let name = &port.name;
+    let family = Some(Family::V6);
+    let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
+    let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
+    if disabled != Some(0) {
+        let detail = match disabled {
+            Some(_) => format!("net.ipv6.conf.{name}.disable_ipv6 is on"),
+            None => format!("{name} has no IPv6 (no net.ipv6.conf.{name})"),
+        };
+        return vec![finding(ingress, detail.clone()), finding(egress, detail)];
+    }
+    match mtu {
+        Some(mtu) if mtu < port.mtu => {
+            vec![finding(egress, format!("net.ipv6.conf.{name}.mtu is {mtu}, below the interface's {}", port.mtu))]
+        }
+        _ => Vec::new(),
+    }
+}

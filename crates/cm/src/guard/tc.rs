@@ -1,0 +1,270 @@
+//! Traffic control: qdiscs that shape, reorder or drop beyond what a full queue does, filters, and tcx programs.
+//!
+//! An interface's own queue (noqueue, pfifo_fast, fq_codel, mq over those, …) only matters when it fills, so forwarding
+//! past it is what Linux does as long as the device keeps up. Filters at ingress and clsact decide over packets, and so
+//! do those on a queue that classifies by them. Changes are announced (RTNLGRP_TC), except for the queue an interface
+//! gets by default when it comes up, hence the link notifications, and for tcx programs, which are asked for at every
+//! poll. Sources: net/sched/sch_api.c, cls_api.c, sch_*.c (Linux 6.1), kernel/bpf/tcx.c (6.6).
+
+use super::bpf::{Tcx, tcx_programs};
+use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
+use super::{Finding, POLL, Told, candidates};
+use crate::error::CmError;
+use crate::watch::{PortIndex, Watcher};
+use std::collections::BTreeSet;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+use towpath_fpc::{Policy, PolicySource, Scope};
+use towpath_tables::Reason;
+
+const NETLINK_ROUTE: isize = 0;
+/// RTNLGRP_LINK, RTNLGRP_TC
+const GROUPS: [u32; 2] = [1, 4];
+const NEWQDISC: u16 = 36;
+const GETQDISC: u16 = 38;
+const NEWTFILTER: u16 = 44;
+const GETTFILTER: u16 = 46;
+
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+const FQ_FLOW_MAX_RATE: u16 = 7;
+/// Parents of the filters of clsact; `ingress` takes the first too.
+const AT_INGRESS: u32 = 0xffff_fff2;
+const AT_EGRESS: u32 = 0xffff_fff3;
+
+/// The watcher of traffic control.
+pub struct Tc {
+    wakeup: Wakeup,
+    netlink: Netlink,
+    read: bool,
+    findings: Vec<Finding>,
+    /// False once the kernel has said that it has no tcx
+    has_tcx: bool,
+    told: Told,
+}
+
+impl Tc {
+    /// Watches the thread's network namespace.
+    pub fn new() -> Result<Self, CmError> {
+        let open = |e| CmError::io("tc: netlink socket", e);
+        Ok(Self {
+            wakeup: Wakeup::join(NETLINK_ROUTE, &GROUPS).map_err(open)?,
+            netlink: Netlink::open(NETLINK_ROUTE).map_err(open)?,
+            read: false,
+            findings: Vec::new(),
+            has_tcx: true,
+            told: Told::new(PolicySource::Tc),
+        })
+    }
+
+    fn refresh(&mut self) -> Result<(), CmError> {
+        if !self.wakeup.drain("tc notifications")? && self.read {
+            return Ok(());
+        }
+        self.read = false;
+        self.findings.clear();
+        let mut asked = BTreeSet::new();
+        for qdisc in self.netlink.dump("qdiscs", GETQDISC, &tcmsg(0, 0), qdisc)? {
+            if !qdisc.passes {
+                let detail = format!("qdisc {} {}", qdisc.kind, handle(qdisc.handle));
+                self.findings.push(Finding::new(Scope::Egress(qdisc.ifindex, None), Reason::PolicyTc, detail));
+            }
+            for (parent, scope) in qdisc.classifies() {
+                if asked.insert((qdisc.ifindex, parent)) {
+                    self.findings.extend(self.filters(&qdisc, parent, scope)?);
+                }
+            }
+        }
+        self.read = true;
+        Ok(())
+    }
+
+    /// The filters on a place of the interface, shared blocks included.
+    fn filters(&mut self, qdisc: &Qdisc, parent: u32, scope: Scope) -> Result<Option<Finding>, CmError> {
+        let what = format!("tc filters of interface {}", qdisc.ifindex);
+        let kinds = match self.netlink.dump(&what, GETTFILTER, &tcmsg(qdisc.ifindex, parent), filter) {
+            // The interface or qdisc went meanwhile.
+            Err(CmError::Kernel { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) =>
+            {
+                return Ok(None);
+            }
+            result => result?,
+        };
+        let Some(kind) = kinds.first() else { return Ok(None) };
+        let place = match scope {
+            Scope::Ingress(..) => "ingress",
+            _ => "egress",
+        };
+        let detail = format!("tc filter {kind} on {} at {place}", qdisc.kind);
+        Ok(Some(Finding::new(scope, Reason::PolicyTc, detail)))
+    }
+
+    fn tcx(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        let mut findings = Vec::new();
+        for port in candidates(ports) {
+            for place in [Tcx::Ingress, Tcx::Egress] {
+                if !self.has_tcx {
+                    return Ok(findings);
+                }
+                let scope = match place {
+                    Tcx::Ingress => Scope::Ingress(port.ifindex, None),
+                    Tcx::Egress => Scope::Egress(port.ifindex, None),
+                };
+                match tcx_programs(port.ifindex, place)? {
+                    None => self.has_tcx = false,
+                    Some(0) => {}
+                    Some(number) => {
+                        let detail = super::count(number as usize, "BPF program") + " attached by tcx";
+                        findings.push(Finding::new(scope, Reason::PolicyTc, detail));
+                    }
+                }
+            }
+        }
+        Ok(findings)
+    }
+}
+
+impl Watcher for Tc {
+    fn name(&self) -> &'static str {
+        "tc"
+    }
+
+    fn source(&self) -> PolicySource {
+        PolicySource::Tc
+    }
+
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.wakeup.fd()]
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        self.has_tcx.then_some(POLL)
+    }
+
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+        let tcx = self.refresh().and_then(|()| self.tcx(ports));
+        match tcx {
+            Ok(tcx) => Ok(self.told.tell(self.findings.iter().cloned().chain(tcx))),
+            Err(e) => {
+                self.read = false;
+                self.told.forget();
+                Err(e)
+            }
+        }
+    }
+}
+
+/// tcmsg: family, three bytes of padding, interface, handle, parent, info.
+fn tcmsg(ifindex: u32, parent: u32) -> Vec<u8> {
+    [0, ifindex, 0, parent, 0].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// "1:2" as tc writes it.
+fn handle(handle: u32) -> String {
+    format!("{:x}:{}", handle >> 16, if handle & 0xffff == 0 { String::new() } else { format!("{:x}", handle & 0xffff) })
+}
+
+#[derive(PartialEq, Eq, Debug)]
+struct Qdisc {
+    ifindex: u32,
+    handle: u32,
+    kind: String,
+    /// Packets pass it as they come while the device keeps up
+    passes: bool,
+}
+
+impl Qdisc {
+    /// The parents whose filters it runs, and what packets they see.
+    fn classifies(&self) -> Vec<(u32, Scope)> {
+        let (ingress, egress) = (Scope::Ingress(self.ifindex, None), Scope::Egress(self.ifindex, None));
+        match self.kind.as_str() {
+            "ingress" => vec![(AT_INGRESS, ingress)],
+            "clsact" => vec![(AT_INGRESS, ingress), (AT_EGRESS, egress)],
+            "fq_codel" if self.handle != 0 => vec![(self.handle, egress)],
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn qdisc(message: Message<'_>) -> Result<Option<Qdisc>, CmError> {
+    if message.kind != NEWQDISC {
+        return Ok(None);
+    }
+    let (ifindex, handle, attributes) = tc_object("qdiscs", &message)?;
+    let kind = find(&attributes, TCA_KIND).map(text_of).unwrap_or_default();
+    let options = find(&attributes, TCA_OPTIONS).unwrap_or_default();
+    let passes = match kind.as_str() {
+        "noqueue" | "noop" | "pfifo_fast" | "pfifo" | "bfifo" | "mq" | "fq_codel" | "ingress" | "clsact" => true,
+        // With a rate per flow fq paces what is forwarded too (sch_fq.c).
+        "fq" => {
+            let rate = find(&attrs("qdiscs", options)?, FQ_FLOW_MAX_RATE).and_then(ne32);
+            rate.is_none_or(|rate| rate == u32::MAX)
+        }
+        _ => false,
+    };
+    Ok(Some(Qdisc { ifindex, handle, kind, passes }))
+}
+
+/// The kind of a filter.
+fn filter(message: Message<'_>) -> Result<Option<String>, CmError> {
+    if message.kind != NEWTFILTER {
+        return Ok(None);
+    }
+    let (_, _, attributes) = tc_object("tc filters", &message)?;
+    Ok(Some(find(&attributes, TCA_KIND).map(text_of).unwrap_or_default()))
+}
+
+/// Interface, handle and attributes of a qdisc or filter.
+fn tc_object<'a>(what: &str, message: &Message<'a>) -> Result<(u32, u32, Vec<(u16, &'a [u8])>), CmError> {
+    let short = || CmError::decode(what, "shorter than its header");
+    let (header, attributes) = message.payload.split_first_chunk::<20>().ok_or_else(short)?;
+    let word = |at: usize| header.get(at..).and_then(nl::ne32).ok_or_else(short);
+    Ok((word(4)?, word(8)?, attrs(what, attributes)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: &str, options: &[u8]) -> Vec<u8> {
+        let mut payload: Vec<u8> = [0u32, 7, 0x8001_0000, 0xffff_ffff, 2].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        payload.extend(nl::attr(TCA_KIND, format!("{kind}\0").as_bytes()));
+        payload.extend(nl::attr(TCA_OPTIONS, options));
+        payload
+    }
+
+    fn decoded(kind: &str, options: &[u8]) -> Qdisc {
+        qdisc(Message { kind: NEWQDISC, payload: &message(kind, options) }).unwrap().unwrap()
+    }
+
+    #[test]
+    fn queues_pass_and_shapers_do_not() {
+        for kind in ["noqueue", "pfifo_fast", "mq", "fq_codel", "clsact", "fq"] {
+            assert!(decoded(kind, &[]).passes, "{kind}");
+        }
+        for kind in ["tbf", "htb", "netem", "prio", "cake", "from-the-future"] {
+            assert!(!decoded(kind, &[]).passes, "{kind}");
+        }
+        assert!(decoded("fq", &nl::attr(FQ_FLOW_MAX_RATE, &u32::MAX.to_ne_bytes())).passes);
+        assert!(!decoded("fq", &nl::attr(FQ_FLOW_MAX_RATE, &1000u32.to_ne_bytes())).passes);
+    }
+
+    #[test]
+    fn filters_are_looked_for_where_they_can_be() {
+        let parents = |kind| decoded(kind, &[]).classifies().iter().map(|(parent, _)| *parent).collect::<Vec<_>>();
+        assert_eq!(parents("clsact"), [AT_INGRESS, AT_EGRESS]);
+        assert_eq!(parents("fq_codel"), [0x8001_0000]);
+        assert_eq!(parents("pfifo_fast"), []);
+        assert_eq!(handle(0x8001_0000), "8001:");
+        assert_eq!(handle(0x0001_0020), "1:20");
+    }
+
+    #[test]
+    fn truncated_messages_are_errors() {
+        let payload = message("tbf", &[1, 2, 3, 4]);
+        for length in 0..20 {
+            assert!(qdisc(Message { kind: NEWQDISC, payload: &payload[..length] }).is_err());
+        }
+    }
+}
