@@ -327,7 +327,7 @@ pub struct Policy {
     pub detail: String,
 }
 
-/// What a policy touches.
+/// What a policy touches. An interface stands for its VLAN sub-interfaces too: their packets pass it, tagged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Scope {
     /// Every forwarded packet of the family

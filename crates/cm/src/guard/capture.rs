@@ -32,8 +32,7 @@ pub struct Capture {
 impl Capture {
     /// Watches the thread's network namespace.
     pub fn new() -> Result<Self, CmError> {
-        let netlink =
-            Netlink::open(NETLINK_SOCK_DIAG).map_err(|e| CmError::io("captures: netlink socket", e))?;
+        let netlink = Netlink::open(NETLINK_SOCK_DIAG).map_err(|e| CmError::io("captures: netlink socket", e))?;
         Ok(Self { netlink, told: Told::new(PolicySource::Capture) })
     }
 

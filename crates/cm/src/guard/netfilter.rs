@@ -32,16 +32,15 @@ pub fn families(pf: u8) -> &'static [Family] {
 /// at prerouting on every packet, in whatever chain the rule stands that asked for it, so anything else (conntrack,
 /// state, helper, MASQUERADE, …, and whatever is unknown) counts as using it. By `checkentry` functions of
 /// net/netfilter/xt_*.c and net/ipv{4,6}/netfilter, Linux 6.1: who calls nf_ct_netns_get or nf_defrag_ipv{4,6}_enable.
+#[rustfmt::skip]
 const WITHOUT_CONNTRACK: &[&str] = &[
-    // targets
     "", "standard", "ERROR", "AUDIT", "CHECKSUM", "CLASSIFY", "DSCP", "ECN", "HL", "HMARK", "IDLETIMER", "LED", "LOG",
     "MARK", "NFLOG", "NFQUEUE", "RATEEST", "REJECT", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS", "TRACE",
-    "TTL", // matches
-    "addrtype", "ah", "bpf", "cgroup", "comment", "cpu", "dccp", "devgroup", "dscp", "dst", "ecn", "esp", "eui64",
-    "frag", "hashlimit", "hbh", "hl", "icmp", "icmp6", "ipcomp", "iprange", "ipv6header", "l2tp", "length", "limit",
-    "mac", "mark", "mh", "multiport", "nfacct", "osf", "owner", "physdev", "pkttype", "policy", "quota", "rateest",
-    "realm", "recent", "rpfilter", "rt", "sctp", "set", "statistic", "string", "tcp", "tcpmss", "time", "tos", "ttl",
-    "u32", "udp", "udplite",
+    "TTL", "addrtype", "ah", "bpf", "cgroup", "comment", "cpu", "dccp", "devgroup", "dscp", "dst", "ecn", "esp",
+    "eui64", "frag", "hashlimit", "hbh", "hl", "icmp", "icmp6", "ipcomp", "iprange", "ipv6header", "l2tp", "length",
+    "limit", "mac", "mark", "mh", "multiport", "nfacct", "osf", "owner", "physdev", "pkttype", "policy", "quota",
+    "rateest", "realm", "recent", "rpfilter", "rt", "sctp", "set", "statistic", "string", "tcp", "tcpmss", "time",
+    "tos", "ttl", "u32", "udp", "udplite",
 ];
 
 /// Whether a rule with this match or target makes connection tracking (or reassembly) act on forwarded packets.

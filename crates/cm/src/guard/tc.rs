@@ -71,7 +71,8 @@ impl Tc {
             }
             for (parent, scope) in qdisc.classifies() {
                 if asked.insert((qdisc.ifindex, parent)) {
-                    self.findings.extend(self.filters(&qdisc, parent, scope)?);
+                    let filters = self.filters(&qdisc, parent, scope)?;
+                    self.findings.extend(filters);
                 }
             }
         }
@@ -162,7 +163,11 @@ fn tcmsg(ifindex: u32, parent: u32) -> Vec<u8> {
 
 /// "1:2" as tc writes it.
 fn handle(handle: u32) -> String {
-    format!("{:x}:{}", handle >> 16, if handle & 0xffff == 0 { String::new() } else { format!("{:x}", handle & 0xffff) })
+    format!(
+        "{:x}:{}",
+        handle >> 16,
+        if handle & 0xffff == 0 { String::new() } else { format!("{:x}", handle & 0xffff) }
+    )
 }
 
 #[derive(PartialEq, Eq, Debug)]
@@ -228,7 +233,8 @@ mod tests {
     use super::*;
 
     fn message(kind: &str, options: &[u8]) -> Vec<u8> {
-        let mut payload: Vec<u8> = [0u32, 7, 0x8001_0000, 0xffff_ffff, 2].iter().flat_map(|w| w.to_ne_bytes()).collect();
+        let mut payload: Vec<u8> =
+            [0u32, 7, 0x8001_0000, 0xffff_ffff, 2].iter().flat_map(|w| w.to_ne_bytes()).collect();
         payload.extend(nl::attr(TCA_KIND, format!("{kind}\0").as_bytes()));
         payload.extend(nl::attr(TCA_OPTIONS, options));
         payload

@@ -6,7 +6,7 @@
 
 use super::netfilter::{FORWARD_PATH, xt_tracks};
 use super::nl::{ne32, text_of};
-use super::{FAMILIES, Finding, POLL, Told, count};
+use super::{Finding, POLL, Told, count};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::fs::File;
@@ -314,6 +314,7 @@ fn getsockopt(socket: i32, level: i32, option: i32, bytes: &mut [u8]) -> io::Res
 
 #[cfg(test)]
 mod tests {
+    use super::super::FAMILIES;
     use super::*;
 
     /// An IPv4 entry with the extensions; the last is the target, with a verdict.
@@ -341,7 +342,8 @@ mod tests {
 
     /// A filter table: INPUT with `input`, empty FORWARD and OUTPUT with policy `forward`.
     fn table(input: &[u8], forward: i32) -> (Info, Vec<u8>) {
-        let bytes = [input, &entry(&[""], ACCEPT), &entry(&[""], forward), &entry(&[""], ACCEPT), &entry(&["ERROR"], 0)];
+        let bytes =
+            [input, &entry(&[""], ACCEPT), &entry(&[""], forward), &entry(&[""], ACCEPT), &entry(&["ERROR"], 0)];
         let bytes = bytes.concat();
         let (policy, at) = (entry(&[""], ACCEPT).len() as u32, input.len() as u32);
         let info = Info {

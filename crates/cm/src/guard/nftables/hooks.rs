@@ -21,7 +21,12 @@ const FUNCTION: u16 = 4;
 /// without a local socket (security/apparmor/lsm.c), `ip_sabotage_in` nothing to packets that did not come in by a
 /// bridge (br_netfilter_hooks.c), `accept_all` nothing at all (net/netfilter/core.c). Linux 6.1.
 const JUDGED: &[&str] = &[
-    "accept_all", "apparmor_ip_postroute", "ip6t_do_table", "ip6table_mangle_hook", "ip_sabotage_in", "ipt_do_table",
+    "accept_all",
+    "apparmor_ip_postroute",
+    "ip6t_do_table",
+    "ip6table_mangle_hook",
+    "ip_sabotage_in",
+    "ipt_do_table",
     "iptable_mangle_hook",
 ];
 const JUDGED_PREFIXES: &[&str] = &["nf_nat_", "nft_do_chain"];

@@ -2,7 +2,7 @@
 //! connection tracking.
 
 use super::super::netfilter::{FORWARD_PATH, families, pf, xt_tracks};
-use super::super::nl::{self, Message, Netlink, attrs, be32, find, text_of};
+use super::super::nl::{Message, Netlink, attrs, be32, find, text_of};
 use super::super::{Finding, count};
 use super::{SUBSYSTEM, header};
 use crate::error::CmError;
@@ -82,15 +82,14 @@ impl Ruleset {
             if rules > 0 || !chain.accepts {
                 let policy = if chain.accepts { "" } else { ", policy drop" };
                 let detail = format!("{}: {}{policy}", chain.describe(), count(rules, "rule"));
-                findings.extend(chain.scopes(ports).into_iter().map(|s| {
-                    Finding::new(s, Reason::PolicyNetfilter, detail.clone())
-                }));
+                findings.extend(
+                    chain.scopes(ports).into_iter().map(|s| Finding::new(s, Reason::PolicyNetfilter, detail.clone())),
+                );
             }
         }
         for (pf, detail) in &self.tracking {
             let detail = format!("{detail} (connection tracking)");
-            findings
-                .extend(families(*pf).iter().map(|f| Finding::family(*f, Reason::PolicyConntrack, detail.clone())));
+            findings.extend(families(*pf).iter().map(|f| Finding::family(*f, Reason::PolicyConntrack, detail.clone())));
         }
         for flowtable in &self.flowtables {
             let detail = format!("{}, flowtable {}", table_name(flowtable.table.0, &flowtable.table.1), flowtable.name);
@@ -275,6 +274,7 @@ fn tracking(what: &str, expression: &[u8]) -> Result<Option<String>, CmError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::nl;
     use super::*;
 
     fn fixture(text: &str) -> Vec<Vec<u8>> {
@@ -290,14 +290,14 @@ mod tests {
             .collect()
     }
 
-    /// The rule set of the recorded dumps in `recorded/nftables-*`, each line one message's payload.
+    /// The rule set of the recorded dumps in `recorded/`, each line one message's payload.
     fn recorded() -> Ruleset {
         let what = "recording";
         let mut set = Ruleset::default();
-        for payload in fixture(include_str!("recorded/chains.hex")) {
+        for payload in fixture(include_str!("../recorded/chains.hex")) {
             set.chains.extend(decode_with(what, &Message { kind: 0, payload: &payload }, chain).unwrap());
         }
-        for payload in fixture(include_str!("recorded/rules.hex")) {
+        for payload in fixture(include_str!("../recorded/rules.hex")) {
             let rule = decode_with(what, &Message { kind: 0, payload: &payload }, rule).unwrap().unwrap();
             if let Some(name) = rule.tracking {
                 set.tracking.insert((rule.chain.0.0, name));
@@ -312,19 +312,19 @@ mod tests {
         let set = recorded();
         let hooks: Vec<_> = set.chains.iter().map(|c| (c.describe(), c.hook, c.accepts, c.devices.clone())).collect();
         let expected = [
-            ("nft table inet t, chain fwd", 2, false, vec![]),
-            ("nft table inet t, chain in", 1, true, vec![]),
+            ("nft table inet t, chain pass", 2, false, vec![]),
+            ("nft table inet t, chain mine", 1, true, vec![]),
             ("nft table netdev d, chain ing", 0, true, vec!["v0".to_owned()]),
         ];
         assert_eq!(hooks, expected.map(|(name, hook, accepts, devices)| (name.to_owned(), hook, accepts, devices)));
         assert_eq!(set.tracking, BTreeSet::from([(pf::INET, "ct".to_owned()), (pf::IPV4, "MASQUERADE".to_owned())]));
         let rules: Vec<_> = set.rules.iter().map(|(((_, t), c), n)| (t.as_str(), c.as_str(), *n)).collect();
-        assert_eq!(rules, [("t", "in", 2), ("nat", "POSTROUTING", 1), ("d", "ing", 1)]);
+        assert_eq!(rules, [("t", "mine", 2), ("nat", "POSTROUTING", 1), ("d", "ing", 1)]);
     }
 
     #[test]
     fn truncated_recordings_are_errors_or_nothing_but_never_a_panic() {
-        for payload in fixture(include_str!("recorded/rules.hex")) {
+        for payload in fixture(include_str!("../recorded/rules.hex")) {
             for length in 0..payload.len() {
                 let _ = decode_with("test", &Message { kind: 0, payload: &payload[..length] }, rule);
             }

@@ -1,0 +1,762 @@
+//! The watchers against the real kernel: each setting made by its own tool in a fresh network namespace, seen to appear
+//! as a policy and to go again; and settings that must not be in the way. Needs root. What a kernel lacks is said and
+//! passed over there; the same tests run in the virtual machine, whose kernel has it.
+//!
+//! ```text
+//!   one namespace:  g0 ===veth=== g1     (g0, g1: ports with addresses 192.0.2.1/24, 2001:db8::1/64 on g0)
+//! ```
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::FamilyReader, watchers};
+use towpath_cm::{PortIndex, Watcher};
+use towpath_fpc::{Policy, Port, PortFamily, PortKind, Scope};
+use towpath_tables::Reason;
+use towpath_tables::record::Family::{V4, V6};
+
+/// Nothing here takes this long, even in an emulated machine; only a failing test waits for it.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The thread's own network namespace, with two ports.
+struct Lab {
+    ports: PortIndex,
+    g0: u32,
+    g1: u32,
+}
+
+impl Lab {
+    fn new() -> Self {
+        // SAFETY: the call takes a number only and concerns the calling thread.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "a network namespace needs root");
+        run("ip link set lo up");
+        run("ip link add g0 type veth peer name g1");
+        run("ip link set g0 up");
+        run("ip link set g1 up");
+        run("ip address add 192.0.2.1/24 dev g0");
+        run("ip address add 2001:db8::1/64 dev g0 nodad");
+        run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
+        let mut ports = PortIndex::default();
+        let [g0, g1] = ["g0", "g1"].map(|name| {
+            ports.insert(port(name));
+            index(name)
+        });
+        Self { ports, g0, g1 }
+    }
+}
+
+fn index(name: &str) -> u32 {
+    let name = CString::new(name).unwrap();
+    // SAFETY: the name is a string with its NUL that lives through the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    assert_ne!(index, 0, "no interface {name:?}");
+    index
+}
+
+fn port(name: &str) -> Port {
+    Port {
+        ifindex: index(name),
+        name: name.into(),
+        mac: Some([2, 0, 0, 0, 0, 1]),
+        mtu: 1500,
+        kind: PortKind::Virtual,
+        up: true,
+        carrier: true,
+        master: 0,
+        promiscuous: false,
+        family: [PortFamily { forwarding: true, ignore_linkdown: false }; 2],
+        send_redirects: true,
+        rp_filter: 0,
+        route_localnet: false,
+        unsupported: None,
+    }
+}
+
+/// Runs a command line, which must succeed.
+fn run(command: &str) {
+    assert!(works(command), "{command} failed");
+}
+
+/// Runs a command line; false if it fails.
+fn works(command: &str) -> bool {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    if !output.status.success() {
+        eprintln!("{command}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    output.status.success()
+}
+
+/// A watcher with what it told last.
+struct Watched {
+    watcher: Box<dyn Watcher>,
+    policies: Vec<Policy>,
+}
+
+impl Watched {
+    fn new(watcher: impl Watcher + 'static, ports: &PortIndex) -> Self {
+        let mut watcher: Box<dyn Watcher> = Box::new(watcher);
+        let policies = watcher.poll(ports).unwrap().expect("the first poll tells everything");
+        Self { watcher, policies }
+    }
+
+    /// Waits as CM's loop does, then polls once.
+    fn turn(&mut self, ports: &PortIndex) {
+        let mut fds: Vec<_> = self
+            .watcher
+            .fds()
+            .iter()
+            .map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+            .collect();
+        let timeout = self.watcher.interval().unwrap_or(Duration::from_millis(500)).as_millis() as i32;
+        // SAFETY: the array lives through the call and its length is given.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+        if let Some(policies) = self.watcher.poll(ports).unwrap() {
+            assert!(policies.iter().all(|policy| policy.source == self.watcher.source()));
+            self.policies = policies;
+        }
+    }
+
+    fn wait(&mut self, what: &str, ports: &PortIndex, done: impl Fn(&[Policy]) -> bool) -> Duration {
+        let start = Instant::now();
+        while !done(&self.policies) {
+            assert!(start.elapsed() < DEADLINE, "{what}: still {:#?}", self.policies);
+            self.turn(ports);
+        }
+        start.elapsed()
+    }
+
+    /// `command` brings exactly these policies; then `undo` takes all away. Says how long each took.
+    fn comes_and_goes(&mut self, ports: &PortIndex, command: &str, expected: &[(Scope, Reason)], undo: &str) {
+        assert_eq!(self.policies, [], "before {command}");
+        let expected: BTreeSet<_> = expected.iter().copied().collect();
+        run(command);
+        let came = self.wait(command, ports, |p| {
+            p.iter().map(|policy| (policy.scope, policy.reason)).collect::<BTreeSet<_>>() == expected
+        });
+        let detail = self.policies.first().map(|policy| policy.detail.clone()).unwrap_or_default();
+        run(undo);
+        let went = self.wait(undo, ports, |p| p.is_empty());
+        println!("{:8.2} ms, gone {:8.2} ms  {command}: {detail}", came.as_secs_f64() * 1e3, went.as_secs_f64() * 1e3);
+    }
+
+    /// `command` brings no policy. To know that it has been seen, `marker` (which does) follows, and is taken back.
+    fn is_harmless(&mut self, ports: &PortIndex, command: &str, undo: &str, marker: &str, unmark: &str) {
+        run(command);
+        self.turn(ports);
+        assert_eq!(self.policies, [], "after {command}");
+        run(marker);
+        self.wait(marker, ports, |p| !p.is_empty());
+        run(unmark);
+        self.wait(unmark, ports, |p| p.is_empty());
+        run(undo);
+        self.turn(ports);
+        assert_eq!(self.policies, [], "after {undo}");
+    }
+}
+
+const fn family(family: towpath_tables::record::Family, reason: Reason) -> (Scope, Reason) {
+    (Scope::Family(family), reason)
+}
+
+const NETFILTER: Reason = Reason::PolicyNetfilter;
+const CONNTRACK: Reason = Reason::PolicyConntrack;
+
+#[test]
+fn nft_rules_on_the_way() {
+    let lab = Lab::new();
+    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let both = [family(V4, NETFILTER), family(V6, NETFILTER)];
+    let flush = "nft flush ruleset";
+    for hook in ["prerouting", "forward", "postrouting"] {
+        let rule = format!(
+            "nft 'add table inet t; add chain inet t c {{ type filter hook {hook} priority 0; }}; \
+                            add rule inet t c counter'"
+        );
+        nft.comes_and_goes(&lab.ports, &rule, &both, flush);
+    }
+    for (name, scope) in [("ip", V4), ("ip6", V6)] {
+        let drop = format!(
+            "nft 'add table {name} t; add chain {name} t c {{ type filter hook forward priority 0; \
+                            policy drop; }}'"
+        );
+        nft.comes_and_goes(&lab.ports, &drop, &[family(scope, NETFILTER)], flush);
+    }
+    let ingress = "nft 'add table netdev t; add chain netdev t c { type filter hook ingress device g1 priority 0; }; \
+                   add rule netdev t c counter'";
+    nft.comes_and_goes(&lab.ports, ingress, &[(Scope::Ingress(lab.g1, None), NETFILTER)], flush);
+    let inet_ingress = "nft 'add table inet t; add chain inet t c { type filter hook ingress device g0 priority 0; }; \
+                        add rule inet t c counter'";
+    nft.comes_and_goes(&lab.ports, inet_ingress, &[(Scope::Ingress(lab.g0, None), NETFILTER)], flush);
+    let egress = "nft 'add table netdev t; add chain netdev t c { type filter hook egress devices = { g0, g1 } \
+                  priority 0; }; add rule netdev t c counter'";
+    let both_ports = [(Scope::Egress(lab.g0, None), NETFILTER), (Scope::Egress(lab.g1, None), NETFILTER)];
+    if works(egress) {
+        run(flush);
+        nft.wait(flush, &lab.ports, |p| p.is_empty());
+        nft.comes_and_goes(&lab.ports, egress, &both_ports, flush);
+    }
+}
+
+#[test]
+fn nft_connection_tracking_anywhere() {
+    let lab = Lab::new();
+    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let both = [family(V4, CONNTRACK), family(V6, CONNTRACK)];
+    let flush = "nft flush ruleset";
+    let input = |rule: &str| {
+        format!(
+            "nft 'add table inet t; add chain inet t c {{ type filter hook input priority 0; }}; \
+                 add rule inet t c {rule}'"
+        )
+    };
+    nft.comes_and_goes(&lab.ports, &input("ct state established accept"), &both, flush);
+    nft.comes_and_goes(&lab.ports, &input("ct mark 1 counter"), &both, flush);
+    let nowhere = "nft 'add table inet t; add chain inet t unused; add rule inet t unused ct state new'";
+    nft.comes_and_goes(&lab.ports, nowhere, &both, flush);
+    let helper = "nft 'add table ip t; add ct helper ip t h { type \"ftp\" protocol tcp; }'";
+    if works(helper) {
+        run(flush);
+        nft.wait(flush, &lab.ports, |p| p.is_empty());
+        nft.comes_and_goes(&lab.ports, helper, &[family(V4, CONNTRACK)], flush);
+    }
+    let masquerade = "nft 'add table ip t; add chain ip t c { type nat hook postrouting priority 100; }; \
+                      add rule ip t c masquerade'";
+    nft.comes_and_goes(&lab.ports, masquerade, &[family(V4, NETFILTER), family(V4, CONNTRACK)], flush);
+    let limit = "nft 'add table ip t; add set ip t s { type ipv4_addr; flags dynamic; }; \
+                 add chain ip t c { type filter hook input priority 0; }; \
+                 add rule ip t c add @s { ip saddr ct count 20 }'";
+    if works(limit) {
+        run(flush);
+        nft.wait(flush, &lab.ports, |p| p.is_empty());
+        nft.comes_and_goes(&lab.ports, limit, &[family(V4, CONNTRACK)], flush);
+    }
+}
+
+#[test]
+fn nft_flowtables() {
+    let lab = Lab::new();
+    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let flowtable = "nft 'add table inet t; add flowtable inet t f { hook ingress priority 0; devices = { g0, g1 }; }'";
+    if !works(flowtable) {
+        return println!("this kernel has no flowtables");
+    }
+    run("nft flush ruleset; nft delete flowtable inet t f 2>/dev/null; nft delete table inet t 2>/dev/null; true");
+    nft.wait("flush", &lab.ports, |p| p.is_empty());
+    let expected = [(Scope::Ingress(lab.g0, None), CONNTRACK), (Scope::Ingress(lab.g1, None), CONNTRACK)];
+    nft.comes_and_goes(&lab.ports, flowtable, &expected, "nft delete table inet t");
+}
+
+#[test]
+fn nft_that_is_not_in_the_way() {
+    let lab = Lab::new();
+    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let (mark, unmark) = (
+        "nft 'add table ip6 m; add chain ip6 m c { type filter hook forward priority 0; policy drop; }'",
+        "nft delete table ip6 m",
+    );
+    let mut harmless = |command: &str| nft.is_harmless(&lab.ports, command, "nft flush ruleset", mark, unmark);
+    harmless("nft 'add table inet t; add chain inet t c { type filter hook forward priority 0; }'");
+    harmless("nft 'add table ip t; add chain ip t c { type nat hook postrouting priority 100; }'");
+    harmless(
+        "nft 'add table inet t; add chain inet t c { type filter hook input priority 0; policy drop; }; \
+              add rule inet t c tcp dport 22 accept'",
+    );
+    harmless("nft 'add table ip t; add chain ip t c { type filter hook output priority 0; }; add rule ip t c counter'");
+    harmless(
+        "nft 'add table inet t { flags dormant; }; add chain inet t c { type filter hook forward priority 0; \
+              policy drop; }; add rule inet t c counter'",
+    );
+    harmless(
+        "nft 'add table arp t; add chain arp t c { type filter hook input priority 0; }; add rule arp t c counter'",
+    );
+    harmless("nft 'add table inet t; add set inet t s { type ipv4_addr; }; add element inet t s { 192.0.2.7 }'");
+    harmless("iptables-nft -L; iptables-nft -t nat -L; iptables-nft -P INPUT DROP");
+}
+
+#[test]
+fn iptables_nft() {
+    let lab = Lab::new();
+    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    for (tool, scope) in [("iptables-nft", V4), ("ip6tables-nft", V6)] {
+        let only = |reason| [family(scope, reason)];
+        let undo = |table: &str| format!("{tool} -t {table} -F");
+        nft.comes_and_goes(
+            &lab.ports,
+            &format!("{tool} -A FORWARD -p tcp --dport 25 -j DROP"),
+            &only(NETFILTER),
+            &undo("filter"),
+        );
+        nft.comes_and_goes(
+            &lab.ports,
+            &format!("{tool} -P FORWARD DROP"),
+            &only(NETFILTER),
+            &format!("{tool} -P FORWARD ACCEPT"),
+        );
+        nft.comes_and_goes(
+            &lab.ports,
+            &format!("{tool} -A INPUT -m conntrack --ctstate NEW -j ACCEPT"),
+            &only(CONNTRACK),
+            &undo("filter"),
+        );
+        nft.comes_and_goes(
+            &lab.ports,
+            &format!("{tool} -t nat -A POSTROUTING -o g1 -j MASQUERADE"),
+            &[family(scope, NETFILTER), family(scope, CONNTRACK)],
+            &undo("nat"),
+        );
+        nft.comes_and_goes(
+            &lab.ports,
+            &format!("{tool} -t mangle -A PREROUTING -j MARK --set-mark 1"),
+            &only(NETFILTER),
+            &undo("mangle"),
+        );
+    }
+}
+
+#[test]
+fn iptables_legacy() {
+    let lab = Lab::new();
+    let mut xtables = Watched::new(Xtables::new().unwrap(), &lab.ports);
+    for (tool, scope) in [("iptables-legacy", V4), ("ip6tables-legacy", V6)] {
+        if !works(&format!("{tool} -L -n")) {
+            println!("this kernel has no {tool}");
+            continue;
+        }
+        let only = |reason| [family(scope, reason)];
+        let undo = |table: &str| format!("{tool} -t {table} -F");
+        let mut case = |rule: &str, reason: Reason, undo: &str| {
+            xtables.comes_and_goes(&lab.ports, &format!("{tool} {rule}"), &only(reason), undo);
+        };
+        case("-A FORWARD -p tcp --dport 25 -j DROP", NETFILTER, &undo("filter"));
+        // The table keeps its size and number of entries.
+        case("-P FORWARD DROP", NETFILTER, &format!("{tool} -P FORWARD ACCEPT"));
+        case("-A INPUT -m conntrack --ctstate NEW -j ACCEPT", CONNTRACK, &undo("filter"));
+        case("-A OUTPUT -m state --state NEW -j ACCEPT", CONNTRACK, &undo("filter"));
+        case("-t mangle -A PREROUTING -j MARK --set-mark 1", NETFILTER, &undo("mangle"));
+        case("-t raw -A PREROUTING -p udp -j ACCEPT", NETFILTER, &undo("raw"));
+        case("-t nat -A POSTROUTING -j MASQUERADE", NETFILTER, &undo("nat"));
+        case(
+            "-t nat -A OUTPUT -d ::/0 -j REDIRECT".replace("::/0", if scope == V4 { "0/0" } else { "::/0" }).as_str(),
+            CONNTRACK,
+            &undo("nat"),
+        );
+        // A rule replaced by another of the same size in a chain that does not matter.
+        run(&format!("{tool} -A INPUT -p tcp --dport 25 -j DROP"));
+        xtables.is_harmless(
+            &lab.ports,
+            &format!("{tool} -R INPUT 1 -p tcp --dport 26 -j DROP"),
+            &format!("{tool} -F; {tool} -P INPUT DROP; {tool} -P INPUT ACCEPT"),
+            &format!("{tool} -P FORWARD DROP"),
+            &format!("{tool} -P FORWARD ACCEPT"),
+        );
+    }
+}
+
+#[test]
+fn iptables_legacy_tables_are_not_made_by_looking() {
+    let lab = Lab::new();
+    let mut xtables = Watched::new(Xtables::new().unwrap(), &lab.ports);
+    xtables.turn(&lab.ports);
+    for names in ["ip_tables_names", "ip6_tables_names"] {
+        let tables = std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
+        assert_eq!(tables, "");
+    }
+}
+
+#[test]
+fn xfrm_policies() {
+    let lab = Lab::new();
+    let mut xfrm = Watched::new(Xfrm::new().unwrap(), &lab.ports);
+    let reason = Reason::PolicyXfrm;
+    for direction in ["out", "fwd"] {
+        let policy = format!("src 198.51.100.0/24 dst 203.0.113.0/24 dir {direction}");
+        let add = format!("ip xfrm policy add {policy} tmpl src 192.0.2.1 dst 192.0.2.2 proto esp mode tunnel");
+        xfrm.comes_and_goes(&lab.ports, &add, &[family(V4, reason)], &format!("ip xfrm policy delete {policy}"));
+    }
+    let six = "ip xfrm policy add src 2001:db8:1::/48 dst 2001:db8:2::/48 dir fwd action block";
+    xfrm.comes_and_goes(&lab.ports, six, &[family(V6, reason)], "ip xfrm policy flush");
+    let both = [family(V4, reason), family(V6, reason)];
+    let (block, accept) = ("ip xfrm policy setdefault fwd block", "ip xfrm policy setdefault fwd accept");
+    xfrm.comes_and_goes(&lab.ports, block, &both, accept);
+    xfrm.is_harmless(
+        &lab.ports,
+        "ip xfrm policy add src 198.51.100.0/24 dst 203.0.113.0/24 dir in action block",
+        "ip xfrm policy flush",
+        block,
+        accept,
+    );
+}
+
+#[test]
+fn routing_rules() {
+    let lab = Lab::new();
+    let mut rules = Watched::new(Rules::new().unwrap(), &lab.ports);
+    let reason = Reason::PolicyRule;
+    for (tool, scope, prefix) in [("ip", V4, "198.51.100.0/24"), ("ip -6", V6, "2001:db8:1::/48")] {
+        for rule in [
+            format!("from {prefix} lookup 100"),
+            "fwmark 1 lookup 100".into(),
+            "iif g0 lookup 100".into(),
+            "lookup main suppress_prefixlength 0 pref 100".into(),
+            "dport 25 ipproto tcp blackhole".into(),
+            "lookup 100 pref 40000".into(),
+        ] {
+            let (add, delete) = (format!("{tool} rule add {rule}"), format!("{tool} rule delete {rule}"));
+            rules.comes_and_goes(&lab.ports, &add, &[family(scope, reason)], &delete);
+        }
+        let swap = format!(
+            "{tool} rule add pref 32766 lookup local; {tool} rule add pref 32767 lookup local; \
+                            {tool} rule delete pref 0"
+        );
+        let back = format!(
+            "{tool} rule add pref 0 lookup local; while {tool} rule delete pref 32766 lookup local; do :; \
+                            done; {tool} rule delete pref 32767 lookup local"
+        );
+        rules.comes_and_goes(&lab.ports, &swap, &[family(scope, reason)], &back);
+        rules.is_harmless(
+            &lab.ports,
+            &format!("{tool} rule add l3mdev pref 1000; {tool} rule add pref 500 lookup local; {tool} rule del pref 0"),
+            &format!("{tool} rule add pref 0 lookup local; {tool} rule del pref 500; {tool} rule del pref 1000"),
+            &format!("{tool} rule add lookup 100 pref 5"),
+            &format!("{tool} rule delete lookup 100 pref 5"),
+        );
+    }
+}
+
+#[test]
+fn qdiscs() {
+    let lab = Lab::new();
+    let mut tc = Watched::new(Tc::new().unwrap(), &lab.ports);
+    let egress = [(Scope::Egress(lab.g0, None), Reason::PolicyTc)];
+    let undo = "tc qdisc delete dev g0 root";
+    let mut tried = 0;
+    for qdisc in [
+        "tbf rate 1mbit burst 10k latency 50ms",
+        "htb",
+        "netem delay 1ms",
+        "prio",
+        "sfq",
+        "cake",
+        "red limit 1m avpkt 1000",
+        "fq maxrate 1mbit",
+    ] {
+        let add = format!("tc qdisc add dev g0 root {qdisc}");
+        if works(&add) {
+            run(undo);
+            tc.wait(undo, &lab.ports, |p| p.is_empty());
+            tc.comes_and_goes(&lab.ports, &add, &egress, undo);
+            tried += 1;
+        }
+    }
+    assert!(tried >= 2, "tbf and htb at least");
+    let (mark, unmark) = ("tc qdisc add dev g1 root tbf rate 1mbit burst 10k latency 50ms", "tc qdisc del dev g1 root");
+    for qdisc in ["root pfifo limit 100", "root bfifo limit 10000", "root fq_codel", "root fq", "clsact", "ingress"] {
+        let add = format!("tc qdisc add dev g0 {qdisc}");
+        let undo = format!("tc qdisc delete dev g0 {}", qdisc.split(' ').next().unwrap());
+        if works(&add) {
+            run(&undo);
+            tc.turn(&lab.ports);
+            tc.is_harmless(&lab.ports, &add, &undo, mark, unmark);
+        }
+    }
+}
+
+#[test]
+fn child_qdiscs_below_a_queue_for_each_ring() {
+    let lab = Lab::new();
+    run("ip link add g2 numtxqueues 2 type veth peer name g3 numrxqueues 2");
+    run("ip link set g2 up");
+    let mut tc = Watched::new(Tc::new().unwrap(), &lab.ports);
+    if !works("tc qdisc replace dev g2 root handle 1: mq") {
+        return println!("no mq here");
+    }
+    tc.comes_and_goes(
+        &lab.ports,
+        "tc qdisc add dev g2 parent 1:1 tbf rate 1mbit burst 10k latency 50ms",
+        &[(Scope::Egress(index("g2"), None), Reason::PolicyTc)],
+        "tc qdisc delete dev g2 parent 1:1",
+    );
+}
+
+#[test]
+fn tc_filters() {
+    let lab = Lab::new();
+    let mut tc = Watched::new(Tc::new().unwrap(), &lab.ports);
+    let reason = Reason::PolicyTc;
+    run("tc qdisc add dev g0 clsact; tc qdisc add dev g1 ingress");
+    let matching = "protocol ip pref 1 u32 match ip dst 192.0.2.9/32 action drop";
+    let plain = "protocol ip pref 1 u32 match ip dst 192.0.2.9/32 classid 1:1";
+    let filter = if works(&format!("tc filter add dev g0 egress {matching}")) { matching } else { plain };
+    run("tc filter delete dev g0 egress 2>/dev/null; true");
+    tc.wait("delete", &lab.ports, |p| p.is_empty());
+    for (at, place, scope) in [
+        ("g0", "ingress", Scope::Ingress(lab.g0, None)),
+        ("g0", "egress", Scope::Egress(lab.g0, None)),
+        ("g1", "ingress", Scope::Ingress(lab.g1, None)),
+    ] {
+        tc.comes_and_goes(
+            &lab.ports,
+            &format!("tc filter add dev {at} {place} {filter}"),
+            &[(scope, reason)],
+            &format!("tc filter delete dev {at} {place}"),
+        );
+    }
+    run("tc qdisc delete dev g0 clsact; tc qdisc delete dev g1 ingress");
+    run("tc qdisc add dev g0 ingress_block 7 clsact; tc qdisc add dev g1 ingress_block 7 ingress");
+    tc.comes_and_goes(
+        &lab.ports,
+        &format!("tc filter add block 7 {filter}"),
+        &[(Scope::Ingress(lab.g0, None), reason), (Scope::Ingress(lab.g1, None), reason)],
+        "tc filter delete block 7",
+    );
+}
+
+#[test]
+fn a_default_qdisc_that_shapes_is_seen_when_the_interface_comes_up() {
+    let lab = Lab::new();
+    if !works("ip link add d0 type dummy && tc qdisc add dev d0 root handle 1: prio && tc qdisc del dev d0 root") {
+        return println!("needs dummy interfaces and sch_prio");
+    }
+    run("ip link delete d0");
+    let mut tc = Watched::new(Tc::new().unwrap(), &lab.ports);
+    // Of the whole machine, hence only where the machine is ours.
+    if std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim() != "vmrun" {
+        return println!("net.core.default_qdisc is the whole machine's");
+    }
+    run("nsenter -t 1 -n sysctl -qw net.core.default_qdisc=sfq");
+    run("ip link add d0 numtxqueues 1 type veth peer name d1; ip link set d0 txqueuelen 100");
+    let d0 = index("d0");
+    run("ip link set d0 up");
+    tc.wait("default qdisc", &lab.ports, |p| p.iter().any(|p| p.scope == Scope::Egress(d0, None)) || p.is_empty());
+}
+
+/// A capture that runs until dropped.
+struct Tcpdump(Child);
+
+impl Tcpdump {
+    fn start(arguments: &[&str]) -> Self {
+        let mut tcpdump = Command::new("tcpdump");
+        tcpdump.args(["-n", "-w", "/dev/null"]).args(arguments);
+        Self(tcpdump.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Tcpdump {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn captures() {
+    let lab = Lab::new();
+    let mut capture = Watched::new(Capture::new().unwrap(), &lab.ports);
+    assert_eq!(capture.policies, []);
+    let scopes = |ifindex| [Scope::Ingress(ifindex, None), Scope::Egress(ifindex, None)];
+    let is = |expected: &[Scope]| {
+        let expected: BTreeSet<_> = expected.iter().copied().collect();
+        move |p: &[Policy]| {
+            p.iter().all(|p| p.reason == Reason::PolicyCapture)
+                && p.iter().map(|p| p.scope).collect::<BTreeSet<_>>() == expected
+        }
+    };
+    let one = Tcpdump::start(&["-i", "g0"]);
+    capture.wait("tcpdump -i g0", &lab.ports, is(&scopes(lab.g0)));
+    let any = Tcpdump::start(&["-i", "any"]);
+    capture.wait("tcpdump -i any", &lab.ports, is(&[scopes(lab.g0), scopes(lab.g1)].concat()));
+    drop(any);
+    capture.wait("one is left", &lab.ports, is(&scopes(lab.g0)));
+    drop(one);
+    capture.wait("none is left", &lab.ports, |p| p.is_empty());
+}
+
+/// A packet socket, bound to an interface and protocol.
+struct PacketSocket(i32);
+
+impl PacketSocket {
+    fn open(ifindex: u32, protocol: u16) -> Self {
+        // SAFETY: the call takes numbers only.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        assert!(fd >= 0);
+        // SAFETY: an address of zeros is a valid one.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = protocol.to_be();
+        address.sll_ifindex = ifindex as i32;
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the address lives through the call and its size is given.
+        assert_eq!(unsafe { libc::bind(fd, (&raw const address).cast(), length) }, 0);
+        Self(fd)
+    }
+}
+
+impl Drop for PacketSocket {
+    fn drop(&mut self) {
+        // SAFETY: the descriptor is this socket's own and is not used again.
+        unsafe { libc::close(self.0) };
+    }
+}
+
+#[test]
+fn captures_of_single_protocols() {
+    let lab = Lab::new();
+    let mut capture = Watched::new(Capture::new().unwrap(), &lab.ports);
+    for protocol in [0x0003, 0x0800, 0x86dd, 0x8100] {
+        let socket = PacketSocket::open(lab.g1, protocol);
+        let came = capture.wait("packet socket", &lab.ports, |p| p.len() == 2);
+        drop(socket);
+        capture.wait("closed", &lab.ports, |p| p.is_empty());
+        println!("{:8.2} ms  protocol {protocol:#06x}", came.as_secs_f64() * 1e3);
+    }
+    let lldp = PacketSocket::open(0, 0x88cc);
+    capture.turn(&lab.ports);
+    assert_eq!(capture.policies, []);
+    let pppoe = PacketSocket::open(lab.g0, 0x8864);
+    capture.turn(&lab.ports);
+    assert_eq!(capture.policies, []);
+    drop((lldp, pppoe));
+}
+
+#[test]
+fn a_capture_elsewhere_is_not_ours() {
+    let lab = Lab::new();
+    let mut capture = Watched::new(Capture::new().unwrap(), &lab.ports);
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let other = std::thread::spawn(move || {
+        let _elsewhere = Lab::new();
+        let _socket = PacketSocket::open(0, 3);
+        ready.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    is_ready.recv().unwrap();
+    capture.turn(&lab.ports);
+    assert_eq!(capture.policies, []);
+    drop(end);
+    other.join().unwrap();
+}
+
+#[test]
+fn sysctls() {
+    let lab = Lab::new();
+    let mut sysctl = Watched::new(Sysctl::new().unwrap(), &lab.ports);
+    let reason = Reason::PolicySysctl;
+    let set = |name: &str, value: &str| format!("sysctl -qw {name}={value}");
+    let port = |ifindex, family| {
+        [(Scope::Ingress(ifindex, Some(family)), reason), (Scope::Egress(ifindex, Some(family)), reason)]
+    };
+    for (name, on, off, scope) in [
+        ("net.ipv4.ip_forward_use_pmtu", "1", "0", V4),
+        ("net.ipv4.fib_multipath_use_neigh", "1", "0", V4),
+        ("net.ipv4.fib_multipath_hash_policy", "2", "1", V4),
+        ("net.ipv6.fib_multipath_hash_policy", "3", "0", V6),
+        ("net.ipv6.conf.all.proxy_ndp", "1", "0", V6),
+    ] {
+        if std::fs::exists(format!("/proc/sys/{}", name.replace('.', "/"))).unwrap() {
+            sysctl.comes_and_goes(&lab.ports, &set(name, on), &[family(scope, reason)], &set(name, off));
+        }
+    }
+    let name = "net.ipv6.conf.g0.disable_ipv6";
+    sysctl.comes_and_goes(&lab.ports, &set(name, "1"), &port(lab.g0, V6), &set(name, "0"));
+    let egress = [(Scope::Egress(lab.g1, Some(V6)), reason)];
+    let name = "net.ipv6.conf.g1.mtu";
+    sysctl.comes_and_goes(&lab.ports, &set(name, "1400"), &egress, &set(name, "1500"));
+    let egress = [(Scope::Egress(lab.g1, Some(V4)), reason)];
+    let (on, off) = (
+        "sysctl -qw net.ipv4.conf.all.accept_redirects=1 net.ipv4.conf.g1.accept_redirects=1 \
+                      net.ipv4.conf.g0.accept_redirects=0",
+        "sysctl -qw net.ipv4.conf.all.accept_redirects=0",
+    );
+    sysctl.comes_and_goes(&lab.ports, on, &egress, off);
+    let small = "ip link set g1 mtu 1000";
+    sysctl.comes_and_goes(&lab.ports, small, &port(lab.g1, V6), "ip link set g1 mtu 1500");
+    sysctl.is_harmless(
+        &lab.ports,
+        "sysctl -qw net.ipv4.fib_multipath_hash_policy=1 net.ipv4.conf.g0.accept_local=1 net.ipv4.conf.all.log_martians=1 \
+         net.ipv4.conf.all.proxy_arp=1 net.ipv4.conf.all.src_valid_mark=1",
+        "sysctl -qw net.ipv4.conf.g0.accept_local=0",
+        "sysctl -qw net.ipv4.ip_forward_use_pmtu=1",
+        "sysctl -qw net.ipv4.ip_forward_use_pmtu=0",
+    );
+}
+
+#[test]
+fn sysctls_that_the_description_of_a_port_lacks_yet() {
+    let mut lab = Lab::new();
+    lab.ports.insert(Port { send_redirects: false, route_localnet: true, ..port("g1") });
+    run(
+        "sysctl -qw net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.g1.send_redirects=0 net.ipv4.conf.g1.route_localnet=1",
+    );
+    let mut sysctl = Watched::new(Sysctl::new().unwrap(), &lab.ports);
+    let expected = [(Scope::Ingress(lab.g1, Some(V4)), Reason::PolicySysctl)];
+    for (name, to, back) in [("send_redirects", 1, 0), ("route_localnet", 0, 1)] {
+        let set = |value| format!("sysctl -qw net.ipv4.conf.g1.{name}={value}");
+        sysctl.comes_and_goes(&lab.ports, &set(to), &expected, &set(back));
+    }
+}
+
+#[test]
+fn sysctls_follow_a_renamed_interface() {
+    let mut lab = Lab::new();
+    let mut sysctl = Watched::new(Sysctl::new().unwrap(), &lab.ports);
+    run("ip link set g0 down; ip link set g0 name g9; ip link set g9 up");
+    lab.ports.insert(port("g9"));
+    sysctl.turn(&lab.ports);
+    let egress = [(Scope::Egress(lab.g0, Some(V6)), Reason::PolicySysctl)];
+    let set = |value| format!("sysctl -qw net.ipv6.conf.g9.mtu={value}");
+    sysctl.comes_and_goes(&lab.ports, &set(1300), &egress, &set(1500));
+}
+
+#[test]
+fn family_settings_are_read() {
+    let _lab = Lab::new();
+    let mut reader = FamilyReader::default();
+    let policies = |reader: &mut FamilyReader| reader.read().unwrap().map(|settings| settings.hash_policy);
+    assert_eq!(policies(&mut reader), [0, 0]);
+    run("sysctl -qw net.ipv4.fib_multipath_hash_policy=1");
+    let v6 = works("sysctl -qw net.ipv6.fib_multipath_hash_policy=1");
+    assert_eq!(policies(&mut reader), [1, u8::from(v6)]);
+}
+
+/// CPU time of the thread so far.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills the record in, which lives through it.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[test]
+fn watching_an_idle_router_costs_next_to_nothing() {
+    let lab = Lab::new();
+    // Rules that concern the router's own traffic only, for something to be read.
+    let legacy = works("for p in 1 2 3 4 5 6 7 8; do iptables-legacy -A INPUT -p tcp --dport $p -j DROP; done");
+    run("nft 'add table inet t; add chain inet t c { type filter hook input priority 0; }; add rule inet t c counter'");
+    let mut all: Vec<_> = watchers().unwrap().into_iter().map(|watcher| (watcher, Duration::ZERO)).collect();
+    for (watcher, _) in &mut all {
+        assert_eq!(watcher.poll(&lab.ports).unwrap(), Some(vec![]), "{}", watcher.name());
+    }
+    let start = Instant::now();
+    let before = cpu_time();
+    for turn in 0..100 {
+        std::thread::sleep((start + turn * POLL).saturating_duration_since(Instant::now()));
+        for (watcher, spent) in &mut all {
+            if watcher.interval().is_some() {
+                let before = cpu_time();
+                assert_eq!(watcher.poll(&lab.ports).unwrap(), None, "{}", watcher.name());
+                *spent += cpu_time() - before;
+            }
+        }
+    }
+    let percent = |time: Duration| time.as_secs_f64() / start.elapsed().as_secs_f64() * 100.0;
+    let all_of_it = percent(cpu_time() - before);
+    println!("iptables-legacy with rules: {legacy}");
+    for (watcher, spent) in &all {
+        println!("{:10} {:.4} % of a core", watcher.name(), percent(*spent));
+    }
+    println!("all, with waking up: {all_of_it:.4} % of a core");
+    assert!(all_of_it < 5.0, "far from what it should cost: {all_of_it:.2} % of a core");
+}
