@@ -26,7 +26,7 @@ root=()
 [ "$(id -u)" = 0 ] || root=(sudo -E)
 
 list=$(binaries)
-script='status=0; cd / ; echo "vm: kernel $(uname -r)"
+script='status=0
 while read -r dir binary; do
     echo "     Running $(basename "$binary") in the virtual machine"
     (cd "$dir" && exec "$binary" --test-threads=1 "$@") </dev/null || status=1

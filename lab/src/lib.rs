@@ -25,12 +25,14 @@ mod node;
 pub mod packet;
 mod process;
 mod topology;
+mod towpath;
 
 pub use frr::Frr;
 pub use node::Node;
 pub use packet::{Frame, PacketSocket};
 pub use process::Process;
 pub use topology::Lab;
+pub use towpath::{Towpath, towpath_binary};
 
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};

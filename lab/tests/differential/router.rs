@@ -1,0 +1,189 @@
+//! One of the two routers, its configuration, and the ends of its links.
+//!
+//!                  h0 ---- eth0  mtu 1500  192.0.2.1/24     2001:db8:0::1/64
+//!     wire         h1 ---- eth1  mtu 1400  198.51.100.1/24  2001:db8:1::1/64    router
+//!     (silent)     h2 ---- eth2  mtu 1500  203.0.113.1/24   2001:db8:2::1/64
+//!
+//! On each link there is a neighbour .10 (::10) with a permanent entry; .99 (::99) has none. Both routers have the
+//! same addresses, MAC addresses and routes; the hosts' side has no addresses and says nothing by itself.
+
+use anyhow::{Context, Result};
+use std::time::{Duration, Instant};
+use towpath_lab::{Frame, Lab, Node, PacketSocket};
+
+pub const PORTS: usize = 3;
+/// MAC addresses of the router's ports and of the neighbours on their links.
+pub const ROUTER_MACS: [[u8; 6]; PORTS] = [[2, 0, 0, 0, 0, 0x10], [2, 0, 0, 0, 0, 0x11], [2, 0, 0, 0, 0, 0x12]];
+pub const HOST_MACS: [[u8; 6]; PORTS] = [[2, 0, 0, 0, 0, 0x20], [2, 0, 0, 0, 0, 0x21], [2, 0, 0, 0, 0, 0x22]];
+pub const MTUS: [usize; PORTS] = [1500, 1400, 1500];
+/// Addresses of the router's own, as prefixes of its links.
+pub const ROUTER_V4: [[u8; 4]; PORTS] = [[192, 0, 2, 1], [198, 51, 100, 1], [203, 0, 113, 1]];
+/// The neighbours with a permanent entry.
+pub const NEIGHBOURS_V4: [[u8; 4]; PORTS] = [[192, 0, 2, 10], [198, 51, 100, 10], [203, 0, 113, 10]];
+/// VLAN sub-interfaces of eth2, where the kernel has them: identifier, and third byte of 198.18.<n>.1/24.
+pub const VLANS: [(u16, u8); 2] = [(100, 100), (200, 101)];
+
+/// Routes of both families. 198.19.0.0/16 and 2001:db8:f00::/40 hold the sources, a part behind each port.
+const ROUTES: &[&str] = &[
+    "198.18.0.0/24 via 198.51.100.10",
+    "198.18.1.0/24 via 203.0.113.10",
+    "198.18.1.128/25 via 198.51.100.10",
+    "blackhole 198.18.1.129/32",
+    "198.18.2.0/24 via 192.0.2.10",
+    "blackhole 198.18.3.0/24",
+    "unreachable 198.18.4.0/24",
+    "prohibit 198.18.5.0/24",
+    "throw 198.18.6.0/24",
+    "198.18.7.0/24 via 198.51.100.99",
+    "198.18.8.0/24 via 203.0.113.10 mtu 1300",
+    "198.18.9.0/24 dev eth1",
+    "198.19.0.0/18 via 192.0.2.10",
+    "198.19.64.0/18 via 198.51.100.10",
+    "198.19.128.0/18 via 203.0.113.10",
+    "2001:db8:100::/48 via 2001:db8:1::10",
+    "2001:db8:101::/48 via 2001:db8:2::10",
+    "2001:db8:101:8000::/49 via 2001:db8:1::10",
+    "blackhole 2001:db8:101:8000::1/128",
+    "2001:db8:102::/48 via 2001:db8::10",
+    "blackhole 2001:db8:103::/48",
+    "unreachable 2001:db8:104::/48",
+    "prohibit 2001:db8:105::/48",
+    "throw 2001:db8:106::/48",
+    "2001:db8:107::/48 via 2001:db8:1::99",
+    "2001:db8:108::/48 via 2001:db8:2::10 mtu 1300",
+    "2001:db8:f00::/48 via 2001:db8::10",
+    "2001:db8:f01::/48 via 2001:db8:1::10",
+    "2001:db8:f02::/48 via 2001:db8:2::10",
+];
+
+const SYSCTLS: &[(&str, &str)] = &[
+    // Every ICMP error is sent, so that both routers send the same ones.
+    ("net.ipv4.icmp_ratelimit", "0"),
+    ("net.ipv4.icmp_ratemask", "0"),
+    ("net.ipv6.icmp.ratelimit", "0"),
+    ("net.ipv6.icmp.ratemask", "200"),
+    // Flow labels of the router's own packets are random otherwise.
+    ("net.ipv6.auto_flowlabels", "0"),
+    // Fragments to the router itself never expire here: an ICMP error for them would come at some later time.
+    ("net.ipv4.ipfrag_time", "3600"),
+    ("net.ipv6.ip6frag_time", "3600"),
+];
+
+/// What differs between runs.
+#[derive(Clone, Copy)]
+pub struct Profile {
+    pub name: &'static str,
+    /// rp_filter of each port
+    pub rp_filter: [u8; PORTS],
+    pub send_redirects: bool,
+    pub vlans: bool,
+}
+
+pub struct Router {
+    pub name: &'static str,
+    pub node: Node,
+    sockets: Vec<PacketSocket>,
+}
+
+impl Router {
+    pub fn new(lab: &Lab, name: &'static str, profile: &Profile) -> Result<Router> {
+        let (node, wire) = (lab.node(name)?, lab.node(&format!("wire-{name}"))?);
+        wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        for port in 0..PORTS {
+            let (end, host) = (format!("eth{port}"), format!("h{port}"));
+            lab.link((&node, &end), (&wire, &host))?;
+            wire.run(["ip", "link", "set", &host, "address", &mac(HOST_MACS[port]), "mtu", "9000"])?;
+            // Down meanwhile, so that the link-local address follows the new MAC address.
+            node.run(["ip", "link", "set", &end, "down"])?;
+            node.run(["ip", "link", "set", &end, "address", &mac(ROUTER_MACS[port]), "mtu", &MTUS[port].to_string()])?;
+            node.run(["ip", "link", "set", &end, "up"])?;
+        }
+        configure(&node, profile)?;
+        let sockets = (0..PORTS).map(|port| wire.packet_socket(&format!("h{port}"))).collect::<Result<_>>()?;
+        Ok(Router { name, node, sockets })
+    }
+
+    pub fn send(&self, port: usize, frames: &[impl AsRef<[u8]>]) -> Result<()> {
+        self.sockets[port].send_all(frames).with_context(|| format!("to eth{port} of {}", self.name))
+    }
+
+    /// Adds what has come out of each port; true once nothing more is there to be read.
+    pub fn collect(&self, into: &mut [Vec<Frame>; PORTS]) -> Result<()> {
+        for (socket, frames) in self.sockets.iter().zip(into) {
+            frames.extend(socket.drain()?);
+            anyhow::ensure!(socket.lost()? == 0, "the receiving socket lost frames of {}", self.name);
+        }
+        Ok(())
+    }
+
+    /// Waits until no frame has come for a while.
+    pub fn settle(&self) -> Result<()> {
+        let mut quiet_since = Instant::now();
+        while quiet_since.elapsed() < Duration::from_millis(200) {
+            let mut frames = Default::default();
+            self.collect(&mut frames)?;
+            if frames.iter().any(|f| !f.is_empty()) {
+                quiet_since = Instant::now();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+fn configure(node: &Node, profile: &Profile) -> Result<()> {
+    node.forward()?;
+    for (key, value) in SYSCTLS {
+        node.sysctl(key, value)?;
+    }
+    let redirects = if profile.send_redirects { "1" } else { "0" };
+    node.sysctl("net.ipv4.conf.all.send_redirects", redirects)?;
+    for port in 0..PORTS {
+        let name = format!("eth{port}");
+        let v4 = ROUTER_V4[port];
+        let link = |last: &str| (format!("{}.{}.{}.{last}", v4[0], v4[1], v4[2]), format!("2001:db8:{port}::{last}"));
+        let (own, own6) = link("1");
+        node.run(["ip", "addr", "add", &format!("{own}/24"), "broadcast", "+", "dev", &name])?;
+        node.run(["ip", "addr", "add", &format!("{own6}/64"), "dev", &name, "nodad"])?;
+        let (host, host6) = link("10");
+        for neighbour in [host, host6] {
+            node.run(["ip", "neigh", "add", &neighbour, "lladdr", &mac(HOST_MACS[port]), "dev", &name])?;
+        }
+        node.sysctl(&format!("net.ipv4.conf.{name}.rp_filter"), &profile.rp_filter[port].to_string())?;
+        node.sysctl(&format!("net.ipv4.conf.{name}.send_redirects"), redirects)?;
+        for family in ["ipv4", "ipv6"] {
+            // No solicitation: an unknown neighbour fails at once and silently, instead of three seconds later.
+            node.sysctl(&format!("net.{family}.neigh.{name}.mcast_solicit"), "0")?;
+        }
+    }
+    node.run(["ip", "neigh", "add", "198.18.9.9", "lladdr", &mac(HOST_MACS[1]), "dev", "eth1"])?;
+    if profile.vlans {
+        configure_vlans(node)?;
+    }
+    for route in ROUTES {
+        node.run(["ip", "route", "add"].into_iter().chain(route.split(' ')))?;
+    }
+    Ok(())
+}
+
+fn configure_vlans(node: &Node) -> Result<()> {
+    for (id, third) in VLANS {
+        let name = format!("eth2.{id}");
+        let id = id.to_string();
+        node.run(["ip", "link", "add", "link", "eth2", "name", &name, "type", "vlan", "id", &id])?;
+        node.run(["ip", "link", "set", &name, "up"])?;
+        node.run(["ip", "addr", "add", &format!("198.18.{third}.1/24"), "dev", &name])?;
+        node.run(["ip", "addr", "add", &format!("2001:db8:1{id}::1/64"), "dev", &name, "nodad"])?;
+        for neighbour in [format!("198.18.{third}.10"), format!("2001:db8:1{id}::10")] {
+            node.run(["ip", "neigh", "add", &neighbour, "lladdr", &mac(HOST_MACS[2]), "dev", &name])?;
+        }
+        for family in ["ipv4", "ipv6"] {
+            node.sysctl(&format!("net/{family}/neigh/{name}/mcast_solicit"), "0")?;
+        }
+    }
+    Ok(())
+}
+
+fn mac(bytes: [u8; 6]) -> String {
+    bytes.map(|b| format!("{b:02x}")).join(":")
+}
