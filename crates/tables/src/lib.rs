@@ -9,6 +9,8 @@ pub mod adopt;
 #[cfg(feature = "std")]
 pub mod backing;
 pub mod filter;
+#[cfg(feature = "std")]
+pub mod grace;
 pub mod layout;
 pub mod lpm;
 #[cfg(feature = "std")]

@@ -13,6 +13,12 @@ pub trait Shared<T> {
     fn acquire_fence();
     /// Earlier accesses stay before later relaxed stores.
     fn release_fence();
+    /// Earlier stores stay before later loads. Not for the BPF target, which never writes what others wait for.
+    #[cfg(not(target_arch = "bpf"))]
+    fn full_fence();
+    /// Lets others run while waiting for a word to change.
+    #[cfg(feature = "std")]
+    fn pause();
 }
 
 macro_rules! shared {
@@ -37,6 +43,14 @@ macro_rules! shared {
             fn release_fence() {
                 #[cfg(not(target_arch = "bpf"))]
                 core::sync::atomic::fence(core::sync::atomic::Ordering::Release)
+            }
+            #[cfg(not(target_arch = "bpf"))]
+            fn full_fence() {
+                core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst)
+            }
+            #[cfg(feature = "std")]
+            fn pause() {
+                std::thread::yield_now()
             }
         }
     };

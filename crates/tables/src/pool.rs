@@ -3,20 +3,6 @@
 
 use crate::record::ENTRIES_PER_PAGE;
 
-/// Waits until no reader holds anything that it found before the call.
-pub trait Grace {
-    /// Returns when every look-up that was under way at the call has ended.
-    fn wait(&mut self);
-}
-
-/// For tables without concurrent readers.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct NoReaders;
-
-impl Grace for NoReaders {
-    fn wait(&mut self) {}
-}
-
 /// Free single slots of a table.
 #[derive(Debug)]
 pub struct Slots {

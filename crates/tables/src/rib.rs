@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use crate::lpm::{Leaf, Word};
-use crate::pool::Grace;
+use crate::grace::Grace;
 use crate::store::{Memory, Store, TABLE_FULL, Words, footprint};
 
 /// A prefix of an address of `BYTES` bytes; bits beyond its length are zero.

@@ -4,7 +4,8 @@
 use crate::backing::{Backing, GrowError};
 use crate::lpm::{INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
 use crate::order;
-use crate::pool::{Grace, Runs, Slots};
+use crate::grace::Grace;
+use crate::pool::{Runs, Slots};
 use crate::record::{BASE_INLINE, ENTRIES_PER_PAGE, INLINE_ENTRIES, Node, TableId};
 
 /// The memory that routes are published in.

@@ -11,7 +11,7 @@ use crate::layout::layout_hash;
 use crate::lpm::Leaf;
 use crate::nexthop::{NexthopIdentity, NexthopValue};
 use crate::order;
-use crate::pool::Grace;
+use crate::grace::Grace;
 use crate::reason::{REASONS, Reason};
 use crate::record::*;
 use crate::rib::{Entry, Match, Prefix, Rib};

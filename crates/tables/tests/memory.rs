@@ -7,7 +7,7 @@ use std::time::Instant;
 use towpath_tables::backing::{HeapBacking, initial_elements};
 use towpath_tables::lpm::{Leaf, lookup};
 use towpath_tables::mix;
-use towpath_tables::pool::NoReaders;
+use towpath_tables::grace::NoReaders;
 use towpath_tables::rib::Entry;
 use towpath_tables::writer::{MAIN_ROOT, TableWriter};
 

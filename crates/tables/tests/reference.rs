@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
 use towpath_tables::lpm::{Kind, Leaf, Word, lookup};
-use towpath_tables::pool::NoReaders;
+use towpath_tables::grace::NoReaders;
 use towpath_tables::record::TableId;
 use towpath_tables::rib::{Entry, Prefix, Rib};
 use towpath_tables::store::{Store, TABLE_FULL};

@@ -1,0 +1,106 @@
+//! Readers look up as fast as they can while the writer changes routes and next hops and reuses everything it can.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+use towpath_tables::Reason;
+use towpath_tables::backing::{Backing, HeapBacking, initial_elements};
+use towpath_tables::grace::{self, Workers};
+use towpath_tables::lpm::{Kind, Leaf, lookup};
+use towpath_tables::mix::Random;
+use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
+use towpath_tables::record::TableId;
+use towpath_tables::rib::Entry;
+use towpath_tables::word::W32;
+use towpath_tables::writer::{MAIN_ROOT, TableWriter};
+
+const READERS: usize = 2;
+const DURATION: Duration = Duration::from_millis(if cfg!(miri) { 50 } else { 1500 });
+
+/// A next hop in which everything is the same number, so that a torn one shows.
+fn value(n: u8) -> NexthopValue {
+    let header = Header::new([n; 6], [n; 6], &[]).unwrap();
+    NexthopValue { action: Action::Forward(header), port: n.into(), device: n.into(), mtu: n.into() }
+}
+
+/// Every address in 10.0.0.0/8 is covered at every moment by the /8 or something longer. The leaf of a route says its
+/// length: a reader knows which leaves an address can have.
+#[test]
+fn readers_never_miss_a_route_or_see_a_torn_record() {
+    let tables = Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 4096).with(TableId::Entries, 1024)));
+    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
+    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+
+    let identity = |n| NexthopIdentity { ifindex: n, gateway: None, mtu: 0, reason: None };
+    let hops: Vec<u32> = (0..40).map(|n| writer.alloc_nexthop(identity(n)).unwrap()).collect();
+    hops.iter().for_each(|&hop| writer.set_nexthop(hop, &value(1)));
+    let entry = |len: u8| Entry { leaf: Leaf::nexthop(hops[usize::from(len)]).unwrap(), shadow: false };
+    writer.route_set(MAIN_ROOT[0], [10, 0, 0, 0].into(), 8, entry(8)).unwrap();
+    writer.publish();
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::new(AtomicU64::new(0));
+    let first = hops[8];
+    let readers: Vec<_> = words.into_iter().enumerate().map(|(n, word)| {
+        let (tables, stop, seen) = (tables.clone(), stop.clone(), seen.clone());
+        thread::spawn(move || {
+            let mut random = Random(n as u64);
+            while !stop.load(Relaxed) {
+                grace::enter(&*word);
+                let view = tables.view();
+                for _ in 0..32 {
+                    let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8];
+                    let leaf = lookup(&view, MAIN_ROOT[0], &address).expect("an index out of range");
+                    let Kind::Nexthop(hop) = leaf.kind() else { panic!("{address:?} leads to {leaf:?}") };
+                    assert!((first..=first + 24).contains(&hop), "{address:?} leads to next hop {hop}");
+                    if let Some(value) = NexthopValue::read(&view.nexthops()[hop as usize]) {
+                        let Action::Forward(header) = value.action else { panic!("{value:?}") };
+                        assert!(value.port == value.mtu && value.port == value.device, "{value:?}");
+                        assert_eq!(header.bytes(), [value.port as u8; 12], "{value:?}");
+                    }
+                }
+                grace::leave(&*word);
+                seen.fetch_add(32, Relaxed);
+            }
+        })
+    }).collect();
+
+    let mut random = Random(99);
+    let deadline = Instant::now() + DURATION;
+    let mut published = 0;
+    while Instant::now() < deadline {
+        for _ in 0..32 {
+            let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8].into();
+            let len = 9 + random.below(24) as u8;
+            if random.below(3) > 0 {
+                writer.route_set(MAIN_ROOT[0], address, len, entry(len)).unwrap();
+            } else {
+                writer.route_remove(MAIN_ROOT[0], address, len).unwrap();
+            }
+        }
+        let report = writer.publish();
+        assert!(report.full.is_empty(), "{report:?}");
+        published += report.words;
+        writer.reclaim();
+        writer.set_nexthop(hops[8 + random.below(25) as usize], &value(random.below(256) as u8));
+    }
+    stop.store(true, Relaxed);
+    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
+    assert!(published > 100 || cfg!(miri), "only {published} root words were published");
+    assert!(seen.load(Relaxed) > 1000 || cfg!(miri), "only {} look-ups were made", seen.load(Relaxed));
+    assert_eq!(writer.nexthop(1), Some(NexthopValue::exception(Reason::TableFull)));
+}
+
+/// Tables that readers hold as well; they do not grow.
+struct SharedTables(Arc<HeapBacking>);
+
+// SAFETY: the memory lives as long as the `Arc`, and never moves because it never grows.
+unsafe impl Backing for SharedTables {
+    fn table(&self, table: TableId) -> towpath_tables::backing::RawTable {
+        self.0.table(table)
+    }
+    fn grow(&mut self, table: TableId, elements: usize) -> Result<(), towpath_tables::backing::GrowError> {
+        Err(towpath_tables::backing::GrowError { table, elements, cause: "readers hold the tables".into() })
+    }
+}

@@ -1,0 +1,214 @@
+//! Models of what readers can meet while the writer publishes, reuses and changes things: the trie's own publication,
+//! the store's own reclaim, the look-up itself, over loom's atomics. Run by `scripts/loom.sh`.
+#![cfg(loom)]
+
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::{AtomicU32, Ordering::*, fence};
+use loom::thread;
+use std::sync::Arc;
+use towpath_tables::backing::GrowError;
+use towpath_tables::grace::{self, Grace, NoReaders, Workers};
+use towpath_tables::lpm::{Kind, Leaf, LpmRead, lookup};
+use towpath_tables::order::{Shared, change, consistent, load, publish};
+use towpath_tables::record::{BASE_INLINE, INLINE_ENTRIES, Node, TableId};
+use towpath_tables::rib::{Entry, Prefix, Rib};
+use towpath_tables::store::{Memory, Store};
+
+struct Word(AtomicU32);
+
+impl Word {
+    fn new(value: u32) -> Self {
+        Self(AtomicU32::new(value))
+    }
+}
+
+impl Shared<u32> for Word {
+    fn load(&self) -> u32 {
+        self.0.load(Relaxed)
+    }
+    fn store(&self, value: u32) {
+        self.0.store(value, Relaxed)
+    }
+    fn acquire_fence() {
+        fence(Acquire)
+    }
+    fn release_fence() {
+        fence(Release)
+    }
+    fn full_fence() {
+        fence(SeqCst)
+    }
+    fn pause() {
+        thread::yield_now()
+    }
+}
+
+/// The slot that has routes; the others stay empty and need no atomics.
+const SLOT: u16 = 0x0a00;
+
+/// Tables with one root slot and hardly any nodes. Entries are cells, so that loom sees a reader that looks at one
+/// while it is rewritten.
+struct Tables {
+    slot: Word,
+    nodes: Vec<UnsafeCell<Node>>,
+    entries: Vec<UnsafeCell<u32>>,
+}
+
+#[derive(Clone)]
+struct Model(Arc<Tables>);
+
+impl Model {
+    fn new(nodes: usize, entries: usize) -> Self {
+        let node = Node { bitmap: [1, 0, 0, 0], base: BASE_INLINE, counts: [0; 4], inline: [0; INLINE_ENTRIES] };
+        Self(Arc::new(Tables {
+            slot: Word::new(0),
+            nodes: (0..nodes).map(|_| UnsafeCell::new(node)).collect(),
+            entries: (0..entries).map(|_| UnsafeCell::new(0)).collect(),
+        }))
+    }
+}
+
+impl LpmRead for Model {
+    fn root_word(&self, _: u32, slot: u16) -> Option<u32> {
+        Some(if slot == SLOT { load(&self.0.slot) } else { 0 })
+    }
+    fn root_default(&self, _: u32) -> Option<u32> {
+        Some(0)
+    }
+    fn node(&self, index: u32) -> Option<&Node> {
+        // SAFETY: loom reports the access if it conflicts with a write.
+        Some(self.0.nodes.get(index as usize)?.with(|node| unsafe { &*node }))
+    }
+    fn entry(&self, index: u32) -> Option<u32> {
+        // SAFETY: as for `node`.
+        Some(self.0.entries.get(index as usize)?.with(|entry| unsafe { *entry }))
+    }
+}
+
+impl Memory for Model {
+    fn elements(&self, table: TableId) -> usize {
+        if table == TableId::Nodes { self.0.nodes.len() } else { 1 }
+    }
+    fn write_node(&mut self, index: u32, node: &Node) {
+        // SAFETY: loom reports the access if it conflicts with a read.
+        self.0.nodes[index as usize].with_mut(|slot| unsafe { *slot = *node });
+    }
+    fn write_entries(&mut self, base: u32, words: &[u32]) {
+        for (entry, word) in self.0.entries[base as usize..].iter().zip(words) {
+            // SAFETY: as for `write_node`.
+            entry.with_mut(|slot| unsafe { *slot = *word });
+        }
+    }
+    fn publish_root(&mut self, _: u32, slot: u16, word: u32) {
+        assert_eq!(slot, SLOT);
+        publish(&self.0.slot, word);
+    }
+    fn publish_default(&mut self, _: u32, _: u32) {
+        unreachable!("there is no default route in these models");
+    }
+    fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {
+        Err(GrowError { table, elements, cause: "models do not grow".into() })
+    }
+}
+
+const PROBE: [u8; 4] = [10, 0, 1, 1];
+
+/// 10.0.1.0/24 to this next hop, and beside it enough for a node with or without words of its own.
+fn routes(rib: &mut Rib<4>, nexthop: u32, stored: bool) {
+    let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), shadow: false };
+    rib.set(Prefix::new(PROBE, 24).unwrap(), entry(nexthop));
+    for third in (3..9).filter(|_| stored) {
+        rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(90));
+    }
+}
+
+fn start<G: Grace>(nodes: usize, stored: bool, grace: impl FnOnce() -> G) -> (Model, Rib<4>, Store<Model, G>) {
+    let model = Model::new(nodes, 64);
+    let mut store = Store::new(model.clone(), grace());
+    let mut rib = Rib::new(0);
+    routes(&mut rib, 2, stored);
+    rib.publish(&mut store);
+    assert_eq!(lookup(&model, 0, &PROBE).unwrap().kind(), Kind::Nexthop(2));
+    (model, rib, store)
+}
+
+fn publication(stored: bool) {
+    loom::model(move || {
+        let (model, mut rib, mut store) = start(4, stored, || NoReaders);
+        let reader = thread::spawn(move || lookup(&model, 0, &PROBE).unwrap().kind());
+        routes(&mut rib, 3, stored);
+        rib.publish(&mut store);
+        let seen = reader.join().unwrap();
+        assert!([Kind::Nexthop(2), Kind::Nexthop(3)].contains(&seen), "{seen:?}");
+    });
+}
+
+#[test]
+fn a_reader_sees_the_old_or_the_new_route() {
+    publication(false);
+}
+
+#[test]
+fn a_reader_sees_the_old_or_the_new_route_with_stored_words() {
+    publication(true);
+}
+
+/// Nodes for two versions only: the third must wait until the first is free.
+fn reuse<G: Grace + 'static>(stored: bool, make: fn(Arc<Word>) -> G) {
+    loom::model(move || {
+        let word = Arc::new(Word::new(0));
+        let (model, mut rib, mut store) = start(3, stored, || make(word.clone()));
+        let reader = thread::spawn(move || {
+            for _ in 0..2 {
+                grace::enter(&*word);
+                let seen = lookup(&model, 0, &PROBE).unwrap().kind();
+                assert!([Kind::Nexthop(2), Kind::Nexthop(3), Kind::Nexthop(4)].contains(&seen), "{seen:?}");
+                grace::leave(&*word);
+            }
+        });
+        for nexthop in [3, 4] {
+            routes(&mut rib, nexthop, stored);
+            rib.publish(&mut store);
+            store.reclaim();
+        }
+        assert_eq!(store.used(TableId::Nodes), Some(1));
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn pieces_are_reused_only_after_grace() {
+    reuse(false, |word| Workers([word]));
+}
+
+#[test]
+fn stored_words_are_reused_only_after_grace() {
+    reuse(true, |word| Workers([word]));
+}
+
+#[test]
+#[should_panic]
+fn without_grace_the_model_fails() {
+    reuse(false, |_| NoReaders);
+}
+
+#[test]
+fn a_next_hop_is_seen_whole_or_not_at_all() {
+    loom::model(|| {
+        let record = Arc::new([Word::new(0), Word::new(1), Word::new(1)]);
+        let reader = {
+            let record = record.clone();
+            thread::spawn(move || consistent(&record[0], || (record[1].load(), record[2].load())))
+        };
+        for value in [2, 3] {
+            change(&record[0], || {
+                record[1].store(value);
+                record[2].store(value);
+            });
+        }
+        if let Some((first, second)) = reader.join().unwrap() {
+            assert_eq!(first, second, "a torn record");
+        }
+        assert_eq!(consistent(&record[0], || record[1].load()), Some(3));
+    });
+}
