@@ -27,6 +27,8 @@ pub struct Parsed {
     pub packet_len: usize,
     /// Length of the frame as it arrived
     pub frame_len: usize,
+    /// It lies in more than one buffer
+    pub several: bool,
 }
 
 impl<'t> Entry<'t> {
@@ -123,7 +125,8 @@ fn parse_packet<N: Network, F: Frame>(
     if flags & port_flags::PARTIAL_CSUM != 0 {
         partial::check(frame, header, offset, packet_len)?;
     }
-    Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len })
+    let several = frame_len != frame.first_len();
+    Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len, several })
 }
 
 /// A policy word: 0, or 1 + the reason for which packets are exceptions.
@@ -131,7 +134,7 @@ fn parse_packet<N: Network, F: Frame>(
 fn policy(word: u32) -> Result<(), Reason> {
     match word {
         0 => Ok(()),
-        word => Err(Reason::from_index((word - 1) as u8).unwrap_or(Reason::Internal)),
+        word => Err(u8::try_from(word - 1).ok().and_then(Reason::from_index).unwrap_or(Reason::Internal)),
     }
 }
 

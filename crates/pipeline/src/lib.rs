@@ -19,7 +19,9 @@ pub mod slices;
 mod source;
 mod stats;
 
-#[cfg(feature = "std")]
+#[cfg(any(test, feature = "std"))]
+pub mod cases;
+#[cfg(any(test, feature = "std"))]
 pub mod packet;
 
 pub use ingress::{Entry, Parsed, parse};
@@ -38,6 +40,8 @@ pub trait Frame {
     fn get<T: View>(&self, offset: usize) -> Option<&T>;
     /// As `get`, to be written.
     fn get_mut<T: View>(&mut self, offset: usize) -> Option<&mut T>;
+    /// Length of the first buffer.
+    fn first_len(&self) -> usize;
     /// Length of the whole frame, all buffers counted.
     fn total_len(&self) -> usize;
     /// Moves the frame's beginning: removes `by` bytes, or adds as many if `by` is negative. Bytes removed come back

@@ -41,6 +41,10 @@ impl Frame for Packet {
         T::mut_from_prefix(bytes).ok().map(|(view, _)| view)
     }
 
+    fn first_len(&self) -> usize {
+        self.linear - self.start
+    }
+
     fn total_len(&self) -> usize {
         self.memory.len() - self.start
     }

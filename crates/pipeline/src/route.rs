@@ -4,7 +4,7 @@ use crate::network::Network;
 use crate::{Entry, Frame, Parsed, Tables, hash};
 use towpath_tables::lpm::Kind;
 use towpath_tables::order;
-use towpath_tables::record::{Family, Nexthop, NexthopKind};
+use towpath_tables::record::{Family, Nexthop, NexthopKind, port_flags};
 use towpath_tables::Reason;
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
@@ -103,6 +103,12 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     }
     if parsed.packet_len > hop.mtu as usize {
         return Err(Reason::MtuExceeded);
+    }
+    if parsed.several {
+        let device = tables.port(hop.device).ok_or(Reason::EgressNotServed)?;
+        if device.flags.load() & port_flags::SINGLE_BUFFER != 0 {
+            return Err(Reason::EgressNotServed);
+        }
     }
     if !tables.transmitter(hop.device) {
         return Err(Reason::EgressNotServed);

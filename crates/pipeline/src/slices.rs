@@ -4,7 +4,7 @@ use crate::Tables;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{
-    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, Node, PORT_SLOTS, Port, PortStats, Root, VlanTable,
+    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, Node, PORT_SLOTS, Port, PortStats, Root, VlanTable, port_flags,
 };
 
 /// The tables that the packet path reads, and the counters of all CPUs.
@@ -68,6 +68,6 @@ impl Tables for Slices<'_> {
         self.stats.get(self.cpu as usize * PORT_SLOTS as usize + slot as usize)
     }
     fn transmitter(&self, slot: u32) -> bool {
-        self.port(slot).is_some_and(|port| port.ifindex.load() != 0)
+        self.port(slot).is_some_and(|port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0)
     }
 }

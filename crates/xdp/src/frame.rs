@@ -49,6 +49,11 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
+    fn first_len(&self) -> usize {
+        self.end - self.start
+    }
+
+    #[inline(always)]
     fn total_len(&self) -> usize {
         // SAFETY: `ctx` is the program's context.
         unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }

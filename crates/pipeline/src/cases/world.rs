@@ -1,0 +1,365 @@
+//! A small router in memory: the tables that the cases start from.
+
+use crate::slices::Slices;
+use std::collections::BTreeMap;
+use towpath_tables::filter::local_filter_bit;
+use towpath_tables::lpm::{Leaf, Word};
+use towpath_tables::record::{
+    BASE_INLINE, Config, EntryPage, Group, INLINE_ENTRIES, NO_VLANS, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
+    PortStats, Root, TableId, VlanTable, port_flags::*,
+};
+use towpath_tables::word::W32;
+use towpath_tables::{REASONS, Reason};
+
+/// Interface index of the port that every frame enters by: that of the loopback interface, which is what a test run
+/// of an XDP program claims to come from.
+pub const INGRESS: u32 = 1;
+/// The slot of that port
+pub const IN: u32 = 1;
+/// Slots of the ports that frames leave by
+pub const OUT: u32 = 2;
+/// See `OUT`
+pub const OTHER: u32 = 3;
+/// Sub-interface of `IN` for 802.1Q tag 100
+pub const IN_VLAN: u32 = 10;
+/// Sub-interface of `IN` for 802.1ad tag 300
+pub const IN_SERVICE: u32 = 12;
+/// Sub-interface of `IN_SERVICE` for 802.1Q tag 5
+pub const IN_DOUBLE: u32 = 13;
+/// Sub-interface of `OUT` for 802.1Q tag 200
+pub const OUT_VLAN: u32 = 11;
+/// Sub-interface of a sub-interface of `OTHER`
+pub const OUT_DOUBLE: u32 = 14;
+
+/// Next hops: the router itself
+pub const LOCAL: u32 = 1;
+/// Next hop by `OUT`
+pub const HOP: u32 = 2;
+/// Next hop by `OUT_VLAN`
+pub const HOP_VLAN: u32 = 3;
+/// Next hop by `OUT_DOUBLE`
+pub const HOP_DOUBLE: u32 = 4;
+/// Next hop by `OTHER`
+pub const HOP_OTHER: u32 = 5;
+/// Next hop by `IN`
+pub const HOP_BACK: u32 = 6;
+/// Next hops of kind exception, one for each reason from here on
+pub const HOP_REASON: u32 = 16;
+/// The group of `HOP` and `HOP_OTHER`, by turns
+pub const GROUP: u32 = 1;
+
+const NEXTHOPS: usize = HOP_REASON as usize + REASONS;
+const NODES: usize = 512;
+
+/// The tables, as vectors.
+pub struct World {
+    config: Vec<Config>,
+    ports: Vec<Port>,
+    vlans: Vec<VlanTable>,
+    roots: Vec<Root>,
+    nodes: Vec<Node>,
+    entries: Vec<EntryPage>,
+    nexthops: Vec<Nexthop>,
+    groups: Vec<Group>,
+    stats: Vec<PortStats>,
+    routes: BTreeMap<(u32, Vec<u8>), [u32; 256]>,
+}
+
+/// A vector of records, all zero.
+fn zeroed<T>(len: usize) -> Vec<T> {
+    // SAFETY: the records of the shared tables are integers and words of integers, for which zero bytes are valid.
+    (0..len).map(|_| unsafe { std::mem::zeroed() }).collect()
+}
+
+/// The records' bytes.
+fn bytes<T>(records: &[T]) -> &[u8] {
+    // SAFETY: records of the shared tables have no padding; they are compared and copied as bytes while no one
+    // writes them.
+    unsafe { std::slice::from_raw_parts(records.as_ptr().cast(), size_of_val(records)) }
+}
+
+/// The MAC address of the port in a slot.
+pub fn mac(slot: u32) -> [u8; 6] {
+    [2, 0, 0, 0, 0, slot as u8]
+}
+
+/// The MAC address of the neighbour behind a port.
+pub fn neighbour(slot: u32) -> [u8; 6] {
+    [2, 0, 0, 0, 1, slot as u8]
+}
+
+impl World {
+    /// The router that the cases start from. Routes (IPv4 in root 0, IPv6 in root 1), all of 16 bits, 48 in IPv6:
+    /// 192.0 and 2001:db8:: back to `IN` (192.0.2.1 and 2001:db8::1 are its own), 198.51 and 2001:db8:1 to `OUT`,
+    /// 203.0 and 2001:db8:2 to `OUT_VLAN`, 203.1 and 2001:db8:3 to `OUT_DOUBLE`, 10.1 and 2001:db8:a to the group,
+    /// 10.200.x.0/24 and 2001:db8:ff:x::/64 to exceptions for reason x. No default routes.
+    pub fn new() -> Self {
+        let mut world = Self {
+            config: zeroed(1),
+            ports: zeroed(PORT_SLOTS as usize),
+            vlans: zeroed(2),
+            roots: zeroed(3),
+            nodes: zeroed(NODES),
+            entries: zeroed(1),
+            nexthops: zeroed(NEXTHOPS),
+            groups: zeroed(2),
+            stats: zeroed(PORT_SLOTS as usize),
+            routes: BTreeMap::new(),
+        };
+        for (slot, lower, vlan) in [
+            (IN, IN, 0), (OUT, OUT, 0), (OTHER, OTHER, 0),
+            (IN_VLAN, IN, 0x8100 << 16 | 100), (IN_SERVICE, IN, 0x88a8 << 16 | 300),
+            (IN_DOUBLE, IN_SERVICE, 0x8100 << 16 | 5), (OUT_VLAN, OUT, 0x8100 << 16 | 200),
+            (OUT_DOUBLE, OTHER, 0x8100 << 16 | 7),
+        ] {
+            world.add_port(slot, lower, vlan);
+        }
+        world.port(IN).vlans.store(0);
+        world.port(IN_SERVICE).vlans.store(1);
+        world.set_vlan(0, 100, IN_VLAN);
+        world.set_vlan(0, 300, IN_SERVICE);
+        world.set_vlan(1, 5, IN_DOUBLE);
+        world.add_exception(LOCAL, Reason::LocalDestination, 0);
+        world.add_hop(HOP, OUT, OUT, &[]);
+        world.add_hop(HOP_VLAN, OUT_VLAN, OUT, &[0x8100, 200]);
+        world.add_hop(HOP_DOUBLE, OUT_DOUBLE, OTHER, &[0x88a8, 400, 0x8100, 7]);
+        world.add_hop(HOP_OTHER, OTHER, OTHER, &[]);
+        world.add_hop(HOP_BACK, IN, IN, &[]);
+        for (index, bucket) in world.groups[GROUP as usize].buckets.iter().enumerate() {
+            bucket.store(if index % 2 == 0 { HOP } else { HOP_OTHER });
+        }
+        for (prefix4, prefix6, leaf) in [
+            ([192, 0], 0, hop(HOP_BACK)), ([198, 51], 1, hop(HOP)), ([203, 0], 2, hop(HOP_VLAN)),
+            ([203, 1], 3, hop(HOP_DOUBLE)), ([10, 1], 10, group(GROUP)),
+        ] {
+            world.insert(0, &prefix4, leaf);
+            world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, prefix6], leaf);
+        }
+        world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], hop(LOCAL));
+        for reason in Reason::ALL {
+            let index = *reason as u8;
+            world.add_exception(HOP_REASON + u32::from(index), *reason, OUT);
+            world.insert(0, &[10, 200, index], hop(HOP_REASON + u32::from(index)));
+            world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, 0xff, 0, index], hop(HOP_REASON + u32::from(index)));
+        }
+        world.local(0, &[192, 0, 2, 1]);
+        world
+    }
+
+    /// The port in a slot
+    pub fn port(&self, slot: u32) -> &Port {
+        &self.ports[slot as usize]
+    }
+
+    /// A next hop
+    pub fn nexthop(&self, index: u32) -> &Nexthop {
+        &self.nexthops[index as usize]
+    }
+
+    /// A group
+    pub fn group(&self, index: u32) -> &Group {
+        &self.groups[index as usize]
+    }
+
+    /// The region's record
+    pub fn config(&self) -> &Config {
+        &self.config[0]
+    }
+
+    /// The counters of a slot
+    pub fn stats(&self, slot: u32) -> &PortStats {
+        &self.stats[slot as usize]
+    }
+
+    /// Sets flags of a port.
+    pub fn flag(&self, slot: u32, flags: u32) {
+        let word = &self.port(slot).flags;
+        word.store(word.load() | flags);
+    }
+
+    /// Clears flags of a port.
+    pub fn unflag(&self, slot: u32, flags: u32) {
+        let word = &self.port(slot).flags;
+        word.store(word.load() & !flags);
+    }
+
+    fn add_port(&self, slot: u32, lower: u32, vlan: u32) {
+        let port = self.port(slot);
+        let [a, b, c, d, e, f] = mac(slot);
+        port.ifindex.store(slot);
+        port.flags.store(PRESENT | READY | FORWARD_V4 | FORWARD_V6 | REDIRECTS | if vlan != 0 { VLAN } else { 0 });
+        port.mac_hi.store(u32::from_ne_bytes([a, b, c, d]));
+        port.mac_lo.store(u16::from_ne_bytes([e, f]).into());
+        port.root[1].store(1);
+        port.vlans.store(NO_VLANS);
+        port.vlan.store(vlan);
+        port.lower.store(lower);
+        port.mtu.store(1500);
+    }
+
+    /// Moves the port in slot `from` to slot `to`.
+    pub fn move_port(&mut self, from: u32, to: u32) {
+        self.ports.swap(from as usize, to as usize);
+    }
+
+    /// Names the sub-interface for a VLAN identifier.
+    pub fn set_vlan(&self, table: usize, id: u16, slot: u32) {
+        let word = &self.vlans[table].slots[usize::from(id / 2)];
+        let shift = u32::from(id % 2) * 16;
+        word.store(word.load() & !(0xffff << shift) | (slot + 1) << shift);
+    }
+
+    fn add_hop(&self, index: u32, port: u32, device: u32, tags: &[u16]) {
+        let hop = self.nexthop(index);
+        let mut l2 = [neighbour(port), mac(port)].concat();
+        l2.extend(tags.iter().flat_map(|tag| tag.to_be_bytes()));
+        l2.resize(24, 0);
+        for (word, bytes) in hop.l2.iter().zip(l2.chunks_exact(8)) {
+            word.store(u64::from_ne_bytes(bytes.try_into().expect("eight bytes")));
+        }
+        hop.sequence.store(8);
+        hop.state.store(NexthopKind::Forward as u32 | (tags.len() as u32 / 2) << 16);
+        hop.port.store(port);
+        hop.device.store(device);
+        hop.mtu.store(1500);
+    }
+
+    fn add_exception(&self, index: u32, reason: Reason, port: u32) {
+        let hop = self.nexthop(index);
+        hop.state.store(NexthopKind::Exception as u32 | (reason as u32) << 8);
+        hop.port.store(port);
+    }
+
+    /// Adds an address of the router.
+    pub fn local(&mut self, root: u32, address: &[u8]) {
+        self.route(root, address, hop(LOCAL));
+        if let Ok(address) = <[u8; 4]>::try_from(address) {
+            let bit = local_filter_bit(address);
+            let word = &self.config().local_filter[(bit / 64) as usize];
+            word.store(word.load() | 1 << (bit % 64));
+        }
+    }
+
+    /// Sets the route that is taken where nothing longer matches.
+    pub fn default_route(&self, root: u32, leaf: Leaf) {
+        self.roots[root as usize].default.store(leaf.word().0);
+    }
+
+    /// Adds a route of whole bytes, at least two. Shorter prefixes must come first.
+    pub fn route(&mut self, root: u32, prefix: &[u8], leaf: Leaf) {
+        self.insert(root, prefix, leaf);
+        self.render();
+    }
+
+    fn insert(&mut self, root: u32, prefix: &[u8], leaf: Leaf) {
+        let [high, low, rest @ ..] = prefix else { panic!("prefix shorter than 16 bits") };
+        let mut inherited = self.direct(root, *high, *low).load();
+        if rest.is_empty() {
+            return self.direct(root, *high, *low).store(leaf.word().0);
+        }
+        for len in 2..prefix.len() {
+            let words = self.routes.entry((root, prefix[..len].to_vec())).or_insert([inherited; 256]);
+            let word = &mut words[usize::from(prefix[len])];
+            inherited = *word;
+            if len == prefix.len() - 1 {
+                *word = leaf.word().0;
+            }
+        }
+    }
+
+    fn direct(&self, root: u32, high: u8, low: u8) -> &W32 {
+        &self.roots[root as usize].direct[usize::from(u16::from_be_bytes([high, low]))]
+    }
+
+    /// Writes all nodes anew.
+    fn render(&mut self) {
+        let mut nodes = self.routes.clone();
+        let mut stored = 0;
+        // The longest come first, so that each node's words are complete when it is written.
+        let mut keys: Vec<_> = self.routes.keys().cloned().collect();
+        keys.sort_by_key(|(_, prefix)| std::cmp::Reverse(prefix.len()));
+        for ((root, prefix), index) in keys.into_iter().zip(1..) {
+            let words = nodes[&(root, prefix.clone())];
+            self.nodes[index as usize] = compress(&words, &self.entries[0], &mut stored);
+            match prefix.as_slice() {
+                [high, low] => self.direct(root, *high, *low).store(Word::node(index).0),
+                [above @ .., last] => {
+                    let words = nodes.get_mut(&(root, above.to_vec())).expect("made before what is below");
+                    words[usize::from(*last)] = Word::node(index).0;
+                }
+                [] => unreachable!("nodes begin below 16 bits"),
+            }
+        }
+    }
+
+    /// What the packet path reads.
+    pub fn slices(&self) -> Slices<'_> {
+        Slices {
+            config: self.config(), ports: &self.ports, vlans: &self.vlans, roots: &self.roots, nodes: &self.nodes,
+            entries: &self.entries, nexthops: &self.nexthops, groups: &self.groups, stats: &self.stats, cpu: 0,
+        }
+    }
+
+    /// A table's bytes, to be copied into a map or compared with it.
+    pub fn table(&self, id: TableId) -> &[u8] {
+        match id {
+            TableId::Config => bytes(&self.config),
+            TableId::Ports => bytes(&self.ports),
+            TableId::Vlans => bytes(&self.vlans),
+            TableId::Roots => bytes(&self.roots),
+            TableId::Nodes => bytes(&self.nodes),
+            TableId::Entries => bytes(&self.entries),
+            TableId::Nexthops => bytes(&self.nexthops),
+            TableId::NexthopKeys => &[],
+            TableId::Groups => bytes(&self.groups),
+            TableId::Stats => bytes(&self.stats),
+        }
+    }
+
+    /// Slots whose interfaces can be named as receivers.
+    pub fn devices(&self) -> impl Iterator<Item = u32> {
+        use crate::Tables;
+        (0..PORT_SLOTS).filter(|slot| self.slices().transmitter(*slot))
+    }
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The node that holds these words; what is not inline goes into `page` from `stored` on.
+fn compress(words: &[u32; 256], page: &EntryPage, stored: &mut usize) -> Node {
+    let mut node = Node { bitmap: [0; 4], base: BASE_INLINE, counts: [0; 4], inline: [0; INLINE_ENTRIES] };
+    let mut runs = Vec::new();
+    for (value, word) in words.iter().enumerate() {
+        if runs.last() != Some(word) {
+            runs.push(*word);
+            node.bitmap[value / 64] |= 1 << (value % 64);
+        }
+    }
+    for quarter in 1..4 {
+        node.counts[quarter] = node.counts[quarter - 1] + node.bitmap[quarter - 1].count_ones() as u8;
+    }
+    if let Some(inline) = node.inline.get_mut(..runs.len()) {
+        inline.copy_from_slice(&runs);
+    } else {
+        node.base = *stored as u32;
+        for run in runs {
+            page.words[*stored].store(run);
+            *stored += 1;
+        }
+    }
+    node
+}
+
+/// The leaf of a next hop
+pub fn hop(index: u32) -> Leaf {
+    Leaf::nexthop(index).expect("a next hop's index")
+}
+
+/// The leaf of a group
+pub fn group(index: u32) -> Leaf {
+    Leaf::group(index).expect("a group's index")
+}
