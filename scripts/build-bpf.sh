@@ -26,5 +26,5 @@ flags=(
 cd "$root/crates/xdp"
 CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f'; printf '%s' "${flags[*]}") \
 RUSTC=$(setting RUSTC) LD_LIBRARY_PATH=$(setting LD_LIBRARY_PATH) RUSTC_BOOTSTRAP=1 \
-    cargo build --quiet --release --locked -Zbuild-std=core --target bpfel-unknown-none --target-dir "$target" >&2
+    cargo build --quiet --release -Zbuild-std=core --target bpfel-unknown-none --target-dir "$target" >&2
 install -D -m 0644 "$target/bpfel-unknown-none/release/towpath-xdp" "$out/towpath-xdp.o"
