@@ -49,7 +49,7 @@ run_step() {
     ok=${ok:-0} bad=${bad:-0}
     if [ "$bad" != 0 ]; then
         broken+=("$step")
-        tail -n 60 "$log"
+        grep -E -A 12 '^test .* FAILED|panicked at|^error' "$log" | tail -n 80
     fi
     passed=$((passed + ok)) failed=$((failed + bad))
     echo "== $step: $ok passed, $bad failed, $((SECONDS - started)) s ($log)"

@@ -207,7 +207,7 @@ impl Generator {
     /// Ordinary frames of one flow, numbered.
     pub fn flow(&mut self, port: usize, count: usize) -> Vec<Case> {
         self.flow += 1;
-        let packet = self.ipv4(port, 17, &[0x80, 0, 0, 9, 0, 40, 0, 0].repeat(5));
+        let packet = self.ipv4(port, 17, &[0x80, 0, 0, 9, 0, 40, 0x12, 0x34].repeat(5));
         let mut draft = Draft::new(port, false, packet);
         let number = draft.packet.len() - 1;
         let numbered = (0..count).map(|index| {
@@ -277,14 +277,12 @@ impl Generator {
             // An echo request has type 8 or 128; other types are made by spoiling.
             1 => header[..2].copy_from_slice(&[8, 0]),
             58 => header[..2].copy_from_slice(&[128, 0]),
-            17 => {
-                header[4..6].copy_from_slice(&(length as u16).to_be_bytes());
-                // No checksum (IPv4), or most likely a wrong one: routers do not look.
-                if header[7] & 1 == 0 {
-                    header[6..8].fill(0);
-                }
-            }
+            17 => header[4..6].copy_from_slice(&(length as u16).to_be_bytes()),
             _ => {}
+        }
+        // Zero would say that there is no checksum, or that it is still to come.
+        if protocol == 17 {
+            header[6] |= 1;
         }
         if protocol == 6 && length >= 20 {
             bytes[12] = 0x50;
@@ -345,7 +343,7 @@ impl Generator {
         if draft.packet.len() < 20 {
             return self.spoil_link(draft);
         }
-        match self.random.below(16) {
+        match self.random.below(17) {
             0 => draft.packet[8] = self.random.pick(&[0, 1, 1, 2, 255]),
             1 => {
                 draft.fix_checksum = false;
@@ -365,6 +363,7 @@ impl Generator {
             10 | 11 => draft.packet[16..20].copy_from_slice(&self.address_v4(DESTINATIONS_V4)),
             12 => draft.packet[1] = self.random.byte(),
             13 => draft.packet[9] = self.random.pick(PROTOCOLS),
+            14 => spoil_transport(&mut draft.packet, 20),
             _ => self.spoil_link(draft),
         }
     }
@@ -373,7 +372,7 @@ impl Generator {
         if draft.packet.len() < 40 {
             return self.spoil_link(draft);
         }
-        match self.random.below(14) {
+        match self.random.below(15) {
             0 => draft.packet[7] = self.random.pick(&[0, 1, 1, 2, 255]),
             1 => draft.packet[0] = self.random.byte(),
             2 => draft.packet[1..4].copy_from_slice(&self.random.next().to_be_bytes()[..3]),
@@ -382,6 +381,7 @@ impl Generator {
             7 | 8 => draft.packet[8..24].copy_from_slice(&self.address_v6(SOURCES_V6)),
             9 | 10 => draft.packet[24..40].copy_from_slice(&self.address_v6(DESTINATIONS_V6)),
             11 => draft.packet[6] = self.random.pick(PROTOCOLS),
+            12 => spoil_transport(&mut draft.packet, 40),
             _ => self.spoil_link(draft),
         }
     }
@@ -536,6 +536,13 @@ impl Draft {
     }
 }
 
+/// A transport checksum of zero: absent (UDP over IPv4), or left to a device (SCTP).
+fn spoil_transport(packet: &mut [u8], at: usize) {
+    for place in [at + 6..at + 8, at + 8..at + 12] {
+        packet.get_mut(place).unwrap_or_default().fill(0);
+    }
+}
+
 /// Packets whose treatment shows the time of day, or starts something that ends at a time of its own, cannot be
 /// compared: timestamps (IPv4 option 68, ICMP type 13), queries of IGMP and MLD (answered after a random delay), and
 /// what makes the router learn a neighbour, whose entry then ages (ARP, neighbour discovery).
@@ -588,8 +595,8 @@ pub fn markers(port: usize, batch: u32) -> Vec<Vec<u8>> {
 }
 
 const MARKER: [u8; 8] = *b"\xffmarker\xff";
-/// A protocol for experiments (RFC 3692), in no ordinary packet.
-const MARKER_PROTOCOL: u8 = 253;
+/// ESP: nothing looks at what follows.
+const MARKER_PROTOCOL: u8 = 50;
 
 /// The batch of which a received frame is the marker, if it is one.
 pub fn marker_batch(bytes: &[u8]) -> Option<u32> {
