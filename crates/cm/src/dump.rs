@@ -33,7 +33,6 @@ pub enum Class {
     Routes(Family),
 }
 
-
 impl Class {
     /// Every class, in the order they are read at start.
     pub const ALL: [Class; 10] = [
@@ -68,9 +67,7 @@ impl Class {
             Class::Addresses(family) => [Request::Addresses(family)].into(),
             Class::Neighbours(family) => [Request::Neighbours(family)].into(),
             Class::Nexthops => [Request::Nexthops].into(),
-            Class::Routes(family) => {
-                [Request::Routes(family, TABLE_LOCAL), Request::Routes(family, TABLE_MAIN)].into()
-            }
+            Class::Routes(family) => [Request::Routes(family, TABLE_LOCAL), Request::Routes(family, TABLE_MAIN)].into(),
         }
     }
 }

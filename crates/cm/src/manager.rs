@@ -129,7 +129,8 @@ impl Cm {
                 return self.flush(sink);
             }
             for token in ready {
-                if let Some(watched) = token.checked_sub(TOKEN_WATCHER).and_then(|i| self.watchers.get_mut(i as usize)) {
+                if let Some(watched) = token.checked_sub(TOKEN_WATCHER).and_then(|i| self.watchers.get_mut(i as usize))
+                {
                     watched.wake();
                 }
             }
@@ -300,7 +301,8 @@ impl Cm {
         let payload = message.payload;
         match message.kind {
             rtm::NEWROUTE => {
-                if let Some(route) = decode::route::parse(payload)?.filter(|route| dump.shows(Key::Route(route.route.key)))
+                if let Some(route) =
+                    decode::route::parse(payload)?.filter(|route| dump.shows(Key::Route(route.route.key)))
                 {
                     if dump.pending.first().is_some_and(|first| first.route.key != route.route.key) {
                         self.settle_pending();
@@ -423,7 +425,9 @@ impl Cm {
                     }
                 }
                 Received::Overrun => {
-                    tracing::warn!("notifications were lost; traffic goes to Linux until everything has been read again");
+                    tracing::warn!(
+                        "notifications were lost; traffic goes to Linux until everything has been read again"
+                    );
                     // What is still queued is older than what was lost: away with it.
                     self.listener = Rtnetlink::listener(self.options.receive_buffer)?;
                     self.epoll.add(self.listener.as_fd(), TOKEN_LISTENER)?;

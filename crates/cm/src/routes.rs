@@ -208,9 +208,7 @@ impl Entry {
         match self.routes.as_slice() {
             _ if self.incomplete => true,
             [only] if key_family(only) == Family::V4 => only.source_specific,
-            [only] => {
-                only.source_specific || hops(only).len() > 1 || !(can_have_siblings(only) || is_object(only))
-            }
+            [only] => only.source_specific || hops(only).len() > 1 || !(can_have_siblings(only) || is_object(only)),
             _ => true,
         }
     }

@@ -66,7 +66,9 @@ pub fn attrs<'a>(what: &'static str, bytes: &'a [u8]) -> impl Iterator<Item = Re
 
 /// A fixed header of `N` bytes and the attributes behind it.
 pub fn split<'a, const N: usize>(what: &'static str, payload: &'a [u8]) -> Result<(&'a [u8; N], &'a [u8]), CmError> {
-    payload.split_first_chunk::<N>().ok_or_else(|| CmError::decode(what, format!("{} bytes are too few", payload.len())))
+    payload
+        .split_first_chunk::<N>()
+        .ok_or_else(|| CmError::decode(what, format!("{} bytes are too few", payload.len())))
 }
 
 /// The value of an attribute as an integer in the machine's byte order.

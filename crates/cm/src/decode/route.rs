@@ -78,8 +78,8 @@ pub fn parse(payload: &[u8]) -> Result<Option<KernelRoute>, CmError> {
             _ => {}
         }
     }
-    let prefix =
-        Prefix::new(destination, len).ok_or_else(|| CmError::decode(WHAT, format!("{destination}/{len}: bad length")))?;
+    let prefix = Prefix::new(destination, len)
+        .ok_or_else(|| CmError::decode(WHAT, format!("{destination}/{len}: bad length")))?;
     if prefix.family() != family {
         return Err(CmError::decode(WHAT, format!("{destination}: not an address of the route's family")));
     }

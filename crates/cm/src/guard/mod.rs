@@ -31,13 +31,13 @@ pub use tc::Tc;
 pub use xfrm::Xfrm;
 pub use xtables::Xtables;
 
-/// How often state without announcements is read.
-pub const POLL: Duration = Duration::from_millis(40);
+/// How often state without announcements is read. Half of the time within which a change must have taken effect.
+pub const POLL: Duration = Duration::from_millis(50);
 
 /// Both families.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
-/// All watchers, made in the calling thread's network namespace, which they go on watching wherever they are used.
+/// All watchers of the calling thread's network namespace. They must be used by a thread of that namespace.
 pub fn watchers() -> Result<Vec<Box<dyn Watcher>>, CmError> {
     Ok(vec![
         Box::new(Nftables::new()?),

@@ -1,8 +1,9 @@
 //! nftables, and with it iptables-nft: rules on a forwarded packet's way, and rules anywhere that make the kernel track
 //! connections. Beside the rules, `hooks` looks at what else hangs in netfilter's hooks.
 //!
-//! A rule set changes by transactions, each with a new generation number. The generation is what is compared at every
-//! poll; notifications only make the poll come at once (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
+//! A rule set changes by transactions, each with a new generation number. A notification makes the rules be read again
+//! if the generation is another; should one ever be missing, the generation is asked for now and then all the same
+//! (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
 
 mod hooks;
 mod ruleset;
@@ -28,6 +29,8 @@ fn header(family: u8) -> [u8; 4] {
     [family, 0, 0, 0]
 }
 
+/// How often the generation is asked for without a notification.
+const RECHECK: Duration = Duration::from_secs(1);
 /// How long to wait until a kernel that has no nf_tables is asked again: each question makes it look for the module.
 const ABSENT_RETRY: Duration = Duration::from_secs(10);
 
@@ -36,15 +39,17 @@ pub struct Nftables {
     wakeup: Wakeup,
     netlink: Netlink,
     generation: Generation,
+    /// When the generation was last asked for
+    asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
     told: Told,
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Generation {
     Unknown,
-    Absent(Instant),
+    Absent,
     Is(u32),
 }
 
@@ -58,6 +63,7 @@ impl Nftables {
             hooks: Hooks::new(&mut netlink)?,
             netlink,
             generation: Generation::Unknown,
+            asked: Instant::now(),
             ruleset: Ruleset::default(),
             told: Told::new(PolicySource::Nftables),
         })
@@ -65,18 +71,19 @@ impl Nftables {
 
     fn refresh(&mut self) -> Result<(), CmError> {
         let woken = self.wakeup.drain("nftables notifications")?;
-        if let Generation::Absent(since) = self.generation
-            && !woken
-            && since.elapsed() < ABSENT_RETRY
-        {
+        let wait = match self.generation {
+            Generation::Unknown => Duration::ZERO,
+            Generation::Absent => ABSENT_RETRY,
+            Generation::Is(_) => RECHECK,
+        };
+        if !woken && self.asked.elapsed() < wait {
             return Ok(());
         }
+        self.asked = Instant::now();
         // Asked before the rules are: if they change in between, the next poll sees it.
         let generation = match self.netlink.ask("nftables generation", SUBSYSTEM << 8 | GETGEN, &header(0)) {
             Ok((_, payload)) => Generation::Is(decode_generation(&payload)?),
-            Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                Generation::Absent(Instant::now())
-            }
+            Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Generation::Absent,
             Err(e) => return Err(e),
         };
         match generation {

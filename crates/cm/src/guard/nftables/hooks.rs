@@ -10,6 +10,9 @@ use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
 use super::super::{FAMILIES, Finding};
 use super::header;
 use crate::error::CmError;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use towpath_tables::Reason;
 
 const SUBSYSTEM: u16 = 12;
@@ -36,7 +39,7 @@ pub enum Hooks {
     /// The kernel lists its hooks
     Listed,
     /// It does not: what can hang there is asked for one by one
-    Guessed(NetfilterLinks),
+    Guessed(NetfilterLinks, Ipvs),
 }
 
 impl Hooks {
@@ -45,7 +48,7 @@ impl Hooks {
         match list(netlink, pf::IPV4, 0) {
             Ok(_) => Ok(Self::Listed),
             Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                Ok(Self::Guessed(NetfilterLinks::default()))
+                Ok(Self::Guessed(NetfilterLinks::default(), Ipvs::new()?))
             }
             Err(e) => Err(e),
         }
@@ -64,7 +67,7 @@ impl Hooks {
                     }
                 }
             }
-            Self::Guessed(links) => {
+            Self::Guessed(links, ipvs) => {
                 for bpf::NetfilterLink { id, pf, hook } in links.read()? {
                     let Some((_, name)) = FORWARD_PATH.iter().find(|(h, _)| *h == hook) else { continue };
                     let detail = format!("BPF link {id} in netfilter's {name} hook (of some namespace)");
@@ -72,7 +75,7 @@ impl Hooks {
                         families(pf).iter().map(|f| Finding::family(*f, Reason::PolicyNetfilter, detail.clone())),
                     );
                 }
-                if ipvs_serves()? {
+                if ipvs.serves()? {
                     findings.extend(
                         FAMILIES.map(|f| Finding::family(f, Reason::PolicyConntrack, "IPVS has virtual services")),
                     );
@@ -106,12 +109,31 @@ fn function(message: &Message<'_>) -> Result<String, CmError> {
     Ok(find(&attributes, FUNCTION).map_or_else(|| "without a name".to_owned(), text_of))
 }
 
-/// Whether IPVS has services: its hooks come with the first of them (ip_vs_core.c). Three lines are its heading.
-fn ipvs_serves() -> Result<bool, CmError> {
-    match std::fs::read_to_string("/proc/thread-self/net/ip_vs") {
-        Ok(text) => Ok(text.lines().count() > 3),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(CmError::io("/proc/thread-self/net/ip_vs", e)),
+/// IPVS, whose hooks come with its first virtual service (ip_vs_core.c).
+pub struct Ipvs {
+    /// /proc/net of the namespace: a name looked up in it is found cheaply
+    directory: OwnedFd,
+}
+
+impl Ipvs {
+    fn new() -> Result<Self, CmError> {
+        let path = "/proc/thread-self/net";
+        Ok(Self { directory: File::open(path).map_err(|e| CmError::io(path, e))?.into() })
+    }
+
+    /// Whether there are services. The file has three lines of heading; without the module there is no file.
+    fn serves(&self) -> Result<bool, CmError> {
+        let flags = libc::O_RDONLY | libc::O_CLOEXEC;
+        // SAFETY: the name is a string with its NUL, and the directory is open.
+        let fd = unsafe { libc::openat(self.directory.as_raw_fd(), c"ip_vs".as_ptr(), flags) };
+        let what = "/proc/net/ip_vs";
+        if fd < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::NotFound { Ok(false) } else { Err(CmError::io(what, error)) };
+        }
+        // SAFETY: the call has just made this descriptor, and nothing else owns it.
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(io::read_to_string(file).map_err(|e| CmError::io(what, e))?.lines().count() > 3)
     }
 }
 
