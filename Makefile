@@ -1,5 +1,5 @@
 # The commands a user and a CI need. Each says what it does and may be run twice.
-.PHONY: build setup test lint
+.PHONY: build setup test bench lint
 
 build: ## the towpath command, with its BPF programs inside: target/release/towpath
 	scripts/bpf-toolchain.sh
@@ -10,6 +10,9 @@ setup: ## what the tests and the demo need on this machine
 
 test: setup ## every test; ends with one line of totals
 	scripts/test.sh
+
+bench: build setup ## ratios to peers measured in this run, with a report in out/bench.html
+	cargo run --release -q -p towpath-bench -- $(BENCH)
 
 lint: ## formatting and clippy only
 	scripts/test.sh fmt clippy

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Builds the XDP program and puts it into the folder named by the first argument as towpath-xdp.o. Called by the
-# engine's build script, whose own settings for cargo and rustc must not reach this build.
+# Builds a crate of BPF programs (crates/xdp unless another is named) and puts the object into the folder named first,
+# under the crate's name: towpath-xdp.o. Called by build scripts, whose own settings for cargo and rustc must not reach
+# this build.
 set -euo pipefail
 
-out=${1:?usage: build-bpf.sh OUT_DIR}
+out=${1:?usage: build-bpf.sh OUT_DIR [CRATE]}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 toolchain=$("$root/scripts/bpf-toolchain.sh")
-target=${TOWPATH_BPF_TARGET_DIR:-$root/crates/xdp/target}
+crate=$root/${2:-crates/xdp}
+target=${TOWPATH_BPF_TARGET_DIR:-$crate/target}
+object=$(sed -n 's/^name = "\(.*\)"/\1/p' "$crate/Cargo.toml" | head -n 1)
 setting() { sed -n "s/^$1=//p" "$toolchain/env"; }
 
 # What the toolchain and the network need stays; what describes the outer build goes.
@@ -23,8 +26,8 @@ flags=(
     -Ctarget-cpu=v3 -Ctarget-feature=+allows-misaligned-mem-access
     -Clinker="$(setting BPF_LINKER)" -Clink-arg=--btf -Cdebuginfo=2 -Cpanic=abort
 )
-cd "$root/crates/xdp"
+cd "$crate"
 CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f'; printf '%s' "${flags[*]}") \
 RUSTC=$(setting RUSTC) LD_LIBRARY_PATH=$(setting LD_LIBRARY_PATH) RUSTC_BOOTSTRAP=1 \
     cargo build --quiet --release -Zbuild-std=core --target bpfel-unknown-none --target-dir "$target" >&2
-install -D -m 0644 "$target/bpfel-unknown-none/release/towpath-xdp" "$out/towpath-xdp.o"
+install -D -m 0644 "$target/bpfel-unknown-none/release/$object" "$out/$object.o"

@@ -1,0 +1,228 @@
+//! The benchmarks' own XDP programs: the traffic source, the sinks, and the peers that Towpath is measured against.
+#![no_std]
+#![no_main]
+
+use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParams, xdp_action, xdp_md};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_ktime_get_ns};
+use aya_ebpf::macros::{map, xdp};
+use aya_ebpf::maps::{Array, DevMap};
+use aya_ebpf::programs::XdpContext;
+
+/// What the source writes over the template for each packet: an IPv6 destination, or an IPv4 destination in the first
+/// four bytes and the IPv4 header checksum in the next two.
+#[repr(C)]
+pub struct Variation(pub [u64; 2]);
+
+/// How the source works.
+#[repr(C)]
+pub struct Source {
+    /// First 64 bytes of every frame
+    pub template: [u32; 16],
+    /// Number of variations less one (a power of two less one)
+    pub mask: u32,
+    /// 4 or 6, plus `STAMPED`
+    pub family: u32,
+    /// Packets sent
+    pub sent: u64,
+}
+
+#[map]
+static SOURCE: Array<Source> = Array::with_max_entries(1, 0);
+#[map]
+static VARIATIONS: Array<Variation> = Array::with_max_entries(1, 1024);
+#[map]
+static OUT: DevMap = DevMap::with_max_entries(1, 0);
+/// Packets seen by `sink` (0) and `discard` (1).
+#[map]
+static SEEN: Array<u64> = Array::with_max_entries(2, 1024);
+#[map]
+static PORTS: DevMap = DevMap::with_max_entries(1024, 0);
+
+/// Where `source` leaves the time, if asked to, and `observe` finds it: after the UDP header over IPv4.
+const STAMP: usize = 42;
+/// The time of sending goes into the payload (IPv4 only).
+const STAMPED: u32 = 1 << 8;
+
+/// Writes the next frame of the sequence over whatever the frame held and sends it out.
+#[xdp]
+pub fn source(ctx: XdpContext) -> u32 {
+    let Some(source) = SOURCE.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    let frame = ctx.data() as *mut u8;
+    // SAFETY: the verifier proves every access: 60 bytes of the frame are compared with its end, map values are whole.
+    unsafe {
+        if frame.add(60) as usize > ctx.data_end() {
+            return xdp_action::XDP_ABORTED;
+        }
+        let words = frame as *mut u32;
+        for i in 0..15 {
+            words.add(i).write_unaligned((*source).template[i]);
+        }
+        let Some(variation) = VARIATIONS.get_ptr((*source).sent as u32 & (*source).mask) else {
+            return xdp_action::XDP_ABORTED;
+        };
+        if (*source).family & 0xff == 4 {
+            (frame.add(30) as *mut u32).write_unaligned((*variation).0[0] as u32);
+            (frame.add(24) as *mut u16).write_unaligned(((*variation).0[0] >> 32) as u16);
+        } else {
+            if frame.add(64) as usize > ctx.data_end() {
+                return xdp_action::XDP_ABORTED;
+            }
+            words.add(15).write_unaligned((*source).template[15]);
+            (frame.add(38) as *mut u64).write_unaligned((*variation).0[0]);
+            (frame.add(46) as *mut u64).write_unaligned((*variation).0[1]);
+        }
+        if (*source).family & STAMPED != 0 {
+            (frame.add(STAMP) as *mut u64).write_unaligned(bpf_ktime_get_ns());
+        }
+        (*source).sent += 1;
+    }
+    OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
+}
+
+#[inline(always)]
+fn count(slot: u32) {
+    if let Some(seen) = SEEN.get_ptr_mut(slot) {
+        // SAFETY: a map value; one CPU runs the program at a time.
+        unsafe { *seen += 1 }
+    }
+}
+
+/// The far end: counts and drops.
+#[xdp(frags)]
+pub fn sink(_ctx: XdpContext) -> u32 {
+    count(0);
+    xdp_action::XDP_DROP
+}
+
+/// Latencies of stamped packets in units of `LATENCY_UNIT` nanoseconds; the last bucket holds all longer ones.
+#[map]
+static LATENCIES: Array<u64> = Array::with_max_entries(LATENCY_BUCKETS, 1024);
+const LATENCY_BUCKETS: u32 = 1 << 16;
+const LATENCY_UNIT: u64 = 100;
+/// Times at which the last byte of the destination MAC address changed: `CHANGES[n]` is the time of the nth change,
+/// the last element counts them.
+#[map]
+static CHANGES: Array<[u64; 2]> = Array::with_max_entries(CHANGES_KEPT + 1, 1024);
+const CHANGES_KEPT: u32 = 1 << 16;
+
+/// The far end that looks: counts, notes latencies and when packets began to go to another gateway.
+#[xdp(frags)]
+pub fn observe(ctx: XdpContext) -> u32 {
+    count(0);
+    let frame = ctx.data() as *const u8;
+    // SAFETY: the verifier proves the accesses against data_end.
+    let (gateway, sent) = unsafe {
+        if frame.add(STAMP + 8) as usize > ctx.data_end() {
+            return xdp_action::XDP_DROP;
+        }
+        (u64::from(*frame.add(5)), (frame.add(STAMP) as *const u64).read_unaligned())
+    };
+    // SAFETY: plain helper call; map values are whole and one CPU runs the program at a time.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        let bucket = (now.wrapping_sub(sent) / LATENCY_UNIT).min(u64::from(LATENCY_BUCKETS) - 1) as u32;
+        if let Some(latency) = LATENCIES.get_ptr_mut(bucket) {
+            *latency += 1;
+        }
+        let Some(state) = CHANGES.get_ptr_mut(CHANGES_KEPT) else { return xdp_action::XDP_DROP };
+        if (*state)[1] != gateway {
+            (*state)[1] = gateway;
+            if let Some(change) = CHANGES.get_ptr_mut((*state)[0] as u32 & (CHANGES_KEPT - 1)) {
+                *change = [now, gateway];
+            }
+            (*state)[0] += 1;
+        }
+    }
+    xdp_action::XDP_DROP
+}
+
+/// XDP_DROP in the router.
+#[xdp(frags)]
+pub fn discard(_ctx: XdpContext) -> u32 {
+    count(1);
+    xdp_action::XDP_DROP
+}
+
+/// XDP_PASS in the router.
+#[xdp(frags)]
+pub fn pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+/// The bare redirect: every frame, as it is, to the other port.
+#[xdp(frags)]
+pub fn redirect(_ctx: XdpContext) -> u32 {
+    OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
+}
+
+/// A minimal router on `bpf_fib_lookup`: stands in for xdp-tools' xdp-forward where that is not installed.
+#[xdp(frags)]
+pub fn fib_forward(ctx: XdpContext) -> u32 {
+    forward(&ctx).unwrap_or(xdp_action::XDP_PASS)
+}
+
+const ETHERTYPE_IPV4: u16 = 0x0800u16.to_be();
+const ETHERTYPE_IPV6: u16 = 0x86ddu16.to_be();
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+#[inline(always)]
+fn forward(ctx: &XdpContext) -> Option<u32> {
+    // SAFETY: the verifier proves every access against data_end; FibParams is plain data, for which zeros are valid.
+    unsafe {
+        let frame = ctx.data() as *mut u8;
+        if frame.add(34) as usize > ctx.data_end() {
+            return None;
+        }
+        let mut fib: FibParams = core::mem::zeroed();
+        let ethertype = (frame.add(12) as *const u16).read_unaligned();
+        match ethertype {
+            ETHERTYPE_IPV4 => {
+                if *frame.add(14) != 0x45 || *frame.add(22) <= 1 {
+                    return None;
+                }
+                fib.family = AF_INET;
+                fib.l4_protocol = *frame.add(23);
+                fib.__bindgen_anon_1.tot_len = u16::from_be((frame.add(16) as *const u16).read_unaligned());
+                fib.__bindgen_anon_3.ipv4_src = (frame.add(26) as *const u32).read_unaligned();
+                fib.__bindgen_anon_4.ipv4_dst = (frame.add(30) as *const u32).read_unaligned();
+            }
+            ETHERTYPE_IPV6 => {
+                if frame.add(54) as usize > ctx.data_end() || *frame.add(21) <= 1 {
+                    return None;
+                }
+                fib.family = AF_INET6;
+                fib.l4_protocol = *frame.add(20);
+                fib.__bindgen_anon_1.tot_len = u16::from_be((frame.add(18) as *const u16).read_unaligned());
+                fib.__bindgen_anon_3.ipv6_src = (frame.add(22) as *const [u32; 4]).read_unaligned();
+                fib.__bindgen_anon_4.ipv6_dst = (frame.add(38) as *const [u32; 4]).read_unaligned();
+            }
+            _ => return None,
+        }
+        fib.ifindex = (*(ctx.ctx as *const xdp_md)).ingress_ifindex;
+        let found = bpf_fib_lookup(ctx.ctx as *mut _, &mut fib, size_of::<FibParams>() as i32, 0);
+        if found != BPF_FIB_LKUP_RET_SUCCESS as i64 {
+            return None;
+        }
+        if ethertype == ETHERTYPE_IPV4 {
+            let check = frame.add(24) as *mut u16;
+            let sum = u32::from(check.read_unaligned()) + u32::from(0x0100u16.to_be());
+            check.write_unaligned((sum + (sum >> 16)) as u16);
+            *frame.add(22) -= 1;
+        } else {
+            *frame.add(21) -= 1;
+        }
+        (frame as *mut [u8; 6]).write_unaligned(fib.dmac);
+        (frame.add(6) as *mut [u8; 6]).write_unaligned(fib.smac);
+        Some(PORTS.redirect(fib.ifindex, 0).unwrap_or(xdp_action::XDP_ABORTED))
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,82 @@
+//! Towpath's benchmarks: `make bench`. Every figure is a ratio to a peer measured in the same run.
+
+mod bpf;
+mod cost;
+mod ethtool;
+mod findings;
+mod instructions;
+mod latency;
+mod path;
+mod routes;
+mod source;
+mod stats;
+mod sync;
+
+use anyhow::Result;
+use clap::Parser;
+use findings::Findings;
+use std::path::PathBuf;
+use towpath_report::Report;
+
+/// Measures Towpath beside its peers and writes a report.
+#[derive(Parser)]
+struct Arguments {
+    /// Sections to run; all of them if none is named
+    sections: Vec<Section>,
+    /// Rounds in which the contenders' windows alternate
+    #[arg(long, default_value_t = 25)]
+    rounds: usize,
+    /// Where the report goes; the figures go beside it as JSON
+    #[arg(long, default_value = "out/bench.html")]
+    report: PathBuf,
+    /// What `instructions` starts inside the virtual machine
+    #[arg(long, hide = true)]
+    inside: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Section {
+    /// Nanoseconds a packet, by contender and table size
+    Cost,
+    /// Start with full tables, memory, idle CPU
+    Start,
+    /// Route changes: delay, bursts
+    Changes,
+    /// Latency and CPU against load
+    Latency,
+    /// Instructions a packet, in the virtual machine
+    Instructions,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.inside {
+        return instructions::inside();
+    }
+    let wanted = |section| arguments.sections.is_empty() || arguments.sections.contains(&section);
+    let mut findings = Findings::default();
+    let mut report = Report::new("Towpath benchmarks");
+    if wanted(Section::Cost) {
+        cost::run(&mut findings, &mut report, arguments.rounds, &[1, 1_000, 10_000, 100_000, 1_000_000])?;
+    }
+    if wanted(Section::Start) {
+        sync::start(&mut findings, &mut report, 5)?;
+    }
+    if wanted(Section::Changes) {
+        sync::changes(&mut findings, &mut report)?;
+    }
+    if wanted(Section::Latency) {
+        latency::run(&mut findings, &mut report, 5)?;
+    }
+    if wanted(Section::Instructions) {
+        instructions::run(&mut findings, &mut report)?;
+    }
+    report.section("Aims");
+    let rows: Vec<_> = findings.goals.iter().map(findings::Goal::row).collect();
+    report.table(&["figure", "found", "aim", ""], &rows);
+    report.write(&arguments.report)?;
+    let figures = serde_json::json!({ "goals": findings.goals, "figures": findings.figures });
+    std::fs::write(arguments.report.with_extension("json"), serde_json::to_string_pretty(&figures)?)?;
+    println!("report: {}", arguments.report.display());
+    Ok(())
+}

@@ -1,0 +1,396 @@
+//! The measured arrangement: one router, one sink, and for each contender a source and a port of its own.
+//!
+//!     source ns (one a contender)      router ns                        sink ns
+//!     [out] ---- veth ---- [i<n>]  forwarding by contender n  [o] ---- veth ---- [in]
+//!     core 0               its NAPI: a thread on core 1                counts and drops
+//!
+//! All contenders use the same routes and neighbours of the same router, so only the forwarding differs. The sink's
+//! NAPI runs in the router's thread, as soft interrupt, for every contender alike.
+
+use crate::bpf::Object;
+use crate::{ethtool, source};
+use anyhow::{Context, Result, bail};
+use aya::programs::ProgramFd;
+use std::fs;
+use std::io::Write;
+use std::net::IpAddr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use towpath_lab::{Lab, Node, Process};
+
+/// Core of the traffic source.
+pub const SOURCE_CORE: usize = 0;
+/// Core of the router.
+pub const ROUTER_CORE: usize = 1;
+/// The router's port towards the sink.
+pub const OUT: &str = "o";
+
+/// How a port's packets are forwarded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Contender {
+    /// XDP_DROP in the router
+    Drop,
+    /// Bare XDP_REDIRECT to the other port
+    Redirect,
+    /// A minimal program on bpf_fib_lookup, stand-in for xdp-forward
+    FibForward,
+    /// Linux
+    Linux,
+    /// Towpath
+    Towpath,
+}
+
+impl Contender {
+    /// Name in tables and plots.
+    pub fn name(self) -> &'static str {
+        match self {
+            Contender::Drop => "XDP_DROP",
+            Contender::Redirect => "bare XDP_REDIRECT",
+            Contender::FibForward => "bpf_fib_lookup program",
+            Contender::Linux => "Linux",
+            Contender::Towpath => "Towpath",
+        }
+    }
+}
+
+/// The arrangement, ready to carry traffic.
+pub struct Arrangement {
+    /// The router's namespace
+    pub router: Node,
+    sink: Object,
+    entries: Vec<Entry>,
+    _towpath: Option<Process>,
+    _lab: Lab,
+}
+
+/// A contender's port and its source.
+pub struct Entry {
+    /// Who forwards
+    pub contender: Contender,
+    source: Node,
+    object: Object,
+    _program: Option<Object>,
+    sender: u32,
+    port: String,
+    napi: u32,
+    length: usize,
+}
+
+/// Windows tried before giving up.
+const TRIES: usize = 20;
+/// Gateways' MAC addresses but for the last byte, which is the gateway's number; the sink takes all.
+const GATEWAY_MAC: &str = "02:00:00:00:02";
+const PORT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
+/// Gateways on the sink's side.
+pub const GATEWAYS: usize = 4;
+
+/// Address of a gateway.
+pub fn gateway(ipv6: bool, number: usize) -> String {
+    let host = number % GATEWAYS + 2;
+    if ipv6 { format!("2001:db8:ffff::{host}") } else { format!("198.19.255.{host}") }
+}
+
+impl Arrangement {
+    /// Sets up the router and its contenders; `variations` bounds the number of destinations.
+    pub fn new(name: &str, contenders: &[Contender], variations: usize) -> Result<Arrangement> {
+        Self::with_sink(name, contenders, variations, "sink")
+    }
+
+    /// The same with a sink that notes latencies and changes of the gateway.
+    pub fn observed(name: &str, contenders: &[Contender], variations: usize) -> Result<Arrangement> {
+        Self::with_sink(name, contenders, variations, "observe")
+    }
+
+    fn with_sink(name: &str, contenders: &[Contender], variations: usize, program: &str) -> Result<Arrangement> {
+        let lab = Lab::new(name)?;
+        let router = lab.node("router")?;
+        let sink_node = lab.node("sink")?;
+        lab.link((&router, OUT), (&sink_node, "in"))?;
+        router.forward()?;
+        router.sh("ip address add 198.19.255.1/24 dev o; ip address add 2001:db8:ffff::1/64 dev o nodad")?;
+        for number in 0..GATEWAYS {
+            let mac = format!("{GATEWAY_MAC}:{number:02x}");
+            for ipv6 in [false, true] {
+                router.run(["ip", "neigh", "add", &gateway(ipv6, number), "lladdr", &mac, "dev", OUT])?;
+            }
+        }
+        let mut sink = Object::load(1)?;
+        let sink_index = sink_node.ifindex("in")?;
+        sink_node.enter(|| sink.attach(program, sink_index))??;
+        let mut entries = Vec::new();
+        for (number, contender) in contenders.iter().enumerate() {
+            entries.push(Entry::new(&lab, &router, *contender, number, variations)?);
+        }
+        let towpath = entries.iter().find(|entry| entry.contender == Contender::Towpath).map(|entry| {
+            let mut process = router.spawn([&towpath_binary()?, "up", &entry.port, OUT])?;
+            process.wait_for_output(Duration::from_secs(120), "ready")?;
+            anyhow::Ok(process)
+        });
+        let mut arrangement = Arrangement { router, sink, entries, _towpath: towpath.transpose()?, _lab: lab };
+        // With one processor there is nothing to bind to, and all is counted together.
+        let processors = std::thread::available_parallelism()?.get();
+        for entry in arrangement.entries.iter_mut().filter(|_| processors > 1) {
+            entry.napi = thread_napi(&arrangement.router, &entry.port)?;
+        }
+        Ok(arrangement)
+    }
+
+    /// Adds routes to the router, spread over the gateways.
+    pub fn add_routes(&self, routes: &[(IpAddr, u8)]) -> Result<()> {
+        let mut child = self.router.command("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn()?;
+        let mut text = std::io::BufWriter::new(child.stdin.take().context("stdin of ip")?);
+        for (number, (prefix, length)) in routes.iter().enumerate() {
+            writeln!(text, "route add {prefix}/{length} via {}", gateway(prefix.is_ipv6(), number))?;
+        }
+        drop(text);
+        if !child.wait()?.success() {
+            bail!("ip -batch could not add the routes");
+        }
+        Ok(())
+    }
+
+    /// What every source sends from now on: one packet to each destination in turn, over and over.
+    pub fn set_destinations(&mut self, destinations: &[IpAddr], stamped: bool) -> Result<()> {
+        self.entries.iter_mut().try_for_each(|entry| entry.set_destinations(destinations, stamped))
+    }
+
+    /// Waits until Towpath, if it takes part, has these routes (it is asked for the last of them).
+    pub fn wait_in_sync(&self, routes: &[(IpAddr, u8)]) -> Result<()> {
+        let (Some(_), Some((prefix, _))) = (&self._towpath, routes.last()) else { return Ok(()) };
+        let source = if prefix.is_ipv6() { "2001:db8:fffe::2" } else { "198.51.100.2" };
+        let (binary, prefix) = (towpath_binary()?, prefix.to_string());
+        towpath_lab::wait_for(Duration::from_secs(60), "Towpath to have the routes", || {
+            let text = self.router.run([&binary, "explain", source, &prefix, "--json"]).ok()?;
+            let answer: serde_json::Value = serde_json::from_str(&text).ok()?;
+            (answer["verdict"]["path"] == "fast").then_some(())
+        })
+    }
+
+    /// Fails unless Towpath, if it takes part, forwarded what it was sent (by its own counters).
+    pub fn assert_fast_path(&self) -> Result<()> {
+        let Some(entry) = self.entries.iter().find(|entry| entry.contender == Contender::Towpath) else {
+            return Ok(());
+        };
+        let text = self.router.run([&towpath_binary()?, "show", "stats", "--json"])?;
+        let stats: serde_json::Value = serde_json::from_str(&text)?;
+        let ports = stats["ports"].as_array().context("show stats has no ports")?;
+        let port = ports.iter().find(|port| port["port"] == entry.port.as_str()).context("the port is not shown")?;
+        let (fast, taken) = (port["rx_packets"].as_u64().unwrap_or(0), entry.taken(&self.router)?);
+        if fast * 100 < taken * 99 {
+            bail!("Towpath forwarded only {fast} of {taken} packets");
+        }
+        Ok(())
+    }
+
+    /// Packets that arrived at the sink so far.
+    pub fn arrived(&mut self) -> Result<u64> {
+        self.sink.seen(0)
+    }
+
+    /// The router's ports towards the sources.
+    pub fn ports(&self) -> Vec<&str> {
+        self.entries.iter().map(|entry| entry.port.as_str()).collect()
+    }
+
+    /// The contenders, in order.
+    pub fn contenders(&self) -> Vec<Contender> {
+        self.entries.iter().map(|entry| entry.contender).collect()
+    }
+
+    /// Sends `packets` through the numbered contender at once.
+    pub fn send(&mut self, number: usize, packets: u32) -> Result<()> {
+        self.entries[number].send(packets)
+    }
+
+    /// Sends through the numbered contender at `rate` packets a second for `span`, in small batches; the share of a
+    /// core that the router's thread took meanwhile.
+    pub fn pace(&mut self, number: usize, rate: f64, span: Duration) -> Result<f64> {
+        const TICK: Duration = Duration::from_micros(100);
+        let entry = &mut self.entries[number];
+        let (time, begin) = (cpu_time(entry.napi)?, Instant::now());
+        let mut sent = 0u64;
+        while begin.elapsed() < span {
+            let due = (begin.elapsed().as_secs_f64() * rate) as u64;
+            // Behind by more than a few ticks, the machine was elsewhere: bursts would measure that, not the router.
+            let packets = (due - sent).min((rate * TICK.as_secs_f64() * 4.0).ceil() as u64);
+            if packets > 0 {
+                entry.send(packets as u32)?;
+            }
+            sent = due;
+            std::thread::sleep(TICK);
+        }
+        let took = begin.elapsed();
+        entry.settle(&self.router)?;
+        Ok((cpu_time(entry.napi)? - time) as f64 / took.as_nanos() as f64)
+    }
+
+    /// Takes the latencies noted so far: for each unit of 100 ns, packets.
+    pub fn take_latencies(&mut self) -> Result<Vec<u64>> {
+        self.sink.take_latencies()
+    }
+
+    /// Times (CLOCK_MONOTONIC, ns) at which packets began to go to another gateway, and its number.
+    pub fn changes_seen(&mut self) -> Result<Vec<(u64, u64)>> {
+        self.sink.changes()
+    }
+
+    /// Sends `packets` through the numbered contender: nanoseconds that the router's NAPI thread ran for each packet it
+    /// took. A window in which other work kept that thread from its core is tried again.
+    pub fn window(&mut self, number: usize, packets: u32) -> Result<f64> {
+        for _ in 0..TRIES {
+            if let Some(cost) = self.try_window(number, packets)? {
+                return Ok(cost);
+            }
+        }
+        let contender = self.entries[number].contender.name();
+        bail!("{contender}: in {TRIES} windows nearly nothing of {packets} packets reached the router")
+    }
+
+    fn try_window(&mut self, number: usize, packets: u32) -> Result<Option<f64>> {
+        let seen = self.sink.seen(0)?;
+        let entry = &mut self.entries[number];
+        let (taken, time) = (entry.taken(&self.router)?, cpu_time(entry.napi)?);
+        entry.send(packets)?;
+        let processed = entry.settle(&self.router)? - taken;
+        let time = cpu_time(entry.napi)? - time;
+        if processed < u64::from(packets) / 100 {
+            return Ok(None);
+        }
+        let arrived = self.sink.seen(0)? - seen;
+        let wanted = if entry.contender == Contender::Drop { 0 } else { processed };
+        if arrived.abs_diff(wanted) > processed / 50 + 512 {
+            bail!("{}: the router took {processed} packets and {arrived} arrived", entry.contender.name());
+        }
+        Ok(Some(time as f64 / processed as f64))
+    }
+}
+
+impl Entry {
+    fn new(lab: &Lab, router: &Node, contender: Contender, number: usize, variations: usize) -> Result<Entry> {
+        // The kernel's NAPI threads are told apart by the name of their interface.
+        let port = format!("i{number}x{:x}", std::process::id() & 0xffff);
+        let source = lab.node(&format!("source{number}"))?;
+        lab.link((&source, "out"), (router, &port))?;
+        let mac = PORT_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        router.run(["ip", "link", "set", &port, "address", &mac])?;
+        router.sh(&format!(
+            "ip address add 198.18.{number}.1/24 dev {port}; ip address add 2001:db8:{number}::1/64 dev {port} nodad"
+        ))?;
+        let mut object = Object::load(variations as u32)?;
+        let sender = source.ifindex("out")?;
+        source.enter(|| object.set_out(sender))??;
+        let program = Self::program(router, contender, &port)?;
+        Ok(Entry { contender, source, object, _program: program, sender, port, napi: 0, length: source::FRAME })
+    }
+
+    fn program(router: &Node, contender: Contender, port: &str) -> Result<Option<Object>> {
+        let name = match contender {
+            Contender::Drop => "discard",
+            Contender::Redirect => "redirect",
+            Contender::FibForward => "fib_forward",
+            Contender::Linux | Contender::Towpath => return Ok(None),
+        };
+        let mut object = Object::load(1)?;
+        let (port, out) = (router.ifindex(port)?, router.ifindex(OUT)?);
+        router.enter(|| {
+            object.set_out(out)?;
+            object.add_port(out)?;
+            object.attach(name, port)
+        })??;
+        Ok(Some(object))
+    }
+
+    fn set_destinations(&mut self, destinations: &[IpAddr], stamped: bool) -> Result<()> {
+        let first = destinations.first().context("no destinations")?;
+        let source: IpAddr = if first.is_ipv6() { "2001:db8:fffe::2".parse()? } else { "198.51.100.2".parse()? };
+        let template = source::template(PORT_MAC, source);
+        let variations: Vec<_> = destinations.iter().map(|to| source::variation(&template, *to)).collect();
+        self.length = source::frame_length(*first);
+        self.object.set_source(&template, if first.is_ipv6() { 6 } else { 4 }, stamped, &variations)
+    }
+
+    /// Sends at once.
+    pub fn send(&mut self, packets: u32) -> Result<()> {
+        let program: ProgramFd = self.object.fd("source")?;
+        let (sender, length) = (self.sender, self.length);
+        self.source.enter(|| {
+            pin(0, SOURCE_CORE)?;
+            source::send(&program, sender, length, packets)
+        })?
+    }
+
+    /// Packets that the port's NAPI has taken from its rings (veth counts them so with a program and without).
+    fn taken(&self, router: &Node) -> Result<u64> {
+        router.enter(|| ethtool::sum(&self.port, "_xdp_packets", "rx_queue_"))?
+    }
+
+    /// Waits until the router has taken all there is.
+    fn settle(&self, router: &Node) -> Result<u64> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut count = self.taken(router)?;
+        loop {
+            std::thread::sleep(Duration::from_millis(2));
+            let now = self.taken(router)?;
+            if now == count {
+                return Ok(count);
+            }
+            if Instant::now() > deadline {
+                bail!("{}: traffic does not end", self.port);
+            }
+            count = now;
+        }
+    }
+}
+
+/// The command under test: $TOWPATH, or the release build beside this program.
+pub fn towpath_binary() -> Result<String> {
+    if let Ok(path) = std::env::var("TOWPATH") {
+        return Ok(path);
+    }
+    let beside = std::env::current_exe()?.with_file_name("towpath");
+    if !beside.exists() {
+        bail!("{} does not exist: run 'cargo build --release' first", beside.display());
+    }
+    Ok(beside.to_string_lossy().into_owned())
+}
+
+/// Gives the interface's NAPI threads of their own and returns the id of the one that serves `SOURCE_CORE`'s packets.
+fn thread_napi(node: &Node, port: &str) -> Result<u32> {
+    node.sh(&format!("echo 1 > /sys/class/net/{port}/threaded"))?;
+    // One NAPI a queue, made in the order of the queues; a veth's sender takes the queue of its core.
+    let wanted = format!("napi/{port}-");
+    let mut threads: Vec<u32> = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(id) = entry.file_name().to_str().and_then(|text| text.parse().ok()) else { continue };
+        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with(&wanted)) {
+            threads.push(id);
+        }
+    }
+    threads.sort_unstable();
+    for thread in &threads {
+        pin(*thread, ROUTER_CORE)?;
+        // SAFETY: plain integers; a failure only leaves the thread's share of the core to chance.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, *thread, -19) };
+    }
+    threads.get(SOURCE_CORE).copied().with_context(|| format!("no kernel thread '{wanted}*': {port} has no NAPI"))
+}
+
+/// Binds a thread (0: the calling one) to a core.
+pub fn pin(thread: u32, core: usize) -> Result<()> {
+    // SAFETY: an all-zero CPU set is valid; the call reads it and no more.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(thread as i32, size_of_val(&set), &set)
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error()).with_context(|| format!("bind thread {thread} to core {core}"));
+    }
+    Ok(())
+}
+
+/// Nanoseconds the thread has run (Documentation/scheduler/sched-stats.rst).
+pub fn cpu_time(thread: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{thread}/schedstat"))?;
+    text.split(' ').next().and_then(|field| field.parse().ok()).context("schedstat")
+}

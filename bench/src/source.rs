@@ -1,0 +1,126 @@
+//! The traffic source: an XDP program run by BPF_PROG_TEST_RUN with live frames (kernel 5.18), which writes each frame
+//! anew and redirects it into a veth. Its packets cost the receiving side what a driver's would: they are XDP frames
+//! when they arrive, not socket buffers.
+
+use anyhow::{Context, Result};
+use aya::programs::ProgramFd;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Frames are this long, without FCS.
+pub const FRAME: usize = 60;
+const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 2;
+
+/// First 64 bytes of every frame; the destination address is written over it.
+pub fn template(destination_mac: [u8; 6], source: IpAddr) -> [u8; 64] {
+    let mut frame = [0u8; 64];
+    frame[..6].copy_from_slice(&destination_mac);
+    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+    let udp = match source {
+        IpAddr::V4(address) => {
+            frame[12..14].copy_from_slice(&[0x08, 0x00]);
+            frame[14..26].copy_from_slice(&[0x45, 0, 0, (FRAME - 14) as u8, 0, 0, 0x40, 0, 64, 17, 0, 0]);
+            frame[26..30].copy_from_slice(&address.octets());
+            34
+        }
+        IpAddr::V6(address) => {
+            frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+            frame[14..22].copy_from_slice(&[0x60, 0, 0, 0, 0, (FRAME - 54 + 4) as u8, 17, 64]);
+            frame[22..38].copy_from_slice(&address.octets());
+            54
+        }
+    };
+    // UDP: discard port to discard port. The IPv6 frame is four bytes longer, so that the UDP header fits.
+    if udp + 8 <= 64 {
+        frame[udp..udp + 6].copy_from_slice(&[0, 9, 0, 9, 0, (frame_length(source) - udp) as u8]);
+        if source.is_ipv6() {
+            frame[udp + 6..udp + 8].copy_from_slice(&[0x5a, 0x5a]);
+        }
+    }
+    frame
+}
+
+/// Length of a frame with addresses of this family.
+pub fn frame_length(address: IpAddr) -> usize {
+    if address.is_ipv4() { FRAME } else { FRAME + 4 }
+}
+
+/// The words a `Variation` of the source program holds for a destination.
+pub fn variation(template: &[u8; 64], destination: IpAddr) -> [u64; 2] {
+    match destination {
+        IpAddr::V4(address) => {
+            let mut header = [0u8; 20];
+            header.copy_from_slice(&template[14..34]);
+            header[16..].copy_from_slice(&address.octets());
+            let check = ipv4_checksum(&header);
+            [
+                u64::from(u32::from_ne_bytes(address.octets()))
+                    | u64::from(u16::from_ne_bytes(check.to_be_bytes())) << 32,
+                0,
+            ]
+        }
+        IpAddr::V6(address) => {
+            let octets = address.octets();
+            let mut words = [0; 2];
+            for (word, bytes) in words.iter_mut().zip(octets.chunks_exact(8)) {
+                *word = bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+            }
+            words
+        }
+    }
+}
+
+fn ipv4_checksum(header: &[u8; 20]) -> u16 {
+    let mut sum: u32 = header.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Sends `packets` frames by running the source program that often; returns when all were handed to the device.
+/// Must be called in the namespace of the interface `ifindex`.
+pub fn send(program: &ProgramFd, ifindex: u32, length: usize, packets: u32) -> Result<()> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct TestRun {
+        prog_fd: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        pad: u32,
+    }
+    const BPF_PROG_TEST_RUN: libc::c_long = 10;
+    let data = [0u8; 64];
+    let context = [0u32, length as u32, 0, ifindex, 0, 0];
+    let attribute = TestRun {
+        prog_fd: program.as_fd().as_raw_fd() as u32,
+        data_size_in: length as u32,
+        data_in: data.as_ptr() as u64,
+        repeat: packets,
+        ctx_size_in: size_of_val(&context) as u32,
+        ctx_in: context.as_ptr() as u64,
+        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        batch_size: 64,
+        ..TestRun::default()
+    };
+    // SAFETY: the attribute is laid out as the kernel's union for this command and outlives the call, as do the two
+    // buffers it points to.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &attribute, size_of::<TestRun>()) };
+    if result < 0 {
+        return Err(std::io::Error::last_os_error())
+            .context("BPF_PROG_TEST_RUN with live frames (kernel 5.18 or later)");
+    }
+    Ok(())
+}

@@ -1,0 +1,237 @@
+//! How long it takes until the tables are in step with Linux: at start, and after changes.
+
+use crate::findings::{Aim, Findings};
+use crate::path::{Arrangement, Contender, GATEWAYS, OUT, gateway, towpath_binary};
+use crate::routes;
+use crate::stats::Summary;
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use std::io::Write;
+use std::net::IpAddr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use towpath_lab::Node;
+use towpath_report::Report;
+
+#[derive(Serialize)]
+struct Start {
+    routes: usize,
+    start_seconds: Summary,
+    ip_route_show_seconds: Summary,
+    ratio: Summary,
+    memory_bytes: u64,
+    idle_share_of_a_core: f64,
+}
+
+/// Start to in-sync with full tables beside `ip route show` of the same tables; memory and idle cost on the way.
+pub fn start(findings: &mut Findings, report: &mut Report, rounds: usize) -> Result<()> {
+    let all: Vec<(IpAddr, u8)> = routes::ipv4(1_000_000).into_iter().chain(routes::ipv6(250_000)).collect();
+    println!("start to in-sync with {} routes, {rounds} rounds, each beside `ip route show`", all.len());
+    let arrangement = Arrangement::new("start", &[Contender::Linux], 1)?;
+    arrangement.add_routes(&all)?;
+    let router = &arrangement.router;
+    let (mut starts, mut shows, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut memory, mut idle) = (0, 0.0);
+    for round in 0..rounds {
+        let begin = Instant::now();
+        router.sh("ip -4 route show >/dev/null; ip -6 route show >/dev/null")?;
+        let show = begin.elapsed().as_secs_f64();
+        let begin = Instant::now();
+        let mut towpath = router.spawn([&towpath_binary()?, "up", OUT])?;
+        towpath.wait_for_output(Duration::from_secs(120), "ready")?;
+        let start = begin.elapsed().as_secs_f64();
+        if round + 1 == rounds {
+            // `ip netns exec` becomes the command it runs.
+            let pid = towpath.pid();
+            memory = memory_of(pid)? + table_memory(router)?;
+            idle = idle_share(pid)?;
+        }
+        towpath.stop(Duration::from_secs(30))?;
+        println!("  in sync after {start:.2} s, ip route show took {show:.2} s");
+        starts.push(start);
+        shows.push(show);
+        ratios.push(start / show);
+    }
+    let ratio = Summary::of(&ratios).context("no rounds")?;
+    findings.goal("start to in-sync over `ip route show`, 1,250,000 routes", ratio.median, Aim::AtMost(1.5));
+    findings.goal("memory with 1,250,000 routes, MiB", memory as f64 / f64::from(1 << 20), Aim::AtMost(512.0));
+    findings.goal("idle daemon, percent of a core", idle * 100.0, Aim::AtMost(0.5));
+    let figures = Start {
+        routes: all.len(),
+        start_seconds: Summary::of(&starts).context("no rounds")?,
+        ip_route_show_seconds: Summary::of(&shows).context("no rounds")?,
+        ratio,
+        memory_bytes: memory,
+        idle_share_of_a_core: idle,
+    };
+    report.section("Start with full tables").text(&format!(
+        "From the command to its readiness notice with {} routes: {:.2} s in the median of {rounds} rounds; \
+         ip route show of the same tables takes {:.2} s. Resident memory of the daemon and of the tables together: \
+         {} MiB. Idle, the daemon takes {:.2} % of a core.",
+        figures.routes,
+        figures.start_seconds.median,
+        figures.ip_route_show_seconds.median,
+        memory >> 20,
+        idle * 100.0
+    ));
+    findings.keep("start", figures);
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Changes {
+    linux_ms: Summary,
+    towpath_ms: Summary,
+    changes_a_second: f64,
+    burst_changes_a_second: f64,
+    burst_in_step_after_ms: f64,
+}
+
+/// How long after Linux's own a change takes effect, at 1,000 changes a second; and whether a burst is kept up with.
+pub fn changes(findings: &mut Findings, report: &mut Report) -> Result<()> {
+    println!("effect of route changes, 1,000 a second");
+    let (linux, rate) = effect(Contender::Linux)?;
+    let (towpath, _) = effect(Contender::Towpath)?;
+    println!("  Linux {linux:?}\n  Towpath {towpath:?}");
+    findings.goal(
+        "route change: Towpath after Linux, ms in the median",
+        towpath.median - linux.median,
+        Aim::AtMost(10.0),
+    );
+    let (burst_rate, lag) = burst()?;
+    println!("  burst: {burst_rate:.0} changes a second, in step {lag:.1} ms after the last");
+    findings.goal("changes a second kept up with, thousands", burst_rate / 1e3, Aim::AtLeast(100.0));
+    findings.goal("in step after the last of a burst, ms", lag, Aim::AtMost(100.0));
+    report.section("Route changes").text(&format!(
+        "A route's gateway changes {rate:.0} times a second while packets flow to it; the sink notes when packets begin to \
+         go to the new gateway. After the change was given to the kernel this took {:.2} ms with Linux and {:.2} ms with \
+         Towpath in the median (90th percentile {:.2} and {:.2} ms). A burst of changes at {burst_rate:.0} a second was in \
+         step {lag:.1} ms after its last.",
+        linux.median, towpath.median, linux.high, towpath.high
+    ));
+    findings.keep(
+        "changes",
+        Changes {
+            linux_ms: linux,
+            towpath_ms: towpath,
+            changes_a_second: rate,
+            burst_changes_a_second: burst_rate,
+            burst_in_step_after_ms: lag,
+        },
+    );
+    Ok(())
+}
+
+/// Changes one route a thousand times a second while packets flow; milliseconds from each change to its effect.
+fn effect(contender: Contender) -> Result<(Summary, f64)> {
+    const CHANGES: usize = 2_000;
+    let mut arrangement = Arrangement::observed("change", &[contender], 1)?;
+    let destination: IpAddr = "203.0.113.9".parse()?;
+    arrangement.add_routes(&[(destination, 32)])?;
+    arrangement.wait_in_sync(&[(destination, 32)])?;
+    arrangement.set_destinations(&[destination], true)?;
+    let router = arrangement.router.clone();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let given = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| -> Result<()> {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                arrangement.send(0, 64)?;
+                std::thread::sleep(Duration::from_micros(20));
+            }
+            Ok(())
+        });
+        let given = change_often(&router, CHANGES);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
+        given
+    })?;
+    let seen = arrangement.changes_seen()?;
+    let mut delays = Vec::new();
+    let mut later = seen.iter().peekable();
+    for (time, gateway) in &given {
+        while later.next_if(|(seen, _)| seen < time).is_some() {}
+        if let Some((seen, found)) = later.peek()
+            && usize::try_from(*found)? == *gateway
+        {
+            delays.push((seen - time) as f64 / 1e6);
+        }
+    }
+    if delays.len() < given.len() / 2 {
+        bail!("{}: only {} of {} changes were seen at the sink", contender.name(), delays.len(), given.len());
+    }
+    let span = given.last().context("no changes")?.0 - given[0].0;
+    Ok((Summary::of(&delays).context("no changes")?, given.len() as f64 / (span as f64 / 1e9)))
+}
+
+/// Moves the route from gateway to gateway by one `ip -batch` fed a line a millisecond; the time just before each line
+/// was written, and the gateway.
+fn change_often(router: &Node, changes: usize) -> Result<Vec<(u64, usize)>> {
+    let mut child = router.command("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn()?;
+    let mut input = child.stdin.take().context("stdin of ip")?;
+    let mut given = Vec::new();
+    let begin = Instant::now();
+    for number in 0..changes {
+        let due = begin + Duration::from_millis(number as u64);
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        let to = number % GATEWAYS;
+        given.push((monotonic(), to));
+        writeln!(input, "route replace 203.0.113.9/32 via {}", gateway(false, to))?;
+        input.flush()?;
+    }
+    drop(input);
+    if !child.wait()?.success() {
+        bail!("ip -batch could not change the route");
+    }
+    Ok(given)
+}
+
+/// CLOCK_MONOTONIC, which bpf_ktime_get_ns reads too.
+fn monotonic() -> u64 {
+    // SAFETY: an all-zero timespec is valid; the call fills it.
+    unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time);
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    }
+}
+
+/// Adds and removes many routes as fast as the kernel takes them; changes a second, and milliseconds until Towpath is
+/// in step after the last.
+fn burst() -> Result<(f64, f64)> {
+    let arrangement = Arrangement::new("burst", &[Contender::Towpath], 1)?;
+    let all = routes::ipv4(200_000);
+    let last: (IpAddr, u8) = ("203.0.113.0".parse()?, 24);
+    let begin = Instant::now();
+    arrangement.add_routes(&all)?;
+    arrangement.add_routes(&[last])?;
+    let took = begin.elapsed();
+    arrangement.wait_in_sync(&[last])?;
+    let lag = begin.elapsed() - took;
+    Ok((all.len() as f64 / took.as_secs_f64(), lag.as_secs_f64() * 1e3))
+}
+
+/// Anonymous resident memory of a process; the tables are counted apart.
+fn memory_of(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+    Ok(line.split_whitespace().nth(1).context("RssAnon")?.parse::<u64>()? * 1024)
+}
+
+fn table_memory(router: &Node) -> Result<u64> {
+    let status: serde_json::Value = serde_json::from_str(&router.run([&towpath_binary()?, "status", "--json"])?)?;
+    status["memory_bytes"].as_u64().context("status shows no memory")
+}
+
+fn idle_share(pid: u32) -> Result<f64> {
+    let time = || -> Result<u64> {
+        let mut sum = 0;
+        for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            let id = task.file_name().to_string_lossy().parse()?;
+            sum += crate::path::cpu_time(id)?;
+        }
+        Ok(sum)
+    };
+    let (before, begin) = (time()?, Instant::now());
+    std::thread::sleep(Duration::from_secs(10));
+    Ok((time()? - before) as f64 / begin.elapsed().as_nanos() as f64)
+}
