@@ -1,1 +1,34 @@
+//! The XDP engine's host side: loads and attaches the program, owns maps and pins, grows tables.
+//!
+//! `Site::prepare` checks what must hold and finds the instance's place in a bpffs. From it an `Engine` comes, with
+//! new tables (`create`) or those a former process left (`adopt`). Everything an engine makes is pinned, so that
+//! packets keep flowing when the process dies; only `Engine::teardown` and `Site::teardown` take it away.
+//!
+//! New and enlarged tables are pinned beside the old under names ending in `_new`; when every link runs the program
+//! that uses them, they take the old names. `adopt` finishes or discards what a crash left in between.
 
+mod attach;
+mod bpffs;
+mod engine;
+mod error;
+mod ethtool;
+mod grace;
+mod interface;
+mod netfpc;
+mod netlink;
+mod program;
+mod region;
+mod require;
+mod sys;
+mod transmit;
+
+pub use attach::{Mode, Notice};
+pub use bpffs::netns_inode;
+pub use engine::{Engine, Options, PortRequest, Site, Tables};
+pub use error::{Error, Result};
+pub use grace::GraceMethod;
+pub use interface::{Attached, Interface};
+pub use netfpc::Request;
+pub use program::ProgramFacts;
+pub use region::possible_cpus;
+pub use transmit::{TransmitSupport, TransmitWatch, can_transmit};

@@ -1,0 +1,225 @@
+//! Attaching the program to ports, and the device settings that go with it.
+//!
+//! A veth without GRO has no NAPI context until a program is attached and loses it, with what is in its ring, when
+//! the program goes (drivers/net/veth.c, `veth_disable_xdp`). With GRO the context and the ring stay. So GRO is
+//! switched on before the program comes and is left on when it goes.
+//!
+//! A driver that cuts VLAN tags off into the descriptor hides them from XDP, so that offload is switched off while the
+//! program is there. A veth has no such switch: a tag that the host at its other end leaves to its device
+//! (`tx-vlan-offload`, which a VLAN interface on top of a veth uses) travels beside the frame, unseen. Where tagged and
+//! untagged traffic meet on a veth, that end wants `ethtool -K PEER txvlan off`.
+
+use crate::bpffs::PinDir;
+use crate::error::{Error, Result};
+use crate::interface::Interface;
+use crate::sys;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Something the user should know about a port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Notice {
+    /// Interface name
+    pub port: String,
+    /// What is or will be done
+    pub text: String,
+    /// Command that undoes it, where `towpath down` does not
+    pub undo: Option<String>,
+}
+
+/// How to attach.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Mode {
+    /// In the driver
+    #[default]
+    Native,
+    /// In the stack, after the driver built an skb: for tests and devices without native XDP
+    Generic,
+}
+
+impl Mode {
+    /// `XDP_FLAGS_DRV_MODE`, `XDP_FLAGS_SKB_MODE`
+    fn flags(self) -> u32 {
+        match self {
+            Self::Native => 1 << 2,
+            Self::Generic => 1 << 1,
+        }
+    }
+}
+
+/// Drivers that stop and restart their rings when the first program comes or the last goes (read in Linux 6.1:
+/// `ndo_bpf` leads to a close and open, a reset, or new channels), so that packets are lost for a moment.
+const RESETTING_DRIVERS: &[&str] = &[
+    "atlantic", "bnxt_en", "cpsw", "ena", "fsl_dpa", "fsl_dpaa2_eth", "funeth", "hv_netvsc", "i40e", "ice", "igb", "igc", "ixgbe",
+    "ixgbevf", "mana", "mlx4_en", "mlx5_core", "mtk_soc_eth", "mvneta", "mvpp2", "nfp", "qede", "rvu-nicpf", "sfc", "st_gmac",
+    "virtio_net",
+];
+
+/// What is going to be done to a port's device.
+struct Plan {
+    gro: bool,
+    rx_vlan: bool,
+}
+
+fn plan(interface: &Interface, mode: Mode) -> Result<Plan> {
+    let failed = |e| Error::io(format!("ask for offloads of {}", interface.name), e);
+    let veth = interface.is_veth();
+    // Not every driver answers: one that knows no such flag cuts no tags off.
+    let rx_vlan = !veth && mode == Mode::Native && interface.ethtool.rx_vlan().unwrap_or(false);
+    Ok(Plan { gro: veth && mode == Mode::Native && !interface.ethtool.gro().map_err(failed)?, rx_vlan })
+}
+
+/// What attaching to the interface will do besides attaching; nothing is changed.
+pub fn announce(interface: &Interface, mode: Mode) -> Result<Vec<Notice>> {
+    let plan = plan(interface, mode)?;
+    let notice = |text: String, undo| Notice { port: interface.name.clone(), text, undo };
+    let mut notices = Vec::new();
+    if plan.gro {
+        notices.push(notice(
+            "GRO is switched on and stays on, so that attaching and detaching lose no packets".into(),
+            Some(format!("ethtool -K {} gro off", interface.name)),
+        ));
+    }
+    if plan.rx_vlan {
+        notices.push(notice("the receive VLAN offload is off while Towpath serves the port".into(), None));
+    }
+    let driver = &interface.driver;
+    if mode == Mode::Native && !interface.is_veth() {
+        let text = if RESETTING_DRIVERS.contains(&driver.as_str()) {
+            format!("driver {driver} restarts its rings when the program is attached or detached: packets are lost for a moment")
+        } else {
+            format!("driver {driver} may restart its rings when the program is attached or detached and lose packets then")
+        };
+        notices.push(notice(text, None));
+    }
+    Ok(notices)
+}
+
+/// A program on an interface, not pinned: dropping it takes the program off again and undoes the settings.
+pub(crate) struct Attachment {
+    interface: Interface,
+    link: Option<OwnedFd>,
+    plan: Plan,
+}
+
+impl Attachment {
+    /// Prepares the device and attaches the program.
+    pub(crate) fn make(interface: Interface, program: BorrowedFd<'_>, mode: Mode) -> Result<Self> {
+        if let Some(other) = &interface.xdp {
+            let (port, name) = (interface.name.clone(), other.name.clone());
+            return Err(Error::OtherProgram { port, id: other.id, name, mode: other.mode });
+        }
+        let wanted = plan(&interface, mode)?;
+        // From here on dropping undoes what was done so far.
+        let mut attachment = Self { interface, link: None, plan: Plan { gro: false, rx_vlan: false } };
+        let interface = &attachment.interface;
+        let failed = |what: &str, e| Error::privileged(format!("switch {what} of {}", interface.name), "CAP_NET_ADMIN", e);
+        if wanted.gro {
+            interface.ethtool.set_gro(true).map_err(|e| failed("GRO", e))?;
+            attachment.plan.gro = true;
+        }
+        if wanted.rx_vlan {
+            interface.ethtool.set_rx_vlan(false).map_err(|e| failed("the receive VLAN offload", e))?;
+            attachment.plan.rx_vlan = true;
+        }
+        let link = sys::link_create(program, interface.index, mode.flags()).map_err(|e| explain(interface, e))?;
+        attachment.link = Some(link);
+        Ok(attachment)
+    }
+
+    /// Makes it last: pins the link and leaves marks of what is to be restored.
+    pub(crate) fn pin(mut self, dir: &PinDir) -> Result<OwnedFd> {
+        let index = self.interface.index;
+        if self.plan.rx_vlan {
+            dir.mark(&rx_vlan_mark(index))?;
+        }
+        let link = self.link.take().ok_or_else(|| Error::NoPort(index))?;
+        if let Err(e) = sys::pin(link.as_fd(), &dir.pin(&link_pin(index))) {
+            self.link = Some(link);
+            return Err(Error::io(format!("pin the link of {}", self.interface.name), e));
+        }
+        self.plan = Plan { gro: false, rx_vlan: false };
+        Ok(link)
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Some(link) = &self.link {
+            log_failure("detach from", &self.interface.name, sys::link_detach(link.as_fd()));
+        }
+        if self.plan.rx_vlan {
+            log_failure("restore the VLAN offload of", &self.interface.name, self.interface.ethtool.set_rx_vlan(true));
+        }
+        if self.plan.gro {
+            log_failure("restore GRO of", &self.interface.name, self.interface.ethtool.set_gro(false));
+        }
+    }
+}
+
+/// Takes the program off the interface `index`, whose link is pinned, and restores what the marks say.
+pub(crate) fn release(dir: &PinDir, index: u32) -> Result<()> {
+    match sys::get_pinned(&dir.pin(&link_pin(index))) {
+        Ok(link) => match sys::link_detach(link.as_fd()) {
+            // ENOLINK: the interface went away and took the program with it.
+            Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOLINK | libc::ENODEV)) => {
+                return Err(Error::privileged(format!("detach from interface {index}"), "CAP_NET_ADMIN", e));
+            }
+            _ => {}
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io(format!("open the link of interface {index}"), e)),
+    }
+    dir.remove(&link_pin(index))?;
+    if dir.pin(&rx_vlan_mark(index)).is_dir() {
+        if let Ok(interface) = Interface::query(index) {
+            log_failure("restore the VLAN offload of", &interface.name, interface.ethtool.set_rx_vlan(true));
+        }
+        dir.remove(&rx_vlan_mark(index))?;
+    }
+    Ok(())
+}
+
+fn log_failure(what: &str, port: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        tracing::warn!("could not {what} {port}: {error}");
+    }
+}
+
+/// Name of a link's pin.
+pub(crate) fn link_pin(index: u32) -> String {
+    format!("{LINK}{index}")
+}
+
+/// Interface index from the name of a link's pin.
+pub(crate) fn pinned_index(name: &str) -> Option<u32> {
+    name.strip_prefix(LINK)?.parse().ok()
+}
+
+const LINK: &str = "link_";
+
+fn rx_vlan_mark(index: u32) -> String {
+    format!("rxvlan_{index}")
+}
+
+fn explain(interface: &Interface, source: io::Error) -> Error {
+    let (port, driver) = (interface.name.clone(), interface.driver.clone());
+    let hint = match source.raw_os_error() {
+        Some(libc::EPERM) => {
+            return Error::Permission { what: format!("attach to {port}"), capability: "CAP_NET_ADMIN" };
+        }
+        Some(libc::ENODEV) => return Error::NoPort(interface.index),
+        Some(libc::EOPNOTSUPP) => return Error::NoNativeXdp { port, driver },
+        Some(libc::EBUSY | libc::EEXIST) => match Interface::query(interface.index).map(|now| now.xdp) {
+            Ok(Some(other)) => return Error::OtherProgram { port, id: other.id, name: other.name, mode: other.mode },
+            _ => " (another program came and went)",
+        },
+        // drivers/net/veth.c, `veth_xdp_set`
+        Some(libc::ERANGE) if interface.is_veth() => " (the MTU of its peer is too large for XDP)",
+        Some(libc::ENOSPC) if interface.is_veth() => " (its peer has more transmit queues than it has receive queues: ethtool -L)",
+        Some(libc::ENOTCONN) if interface.is_veth() => " (it has no peer)",
+        Some(libc::EINVAL) => " (often: the MTU, LRO or the number of queues is not one the driver can serve with XDP; see dmesg)",
+        _ => "",
+    };
+    Error::Refused { port, driver, source, hint: hint.into() }
+}

@@ -1,0 +1,435 @@
+//! An instance: its place, its tables, its program and the ports it serves.
+
+use crate::attach::{self, Attachment, Mode, Notice};
+use crate::bpffs::{PinDir, netns_inode};
+use crate::error::{Error, Result};
+use crate::grace::GraceMethod;
+use crate::interface::Interface;
+use crate::netfpc::Request;
+use crate::program::{Program, ProgramFacts};
+use crate::region::{Maps, Region, STAGED, entries_of, map_names, staged_name};
+use crate::{require, sys};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use towpath_tables::backing::{Backing, GrowError, PerTable, RawTable};
+use towpath_tables::record::TableId;
+
+/// Name of the program's pin.
+const PROGRAM: &str = "program";
+
+/// Choices of the user.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Options {
+    /// How to attach
+    pub mode: Mode,
+}
+
+/// A port to serve.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortRequest {
+    /// Interface index
+    pub ifindex: u32,
+    /// Slot in the port table
+    pub slot: u32,
+}
+
+/// The place of an instance: this thread's network namespace and its folder of pins.
+#[derive(Debug)]
+pub struct Site {
+    dir: PinDir,
+    options: Options,
+}
+
+impl Site {
+    /// Checks capabilities and kernel features and finds the bpffs, mounting one if there is none. Changes nothing
+    /// else.
+    pub fn prepare(options: Options) -> Result<Self> {
+        require::check()?;
+        Ok(Self { dir: PinDir::find(netns_inode()?)?, options })
+    }
+
+    /// Folder of the pins.
+    pub fn shown(&self) -> &Path {
+        self.dir.shown()
+    }
+
+    /// True if a former process left pins here.
+    pub fn exists(&self) -> bool {
+        self.dir.exists()
+    }
+
+    /// Interfaces that a former process attached to and left attached.
+    pub fn attached(&self) -> Result<Vec<u32>> {
+        Ok(self.dir.names()?.iter().filter_map(|name| attach::pinned_index(name)).collect())
+    }
+
+    /// What attaching to these interfaces will do besides, for the user to know beforehand. Fails for an interface
+    /// that does not exist or carries another XDP program.
+    pub fn announce(&self, ports: &[u32]) -> Result<Vec<Notice>> {
+        let ours = self.attached()?;
+        let mut notices = Vec::new();
+        for &index in ports.iter().filter(|index| !ours.contains(index)) {
+            let interface = Interface::query(index)?;
+            if let Some(other) = interface.xdp {
+                return Err(Error::OtherProgram { port: interface.name, id: other.id, name: other.name, mode: other.mode });
+            }
+            notices.extend(attach::announce(&interface, self.options.mode)?);
+        }
+        Ok(notices)
+    }
+
+    /// Makes empty tables of these sizes and loads the program against them. Ports that a former process left keep
+    /// their old program and tables until `attach`.
+    pub fn create(mut self, sizes: &PerTable) -> Result<Engine> {
+        self.dir.create()?;
+        let made = self.discard_staged().and_then(|()| {
+            let region = Region::create(&self.dir, sizes)?;
+            let program = Program::load(&region.pins(&self.dir, None))?;
+            Ok((region, program, self.open_links()?, GraceMethod::choose()?))
+        });
+        match made {
+            Ok((region, program, links, grace)) => {
+                let ports = links.into_iter().map(|(index, link)| (index, Port { link, slot: None })).collect();
+                Ok(Engine::new(Core { site: self, region, program, ports, grace }))
+            }
+            Err(e) => {
+                self.discard();
+                Err(e)
+            }
+        }
+    }
+
+    /// Takes over the tables and ports that a former process left, with this binary's program. Packets flow by the
+    /// old state meanwhile. Fails with `Incomplete` if there is nothing whole to take over: then `create`.
+    pub fn adopt(self) -> Result<Engine> {
+        let links = self.open_links()?;
+        self.recover(&links)?;
+        let region = Region::adopt(&self.dir)?;
+        let program = Program::load(&region.pins(&self.dir, None))?;
+        let mut core = Core { site: self, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
+        let slots = core.device_slots()?;
+        for (index, link) in links {
+            core.ports.insert(index, Port { link, slot: slots.get(&index).copied() });
+        }
+        core.switch_links()?;
+        core.pin_program()?;
+        Ok(Engine::new(core))
+    }
+
+    /// Takes off whatever a former process left; nothing if there is nothing.
+    pub fn teardown(self) -> Result<()> {
+        for index in self.attached()? {
+            attach::release(&self.dir, index)?;
+        }
+        self.dir.remove_all()
+    }
+
+    /// Links of interfaces that still exist; pins of others are removed.
+    fn open_links(&self) -> Result<Vec<(u32, OwnedFd)>> {
+        let mut links = Vec::new();
+        for index in self.attached()? {
+            let failed = |e| Error::io(format!("open the link of interface {index}"), e);
+            let link = sys::get_pinned(&self.dir.pin(&attach::link_pin(index))).map_err(failed)?;
+            match sys::link_info(link.as_fd()).map_err(failed)?.ifindex {
+                0 => attach::release(&self.dir, index)?,
+                _ => links.push((index, link)),
+            }
+        }
+        Ok(links)
+    }
+
+    /// After a crash between staging tables and giving them their names: staged tables that a program in a link uses
+    /// are whole and in use, so they get the names; others are discarded.
+    fn recover(&self, links: &[(u32, OwnedFd)]) -> Result<()> {
+        let mut used = Vec::new();
+        for (index, link) in links {
+            let maps = sys::link_info(link.as_fd())
+                .and_then(|info| sys::program_by_id(info.program_id))
+                .and_then(|program| sys::program_map_ids(program.as_fd()));
+            used.extend(maps.map_err(|e| Error::io(format!("ask for the tables in use on interface {index}"), e))?);
+        }
+        for name in map_names() {
+            let staged = staged_name(name);
+            let Ok(map) = sys::get_pinned(&self.dir.pin(&staged)) else { continue };
+            let info = sys::map_info(map.as_fd()).map_err(|e| Error::io(format!("ask about {staged}"), e))?;
+            if used.contains(&info.id) {
+                self.dir.rename(&staged, name)?;
+            }
+        }
+        self.discard_staged()
+    }
+
+    fn discard_staged(&self) -> Result<()> {
+        let names = self.dir.names()?;
+        names.iter().filter(|name| name.ends_with(STAGED)).try_for_each(|name| self.dir.remove(name))
+    }
+
+    fn discard(&self) {
+        if let Err(e) = self.discard_staged() {
+            tracing::warn!("tables that are not used remain pinned: {e}");
+        }
+        self.dir.discard_if_created();
+    }
+}
+
+/// A port being served.
+#[derive(Debug)]
+struct Port {
+    link: OwnedFd,
+    /// Slot of the port table it transmits for
+    slot: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Core {
+    site: Site,
+    region: Region,
+    program: Program,
+    ports: BTreeMap<u32, Port>,
+    grace: GraceMethod,
+}
+
+impl Drop for Core {
+    /// Tables that never came into use are of no use to anybody.
+    fn drop(&mut self) {
+        if self.region.staged() {
+            self.site.discard();
+        }
+    }
+}
+
+impl Core {
+    /// Which slot each interface in the map of devices transmits for.
+    fn device_slots(&self) -> Result<BTreeMap<u32, u32>> {
+        let mut slots = BTreeMap::new();
+        for slot in 0..self.region.len(TableId::Ports) {
+            let device = sys::map_lookup::<[u32; 2]>(self.region.devices(), slot);
+            if let Some([index, _]) = device.map_err(|e| Error::io("read the map of devices", e))? {
+                slots.insert(index, slot);
+            }
+        }
+        Ok(slots)
+    }
+
+    fn set_device(&self, slot: u32, ifindex: Option<u32>) -> Result<()> {
+        let map = self.region.devices();
+        let done = match ifindex {
+            Some(index) => sys::map_update(map, slot, &[index, 0]),
+            None => sys::map_delete(map, slot),
+        };
+        done.map_err(|e| Error::privileged(format!("enter port slot {slot} in the map of devices"), "CAP_NET_ADMIN", e))
+    }
+
+    /// Puts the present program into every link.
+    fn switch_links(&self) -> Result<()> {
+        self.ports.iter().try_for_each(|(index, port)| self.switch(&self.program, *index, port))
+    }
+
+    fn switch(&self, program: &Program, index: u32, port: &Port) -> Result<()> {
+        match sys::link_update(port.link.as_fd(), program.fd()) {
+            // ENOLINK: the interface is gone; the manager will hear of it and remove the port.
+            Err(e) if e.raw_os_error() != Some(libc::ENOLINK) => {
+                Err(Error::privileged(format!("replace the program of interface {index}"), "CAP_NET_ADMIN", e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn pin_program(&self) -> Result<()> {
+        let (dir, staged) = (&self.site.dir, staged_name(PROGRAM));
+        dir.remove(&staged)?;
+        sys::pin(self.program.fd(), &dir.pin(&staged)).map_err(|e| Error::io("pin the program", e))?;
+        dir.rename(&staged, PROGRAM)
+    }
+
+    /// New tables come into use: every port gets the program that knows them, then their pins the final names.
+    fn commit(&mut self) -> Result<()> {
+        self.switch_links()?;
+        self.pin_program()?;
+        self.region.commit(&self.site.dir)
+    }
+
+    fn attach(&mut self, requests: &[PortRequest]) -> Result<()> {
+        let new: Vec<_> = requests.iter().filter(|request| !self.ports.contains_key(&request.ifindex)).collect();
+        // Those that can fail come first: a veth takes any program.
+        let mut interfaces = new.iter().map(|request| Interface::query(request.ifindex)).collect::<Result<Vec<_>>>()?;
+        interfaces.sort_by_key(Interface::is_veth);
+        let attachments = interfaces
+            .into_iter()
+            .map(|interface| Ok((interface.index, Attachment::make(interface, self.program.fd(), self.site.options.mode)?)))
+            .collect::<Result<Vec<_>>>()?;
+        self.fill_devices(requests)?;
+        if self.region.staged() {
+            self.commit()?;
+        }
+        for (index, attachment) in attachments {
+            let link = attachment.pin(&self.site.dir)?;
+            self.ports.insert(index, Port { link, slot: None });
+        }
+        for request in requests {
+            if let Some(port) = self.ports.get_mut(&request.ifindex) {
+                port.slot = Some(request.slot);
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters the ports in the map of devices: all, or none of those that were not there.
+    fn fill_devices(&self, requests: &[PortRequest]) -> Result<()> {
+        for (done, request) in requests.iter().enumerate() {
+            if let Err(error) = self.set_device(request.slot, Some(request.ifindex)) {
+                for undone in requests.iter().take(done).filter(|r| !self.ports.contains_key(&r.ifindex)) {
+                    self.set_device(undone.slot, None)?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn detach(&mut self, index: u32) -> Result<()> {
+        if let Some(slot) = self.ports.get(&index).and_then(|port| port.slot) {
+            self.set_device(slot, None)?;
+        }
+        attach::release(&self.site.dir, index)?;
+        self.ports.remove(&index);
+        Ok(())
+    }
+
+    /// See `Backing::grow`.
+    fn grow(&mut self, id: TableId, elements: usize) -> Result<()> {
+        let (name, size, wanted) = (id.name(), self.region.len(id), entries_of(id, elements)?);
+        if wanted <= size {
+            return Ok(());
+        }
+        if matches!(id, TableId::Config | TableId::Ports | TableId::Stats) {
+            let why = "places in it follow from its size; leave out some ports".to_owned();
+            return Err(Error::Full { table: name, size, why });
+        }
+        let dir = &self.site.dir;
+        let grown = self.region.enlarged(dir, id, wanted)?;
+        let program = match Program::load(&self.region.pins(dir, Some(id))) {
+            Ok(program) => program,
+            Err(error) => {
+                if !self.region.staged() {
+                    dir.remove(&staged_name(name))?;
+                }
+                return Err(error);
+            }
+        };
+        if !self.region.staged() {
+            self.ports.iter().try_for_each(|(index, port)| self.switch(&program, *index, port))?;
+        }
+        self.program = program;
+        self.region.install(&self.site.dir, grown)?;
+        if !self.region.staged() {
+            self.pin_program()?;
+        }
+        self.grace.wait()
+    }
+}
+
+/// An engine in a network namespace. Calls must come from threads in that namespace.
+#[derive(Clone, Debug)]
+pub struct Engine(Arc<Mutex<Core>>);
+
+impl Engine {
+    fn new(core: Core) -> Self {
+        Self(Arc::new(Mutex::new(core)))
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        // A panic under the lock leaves at worst a step undone that the next call or `adopt` completes.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tables' memory: for the writer, who may let them grow, and for readers, whose view stays valid but old
+    /// after a growth until they `refresh`.
+    pub fn tables(&self) -> Tables {
+        let maps = self.core().region.maps().clone();
+        Tables { engine: self.clone(), maps }
+    }
+
+    /// Attaches to the ports that are not attached yet and enters all of them in the map of devices; new tables come
+    /// into use. All or nothing: if it fails, programs and settings are what they were.
+    pub fn attach(&self, ports: &[PortRequest]) -> Result<()> {
+        self.core().attach(ports)
+    }
+
+    /// Detaches from a port; not an error if it is not attached or gone.
+    pub fn detach(&self, ifindex: u32) -> Result<()> {
+        self.core().detach(ifindex)
+    }
+
+    /// Interfaces attached to.
+    pub fn ports(&self) -> Vec<u32> {
+        self.core().ports.keys().copied().collect()
+    }
+
+    /// Does what the manager asks.
+    pub fn apply(&self, request: Request) -> Result<()> {
+        match request {
+            Request::AddPort { ifindex, slot } => self.attach(&[PortRequest { ifindex, slot }]),
+            Request::RemovePort { ifindex } => self.detach(ifindex),
+            Request::PortState { ifindex, up } => {
+                let core = self.core();
+                match core.ports.get(&ifindex).and_then(|port| port.slot) {
+                    Some(slot) => core.set_device(slot, up.then_some(ifindex)),
+                    None => Ok(()),
+                }
+            }
+            Request::Mtu { .. } | Request::Promiscuous { .. } => Ok(()),
+        }
+    }
+
+    /// Takes everything off: links, settings, pins. Packets are Linux's again when it returns.
+    pub fn teardown(&self) -> Result<()> {
+        let mut core = self.core();
+        let ports: Vec<u32> = core.ports.keys().copied().collect();
+        ports.into_iter().try_for_each(|index| core.detach(index))?;
+        core.site.dir.remove_all()
+    }
+
+    /// What the kernel says about the program.
+    pub fn program(&self) -> Result<ProgramFacts> {
+        self.core().program.facts()
+    }
+
+    /// Bytes of kernel memory by map.
+    pub fn memory(&self) -> Result<Vec<(&'static str, u64)>> {
+        self.core().region.memory()
+    }
+
+    /// Folder of the pins.
+    pub fn shown(&self) -> std::path::PathBuf {
+        self.core().site.shown().to_owned()
+    }
+}
+
+/// The tables as mapped by this process.
+pub struct Tables {
+    engine: Engine,
+    maps: Maps,
+}
+
+impl Tables {
+    /// Looks at the tables as they are now, if some have grown.
+    pub fn refresh(&mut self) {
+        self.maps = self.engine.core().region.maps().clone();
+    }
+}
+
+// SAFETY: the mappings were made for their tables and live as long as `maps` holds them; `grow` alone replaces them.
+unsafe impl Backing for Tables {
+    fn table(&self, table: TableId) -> RawTable {
+        self.maps[table as usize].raw()
+    }
+
+    fn grow(&mut self, table: TableId, elements: usize) -> std::result::Result<(), GrowError> {
+        let grown = self.engine.core().grow(table, elements);
+        self.refresh();
+        grown.map_err(|e| GrowError { table, elements, cause: e.to_string() })
+    }
+}

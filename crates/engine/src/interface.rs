@@ -1,0 +1,107 @@
+//! What Linux says about an interface that is to become a port.
+
+use crate::error::{Error, Result};
+use crate::ethtool::Ethtool;
+use crate::netlink::Socket;
+use crate::sys;
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage, LinkXdp, XdpAttached};
+use std::io;
+use std::os::fd::AsFd;
+
+/// An interface of this thread's network namespace.
+pub struct Interface {
+    /// Index
+    pub index: u32,
+    /// Name
+    pub name: String,
+    /// Driver, `unknown` if it does not say
+    pub driver: String,
+    /// The XDP program on it, if there is one
+    pub xdp: Option<Attached>,
+    /// For the driver's settings
+    pub ethtool: Ethtool,
+}
+
+/// An XDP program found on an interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Attached {
+    /// Program id
+    pub id: u32,
+    /// Program name
+    pub name: String,
+    /// native, generic or offloaded
+    pub mode: &'static str,
+}
+
+impl Interface {
+    /// The interface with this index.
+    pub fn query(index: u32) -> Result<Self> {
+        let link = get_link(index)?;
+        let name = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            })
+            .ok_or(Error::NoPort(index))?;
+        let ethtool = Ethtool::open(&name).map_err(|e| Error::io(format!("open a socket for {name}"), e))?;
+        let driver = ethtool.driver().unwrap_or_else(|_| "unknown".into());
+        Ok(Self { index, driver, xdp: attached(&link), ethtool, name })
+    }
+
+    /// True for one end of a veth pair.
+    pub fn is_veth(&self) -> bool {
+        self.driver == "veth"
+    }
+}
+
+fn get_link(index: u32) -> Result<LinkMessage> {
+    let mut request = LinkMessage::default();
+    request.header.index = index;
+    let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(request));
+    message.header.flags = NLM_F_REQUEST;
+    let what = || format!("ask for interface {index}");
+    let mut socket = Socket::open(netlink_sys::protocols::NETLINK_ROUTE).map_err(|e| Error::io(what(), e))?;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    let answer = socket.request(&bytes).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENODEV) => Error::NoPort(index),
+        _ => Error::io(what(), e),
+    })?;
+    for bytes in answer {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes)
+            .map_err(|e| Error::io(what(), io::Error::new(io::ErrorKind::InvalidData, e)))?;
+        if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) = message.payload {
+            return Ok(link);
+        }
+    }
+    Err(Error::NoPort(index))
+}
+
+fn attached(link: &LinkMessage) -> Option<Attached> {
+    let xdp = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Xdp(xdp) => Some(xdp),
+        _ => None,
+    })?;
+    let mode = xdp.iter().find_map(|attribute| match attribute {
+        LinkXdp::Attached(XdpAttached::None) => None,
+        LinkXdp::Attached(XdpAttached::SocketBuffer) => Some("generic"),
+        LinkXdp::Attached(XdpAttached::Hardware) => Some("offloaded"),
+        LinkXdp::Attached(_) => Some("native"),
+        _ => None,
+    })?;
+    let id = xdp.iter().find_map(|attribute| match attribute {
+        LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => Some(*id),
+        _ => None,
+    })?;
+    Some(Attached { id, name: program_name(id).unwrap_or_else(|_| "without a name".into()), mode })
+}
+
+fn program_name(id: u32) -> io::Result<String> {
+    let info = sys::program_info(sys::program_by_id(id)?.as_fd())?;
+    Ok(info.name.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect())
+}

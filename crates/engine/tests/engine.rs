@@ -1,0 +1,312 @@
+//! The engine on veth ports of a router in network namespaces; needs root.
+
+mod common;
+
+use common::{LIMIT, NEXTHOP, Result, Rig, fast, sizes};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use towpath_engine::{
+    Engine, Error, GraceMethod, Mode, Options, Request, Site, TransmitSupport, TransmitWatch, can_transmit,
+};
+use towpath_lab::wait_for;
+use towpath_tables::backing::Backing;
+use towpath_tables::record::TableId;
+
+/// One test at a time: they count packets at a pace.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn attach(rig: &Rig, engine: &Engine) -> Result {
+    let requests = rig.requests()?;
+    Ok(rig.on_router(|| engine.attach(&requests))?)
+}
+
+#[test]
+fn forwards_from_driver_to_driver_and_leaves_nothing_behind() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("engine")?;
+    let engine = rig.engine(&sizes()?)?;
+    let facts = engine.program()?;
+    println!(
+        "kernel {}: {} instructions verified, {} in the program, {} bytes of machine code",
+        std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+        facts.verified_instructions,
+        facts.instructions,
+        facts.jited_bytes
+    );
+    assert!(facts.verified_instructions > 0);
+    assert_eq!((rig.xdp("eth0")?, rig.xdp("eth1")?), (None, None), "nothing is attached before it is asked for");
+
+    attach(&rig, &engine)?;
+    assert_eq!((rig.xdp("eth0")?, rig.xdp("eth1")?), (Some(facts.id.into()), Some(facts.id.into())));
+    let ingress = rig.requests()?[0].slot;
+    let arrived = rig.arrived()?;
+    rig.send(100)?;
+    rig.await_arrival(arrived, 100)?;
+    assert_eq!(fast(&engine, ingress), 100);
+    let tables = engine.tables();
+    assert_eq!(tables.view().nexthops()[NEXTHOP as usize].hit.load(), 1);
+    let memory = engine.memory()?;
+    assert_eq!(memory.len(), TableId::ALL.len() + 1);
+    assert!(memory.iter().all(|(_, bytes)| *bytes > 0), "{memory:?}");
+
+    rig.on_router(|| engine.teardown())?;
+    assert_eq!((rig.xdp("eth0")?, rig.xdp("eth1")?), (None, None));
+    assert!(!rig.site()?.exists(), "pins are gone");
+    let arrived = rig.arrived()?;
+    rig.send(10)?;
+    rig.await_arrival(arrived, 10)?;
+    assert_eq!(fast(&engine, ingress), 100, "Linux forwards again");
+    Ok(())
+}
+
+#[test]
+fn no_packet_is_lost_when_programs_come_are_replaced_and_go() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("lossless")?;
+    for port in ["eth0", "eth1"] {
+        rig.router.run(["ethtool", "-K", port, "gro", "off"])?;
+    }
+    let ports = rig.requests()?.map(|request| request.ifindex);
+    let notices = rig.on_router(|| Site::prepare(Options::default())?.announce(&ports))?;
+    let undo: Vec<_> = notices.iter().filter_map(|notice| notice.undo.as_deref()).collect();
+    assert_eq!(undo, ["ethtool -K eth0 gro off", "ethtool -K eth1 gro off"]);
+
+    let engine = rig.engine(&sizes()?)?;
+    let ingress = rig.requests()?[0].slot;
+    println!("attach");
+    rig.without_loss(|| attach(&rig, &engine))?;
+    assert!(fast(&engine, ingress) > 0);
+    println!("replace");
+    drop(engine);
+    let (engine, before) = rig.without_loss(|| {
+        let site = rig.site()?;
+        let engine = rig.on_router(|| site.adopt())?;
+        let before = fast(&engine, ingress);
+        Ok((engine, before))
+    })?;
+    assert!(fast(&engine, ingress) > before, "the new program goes on with the old tables");
+    println!("detach");
+    rig.without_loss(|| Ok(rig.on_router(|| engine.teardown())?))?;
+    assert_eq!((rig.xdp("eth0")?, rig.xdp("eth1")?), (None, None));
+    assert!(rig.gro("eth0")? && rig.gro("eth1")?, "GRO stays on, as announced");
+    Ok(())
+}
+
+#[test]
+fn tables_grow_while_packets_flow() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("growth")?;
+    let engine = rig.engine(&sizes()?)?;
+    attach(&rig, &engine)?;
+    let mut tables = engine.tables();
+    let growing = [
+        TableId::Vlans, TableId::Roots, TableId::Nodes, TableId::Entries, TableId::Nexthops, TableId::NexthopKeys,
+        TableId::Groups,
+    ];
+    tables.view().groups()[3].buckets[9].store(77);
+    let first = engine.program()?.id;
+    rig.without_loss(|| {
+        Ok(rig.on_router(|| {
+            growing.into_iter().try_for_each(|table| tables.grow(table, tables.view().elements(table) * 3 + 1))
+        })?)
+    })?;
+    let (view, before) = (tables.view(), sizes()?);
+    for table in TableId::ALL {
+        let times = if growing.contains(&table) { before.get(table) * 3 + 1 } else { before.get(table) };
+        assert_eq!(view.elements(table), times, "{}", table.name());
+    }
+    assert_eq!(view.groups()[3].buckets[9].load(), 77);
+    assert!(view.groups()[64..].iter().flat_map(|group| &group.buckets).all(|bucket| bucket.load() == 0));
+    assert_ne!(engine.program()?.id, first);
+    assert_eq!(rig.xdp("eth0")?, Some(engine.program()?.id.into()));
+
+    // The program reads what is written after the growth, in places that did not exist before.
+    let last = view.nexthops().len() - 1;
+    let (old, new) = (&view.nexthops()[NEXTHOP as usize], &view.nexthops()[last]);
+    for (from, to) in [(&old.port, &new.port), (&old.device, &new.device), (&old.mtu, &new.mtu), (&old.state, &new.state)] {
+        to.store(from.load());
+    }
+    for (from, to) in old.l2.iter().zip(&new.l2) {
+        to.store(from.load());
+    }
+    view.roots()[0].direct[0xc613].store(last as u32);
+    let (arrived, ingress) = (rig.arrived()?, rig.requests()?[0].slot);
+    let before = fast(&engine, ingress);
+    rig.send(50)?;
+    rig.await_arrival(arrived, 50)?;
+    assert_eq!(fast(&engine, ingress) - before, 50);
+    assert_eq!(new.hit.load(), 1);
+
+    let full = rig.on_router(|| tables.grow(TableId::Ports, 1000)).unwrap_err();
+    assert!(full.to_string().contains("table ports is full with 256 entries"), "{full}");
+    rig.on_router(|| engine.teardown())?;
+    Ok(())
+}
+
+#[test]
+fn a_growth_that_a_crash_interrupted_is_finished_or_discarded() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("crash")?;
+    let engine = rig.engine(&sizes()?)?;
+    attach(&rig, &engine)?;
+    let folder = engine.shown();
+    let mut tables = engine.tables();
+    rig.on_router(|| tables.grow(TableId::Groups, 200))?;
+    // As it is between the replacement of the programs and that of the names: the table in use has the new name. And
+    // a growth that got no further than making a table.
+    std::fs::rename(folder.join("groups"), folder.join("groups_new"))?;
+    for (name, value) in [("groups", "1024"), ("nodes_new", "64")] {
+        let path = folder.join(name).display().to_string();
+        let spec = ["type", "array", "key", "4", "value", value, "entries", "9", "name", name, "flags", "1024"];
+        rig.on_router(|| std::process::Command::new("bpftool").args(["map", "create", &path]).args(spec).status())?;
+    }
+    assert!(folder.join("groups").exists() && folder.join("nodes_new").exists());
+    drop((engine, tables));
+
+    let site = rig.site()?;
+    let engine = rig.on_router(|| site.adopt())?;
+    assert_eq!(engine.tables().view().elements(TableId::Groups), 200);
+    let names: Vec<_> = std::fs::read_dir(&folder)?.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<_>>()?;
+    assert!(!names.iter().any(|name| name.to_string_lossy().ends_with("_new")), "{names:?}");
+    rig.on_router(|| engine.teardown())?;
+    Ok(())
+}
+
+#[test]
+fn packets_flow_without_the_process_and_new_tables_replace_old_ones_without_loss() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("takeover")?;
+    let engine = rig.engine(&sizes()?)?;
+    attach(&rig, &engine)?;
+    let first = engine.program()?.id;
+    drop(engine);
+    assert_eq!(rig.xdp("eth0")?, Some(first.into()));
+    assert_eq!(rig.site()?.attached()?.len(), 2);
+    let second = rig.without_loss(|| {
+        let engine = rig.engine(&sizes()?.with(TableId::Groups, 99))?;
+        assert_eq!(rig.xdp("eth0")?, Some(first.into()), "the old program stays until the new tables are filled");
+        attach(&rig, &engine)?;
+        Ok(engine)
+    })?;
+    assert_eq!(rig.xdp("eth0")?, Some(second.program()?.id.into()));
+    assert!(fast(&second, rig.requests()?[0].slot) > 0);
+    // A third that is given up before it is attached changes nothing.
+    drop(rig.engine(&sizes()?)?);
+    drop(second);
+    let site = rig.site()?;
+    let engine = rig.on_router(|| site.adopt())?;
+    assert_eq!(engine.tables().view().elements(TableId::Groups), 99);
+    drop(engine);
+    let site = rig.site()?;
+    rig.on_router(|| site.teardown())?;
+    assert_eq!(rig.xdp("eth0")?, None);
+    assert!(!rig.site()?.exists());
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_attached_is_named_and_nothing_is_changed() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("refused")?;
+    rig.router.run(["ethtool", "-K", "eth0", "gro", "off"])?;
+    rig.router.run(["ip", "link", "add", "name", "br0", "type", "bridge"])?;
+    let requests = rig.requests()?;
+    let engine = rig.engine(&sizes()?)?;
+    let with = |ifindex| [requests[0], towpath_engine::PortRequest { ifindex, slot: ifindex % 256 }];
+
+    let bridge = with(rig.router.ifindex("br0")?);
+    let error = rig.on_router(|| engine.attach(&bridge)).unwrap_err();
+    assert!(matches!(&error, Error::NoNativeXdp { port, driver } if port == "br0" && driver == "bridge"), "{error}");
+    let error = rig.on_router(|| engine.attach(&with(9999))).unwrap_err();
+    assert!(matches!(error, Error::NoPort(9999)), "{error}");
+
+    let id = engine.program()?.id.to_string();
+    rig.router.run(["bpftool", "net", "attach", "xdpdrv", "id", &id, "dev", "eth1"])?;
+    let error = rig.on_router(|| engine.attach(&requests)).unwrap_err();
+    assert!(matches!(&error, Error::OtherProgram { port, name, mode: "native", .. } if port == "eth1" && name == "towpath"), "{error}");
+    assert!(error.to_string().contains(&format!("id {id}")), "{error}");
+    assert_eq!(rig.xdp("eth1")?.map(|id| id.to_string()), Some(id), "left alone");
+
+    assert_eq!((rig.xdp("eth0")?, rig.gro("eth0")?), (None, false));
+    drop(engine);
+    let site = rig.site()?;
+    assert!(!site.exists());
+    let error = rig.on_router(|| site.adopt()).unwrap_err();
+    assert!(matches!(error, Error::Incomplete { .. }), "{error}");
+
+    // The bridge can be had in generic mode.
+    let site = rig.on_router(|| Site::prepare(Options { mode: Mode::Generic }))?;
+    let sizes = sizes()?;
+    let engine = rig.on_router(|| site.create(&sizes))?;
+    rig.on_router(|| engine.attach(&bridge[1..]))?;
+    assert_eq!(engine.ports(), [bridge[1].ifindex]);
+    rig.on_router(|| engine.teardown())?;
+    Ok(())
+}
+
+#[test]
+fn a_port_that_is_down_or_removed_is_not_redirected_to() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("ports")?;
+    let engine = rig.engine(&sizes()?)?;
+    let [ingress, egress] = rig.requests()?;
+    for request in [ingress, egress] {
+        rig.on_router(|| engine.apply(Request::AddPort { ifindex: request.ifindex, slot: request.slot }))?;
+    }
+    let mut expected = 0;
+    for (up, fast_path) in [(false, false), (true, true)] {
+        rig.on_router(|| engine.apply(Request::PortState { ifindex: egress.ifindex, up }))?;
+        let arrived = rig.arrived()?;
+        rig.send(20)?;
+        // Linux, which knows that the port is up all the time, forwards what the engine does not.
+        rig.await_arrival(arrived, 20)?;
+        expected += if fast_path { 20 } else { 0 };
+        assert_eq!(fast(&engine, ingress.slot), expected, "engine told that the port is up: {up}");
+    }
+    rig.on_router(|| engine.apply(Request::RemovePort { ifindex: egress.ifindex }))?;
+    assert_eq!(engine.ports(), [ingress.ifindex]);
+    let arrived = rig.arrived()?;
+    rig.send(20)?;
+    rig.await_arrival(arrived, 20)?;
+    assert_eq!(fast(&engine, ingress.slot), expected);
+    // A port that vanishes with its namespace does not hinder the rest.
+    rig.router.run(["ip", "link", "del", "eth0"])?;
+    rig.on_router(|| engine.teardown())?;
+    assert!(!rig.site()?.exists());
+    Ok(())
+}
+
+#[test]
+fn a_veth_transmits_only_while_its_peer_can_receive() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("transmit")?;
+    let egress = rig.router.ifindex("eth1")?;
+    let mut watch = rig.on_router(TransmitWatch::open)?;
+    let support = || rig.on_router(|| can_transmit(egress));
+    let able = [TransmitSupport::Full, TransmitSupport::SingleBuffer];
+    assert!(able.contains(&support()?), "{:?}", support()?);
+    rig.sink.run(["ethtool", "-K", "eth0", "gro", "off"])?;
+    assert!(matches!(support()?, TransmitSupport::None(why) if why.contains("gro on")));
+    if watch.announces() {
+        wait_for(LIMIT, "the change to be announced", || {
+            watch.wait(Duration::from_millis(100)).ok()?.contains(&egress).then_some(())
+        })?;
+    }
+    rig.sink.run(["ethtool", "-K", "eth0", "gro", "on"])?;
+    assert!(able.contains(&support()?), "{:?}", support()?);
+    println!("{:?}, changes announced: {}", support()?, watch.announces());
+    Ok(())
+}
+
+#[test]
+fn both_ways_to_wait_for_programs_work() -> Result {
+    assert!(matches!(GraceMethod::choose()?, GraceMethod::Membarrier));
+    for method in [GraceMethod::choose()?, GraceMethod::map_update()?] {
+        method.wait()?;
+        method.wait()?;
+    }
+    Ok(())
+}
