@@ -122,7 +122,7 @@ pub struct Dump {
     request: Option<Request>,
     requests: VecDeque<Request>,
     passes: u32,
-    /// Objects shown or touched; true if one was removed by a notification of this pass
+    /// Objects touched; true if one was removed by a notification of this pass
     touched: HashMap<Key, bool>,
     seen: HashSet<Key>,
     /// Address of the route shown last
@@ -184,7 +184,7 @@ impl Dump {
         true
     }
 
-    /// Of interfaces, their settings and nexthop objects: whether it was shown or touched.
+    /// Whether an object was touched, or (interfaces, their settings and nexthop objects only) shown.
     pub fn mentioned(&self, key: Key) -> bool {
         self.seen.contains(&key) || self.touched.contains_key(&key)
     }

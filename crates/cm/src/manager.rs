@@ -375,7 +375,7 @@ impl Cm {
                 self.retell_ports();
             }
             Class::Nexthops => self.nexthops.retain(|id| dump.mentioned(Key::Nexthop(*id))),
-            Class::Routes(family) => self.shared.end(family),
+            Class::Routes(family) => self.shared.end(family, |key| dump.mentioned(Key::Route(*key))),
             Class::Addresses(_) | Class::Neighbours(_) => {}
         }
         self.out.extend(dump.class.snapshot().map(Message::SnapshotEnd));
@@ -531,8 +531,9 @@ impl Cm {
         let gone = message.kind == rtm::DELADDR;
         self.touch(Key::Address(address), gone);
         self.out.push(if gone { Message::AddressDelete(address) } else { Message::Address(address) });
-        if gone && address.address.is_ipv4() {
-            // Routes that prefer it as source go with it: net/ipv4/fib_semantics.c, fib_sync_down_addr.
+        if address.address.is_ipv4() {
+            // Routes that prefer an address as source go with it, hops revive when an interface gets its first one:
+            // net/ipv4/fib_frontend.c, fib_inetaddr_event.
             self.request(Class::Routes(Family::V4));
         }
         Ok(())
@@ -557,16 +558,16 @@ impl Cm {
         let usable = |link: &Link| link.up && link.carrier;
         let (ifindex, works) = (link.ifindex, usable(&link));
         let before = self.ports.link(ifindex).cloned();
-        let (mtu, master, name) = (link.mtu, link.master, link.name.clone());
+        let (state, mtu, name) = ((link.up, link.carrier, link.master), link.mtu, link.name.clone());
         self.ports.link_changed(link);
         match &before {
             Some(before) => {
-                if usable(before) && !works || before.master != master {
+                // Linux marks hops as dead or alive again without a word, too.
+                if (before.up, before.carrier, before.master) != state {
                     SILENT.into_iter().for_each(|class| self.request(class));
                 }
                 if !usable(before) && works {
                     self.hold(ifindex, &SILENT);
-                    SILENT.into_iter().for_each(|class| self.request(class));
                 }
                 if before.mtu != mtu {
                     // net/ipv6/route.c, rt6_mtu_change, adjusts the routes' MTU.

@@ -18,6 +18,8 @@ pub const NLM_F_DUMP_INTR: u16 = 0x10;
 pub const NLM_F_REPLACE: u16 = 0x100;
 /// Of a notification: the object is the only one under its key.
 pub const NLM_F_EXCL: u16 = 0x200;
+/// Of a notification: the route stands behind those that were under its key.
+pub const NLM_F_APPEND: u16 = 0x800;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSGERR_ATTR_MSG: u16 = 1;

@@ -7,11 +7,14 @@
 //!   others (net/ipv6/ip6_fib.c, fib6_del_route).
 //! - IPv6 routes that cannot have siblings (no gateway) may stand beside others of the same metric.
 //!
+//! A limit: where a route without siblings stands between siblings of the same metric, the kernel's dump shows only
+//! the siblings.
+//!
 //! Where it is not certain what the kernel does, the key's route is `unsupported` and the caller is asked to read the
 //! routes again. Read for Linux 6.1 and 6.18.
 
 use crate::decode::route::KernelRoute;
-use crate::netlink::{NLM_F_EXCL, NLM_F_REPLACE};
+use crate::netlink::{NLM_F_APPEND, NLM_F_EXCL, NLM_F_REPLACE};
 use std::collections::HashMap;
 use towpath_fpc::{Hop, Message, Prefix, Route, RouteKey, Via};
 use towpath_tables::record::Family;
@@ -51,7 +54,7 @@ impl Shared {
         let key = route.route.key;
         let whole = flags & (NLM_F_EXCL | NLM_F_REPLACE) != 0;
         match self.keys.remove(&key) {
-            None if whole => self.settle(key, Entry::of(route)),
+            None if whole && !route.source_specific => self.settle(key, Entry::of(route)),
             None => self.settle(key, Self::beside_unknown(route, objects)),
             Some(entry) => {
                 let outdated = !whole && self.is_outdated(&entry);
@@ -63,7 +66,7 @@ impl Shared {
 
     /// The kernel had something under the key, or (IPv6 multipath) it had nothing and sent no NLM_F_EXCL.
     fn beside_unknown(route: KernelRoute, objects: bool) -> Entry {
-        let whole = key_family(&route) == Family::V6 && route.multipath && !objects;
+        let whole = key_family(&route) == Family::V6 && route.multipath && !objects && !route.source_specific;
         Entry { incomplete: !whole, ..Entry::of(route) }
     }
 
@@ -98,20 +101,20 @@ impl Shared {
     pub fn dumped(&mut self, routes: Vec<KernelRoute>) -> Option<Message> {
         let key = routes.first()?.route.key;
         let pass = self.pass(key.prefix.family());
-        // A dump of IPv6 that had to find its place again can show a route twice.
         let mut entry = self.keys.remove(&key).filter(|entry| entry.pass == pass).unwrap_or_else(Entry::empty);
-        for route in routes {
-            if !entry.routes.contains(&route) {
-                entry.routes.push(route);
-            }
+        // A dump of IPv6 shows source-specific routes apart; and if it had to find its place again, some once more.
+        if !routes.iter().all(|route| entry.routes.contains(route)) {
+            entry.routes.extend(routes);
         }
         Some(self.settle(key, entry).message)
     }
 
-    /// The dump of a family is complete.
-    pub fn end(&mut self, family: Family) {
+    /// The dump of a family is complete. Of the keys it did not show last, those that notifications `touched` remain.
+    pub fn end(&mut self, family: Family, touched: impl Fn(&RouteKey) -> bool) {
         let pass = self.pass(family);
-        self.keys.retain(|key, entry| key.prefix.family() != family || entry.pass == pass);
+        self.keys.retain(|key, entry| key.prefix.family() != family || entry.pass == pass || touched(key));
+        let of_family = self.keys.iter_mut().filter(|(key, _)| key.prefix.family() == family);
+        of_family.for_each(|(_, entry)| entry.pass = pass);
     }
 
     fn settle(&mut self, key: RouteKey, mut entry: Entry) -> Outcome {
@@ -153,6 +156,7 @@ impl Entry {
             let siblings = |known: &&mut KernelRoute| can_have_siblings(known) && can_have_siblings(&route);
             match self.routes.iter_mut().find(siblings) {
                 Some(known) if route.multipath => *known = route,
+                _ if key_family(&route) == Family::V4 && flags & NLM_F_APPEND == 0 => self.routes.insert(0, route),
                 _ => self.routes.push(route),
             }
         }

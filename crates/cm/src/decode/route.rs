@@ -37,7 +37,7 @@ const RTAX_KNOWN: u16 = 17;
 pub struct KernelRoute {
     /// As FPM is to see it if it is alone under its key
     pub route: Route,
-    /// Its next hops came as RTA_MULTIPATH
+    /// Its next hops came as RTA_MULTIPATH (those of IPv6 are sorted)
     pub multipath: bool,
     /// For sources of a prefix only
     pub source_specific: bool,
@@ -84,6 +84,11 @@ pub fn parse(payload: &[u8]) -> Result<Option<KernelRoute>, CmError> {
         return Err(CmError::decode(WHAT, format!("{destination}: not an address of the route's family")));
     }
     let is_multipath = multipath.is_some();
+    if let (Family::V6, Some(hops)) = (family, &mut multipath) {
+        // A dump begins with the oldest sibling, a notification with the one that changed; Linux attaches no meaning
+        // to it.
+        hops.sort_by_key(|hop| (hop.ifindex, hop.gateway));
+    }
     let via = match (object, multipath) {
         (Some(id), _) => Via::Object(id),
         _ if kind > RTN_MULTICAST => Via::Hops(Vec::new()),
