@@ -106,7 +106,7 @@ fn routes_that_linux_removes_silently_go_and_their_port_waits_for_it() {
         cm.wait("down", |model| route(model, "203.0.113.0/24").is_none().then_some(()));
         cm.wait("up", |model| port(model, "v0").filter(|v0| v0.up && v0.carrier).map(drop));
         cm.settle("flap");
-        let mut replayed = Receiver::default();
+        let mut replayed = Replay::default();
         let mut was_down = false;
         for (index, message) in cm.receiver.lock().unwrap().log.iter().enumerate() {
             replayed.apply(message.clone());

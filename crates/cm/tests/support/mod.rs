@@ -80,7 +80,7 @@ pub struct Model {
 
 /// A model with what is only needed to build it.
 #[derive(Default)]
-pub struct Receiver {
+pub struct Replay {
     pub model: Model,
     pub ended: Vec<Snapshot>,
     /// Everything told, in order
@@ -97,7 +97,7 @@ fn family(address: IpAddr) -> Family {
     if address.is_ipv4() { Family::V4 } else { Family::V6 }
 }
 
-impl Receiver {
+impl Replay {
     pub fn apply(&mut self, message: Message) {
         self.log.push(message.clone());
         let model = &mut self.model;
@@ -177,7 +177,7 @@ impl Receiver {
 
 /// A CM that runs in a thread, in the namespace of the thread that started it.
 pub struct Running {
-    pub receiver: Arc<Mutex<Receiver>>,
+    pub receiver: Arc<Mutex<Replay>>,
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<Result<(), CmError>>>,
 }
@@ -189,7 +189,7 @@ impl Running {
 
     /// A CM with options and watchers, once it has told everything.
     pub fn with(options: Options, watchers: impl FnOnce() -> Vec<Box<dyn Watcher>> + Send + 'static) -> Self {
-        let receiver = Arc::new(Mutex::new(Receiver::default()));
+        let receiver = Arc::new(Mutex::new(Replay::default()));
         let (end, stop) = std::io::pipe().expect("pipe");
         let told = receiver.clone();
         let thread = std::thread::spawn(move || {
