@@ -1,0 +1,108 @@
+//! The decoders on recorded bytes: each `tests/recorded/<name>.hex` holds the messages of one dump (a line each: type,
+//! then payload), `<name>.txt` what they mean. `TOWPATH_RECORD=1 cargo test -p towpath-cm --test decode` makes the
+//! latter anew.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use towpath_cm::decode::{self, rtm};
+
+fn meaning(kind: u16, payload: &[u8]) -> String {
+    match kind {
+        rtm::NEWLINK => format!("{:?}", decode::link::parse(payload)),
+        rtm::NEWADDR => format!("{:?}", decode::address::parse(payload)),
+        rtm::NEWROUTE => format!("{:?}", decode::route::parse(payload)),
+        rtm::NEWNEIGH => format!("{:?}", decode::neighbour::parse(payload)),
+        rtm::NEWNETCONF => format!("{:?}", decode::netconf::parse(payload)),
+        rtm::NEWNEXTHOP => format!("{:?}", decode::nexthop::parse(payload)),
+        other => panic!("message type {other} in a recording"),
+    }
+}
+
+/// Type and payload of each recorded message.
+fn messages(text: &str) -> Vec<(u16, Vec<u8>)> {
+    let message = |line: &str| {
+        let (kind, hex) = line.split_once(' ').expect("type and bytes");
+        let digit = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).expect("hexadecimal");
+        (kind.parse().expect("type"), hex.as_bytes().chunks(2).map(digit).collect())
+    };
+    text.lines().map(message).collect()
+}
+
+fn recordings() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/recorded");
+    let files = std::fs::read_dir(folder).expect("recordings").map(|entry| entry.expect("file").path());
+    let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|ext| ext == "hex")).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn recorded_messages_mean_what_they_meant() {
+    let files = recordings();
+    assert!(files.len() >= 6, "recordings are missing");
+    for file in files {
+        let mut text = String::new();
+        for (kind, payload) in messages(&std::fs::read_to_string(&file).unwrap()) {
+            writeln!(text, "{}", meaning(kind, &payload)).unwrap();
+        }
+        let expected = file.with_extension("txt");
+        if std::env::var_os("TOWPATH_RECORD").is_some() {
+            std::fs::write(&expected, &text).unwrap();
+        }
+        let expected = std::fs::read_to_string(&expected).unwrap();
+        for (now, then) in text.lines().zip(expected.lines()) {
+            assert_eq!(now, then, "{}", file.display());
+        }
+        assert_eq!(text.lines().count(), expected.lines().count(), "{}", file.display());
+    }
+}
+
+/// Every truncation and every changed byte gives an answer or an error, never a panic.
+#[test]
+fn damaged_messages_do_no_harm() {
+    for file in recordings() {
+        for (kind, payload) in messages(&std::fs::read_to_string(&file).unwrap()) {
+            for len in 0..payload.len() {
+                meaning(kind, &payload[..len]);
+            }
+            for at in 0..payload.len() {
+                for value in [0, 1, 3, 0x7f, 0xff] {
+                    let mut damaged = payload.clone();
+                    damaged[at] = value;
+                    meaning(kind, &damaged);
+                }
+            }
+        }
+    }
+}
+
+/// A VLAN as Linux describes it (net/8021q/vlan_netlink.c, vlan_fill_info), put together by hand.
+#[test]
+fn vlans() {
+    use towpath_fpc::PortKind;
+    fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+    let vlan = |extra: &[u8], flags: u32, more: &[u8]| {
+        let flags = [flags.to_ne_bytes(), [0xff; 4]].concat();
+        let mut data = [attr(5, &0x88a8u16.to_be_bytes()), attr(1, &100u16.to_ne_bytes()), attr(2, &flags)].concat();
+        data.extend(more);
+        let info = [attr(1, b"vlan\0"), attr(2, &data)].concat();
+        let mut message = vec![0, 0, 1, 0, 9, 0, 0, 0, 0x43, 0, 1, 0, 0, 0, 0, 0];
+        message.extend([attr(3, b"v0.100\0"), attr(5, &4u32.to_ne_bytes()), attr(18, &info)].concat());
+        message.extend(extra);
+        decode::link::parse(&message).unwrap().unwrap()
+    };
+    let plain = vlan(&[], 1, &[]);
+    assert_eq!(plain.kind, PortKind::Vlan { lower: 4, protocol: 0x88a8, id: 100 });
+    assert_eq!((plain.ifindex, plain.name.as_str(), plain.up, plain.carrier), (9, "v0.100", true, true));
+    assert_eq!(plain.unsupported, None);
+    assert_eq!(vlan(&attr(37, &[0; 4]), 1, &[]).kind, PortKind::Other, "its lower device is in another namespace");
+    assert_eq!(vlan(&[], 3, &[]).unsupported.as_deref(), Some("VLAN flags 0x3"));
+    let qos = attr(3, &attr(1, &[0, 0, 0, 0, 5, 0, 0, 0]));
+    assert_eq!(vlan(&[], 1, &qos).unsupported.as_deref(), Some("VLAN egress-qos-map"));
+}
