@@ -1,1 +1,103 @@
+//! FPM, the fast path manager: FPC messages in, shared tables out. It is the tables' only writer.
+//!
+//! `State` holds what Linux said; `Mirror` holds what stands for it in the tables and brings them in line. Messages only
+//! change the state; `publish` works out, once for all messages of a batch, what that means for the tables. Nothing is
+//! published before every awaited class of objects was described whole once, so that tables taken over from a daemon
+//! that died go on saying what they said until this one knows as much.
 
+mod inspect;
+mod mirror;
+mod routes;
+mod snapshot;
+mod state;
+mod via;
+
+pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
+
+use mirror::Mirror;
+use state::State;
+use towpath_fpc::{Message, NeighbourKey, PolicySource, Snapshot};
+use towpath_tables::backing::Backing;
+use towpath_tables::pool::Grace;
+use towpath_tables::record::Family;
+use towpath_tables::writer::{Published, TableWriter};
+
+/// The fast path manager.
+pub struct Fpm<B, G> {
+    state: State,
+    mirror: Mirror<B, G>,
+}
+
+/// The classes of objects that a complete description consists of.
+pub fn all_classes() -> impl Iterator<Item = Snapshot> {
+    use PolicySource::*;
+    let families = [Family::V4, Family::V6];
+    let of_families = families.into_iter().flat_map(|family| {
+        [Snapshot::Addresses(family), Snapshot::Neighbours(family), Snapshot::Routes(family)]
+    });
+    let policies = [Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl].map(Snapshot::Policies);
+    [Snapshot::Ports, Snapshot::Nexthops].into_iter().chain(of_families).chain(policies)
+}
+
+impl<B: Backing, G: Grace> Fpm<B, G> {
+    /// A manager for these tables, new (`TableWriter::create`) or taken over (`TableWriter::adopt`). It publishes
+    /// nothing before it has seen the end of a snapshot of each of `awaited` (usually `all_classes()`).
+    pub fn new(tables: TableWriter<B, G>, awaited: impl IntoIterator<Item = Snapshot>) -> Self {
+        Self { state: State::awaiting(awaited), mirror: Mirror::new(tables) }
+    }
+
+    /// Serves an interface and its VLAN sub-interfaces, or no longer. Takes effect with `publish`.
+    pub fn serve(&mut self, ifindex: u32, on: bool) {
+        self.state.serve(ifindex, on);
+    }
+
+    /// Takes one message. Takes effect with `publish`.
+    pub fn apply(&mut self, message: Message) {
+        self.state.apply(message);
+    }
+
+    /// True once everything awaited has been described.
+    pub fn is_complete(&self) -> bool {
+        self.state.generations.complete()
+    }
+
+    /// What is still to be described before anything is published.
+    pub fn awaited(&self) -> impl Iterator<Item = Snapshot> {
+        self.state.generations.awaited()
+    }
+
+    /// Ends a batch: makes the tables say what was applied. None if there was nothing to do, or not everything awaited
+    /// has been described.
+    pub fn publish(&mut self) -> Option<Published> {
+        let due = self.is_complete() && (self.state.is_changed() || !self.mirror.is_filled());
+        due.then(|| self.mirror.sync(&mut self.state))
+    }
+
+    /// The neighbours that packets were sent to since the last call.
+    pub fn take_hits(&self) -> Vec<NeighbourKey> {
+        let used = |index| self.mirror.tables.take_hit(index);
+        let mut hits: Vec<_> = self.mirror.nexthops.iter()
+            .filter_map(|(identity, placed)| Some((NeighbourKey { ifindex: identity.ifindex, address: identity.gateway? }, placed.index)))
+            .filter(|(_, index)| used(*index)).map(|(key, _)| key).collect();
+        hits.dedup();
+        hits
+    }
+
+    /// The tables' writer, to read from.
+    pub fn tables(&self) -> &TableWriter<B, G> {
+        &self.mirror.tables
+    }
+
+    /// The tables' writer, for what is not in FPC: the hash seed, reclaiming in quiet moments, the engine's backing.
+    pub fn tables_mut(&mut self) -> &mut TableWriter<B, G> {
+        &mut self.mirror.tables
+    }
+
+    /// Ends managing; what is published stays published.
+    pub fn into_tables(self) -> TableWriter<B, G> {
+        self.mirror.tables
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,216 @@
+//! What tools see: ports, routes, neighbours, next hops, policies, and why a packet to an address goes where it goes.
+
+use crate::Fpm;
+use crate::state::{Choice, Resolved, family_of};
+use std::net::IpAddr;
+use towpath_fpc::*;
+use towpath_tables::Reason;
+use towpath_tables::backing::Backing;
+use towpath_tables::lpm::Leaf;
+use towpath_tables::nexthop::{NexthopIdentity, NexthopValue};
+use towpath_tables::pool::Grace;
+use towpath_tables::record::{Family, port_flags};
+use towpath_tables::rib::Match;
+use towpath_tables::writer::{MAIN_ROOT, PortTotals};
+
+/// A port as it stands in the tables.
+#[derive(Clone, Debug)]
+pub struct PortState<'a> {
+    /// What Linux says
+    pub port: &'a Port,
+    /// Its slot
+    pub slot: u32,
+    /// Packets may enter by it
+    pub ready: bool,
+    /// Per family: why packets that enter here are exceptions, if they all are
+    pub ingress_policy: [Option<Reason>; 2],
+    /// Per family: why packets that leave here are exceptions, if they all are
+    pub egress_policy: [Option<Reason>; 2],
+    /// Its counters, summed over CPUs
+    pub totals: PortTotals,
+}
+
+/// How many vias and hosts use a next hop, by family of the packets, IPv4 first.
+pub type NexthopUsers = [u32; 2];
+
+/// A next hop as it stands in the tables.
+#[derive(Clone, Debug)]
+pub struct NexthopState {
+    /// Index in the table
+    pub index: u32,
+    /// What it is
+    pub identity: NexthopIdentity,
+    /// What it does
+    pub value: Option<NexthopValue>,
+    /// Who uses it
+    pub users: NexthopUsers,
+    /// A packet took it since hit flags were last read
+    pub hit: bool,
+}
+
+/// A prefix that covers an address, with all routes for it.
+#[derive(Clone, Debug)]
+pub struct Matched {
+    /// The prefix
+    pub prefix: Prefix,
+    /// Its routes, in Linux's order of preference
+    pub routes: Vec<Route>,
+    /// This prefix decides
+    pub decides: bool,
+    /// What the prefix leads to whatever the packet: None if to next hops
+    pub exception: Option<Reason>,
+}
+
+/// Why packets to an address go where they go.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// The address
+    pub address: IpAddr,
+    /// Every prefix that covers it, longest first
+    pub prefixes: Vec<Matched>,
+    /// What the tables' trie says; None without a route
+    pub found: Option<Match>,
+    /// The next hops it leads to, with their weights; several if a flow's hash chooses
+    pub nexthops: Vec<(NexthopState, u32)>,
+    /// Neighbours of these next hops as Linux has them
+    pub neighbours: Vec<Neighbour>,
+    /// Policies that apply to every packet of the family
+    pub policies: Vec<Policy>,
+}
+
+impl<B: Backing, G: Grace> Fpm<B, G> {
+    /// The ports, by interface index.
+    pub fn ports(&self) -> impl Iterator<Item = PortState<'_>> {
+        self.mirror.slots.iter().filter_map(|(ifindex, &slot)| {
+            let chain = self.state.chain(*ifindex)?;
+            let record = self.mirror.tables.view().ports().get(slot as usize)?;
+            let families = [Family::V4, Family::V6];
+            Some(PortState {
+                port: chain[0],
+                slot,
+                ready: record.flags.load() & port_flags::READY != 0,
+                ingress_policy: families.map(|family| self.state.ingress_policy(&chain, family)),
+                egress_policy: families.map(|family| self.state.egress_policy(&chain, family)),
+                totals: self.mirror.tables.port_totals(slot),
+            })
+        })
+    }
+
+    /// Every interface Linux has, port or not.
+    pub fn interfaces(&self) -> impl Iterator<Item = &Port> {
+        self.state.ports.values().map(|port| &port.value)
+    }
+
+    /// Routes of a family in the order of their prefixes.
+    pub fn routes(&self, family: Family) -> impl Iterator<Item = Route> {
+        self.state.routes.iter(family).map(|(key, candidate)| self.route(key, candidate))
+    }
+
+    /// Routes for exactly this prefix, in Linux's order of preference.
+    pub fn routes_for(&self, prefix: Prefix) -> Vec<Route> {
+        self.state.routes.candidates(prefix).map(|(key, candidate)| self.route(key, candidate)).collect()
+    }
+
+    /// Number of routes of a family.
+    pub fn route_count(&self, family: Family) -> usize {
+        self.state.routes.len(family)
+    }
+
+    fn route(&self, key: RouteKey, candidate: crate::routes::Candidate) -> Route {
+        let via = self.state.vias.get(candidate.via);
+        Route {
+            key,
+            kind: candidate.kind,
+            protocol: candidate.protocol,
+            via: via.map_or(Via::Hops(Vec::new()), |via| via.via()),
+            mtu: via.map_or(0, |via| via.mtu),
+            unsupported: candidate.unsupported,
+        }
+    }
+
+    /// Neighbours by interface and address.
+    pub fn neighbours(&self) -> impl Iterator<Item = &Neighbour> {
+        self.state.neighbours.values().map(|neighbour| &neighbour.value)
+    }
+
+    /// Nexthop objects.
+    pub fn objects(&self) -> impl Iterator<Item = &NexthopObject> {
+        self.state.objects.values().map(|object| &object.value)
+    }
+
+    /// This host's addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = &Address> {
+        self.state.addresses.keys()
+    }
+
+    /// Policies in force.
+    pub fn policies(&self) -> impl Iterator<Item = &Policy> {
+        self.state.policies.keys()
+    }
+
+    /// Next hops in the tables.
+    pub fn nexthops(&self) -> impl Iterator<Item = NexthopState> {
+        self.mirror.nexthops.iter().map(|(identity, placed)| NexthopState {
+            index: placed.index,
+            identity: *identity,
+            value: self.mirror.tables.nexthop(placed.index),
+            users: placed.users,
+            hit: self.mirror.tables.view().nexthops().get(placed.index as usize).is_some_and(|n| n.hit.load() != 0),
+        })
+    }
+
+    /// Why packets to `address` go where they go.
+    pub fn explain(&self, address: IpAddr) -> Explanation {
+        let family = family_of(address);
+        let found = self.mirror.tables.lookup(MAIN_ROOT[family as usize], address).ok().flatten();
+        let nexthops = found.map(|found| self.nexthops_of(found.leaf)).unwrap_or_default();
+        let of = |nexthop: &NexthopState| {
+            let key = NeighbourKey { ifindex: nexthop.identity.ifindex, address: nexthop.identity.gateway.unwrap_or(address) };
+            self.state.neighbours.get(&key).map(|neighbour| neighbour.value)
+        };
+        Explanation {
+            address,
+            prefixes: self.covering(address, found),
+            found,
+            neighbours: nexthops.iter().filter_map(|(nexthop, _)| of(nexthop)).collect(),
+            nexthops,
+            policies: self.policies().filter(|policy| policy.scope == Scope::Family(family)).cloned().collect(),
+        }
+    }
+
+    fn covering(&self, address: IpAddr, found: Option<Match>) -> Vec<Matched> {
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let matched = |len| {
+            let prefix = Prefix::new(address, len)?;
+            let routes = self.routes_for(prefix);
+            let (choice, shadow) = self.state.choose(prefix)?;
+            let exception = match choice {
+                Choice::Exception(reason) => Some(reason),
+                Choice::Via(id) => match self.state.vias.get(id).map(|via| self.state.resolve(via)) {
+                    Some(Resolved::Exception(reason)) => Some(reason),
+                    _ => None,
+                },
+            };
+            let decides = found.is_some_and(|found| found.prefix_len == len && found.shadow == shadow);
+            Some(Matched { prefix, routes, decides, exception })
+        };
+        (0..=longest).rev().filter_map(matched).collect()
+    }
+
+    fn nexthops_of(&self, leaf: Leaf) -> Vec<(NexthopState, u32)> {
+        use towpath_tables::lpm::Kind;
+        let shares = match leaf.word().kind() {
+            Kind::Nexthop(index) => vec![(index, 1)],
+            Kind::Group(group) => {
+                let mut shares = std::collections::BTreeMap::new();
+                for bucket in self.mirror.tables.view().groups().get(group as usize).into_iter().flat_map(|group| &group.buckets) {
+                    *shares.entry(bucket.load()).or_default() += 1;
+                }
+                shares.into_iter().collect()
+            }
+            Kind::None | Kind::Node(_) => Vec::new(),
+        };
+        let named = |(index, share)| Some((self.nexthops().find(|nexthop| nexthop.index == index)?, share));
+        shares.into_iter().filter_map(named).collect()
+    }
+}

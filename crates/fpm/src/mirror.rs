@@ -1,0 +1,624 @@
+//! The tables brought in line with the state. Everything here can be worked out again from the state alone; what is
+//! kept is which slots and indices stand for what.
+
+use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
+use crate::via::{ViaId, ViaKey};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix};
+use towpath_tables::backing::{Backing, GrowError};
+use towpath_tables::lpm::Leaf;
+use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
+use towpath_tables::pool::Grace;
+use towpath_tables::record::{Family, port_flags};
+use towpath_tables::rib::Entry;
+use towpath_tables::store::TABLE_FULL;
+use towpath_tables::writer::{MAIN_ROOT, PortValue, Published, TableWriter};
+use towpath_tables::Reason;
+
+/// A next hop in the tables.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placed {
+    pub index: u32,
+    /// Users by the family of the packets
+    pub users: [u32; 2],
+}
+
+/// A via in the tables.
+#[derive(Debug)]
+struct Landed {
+    leaf: Leaf,
+    group: Option<u32>,
+    family: Family,
+    members: Vec<NexthopIdentity>,
+}
+
+pub(crate) struct Mirror<B, G> {
+    pub tables: TableWriter<B, G>,
+    pub slots: BTreeMap<u32, u32>,
+    vlans: HashMap<u32, u32>,
+    pub nexthops: BTreeMap<NexthopIdentity, Placed>,
+    /// Next hops that lost their last user; freed with the next publication if they do not find another first
+    idle: Vec<NexthopIdentity>,
+    landed: HashMap<ViaId, Landed>,
+    /// Host entries of neighbours, and the glean leaf each is under
+    hosts: BTreeMap<NeighbourKey, Leaf>,
+    /// Interfaces that look-ups of a family pass over
+    dead: HashSet<(u32, Family)>,
+    /// Whether routes were ever put into the tables
+    filled: bool,
+}
+
+/// Identity of the next hop that stands for everything that is an exception for a reason.
+fn special(reason: Reason) -> NexthopIdentity {
+    NexthopIdentity { ifindex: 0, gateway: None, mtu: 0, reason: Some(reason) }
+}
+
+/// Identity of the next hop of a connected route: its hosts have one each, the rest is for Linux to resolve.
+fn glean(ifindex: u32) -> NexthopIdentity {
+    NexthopIdentity { ifindex, gateway: None, mtu: 0, reason: None }
+}
+
+fn towards(hop: &Hop, mtu: u32) -> NexthopIdentity {
+    NexthopIdentity { ifindex: hop.ifindex, gateway: hop.gateway, mtu, reason: None }
+}
+
+impl<B: Backing, G: Grace> Mirror<B, G> {
+    pub fn new(tables: TableWriter<B, G>) -> Self {
+        Self {
+            tables,
+            slots: BTreeMap::new(),
+            vlans: HashMap::new(),
+            nexthops: BTreeMap::new(),
+            idle: Vec::new(),
+            landed: HashMap::new(),
+            hosts: BTreeMap::new(),
+            dead: HashSet::new(),
+            filled: false,
+        }
+    }
+
+    /// Makes the tables say what the state says.
+    pub fn sync(&mut self, state: &mut State) -> Published {
+        let mut changes = state.take_changes();
+        let gone = self.place_ports(state, &mut changes);
+        self.update_nexthops(state, &changes);
+        let rescan = self.update_vias(state, &changes);
+        self.update_hosts(state, &changes);
+        if changes.config || !self.filled {
+            self.update_config(state);
+        }
+        if self.filled {
+            self.update_routes(state, &changes, &rescan);
+        } else {
+            self.fill(state);
+        }
+        self.reap(state);
+        let published = self.tables.publish();
+        gone.into_iter().for_each(|slot| self.tables.free_port(slot));
+        published
+    }
+
+    pub fn is_filled(&self) -> bool {
+        self.filled
+    }
+
+    fn update_config(&mut self, state: &State) {
+        use towpath_fpc::Scope;
+        for family in FAMILIES {
+            let policy = state.policy(|scope| matches!(scope, Scope::Family(of) if *of == family));
+            self.tables.set_policy(family, policy);
+            self.tables.set_hash_policy(family, u32::from(state.hash_policy[family as usize]));
+        }
+        self.tables.set_local_addresses(state.local_addresses());
+    }
+
+    // ---- ports
+
+    /// Gives every port a slot and its settings; returns the slots to free once nothing leads there. What changed
+    /// about an interface changed about the VLAN sub-interfaces over it, so `changes` grows by those.
+    fn place_ports(&mut self, state: &State, changes: &mut Changes) -> Vec<u32> {
+        if !self.filled {
+            // Also ports of a writer that was here before and that are gone.
+            changes.ports.extend(state.ports.keys().copied());
+            self.slots.extend(self.tables.ports().map(|(slot, ifindex)| (ifindex, slot)));
+            changes.ports.extend(self.slots.keys().copied());
+        }
+        if changes.ports.is_empty() {
+            return Vec::new();
+        }
+        changes.ports = state.with_uppers(&changes.ports);
+        let mut chains: Vec<_> = state.ports.keys().filter_map(|ifindex| state.chain(*ifindex)).collect();
+        chains.sort_by_key(Vec::len);
+        let mut wanted = BTreeSet::new();
+        for chain in &chains {
+            if let Some(slot) = self.slot_for(chain) {
+                self.slots.insert(chain[0].ifindex, slot);
+                wanted.insert(chain[0].ifindex);
+            }
+        }
+        let gone: Vec<(u32, u32)> = self.slots.iter().filter(|(i, _)| !wanted.contains(i)).map(|(i, s)| (*i, *s)).collect();
+        for (ifindex, _) in &gone {
+            self.slots.remove(ifindex);
+        }
+        let children = self.children(&chains);
+        for chain in chains.iter().filter(|chain| wanted.contains(&chain[0].ifindex)) {
+            self.set_port(state, chain, children.get(&chain[0].ifindex));
+        }
+        for (ifindex, slot) in &gone {
+            self.close_port(*ifindex, *slot);
+        }
+        gone.into_iter().map(|(_, slot)| slot).collect()
+    }
+
+    fn slot_for(&mut self, chain: &[&Port]) -> Option<u32> {
+        let ifindex = chain.first()?.ifindex;
+        if let Some(slot) = self.slots.get(&ifindex) {
+            return Some(*slot);
+        }
+        let slot = match chain.get(1) {
+            // Without the port underneath there is no way in or out.
+            Some(lower) => self.slots.get(&lower.ifindex).copied().and_then(|_| self.tables.alloc_vlan_port(ifindex).map_err(refused).ok()),
+            None => self.tables.alloc_port(ifindex).map_err(refused).ok(),
+        };
+        slot
+    }
+
+    /// For each port the VLAN identifiers of its sub-interfaces and their slots. Of two with the same identifier (and
+    /// different protocols) the first has it: frames of the other then do not match its protocol and go to Linux.
+    fn children(&self, chains: &[Vec<&Port>]) -> HashMap<u32, BTreeMap<u16, u32>> {
+        let mut children: HashMap<u32, BTreeMap<u16, u32>> = HashMap::new();
+        for port in chains.iter().filter_map(|chain| chain.first()) {
+            if let (PortKind::Vlan { lower, id, .. }, Some(slot)) = (port.kind, self.slots.get(&port.ifindex)) {
+                children.entry(lower).or_default().entry(id).or_insert(*slot);
+            }
+        }
+        children
+    }
+
+    fn set_port(&mut self, state: &State, chain: &[&Port], children: Option<&BTreeMap<u16, u32>>) {
+        let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
+        let vlans = self.set_vlans(port.ifindex, children);
+        let value = PortValue {
+            flags: flags(chain),
+            mac: port.mac.unwrap_or_default(),
+            root: MAIN_ROOT,
+            ingress_policy: FAMILIES.map(|family| state.ingress_policy(chain, family)),
+            vlans,
+            vlan: match port.kind {
+                PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),
+                _ => None,
+            },
+            lower: chain.get(1).and_then(|lower| self.slots.get(&lower.ifindex)).copied().unwrap_or(slot),
+            mtu: port.mtu,
+        };
+        self.tables.set_port(slot, &value);
+    }
+
+    /// Fills the table of a port's VLAN identifiers; None if it has no sub-interfaces (or there is no room: their
+    /// frames go to Linux).
+    fn set_vlans(&mut self, ifindex: u32, children: Option<&BTreeMap<u16, u32>>) -> Option<u32> {
+        let Some(children) = children else {
+            if let Some(vlans) = self.vlans.remove(&ifindex) {
+                self.tables.free_vlans(vlans);
+            }
+            return None;
+        };
+        let vlans = match self.vlans.get(&ifindex) {
+            Some(vlans) => *vlans,
+            None => {
+                let vlans = self.tables.alloc_vlans().map_err(refused).ok()?;
+                self.vlans.insert(ifindex, vlans);
+                vlans
+            }
+        };
+        (0..4096).for_each(|id| self.tables.set_vlan(vlans, id, children.get(&id).copied()));
+        Some(vlans)
+    }
+
+    /// Takes a port out of service; its slot is freed later.
+    fn close_port(&mut self, ifindex: u32, slot: u32) {
+        let closed = PortValue {
+            flags: 0,
+            mac: [0; 6],
+            root: MAIN_ROOT,
+            ingress_policy: [Some(Reason::PortNotReady); 2],
+            vlans: None,
+            vlan: None,
+            lower: slot,
+            mtu: 0,
+        };
+        self.tables.set_port(slot, &closed);
+        if let Some(vlans) = self.vlans.remove(&ifindex) {
+            self.tables.free_vlans(vlans);
+        }
+    }
+
+    // ---- next hops
+
+    /// The one place where a next hop's content follows from the state.
+    fn nexthop_value(&self, state: &State, identity: &NexthopIdentity, users: [u32; 2]) -> NexthopValue {
+        if let Some(reason) = identity.reason {
+            return NexthopValue::exception(reason);
+        }
+        let slot = |port: &Port| self.slots.get(&port.ifindex).copied();
+        let chain = state.chain(identity.ifindex);
+        let slots = chain.as_ref().and_then(|chain| Some((slot(chain.first()?)?, slot(chain.last()?)?)));
+        let (Some(chain), Some((port, device))) = (chain, slots) else {
+            return NexthopValue::exception(Reason::EgressNotServed);
+        };
+        let route_mtu = if identity.mtu == 0 { u32::MAX } else { identity.mtu };
+        let mtu = chain[0].mtu.min(route_mtu);
+        let action = self.action(state, identity, users, &chain);
+        NexthopValue { action, port, device, mtu }
+    }
+
+    fn action(&self, state: &State, identity: &NexthopIdentity, users: [u32; 2], chain: &[&Port]) -> Action {
+        let lladdr = identity.gateway.and_then(|address| usable_lladdr(state, &NeighbourKey { ifindex: identity.ifindex, address }));
+        let policies = FAMILIES.into_iter().filter(|family| users[*family as usize] > 0);
+        let reasons = [
+            lladdr.is_none().then_some(Reason::NoNeighbour),
+            (!chain.iter().all(|port| port.up && port.carrier)).then_some(Reason::NexthopDown),
+            (!is_ready(chain)).then_some(Reason::EgressNotServed),
+        ];
+        let reason = reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
+        let header = lladdr.zip(chain[0].mac).and_then(|(lladdr, mac)| Header::new(lladdr, mac, &tags(chain)));
+        match (reason, header) {
+            (None, Some(header)) => Action::Forward(header),
+            (reason, _) => Action::Exception(reason.unwrap_or(Reason::EgressNotServed)),
+        }
+    }
+
+    /// Recomputes the next hops that depend on what changed.
+    fn update_nexthops(&mut self, state: &State, changes: &Changes) {
+        let mut affected: BTreeSet<NexthopIdentity> = BTreeSet::new();
+        for ifindex in &changes.ports {
+            affected.extend(self.over(*ifindex));
+        }
+        for key in &changes.neighbours {
+            affected.extend(self.over(key.ifindex).filter(|identity| identity.gateway == Some(key.address)));
+        }
+        affected.iter().for_each(|identity| self.write(state, identity));
+    }
+
+    /// Next hops by an interface.
+    fn over(&self, ifindex: u32) -> impl Iterator<Item = NexthopIdentity> {
+        let first = NexthopIdentity { ifindex, gateway: None, mtu: 0, reason: None };
+        self.nexthops.range(first..).map(|(identity, _)| *identity).take_while(move |identity| identity.ifindex == ifindex)
+    }
+
+    fn write(&mut self, state: &State, identity: &NexthopIdentity) {
+        if let Some(placed) = self.nexthops.get(identity) {
+            let value = self.nexthop_value(state, identity, placed.users);
+            self.tables.set_nexthop(placed.index, &value);
+        }
+    }
+
+    /// The index of a next hop; packets of `family` have one more way to it. None if the table is full.
+    fn hold(&mut self, state: &State, identity: NexthopIdentity, family: Family) -> Option<u32> {
+        if !self.nexthops.contains_key(&identity) {
+            let index = self.tables.alloc_nexthop(identity).map_err(refused).ok()?;
+            self.nexthops.insert(identity, Placed { index, users: [0; 2] });
+        }
+        let placed = self.nexthops.get_mut(&identity)?;
+        placed.users[family as usize] += 1;
+        let (index, first) = (placed.index, placed.users[family as usize] == 1);
+        if first {
+            self.write(state, &identity);
+        }
+        Some(index)
+    }
+
+    fn release(&mut self, state: &State, identity: NexthopIdentity, family: Family) {
+        let Some(placed) = self.nexthops.get_mut(&identity) else { return };
+        placed.users[family as usize] -= 1;
+        match placed.users {
+            [0, 0] => self.idle.push(identity),
+            users if users[family as usize] == 0 => self.write(state, &identity),
+            _ => {}
+        }
+    }
+
+    /// The leaf for everything that is an exception for a reason. These stay.
+    fn special(&mut self, state: &State, reason: Reason) -> Leaf {
+        let identity = special(reason);
+        let index = match self.nexthops.get(&identity) {
+            Some(placed) => Some(placed.index),
+            None => self.hold(state, identity, Family::V4),
+        };
+        index.and_then(Leaf::nexthop).unwrap_or(TABLE_FULL)
+    }
+
+    /// Frees what found no user.
+    fn reap(&mut self, state: &mut State) {
+        for id in state.vias.reap() {
+            if let Some(landed) = self.landed.remove(&id) {
+                self.lift(state, landed);
+            }
+        }
+        for identity in std::mem::take(&mut self.idle) {
+            let idle = self.nexthops.get(&identity).filter(|placed| placed.users == [0, 0]).copied();
+            if let Some(placed) = idle {
+                self.nexthops.remove(&identity);
+                self.tables.free_nexthop(placed.index);
+            }
+        }
+    }
+
+    // ---- vias
+
+    /// The leaf of a via.
+    fn land(&mut self, state: &State, id: ViaId) -> Leaf {
+        match self.landed.get(&id) {
+            Some(landed) => landed.leaf,
+            None => self.reland(state, id),
+        }
+    }
+
+    /// Works out the leaf of a via anew. A group keeps its index, so that only its buckets change.
+    fn reland(&mut self, state: &State, id: ViaId) -> Leaf {
+        let Some(via) = state.vias.get(id).cloned() else { return self.special(state, Reason::Internal) };
+        let old = self.landed.remove(&id);
+        let landed = match state.resolve(&via) {
+            Resolved::Exception(reason) => self.landed_exception(state, reason, via.family),
+            Resolved::Hops(hops) => match hops.as_slice() {
+                // Dead by its flag; if its port is down, its own next hop says so.
+                [(hop, false)] if state.carries(hop.ifindex, via.family) => {
+                    self.landed_exception(state, Reason::NexthopDown, via.family)
+                }
+                [(hop, _)] => self.landed_hop(state, towards(hop, via.mtu), via.family),
+                _ => self.landed_group(state, &via, &hops, old.as_ref().and_then(|old| old.group)),
+            },
+        };
+        let leaf = landed.leaf;
+        if let Some(mut old) = old {
+            if old.group == landed.group {
+                old.group = None;
+            }
+            self.lift(state, old);
+        }
+        self.landed.insert(id, landed);
+        leaf
+    }
+
+    fn landed_exception(&mut self, state: &State, reason: Reason, family: Family) -> Landed {
+        Landed { leaf: self.special(state, reason), group: None, family, members: Vec::new() }
+    }
+
+    fn landed_hop(&mut self, state: &State, identity: NexthopIdentity, family: Family) -> Landed {
+        match self.hold(state, identity, family).and_then(Leaf::nexthop) {
+            Some(leaf) => Landed { leaf, group: None, family, members: vec![identity] },
+            None => Landed { leaf: TABLE_FULL, group: None, family, members: Vec::new() },
+        }
+    }
+
+    fn landed_group(&mut self, state: &State, via: &ViaKey, hops: &[(Hop, bool)], group: Option<u32>) -> Landed {
+        let (mut members, mut shares) = (Vec::new(), Vec::new());
+        for (hop, _) in hops.iter().filter(|(_, live)| *live) {
+            let identity = towards(hop, via.mtu);
+            let index = self.hold(state, identity, via.family);
+            members.extend(index.map(|_| identity));
+            shares.push((index.unwrap_or(TABLE_FULL.word().0), u32::from(hop.weight)));
+        }
+        if shares.is_empty() {
+            shares.push((self.special(state, Reason::NexthopDown).word().0, 1));
+        }
+        let group = match group {
+            Some(group) => {
+                self.tables.set_group(group, &shares);
+                Some(group)
+            }
+            None => self.tables.alloc_group(&shares).map_err(refused).ok(),
+        };
+        let leaf = group.and_then(Leaf::group).unwrap_or(TABLE_FULL);
+        Landed { leaf, group, family: via.family, members }
+    }
+
+    /// Gives back what a via held.
+    fn lift(&mut self, state: &State, landed: Landed) {
+        if let Some(group) = landed.group {
+            self.tables.free_group(group);
+        }
+        landed.members.into_iter().for_each(|identity| self.release(state, identity, landed.family));
+    }
+
+    /// Works out anew the vias that depend on what changed.
+    fn update_vias(&mut self, state: &State, changes: &Changes) -> Rescan {
+        let mut rescan = Rescan::default();
+        let mut turned: HashSet<(u32, Family)> = HashSet::new();
+        for (ifindex, family) in changes.ports.iter().flat_map(|ifindex| FAMILIES.map(|family| (*ifindex, family))) {
+            let dead = !state.carries(ifindex, family);
+            let changed = if dead { self.dead.insert((ifindex, family)) } else { self.dead.remove(&(ifindex, family)) };
+            if changed {
+                turned.insert((ifindex, family));
+            }
+        }
+        if turned.is_empty() && changes.objects.is_empty() {
+            return rescan;
+        }
+        let by_turned = |via: &ViaKey| {
+            matches!(state.resolve(via), Resolved::Hops(hops) if hops.iter().any(|(hop, _)| turned.contains(&(hop.ifindex, via.family))))
+        };
+        for (id, via) in state.vias.iter() {
+            let changed = state.is_over(via, &changes.objects);
+            if !changed && !by_turned(via) {
+                continue;
+            }
+            rescan.revived.insert(id);
+            let Some(before) = self.landed.get(&id).map(|landed| landed.leaf) else { continue };
+            if self.reland(state, id) != before {
+                rescan.moved.insert(id);
+            }
+        }
+        rescan
+    }
+
+    // ---- hosts
+
+    /// Sets and removes host entries of neighbours that changed, or whose ports did.
+    fn update_hosts(&mut self, state: &State, changes: &Changes) {
+        let mut keys: BTreeSet<NeighbourKey> = changes.neighbours.iter().copied().collect();
+        for ifindex in changes.ports.iter().copied() {
+            keys.extend(state.neighbours.range(first_neighbour(ifindex)..).map(|(key, _)| *key).take_while(|key| key.ifindex == ifindex));
+            keys.extend(self.hosts.range(first_neighbour(ifindex)..).map(|(key, _)| *key).take_while(|key| key.ifindex == ifindex));
+        }
+        for key in keys {
+            let wanted = self.slots.contains_key(&key.ifindex) && is_host(key.address) && usable_lladdr(state, &key).is_some();
+            match (wanted, self.hosts.get(&key).copied()) {
+                (true, None) => self.set_host(state, key),
+                (false, Some(under)) => self.remove_host(state, key, under),
+                _ => {}
+            }
+        }
+    }
+
+    fn set_host(&mut self, state: &State, key: NeighbourKey) {
+        let family = family_of(key.address);
+        let own = host(&key);
+        let under = self.hold(state, glean(key.ifindex), family).and_then(Leaf::nexthop);
+        let leaf = self.hold(state, own, family).and_then(Leaf::nexthop);
+        if let (Some(under), Some(leaf)) = (under, leaf) {
+            let set = self.tables.host_set(MAIN_ROOT[family as usize], key.address, under, leaf);
+            if let Err(error) = set {
+                tracing::error!(%error, "host entry of a neighbour");
+            }
+            self.hosts.insert(key, under);
+        } else {
+            // No room: the packets stay exceptions, and a later change of the neighbour tries again.
+            under.into_iter().for_each(|_| self.release(state, glean(key.ifindex), family));
+            leaf.into_iter().for_each(|_| self.release(state, own, family));
+        }
+    }
+
+    fn remove_host(&mut self, state: &State, key: NeighbourKey, under: Leaf) {
+        let family = family_of(key.address);
+        if let Err(error) = self.tables.host_remove(MAIN_ROOT[family as usize], key.address, under) {
+            tracing::error!(%error, "host entry of a neighbour");
+        }
+        self.hosts.remove(&key);
+        self.release(state, glean(key.ifindex), family);
+        self.release(state, host(&key), family);
+    }
+
+    // ---- routes
+
+    /// Puts all routes in.
+    fn fill(&mut self, state: &State) {
+        for family in FAMILIES {
+            let mut last = None;
+            for (key, _) in state.routes.iter(family) {
+                if last.replace(key.prefix) != Some(key.prefix) {
+                    self.update_route(state, key.prefix);
+                }
+            }
+        }
+        self.filled = true;
+        if let Err(error) = self.tables.reserve() {
+            refused(error);
+        }
+    }
+
+    fn update_routes(&mut self, state: &State, changes: &Changes, rescan: &Rescan) {
+        changes.prefixes.iter().for_each(|prefix| self.update_route(state, *prefix));
+        if rescan.revived.is_empty() {
+            return;
+        }
+        for family in FAMILIES {
+            let mut before: Option<(Prefix, bool)> = None;
+            let mut affected = Vec::new();
+            for (key, candidate) in state.routes.iter(family) {
+                let revived = rescan.revived.contains(&candidate.via);
+                // Who stands alone is chosen dead or alive.
+                let rivals = before.filter(|(prefix, _)| *prefix == key.prefix);
+                if rescan.moved.contains(&candidate.via) || rivals.is_some_and(|(_, rival)| rival || revived) {
+                    affected.push(key.prefix);
+                }
+                before = Some((key.prefix, revived || rivals.is_some_and(|(_, rival)| rival)));
+            }
+            affected.dedup();
+            affected.into_iter().for_each(|prefix| self.update_route(state, prefix));
+        }
+    }
+
+    fn update_route(&mut self, state: &State, prefix: Prefix) {
+        let (root, address, len) = (MAIN_ROOT[prefix.family() as usize], prefix.address(), prefix.prefix_len());
+        let done = match state.choose(prefix) {
+            None => self.tables.route_remove(root, address, len),
+            Some((choice, shadow)) => {
+                let leaf = match choice {
+                    Choice::Exception(reason) => self.special(state, reason),
+                    Choice::Via(id) => self.land(state, id),
+                };
+                self.tables.route_set(root, address, len, Entry { leaf, shadow })
+            }
+        };
+        if let Err(error) = done {
+            tracing::error!(%prefix, %error, "route");
+        }
+    }
+}
+
+/// Vias on account of which routes must be looked at again.
+#[derive(Default)]
+struct Rescan {
+    /// Their leaf is another one: all their routes
+    moved: HashSet<ViaId>,
+    /// They may have come alive or died: routes that have rivals for their prefix
+    revived: HashSet<ViaId>,
+}
+
+fn refused(error: GrowError) -> GrowError {
+    tracing::warn!(%error, "what does not fit stays with Linux");
+    error
+}
+
+fn host(key: &NeighbourKey) -> NexthopIdentity {
+    NexthopIdentity { ifindex: key.ifindex, gateway: Some(key.address), mtu: 0, reason: None }
+}
+
+fn first_neighbour(ifindex: u32) -> NeighbourKey {
+    NeighbourKey { ifindex, address: IpAddr::from([0, 0, 0, 0]) }
+}
+
+/// Addresses that the pipeline looks up at all: those with another scope go to Linux before.
+fn is_host(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_multicast() && !address.is_broadcast(),
+        IpAddr::V6(address) => !address.is_multicast() && !address.is_unicast_link_local(),
+    }
+}
+
+/// The link-layer address of a neighbour if Linux itself would use it and it is one station's.
+fn usable_lladdr(state: &State, key: &NeighbourKey) -> Option<[u8; 6]> {
+    state.neighbours.get(key)?.value.lladdr.filter(|lladdr| lladdr[0] & 1 == 0 && *lladdr != [0; 6])
+}
+
+/// Whether a port takes part: its own settings and those of what is underneath.
+fn is_ready(chain: &[&Port]) -> bool {
+    chain.iter().all(|port| port.master == 0 && port.mac.is_some())
+}
+
+/// The VLAN tags that packets leave with, from the outside in.
+fn tags(chain: &[&Port]) -> Vec<(u16, u16)> {
+    let tag = |port: &&Port| match port.kind {
+        PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),
+        _ => None,
+    };
+    chain.iter().rev().filter_map(tag).collect()
+}
+
+fn flags(chain: &[&Port]) -> u32 {
+    let port = chain[0];
+    let virtual_below = chain.iter().any(|port| port.kind == PortKind::Virtual);
+    [
+        (is_ready(chain) && chain.iter().all(|port| port.up && port.carrier), port_flags::READY),
+        (port.family[0].forwarding, port_flags::FORWARD_V4),
+        (port.family[1].forwarding, port_flags::FORWARD_V6),
+        (port.send_redirects, port_flags::REDIRECTS),
+        (port.rp_filter == 1, port_flags::RP_STRICT),
+        (port.rp_filter == 2, port_flags::RP_LOOSE),
+        (port.route_localnet, port_flags::ROUTE_LOCALNET),
+        (virtual_below, port_flags::PARTIAL_CSUM),
+        (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
+    ].into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag)
+}

@@ -1,0 +1,167 @@
+//! Routes as Linux has them, a million and more: ordered maps with small keys and values, hops by reference.
+
+use crate::via::ViaId;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use towpath_fpc::{Prefix, RouteKey};
+use towpath_tables::record::Family;
+
+/// RTN_* of include/uapi/linux/rtnetlink.h
+pub(crate) mod kind {
+    pub const UNICAST: u8 = 1;
+    pub const LOCAL: u8 = 2;
+    pub const BROADCAST: u8 = 3;
+    pub const ANYCAST: u8 = 4;
+    pub const MULTICAST: u8 = 5;
+}
+
+/// The tables that Linux consults without rules, in that order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub(crate) enum Rank {
+    Local,
+    Main,
+    Default,
+}
+
+impl Rank {
+    const ALL: [(Rank, u32); 3] = [(Rank::Local, 255), (Rank::Main, 254), (Rank::Default, 253)];
+
+    /// The rank of a table; None for tables that only rules lead to (which are a policy of their own).
+    pub fn of(table: u32) -> Option<Self> {
+        Self::ALL.iter().find(|(_, number)| *number == table).map(|(rank, _)| *rank)
+    }
+
+    pub fn table(self) -> u32 {
+        Self::ALL[self as usize].1
+    }
+}
+
+/// Sorted so that the candidates for a prefix lie side by side, the first choice first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Key<const BYTES: usize> {
+    address: [u8; BYTES],
+    len: u8,
+    rank: Rank,
+    tos: u8,
+    priority: u32,
+}
+
+const _: () = assert!(size_of::<Key<4>>() == 12 && size_of::<Key<16>>() == 24);
+
+/// One route, without its key.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Candidate {
+    pub via: ViaId,
+    pub kind: u8,
+    pub protocol: u8,
+    pub unsupported: bool,
+    pub generation: u8,
+}
+
+const _: () = assert!(size_of::<Candidate>() == 8);
+
+#[derive(Default)]
+struct Fib<const BYTES: usize>(BTreeMap<Key<BYTES>, Candidate>);
+
+/// What `Fib` needs to know about addresses.
+trait Octets: Copy {
+    fn ip(self) -> IpAddr;
+}
+
+impl Octets for [u8; 4] {
+    fn ip(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl Octets for [u8; 16] {
+    fn ip(self) -> IpAddr {
+        self.into()
+    }
+}
+
+impl<const BYTES: usize> Fib<BYTES>
+where
+    [u8; BYTES]: Octets,
+{
+    fn candidates(&self, address: [u8; BYTES], len: u8) -> impl Iterator<Item = (RouteKey, Candidate)> {
+        let first = Key { address, len, rank: Rank::Local, tos: 0, priority: 0 };
+        let last = Key { rank: Rank::Default, tos: u8::MAX, priority: u32::MAX, ..first };
+        self.0.range(first..=last).filter_map(|(key, candidate)| Some((key.name()?, *candidate)))
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (RouteKey, Candidate)> {
+        self.0.iter().filter_map(|(key, candidate)| Some((key.name()?, *candidate)))
+    }
+}
+
+impl<const BYTES: usize> Key<BYTES>
+where
+    [u8; BYTES]: Octets,
+{
+    fn name(&self) -> Option<RouteKey> {
+        let prefix = Prefix::new(self.address.ip(), self.len)?;
+        Some(RouteKey { table: self.rank.table(), prefix, priority: self.priority, tos: self.tos })
+    }
+}
+
+/// The routes of both families.
+#[derive(Default)]
+pub(crate) struct Routes {
+    v4: Fib<4>,
+    v6: Fib<16>,
+}
+
+/// Calls `$do` with the map and key of the family of a route's prefix.
+macro_rules! with_key {
+    ($self:ident, $name:expr, $rank:expr, ($map:ident, $key:ident) => $do:expr) => {
+        match $name.prefix.address() {
+            IpAddr::V4(address) => {
+                let $map = &mut $self.v4.0;
+                let $key = Key { address: address.octets(), len: $name.prefix.prefix_len(), rank: $rank, tos: $name.tos, priority: $name.priority };
+                $do
+            }
+            IpAddr::V6(address) => {
+                let $map = &mut $self.v6.0;
+                let $key = Key { address: address.octets(), len: $name.prefix.prefix_len(), rank: $rank, tos: $name.tos, priority: $name.priority };
+                $do
+            }
+        }
+    };
+}
+
+impl Routes {
+    /// Sets a route; returns the one it replaces.
+    pub fn set(&mut self, name: RouteKey, rank: Rank, candidate: Candidate) -> Option<Candidate> {
+        with_key!(self, name, rank, (map, key) => map.insert(key, candidate))
+    }
+
+    pub fn remove(&mut self, name: RouteKey, rank: Rank) -> Option<Candidate> {
+        with_key!(self, name, rank, (map, key) => map.remove(&key))
+    }
+
+    /// Routes for exactly this prefix, the first choice first.
+    pub fn candidates(&self, prefix: Prefix) -> Box<dyn Iterator<Item = (RouteKey, Candidate)> + '_> {
+        match prefix.address() {
+            IpAddr::V4(address) => Box::new(self.v4.candidates(address.octets(), prefix.prefix_len())),
+            IpAddr::V6(address) => Box::new(self.v6.candidates(address.octets(), prefix.prefix_len())),
+        }
+    }
+
+    /// All routes of a family in the order of their prefixes.
+    pub fn iter(&self, family: Family) -> Box<dyn Iterator<Item = (RouteKey, Candidate)> + '_> {
+        match family {
+            Family::V4 => Box::new(self.v4.iter()),
+            Family::V6 => Box::new(self.v6.iter()),
+        }
+    }
+
+    /// Number of routes of a family.
+    pub fn len(&self, family: Family) -> usize {
+        match family {
+            Family::V4 => self.v4.0.len(),
+            Family::V6 => self.v6.0.len(),
+        }
+    }
+}

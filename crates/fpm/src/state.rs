@@ -1,0 +1,441 @@
+//! What Linux says: everything CM described, and what of it changed since the tables were last brought in line.
+//! Questions that the messages alone answer are answered here; nothing here knows the tables.
+
+use crate::routes::{Candidate, Rank, Routes, kind};
+use crate::snapshot::{Generations, Marked};
+use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
+use towpath_fpc::*;
+use towpath_tables::{Reason, record::Family};
+
+/// Both families.
+pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+/// A frame carries at most this many VLAN tags on the fast path.
+const MAX_TAGS: usize = 2;
+
+/// What changed since the last `State::take_changes`.
+#[derive(Default, Debug)]
+pub(crate) struct Changes {
+    /// Interfaces whose settings, service or policies changed
+    pub ports: BTreeSet<u32>,
+    pub neighbours: HashSet<NeighbourKey>,
+    pub objects: HashSet<u32>,
+    pub prefixes: Vec<Prefix>,
+    /// Policies of a family, own addresses, hash policy
+    pub config: bool,
+}
+
+impl Changes {
+    pub fn is_empty(&self) -> bool {
+        self.ports.is_empty() && self.neighbours.is_empty() && self.objects.is_empty() && self.prefixes.is_empty() && !self.config
+    }
+}
+
+/// Everything known.
+#[derive(Default)]
+pub(crate) struct State {
+    pub generations: Generations,
+    pub served: BTreeSet<u32>,
+    pub ports: BTreeMap<u32, Marked<Port>>,
+    pub addresses: BTreeMap<Address, u8>,
+    pub neighbours: BTreeMap<NeighbourKey, Marked<Neighbour>>,
+    pub objects: HashMap<u32, Marked<NexthopObject>>,
+    pub routes: Routes,
+    pub vias: Vias,
+    pub policies: BTreeMap<Policy, u8>,
+    pub hash_policy: [u8; 2],
+    /// IPv4 prefixes that table local claims, for the filter of own addresses
+    pub local_routes: BTreeSet<Prefix>,
+    changes: Changes,
+}
+
+/// Why a via leads nowhere, or its next hops.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Resolved {
+    /// Always Linux's
+    Exception(Reason),
+    /// One or several next hops, and whether Linux would use each of them now
+    Hops(Vec<(Hop, bool)>),
+}
+
+/// What decides over a prefix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Choice {
+    Exception(Reason),
+    Via(ViaId),
+}
+
+impl State {
+    pub fn awaiting(classes: impl IntoIterator<Item = Snapshot>) -> Self {
+        Self { generations: Generations::awaiting(classes), ..Self::default() }
+    }
+
+    pub fn apply(&mut self, message: Message) {
+        match message {
+            Message::SnapshotBegin(class) => self.generations.begin(class),
+            Message::SnapshotEnd(class) => self.end(class),
+            Message::Port(port) => self.set_port(port),
+            Message::PortDelete(ifindex) => self.remove_port(ifindex),
+            Message::Address(address) => self.set_address(address),
+            Message::AddressDelete(address) => self.remove_address(address),
+            Message::Neighbour(neighbour) => self.set_neighbour(neighbour),
+            Message::NeighbourDelete(key) => self.remove_neighbour(key),
+            Message::Route(route) => self.set_route(route),
+            Message::RouteDelete(key) => self.remove_route(key),
+            Message::Nexthop(object) => self.set_object(object),
+            Message::NexthopDelete(id) => self.remove_object(id),
+            Message::Policy(policy) => self.set_policy(policy),
+            Message::FamilySettings(settings) => {
+                self.hash_policy[settings.family as usize] = settings.hash_policy;
+                self.changes.config = true;
+            }
+        }
+    }
+
+    /// What changed since the last call.
+    pub fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
+    }
+
+    pub fn is_changed(&self) -> bool {
+        !self.changes.is_empty()
+    }
+
+    fn end(&mut self, class: Snapshot) {
+        let Some(keep) = self.generations.end(class) else {
+            tracing::warn!(?class, "end of a snapshot that was not begun");
+            return;
+        };
+        match class {
+            Snapshot::Ports => {
+                let gone = self.ports.iter().filter(|(_, port)| port.generation != keep).map(|(ifindex, _)| *ifindex);
+                gone.collect::<Vec<_>>().into_iter().for_each(|ifindex| self.remove_port(ifindex));
+            }
+            Snapshot::Addresses(family) => {
+                let gone = self.addresses.iter().filter(|(a, g)| family_of(a.address) == family && **g != keep);
+                gone.map(|(a, _)| *a).collect::<Vec<_>>().into_iter().for_each(|address| self.remove_address(address));
+            }
+            Snapshot::Neighbours(family) => {
+                let gone = self.neighbours.iter().filter(|(k, n)| family_of(k.address) == family && n.generation != keep);
+                gone.map(|(key, _)| *key).collect::<Vec<_>>().into_iter().for_each(|key| self.remove_neighbour(key));
+            }
+            Snapshot::Nexthops => {
+                let gone = self.objects.iter().filter(|(_, object)| object.generation != keep).map(|(id, _)| *id);
+                gone.collect::<Vec<_>>().into_iter().for_each(|id| self.remove_object(id));
+            }
+            Snapshot::Routes(family) => {
+                let gone = self.routes.iter(family).filter(|(_, route)| route.generation != keep).map(|(key, _)| key);
+                gone.collect::<Vec<_>>().into_iter().for_each(|key| self.remove_route(key));
+            }
+            Snapshot::Policies(source) => {
+                let gone = self.policies.iter().filter(|(p, g)| p.source == source && **g != keep);
+                gone.map(|(p, _)| p.clone()).collect::<Vec<_>>().iter().for_each(|policy| self.remove_policy(policy));
+            }
+        }
+    }
+
+    // ---- objects
+
+    /// Serves an interface, or no longer.
+    pub fn serve(&mut self, ifindex: u32, on: bool) {
+        let changed = if on { self.served.insert(ifindex) } else { self.served.remove(&ifindex) };
+        if changed {
+            self.changes.ports.insert(ifindex);
+        }
+    }
+
+    fn set_port(&mut self, port: Port) {
+        let marked = Marked { generation: self.generations.current(Snapshot::Ports), value: port };
+        let ifindex = marked.value.ifindex;
+        if self.ports.get(&ifindex).is_none_or(|old| old.value != marked.value) {
+            self.changes.ports.insert(ifindex);
+        }
+        self.ports.insert(ifindex, marked);
+    }
+
+    fn remove_port(&mut self, ifindex: u32) {
+        if self.ports.remove(&ifindex).is_some() {
+            self.changes.ports.insert(ifindex);
+        }
+    }
+
+    fn set_address(&mut self, address: Address) {
+        let generation = self.generations.current(Snapshot::Addresses(family_of(address.address)));
+        self.changes.config |= self.addresses.insert(address, generation).is_none();
+    }
+
+    fn remove_address(&mut self, address: Address) {
+        self.changes.config |= self.addresses.remove(&address).is_some();
+    }
+
+    fn set_neighbour(&mut self, neighbour: Neighbour) {
+        let generation = self.generations.current(Snapshot::Neighbours(family_of(neighbour.key.address)));
+        let old = self.neighbours.insert(neighbour.key, Marked { value: neighbour, generation });
+        if old.and_then(|old| old.value.lladdr) != neighbour.lladdr {
+            self.changes.neighbours.insert(neighbour.key);
+        }
+    }
+
+    fn remove_neighbour(&mut self, key: NeighbourKey) {
+        if self.neighbours.remove(&key).is_some() {
+            self.changes.neighbours.insert(key);
+        }
+    }
+
+    fn set_object(&mut self, object: NexthopObject) {
+        let marked = Marked { generation: self.generations.current(Snapshot::Nexthops), value: object };
+        let id = marked.value.id;
+        if self.objects.get(&id).is_none_or(|old| old.value != marked.value) {
+            self.changes.objects.insert(id);
+        }
+        self.objects.insert(id, marked);
+    }
+
+    fn remove_object(&mut self, id: u32) {
+        if self.objects.remove(&id).is_some() {
+            self.changes.objects.insert(id);
+        }
+    }
+
+    fn set_route(&mut self, route: Route) {
+        let Some(rank) = Rank::of(route.key.table) else { return };
+        let family = route.key.prefix.family();
+        let candidate = Candidate {
+            via: self.vias.hold(ViaKey::new(family, &route.via, route.mtu)),
+            kind: route.kind,
+            protocol: route.protocol,
+            unsupported: route.unsupported,
+            generation: self.generations.current(Snapshot::Routes(family)),
+        };
+        let old = self.routes.set(route.key, rank, candidate);
+        if let Some(old) = old {
+            self.vias.release(old.via);
+        }
+        let same = |old: Candidate| Candidate { generation: candidate.generation, ..old } == candidate;
+        if !old.is_some_and(same) {
+            self.route_changed(route.key, rank);
+        }
+    }
+
+    fn remove_route(&mut self, key: RouteKey) {
+        let Some(rank) = Rank::of(key.table) else { return };
+        if let Some(old) = self.routes.remove(key, rank) {
+            self.vias.release(old.via);
+            self.route_changed(key, rank);
+        }
+    }
+
+    fn route_changed(&mut self, key: RouteKey, rank: Rank) {
+        if rank == Rank::Local && key.prefix.family() == Family::V4 {
+            let claimed = self.routes.candidates(key.prefix).any(|(k, c)| k.table == rank.table() && c.kind == kind::LOCAL);
+            self.changes.config |=
+                if claimed { self.local_routes.insert(key.prefix) } else { self.local_routes.remove(&key.prefix) };
+        }
+        // Until everything was described once, the tables are not filled, and then from all routes.
+        if self.generations.complete() {
+            self.changes.prefixes.push(key.prefix);
+        }
+    }
+
+    fn set_policy(&mut self, policy: Policy) {
+        let generation = self.generations.current(Snapshot::Policies(policy.source));
+        let scope = policy.scope;
+        if self.policies.insert(policy, generation).is_none() {
+            self.policy_changed(scope);
+        }
+    }
+
+    fn remove_policy(&mut self, policy: &Policy) {
+        if self.policies.remove(policy).is_some() {
+            self.policy_changed(policy.scope);
+        }
+    }
+
+    fn policy_changed(&mut self, scope: Scope) {
+        match scope {
+            Scope::Family(_) => self.changes.config = true,
+            Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
+                self.changes.ports.insert(ifindex);
+            }
+        }
+    }
+
+    // ---- answers
+
+    /// A port and the interfaces underneath it down to the one with a driver; None if the interface is not a port: not
+    /// served, nor a VLAN sub-interface (of at most two tags) of one that is.
+    pub fn chain(&self, ifindex: u32) -> Option<Vec<&Port>> {
+        let mut chain = vec![&self.ports.get(&ifindex)?.value];
+        loop {
+            let bottom = *chain.last()?;
+            match bottom.kind {
+                PortKind::Vlan { lower, .. } if chain.len() <= MAX_TAGS => chain.push(&self.ports.get(&lower)?.value),
+                PortKind::Ethernet | PortKind::Virtual if self.served.contains(&bottom.ifindex) => return Some(chain),
+                _ => return None,
+            }
+        }
+    }
+
+    /// The given interfaces and all VLAN sub-interfaces over them.
+    pub fn with_uppers(&self, interfaces: &BTreeSet<u32>) -> BTreeSet<u32> {
+        let mut all = interfaces.clone();
+        for _ in 0..MAX_TAGS {
+            for (ifindex, port) in &self.ports {
+                if matches!(port.value.kind, PortKind::Vlan { lower, .. } if all.contains(&lower)) {
+                    all.insert(*ifindex);
+                }
+            }
+        }
+        all
+    }
+
+    /// The reason that counts (the lowest) among the policies that `applies` picks.
+    pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Reason> {
+        self.policies.keys().filter(|policy| applies(&policy.scope)).map(|policy| policy.reason).min()
+    }
+
+    /// Why packets of a family that come in by a port are exceptions.
+    pub fn ingress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
+        let set = self.policy(|scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family)));
+        set.into_iter().chain(unsupported(chain)).min()
+    }
+
+    /// Why packets of a family that leave by a port are exceptions.
+    pub fn egress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
+        let set = self.policy(|scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family)));
+        set.into_iter().chain(unsupported(chain)).min()
+    }
+
+    /// This host's IPv4 addresses for the filter of sources: those of interfaces, and what `ip route add local` claims
+    /// (fib_validate_source, net/ipv4/fib_frontend.c, looks there as soon as there is such a route).
+    pub fn local_addresses(&self) -> impl Iterator<Item = Ipv4Addr> {
+        // So many consecutive addresses reach every bit of the filter.
+        const ENOUGH: u32 = 1 << 16;
+        let own = self.addresses.keys().filter_map(|address| match address.address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        });
+        let claimed = self.local_routes.iter().filter_map(|prefix| match prefix.address() {
+            // The loopback net is martian as a source unless route_localnet allows it.
+            IpAddr::V4(first) if !first.is_loopback() => Some((first, prefix.prefix_len())),
+            _ => None,
+        });
+        own.chain(claimed.flat_map(|(first, len)| {
+            let count = 1u32.checked_shl(32 - u32::from(len)).unwrap_or(u32::MAX).min(ENOUGH);
+            (0..count).map(move |offset| Ipv4Addr::from_bits(first.to_bits().wrapping_add(offset)))
+        }))
+    }
+
+    /// Where a via leads now.
+    pub fn resolve(&self, via: &ViaKey) -> Resolved {
+        let hops = match &via.target {
+            Target::Hops(hops) => Ok(hops.to_vec()),
+            Target::Object(id) => self.object_hops(*id),
+        };
+        let hops = match hops {
+            Ok(hops) if !hops.is_empty() => hops,
+            Ok(_) => return Resolved::Exception(Reason::UnsupportedRoute),
+            Err(reason) => return Resolved::Exception(reason),
+        };
+        // A connected route with an MTU of its own would give its hosts another MTU than the port's.
+        let plain = |hop: &Hop| hop.ifindex != 0 && (hop.gateway.is_some() || via.mtu == 0);
+        if !hops.iter().all(plain) {
+            return Resolved::Exception(Reason::UnsupportedRoute);
+        }
+        Resolved::Hops(hops.into_iter().map(|hop| (hop, self.is_live(&hop, via.family))).collect())
+    }
+
+    fn object_hops(&self, id: u32) -> Result<Vec<Hop>, Reason> {
+        match &self.objects.get(&id).ok_or(Reason::NoRoute)?.value.kind {
+            NexthopObjectKind::Hop(hop) => Ok(vec![*hop]),
+            NexthopObjectKind::Blackhole => Err(Reason::NonUnicastRoute),
+            NexthopObjectKind::Unsupported => Err(Reason::UnsupportedRoute),
+            NexthopObjectKind::Group(members) => members.iter().map(|&(member, weight)| {
+                match self.objects.get(&member).ok_or(Reason::NoRoute)?.value.kind {
+                    NexthopObjectKind::Hop(hop) => Ok(Hop { weight, ..hop }),
+                    _ => Err(Reason::UnsupportedRoute),
+                }
+            }).collect(),
+        }
+    }
+
+    /// Whether a look-up in Linux considers the next hop (fib_table_lookup, net/ipv4/fib_trie.c; rt6_score_route,
+    /// net/ipv6/route.c).
+    fn is_live(&self, hop: &Hop, family: Family) -> bool {
+        hop.flags & RTNH_F_DEAD == 0 && self.carries(hop.ifindex, family)
+    }
+
+    /// Whether look-ups consider next hops by an interface at all. Link down is read from the port: Linux sets and
+    /// clears the flag of the next hop without a message.
+    pub fn carries(&self, ifindex: u32, family: Family) -> bool {
+        let down = |port: &Port| !port.up || !port.carrier && port.family[family as usize].ignore_linkdown;
+        !self.ports.get(&ifindex).is_some_and(|port| down(&port.value))
+    }
+
+    /// Whether a via is, or is a group that holds, one of these nexthop objects.
+    pub fn is_over(&self, via: &ViaKey, objects: &HashSet<u32>) -> bool {
+        let Target::Object(id) = via.target else { return false };
+        let members = match self.objects.get(&id).map(|object| &object.value.kind) {
+            Some(NexthopObjectKind::Group(members)) => members.as_slice(),
+            _ => &[],
+        };
+        objects.contains(&id) || members.iter().any(|(member, _)| objects.contains(member))
+    }
+
+    /// What decides over a prefix, and whether it does so over everything beneath it (table local). None if there is
+    /// no route.
+    pub fn choose(&self, prefix: Prefix) -> Option<(Choice, bool)> {
+        let exception = |reason| Some((Choice::Exception(reason), false));
+        let main = || self.routes.candidates(prefix).filter(|(key, _)| key.table == Rank::Main.table());
+        let mut candidates = self.routes.candidates(prefix);
+        let (first, candidate) = candidates.next()?;
+        match Rank::of(first.table)? {
+            // Nothing in table local is forwarded.
+            Rank::Local => return Some((Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)), true)),
+            // Linux comes here only if table main has no answer at all.
+            Rank::Default => return exception(Reason::UnsupportedRoute),
+            Rank::Main if main().any(|(key, _)| key.tos != 0) => return exception(Reason::UnsupportedRoute),
+            Rank::Main => {}
+        }
+        for (_, candidate) in main() {
+            if candidate.unsupported {
+                return exception(Reason::UnsupportedRoute);
+            }
+            if let Some(reason) = kind_reason(candidate.kind) {
+                return exception(reason);
+            }
+            let via = self.vias.get(candidate.via)?;
+            if !matches!(self.resolve(via), Resolved::Hops(hops) if hops.iter().all(|(_, live)| !live)) {
+                return Some((Choice::Via(candidate.via), false));
+            }
+        }
+        // All are dead. Linux goes on with a shorter prefix; here the first stands, and its next hops say that they are
+        // down, so that a link that fails changes next hops instead of all its routes.
+        Some((Choice::Via(candidate.via), false))
+    }
+}
+
+/// Why routes of this kind are exceptions; None for unicast.
+fn kind_reason(kind: u8) -> Option<Reason> {
+    match kind {
+        kind::UNICAST => None,
+        kind::LOCAL | kind::ANYCAST => Some(Reason::LocalDestination),
+        kind::BROADCAST => Some(Reason::Broadcast),
+        kind::MULTICAST => Some(Reason::Multicast),
+        _ => Some(Reason::NonUnicastRoute),
+    }
+}
+
+fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool {
+    of.is_none_or(|of| of == family) && chain.iter().any(|port| port.ifindex == on)
+}
+
+fn unsupported(chain: &[&Port]) -> Option<Reason> {
+    chain.iter().any(|port| port.unsupported.is_some()).then_some(Reason::PolicySysctl)
+}
+
+/// Family of an address.
+pub(crate) fn family_of(address: IpAddr) -> Family {
+    if address.is_ipv4() { Family::V4 } else { Family::V6 }
+}

@@ -1,0 +1,586 @@
+//! Directed tests: each kind of change, and what the tables say after it. `model` compares long histories with a
+//! reference that works everything out from scratch.
+
+mod model;
+mod reference;
+
+use super::*;
+use reference::Outcome;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use towpath_fpc::*;
+use towpath_tables::Reason;
+use towpath_tables::backing::{HeapBacking, View, initial_elements};
+use towpath_tables::lpm::{self, Kind};
+use towpath_tables::nexthop::{Action, NexthopValue};
+use towpath_tables::pool::NoReaders;
+use towpath_tables::record::{TableId, port_flags};
+use towpath_tables::writer::MAIN_ROOT;
+
+type TestFpm = Fpm<HeapBacking, NoReaders>;
+
+fn new_tables() -> TableWriter<HeapBacking, NoReaders> {
+    TableWriter::create(HeapBacking::new(initial_elements(1)), NoReaders).unwrap()
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn prefix(text: &str) -> Prefix {
+    let (address, len) = text.split_once('/').unwrap();
+    Prefix::new(ip(address), len.parse().unwrap()).unwrap()
+}
+
+fn mac(last: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 0, last]
+}
+
+/// An interface that is up and forwards.
+fn port(ifindex: u32) -> Port {
+    let family = PortFamily { forwarding: true, ignore_linkdown: false };
+    Port {
+        ifindex, name: format!("eth{ifindex}"), mac: Some(mac(ifindex as u8)), mtu: 1500, kind: PortKind::Ethernet, up: true,
+        carrier: true, master: 0, promiscuous: false, family: [family; 2], send_redirects: false, rp_filter: 0,
+        route_localnet: false, unsupported: None,
+    }
+}
+
+fn vlan(ifindex: u32, lower: u32, protocol: u16, id: u16) -> Port {
+    Port { kind: PortKind::Vlan { lower, protocol, id }, mtu: 1496, ..port(ifindex) }
+}
+
+fn neighbour(ifindex: u32, address: &str, lladdr: Option<u8>) -> Message {
+    let key = NeighbourKey { ifindex, address: ip(address) };
+    Message::Neighbour(Neighbour { key, lladdr: lladdr.map(mac), state: 2 })
+}
+
+fn hop(ifindex: u32, gateway: Option<&str>) -> Hop {
+    Hop { ifindex, gateway: gateway.map(ip), weight: 1, flags: 0 }
+}
+
+fn key(text: &str) -> RouteKey {
+    RouteKey { table: 254, prefix: prefix(text), priority: 0, tos: 0 }
+}
+
+fn route(text: &str, hops: &[Hop]) -> Route {
+    Route { key: key(text), kind: 1, protocol: 4, via: Via::Hops(hops.to_vec()), mtu: 0, unsupported: false }
+}
+
+fn policy(scope: Scope, reason: Reason) -> Message {
+    Message::Policy(Policy { source: PolicySource::Tc, scope, reason, detail: "test".into() })
+}
+
+/// Where the published tables send packets to an address, and how many of a group's buckets go each way.
+fn shares(view: &View, address: IpAddr) -> BTreeMap<Outcome, usize> {
+    let word = match address {
+        IpAddr::V4(address) => lpm::lookup(view, MAIN_ROOT[0], &address.octets()),
+        IpAddr::V6(address) => lpm::lookup(view, MAIN_ROOT[1], &address.octets()),
+    };
+    let indices: Vec<u32> = match word.unwrap().kind() {
+        Kind::None => return [(Outcome::Exception(Reason::NoRoute), 1)].into(),
+        Kind::Nexthop(index) => vec![index],
+        Kind::Group(group) => view.groups()[group as usize].buckets.iter().map(|bucket| bucket.load()).collect(),
+        Kind::Node(_) => panic!("a look-up ended at a node"),
+    };
+    let mut shares = BTreeMap::new();
+    for index in indices {
+        *shares.entry(outcome(view, index)).or_default() += 1;
+    }
+    shares
+}
+
+fn outcome(view: &View, index: u32) -> Outcome {
+    let value = NexthopValue::read(&view.nexthops()[index as usize]).expect("a next hop in use");
+    match value.action {
+        Action::Exception(reason) => Outcome::Exception(reason),
+        Action::Forward(header) => {
+            let ifindex = |slot: u32| view.ports()[slot as usize].ifindex.load();
+            Outcome::Forward { port: ifindex(value.port), device: ifindex(value.device), mtu: value.mtu, header: header.bytes().to_vec() }
+        }
+    }
+}
+
+fn outcomes(fpm: &TestFpm, address: &str) -> BTreeSet<Outcome> {
+    shares(&fpm.tables().view(), ip(address)).into_keys().collect()
+}
+
+fn forward(port: u8, device: u8, mtu: u32, to: u8, tags: &[u8]) -> Outcome {
+    let header = [&mac(to), &mac(port), tags].concat();
+    Outcome::Forward { port: port.into(), device: device.into(), mtu, header }
+}
+
+/// A manager that serves interfaces 1 and 2 and knows interface 3; 192.0.2.0/24 and 2001:db8:1::/64 are connected to
+/// 1, 198.51.100.0/24 to 2; 203.0.113.0/24 and 2001:db8:9::/48 lie behind the neighbours .1 of those networks.
+struct Fixture {
+    fpm: TestFpm,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let mut fixture = Self::unfinished(new_tables());
+        fixture.complete();
+        fixture
+    }
+
+    fn unfinished(tables: TableWriter<HeapBacking, NoReaders>) -> Self {
+        let mut fpm = Fpm::new(tables, all_classes());
+        fpm.serve(1, true);
+        fpm.serve(2, true);
+        for class in all_classes() {
+            fpm.apply(Message::SnapshotBegin(class));
+        }
+        for ifindex in 1..=3 {
+            fpm.apply(Message::Port(port(ifindex)));
+        }
+        for route in [
+            route("192.0.2.0/24", &[hop(1, None)]),
+            route("198.51.100.0/24", &[hop(2, None)]),
+            route("2001:db8:1::/64", &[hop(1, None)]),
+            route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]),
+            route("2001:db8:9::/48", &[hop(1, Some("2001:db8:1::1"))]),
+        ] {
+            fpm.apply(Message::Route(route));
+        }
+        fpm.apply(neighbour(1, "192.0.2.1", Some(0x11)));
+        fpm.apply(neighbour(2, "198.51.100.1", Some(0x21)));
+        fpm.apply(neighbour(1, "2001:db8:1::1", Some(0x16)));
+        Self { fpm }
+    }
+
+    fn complete(&mut self) {
+        for class in all_classes() {
+            self.fpm.apply(Message::SnapshotEnd(class));
+        }
+        self.fpm.publish().expect("everything was described");
+    }
+
+    /// Applies a batch.
+    fn batch(&mut self, messages: impl IntoIterator<Item = Message>) -> &mut Self {
+        messages.into_iter().for_each(|message| self.fpm.apply(message));
+        self.fpm.publish();
+        self
+    }
+
+    /// Replaces what is known of a class.
+    fn snapshot(&mut self, class: Snapshot, messages: impl IntoIterator<Item = Message>) -> &mut Self {
+        let begin = [Message::SnapshotBegin(class)].into_iter();
+        self.batch(begin.chain(messages).chain([Message::SnapshotEnd(class)]))
+    }
+
+    #[track_caller]
+    fn expect(&mut self, address: &str, expected: Outcome) -> &mut Self {
+        assert_eq!(outcomes(&self.fpm, address), [expected].into(), "{address}");
+        self
+    }
+
+    #[track_caller]
+    fn exception(&mut self, address: &str, reason: Reason) -> &mut Self {
+        self.expect(address, Outcome::Exception(reason))
+    }
+
+    fn flags(&self, ifindex: u32) -> u32 {
+        let slot = self.fpm.ports().find(|port| port.port.ifindex == ifindex).unwrap().slot;
+        self.fpm.tables().view().ports()[slot as usize].flags.load()
+    }
+}
+
+const VIA_2: &str = "203.0.113.7";
+
+fn via_2() -> Outcome {
+    forward(2, 2, 1500, 0x21, &[])
+}
+
+#[test]
+fn routes_gateways_and_hosts_are_forwarded() {
+    Fixture::new()
+        .expect(VIA_2, via_2())
+        .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
+        .expect("192.0.2.1", forward(1, 1, 1500, 0x11, &[]))
+        .exception("192.0.2.2", Reason::NoNeighbour)
+        .exception("8.8.8.8", Reason::NoRoute);
+}
+
+#[test]
+fn nothing_is_published_before_everything_was_described() {
+    let mut fixture = Fixture::unfinished(new_tables());
+    let (last, others) = { let mut all: Vec<_> = all_classes().collect(); (all.pop().unwrap(), all) };
+    for class in others {
+        fixture.fpm.apply(Message::SnapshotEnd(class));
+    }
+    assert!(fixture.fpm.publish().is_none());
+    assert_eq!(fixture.fpm.awaited().collect::<Vec<_>>(), [last]);
+    fixture.exception(VIA_2, Reason::NoRoute);
+    fixture.batch([Message::SnapshotEnd(last)]).expect(VIA_2, via_2());
+    assert!(fixture.fpm.publish().is_none(), "nothing left to do");
+}
+
+#[test]
+fn a_neighbour_comes_changes_and_goes() {
+    Fixture::new()
+        .batch([neighbour(2, "198.51.100.1", Some(0x22))]).expect(VIA_2, forward(2, 2, 1500, 0x22, &[]))
+        .batch([neighbour(2, "198.51.100.1", None)]).exception(VIA_2, Reason::NoNeighbour)
+        .exception("198.51.100.1", Reason::NoNeighbour)
+        .batch([neighbour(2, "198.51.100.1", Some(0x21))]).expect(VIA_2, via_2()).expect("198.51.100.1", via_2())
+        .batch([Message::NeighbourDelete(NeighbourKey { ifindex: 2, address: ip("198.51.100.1") })])
+        .exception(VIA_2, Reason::NoNeighbour)
+        .exception("198.51.100.1", Reason::NoNeighbour)
+        // A group address is no station's.
+        .batch([Message::Neighbour(Neighbour { key: NeighbourKey { ifindex: 2, address: ip("198.51.100.1") }, lladdr: Some([1; 6]), state: 2 })])
+        .exception(VIA_2, Reason::NoNeighbour);
+}
+
+#[test]
+fn a_port_decides_over_what_leaves_by_it() {
+    let changed = |change: fn(&mut Port)| { let mut port = port(2); change(&mut port); Message::Port(port) };
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.flags(2), port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6);
+    fixture.batch([changed(|p| p.mtu = 1400)]).expect(VIA_2, forward(2, 2, 1400, 0x21, &[]));
+    for (change, reason) in [
+        (changed(|p| p.up = false), Reason::NexthopDown),
+        (changed(|p| p.carrier = false), Reason::NexthopDown),
+        (changed(|p| p.master = 9), Reason::EgressNotServed),
+        (changed(|p| p.mac = None), Reason::EgressNotServed),
+    ] {
+        fixture.batch([change]).exception(VIA_2, reason);
+        assert_eq!(fixture.flags(2) & port_flags::READY, 0);
+        fixture.batch([changed(|_| ())]).expect(VIA_2, via_2());
+        assert_ne!(fixture.flags(2) & port_flags::READY, 0);
+    }
+    fixture.batch([changed(|p| p.unsupported = Some("accept_local".into()))]).exception(VIA_2, Reason::PolicySysctl);
+    let state = fixture.fpm.ports().find(|p| p.port.ifindex == 2).unwrap();
+    assert_eq!(state.ingress_policy, [Some(Reason::PolicySysctl); 2]);
+    let word = fixture.fpm.tables().view().ports()[state.slot as usize].ingress_policy[1].load();
+    assert_eq!(word, 1 + Reason::PolicySysctl as u32);
+    fixture.batch([changed(|p| { p.send_redirects = true; p.rp_filter = 2; p.route_localnet = true; p.family[1].forwarding = false; p.kind = PortKind::Virtual })]);
+    let expected = port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::REDIRECTS
+        | port_flags::RP_LOOSE | port_flags::ROUTE_LOCALNET | port_flags::PARTIAL_CSUM;
+    assert_eq!(fixture.flags(2), expected);
+    fixture.batch([Message::PortDelete(2)]).exception(VIA_2, Reason::EgressNotServed);
+    assert_eq!(fixture.fpm.ports().map(|p| p.port.ifindex).collect::<Vec<_>>(), [1]);
+    assert_eq!(fixture.fpm.tables().ports().count(), 1);
+    fixture.batch([changed(|_| ())]).expect(VIA_2, via_2());
+}
+
+#[test]
+fn service_comes_and_goes() {
+    let mut fixture = Fixture::new();
+    fixture.batch([Message::Route(route("10.0.0.0/8", &[hop(3, Some("100.64.0.1"))])), neighbour(3, "100.64.0.1", Some(0x31))]);
+    fixture.exception("10.1.1.1", Reason::EgressNotServed);
+    fixture.fpm.serve(3, true);
+    fixture.batch([]).expect("10.1.1.1", forward(3, 3, 1500, 0x31, &[]));
+    fixture.fpm.serve(3, false);
+    fixture.fpm.serve(1, false);
+    fixture.batch([]).exception("10.1.1.1", Reason::EgressNotServed).exception("192.0.2.1", Reason::EgressNotServed);
+}
+
+#[test]
+fn vlans_are_ports_over_their_ports() {
+    let mut fixture = Fixture::new();
+    fixture.batch([
+        Message::Port(vlan(5, 4, 0x8100, 7)),
+        Message::Port(vlan(4, 1, 0x88a8, 100)),
+        Message::Route(route("10.4.0.0/16", &[hop(4, Some("10.4.0.1"))])),
+        Message::Route(route("10.5.0.0/16", &[hop(5, Some("10.5.0.1"))])),
+        neighbour(4, "10.4.0.1", Some(0x41)),
+        neighbour(5, "10.5.0.1", Some(0x51)),
+    ]);
+    let (outer, both) = (&[0x88, 0xa8, 0, 100], &[0x88, 0xa8, 0, 100, 0x81, 0, 0, 7]);
+    fixture.expect("10.4.9.9", forward(4, 1, 1496, 0x41, outer)).expect("10.5.9.9", forward(5, 1, 1496, 0x51, both));
+    let view = fixture.fpm.tables().view();
+    let slot_of: BTreeMap<u32, u32> = fixture.fpm.tables().ports().map(|(slot, ifindex)| (ifindex, slot)).collect();
+    for (ifindex, lower, protocol, id) in [(4, 1, 0x88a8u32, 100usize), (5, 4, 0x8100, 7)] {
+        let (record, below) = (&view.ports()[slot_of[&ifindex] as usize], &view.ports()[slot_of[&lower] as usize]);
+        assert_eq!((record.lower.load(), record.vlan.load()), (slot_of[&lower], protocol << 16 | id as u32));
+        assert_ne!(record.flags.load() & port_flags::VLAN, 0);
+        let word = view.vlans()[below.vlans.load() as usize].slots[id / 2].load();
+        assert_eq!(word >> (16 * (id % 2)) & 0xffff, 1 + slot_of[&ifindex]);
+    }
+    // What is underneath decides too: its state, its policies.
+    fixture.batch([Message::Port(Port { up: false, ..port(1) })]).exception("10.5.9.9", Reason::NexthopDown);
+    fixture.batch([Message::Port(port(1)), policy(Scope::Egress(1, None), Reason::PolicyTc)]).exception("10.5.9.9", Reason::PolicyTc);
+    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), [policy(Scope::Ingress(4, Some(towpath_tables::record::Family::V6)), Reason::PolicyCapture)]);
+    let ingress = |ifindex| fixture.fpm.ports().find(|p| p.port.ifindex == ifindex).unwrap().ingress_policy;
+    assert_eq!((ingress(1), ingress(4), ingress(5)), ([None; 2], [None, Some(Reason::PolicyCapture)], [None, Some(Reason::PolicyCapture)]));
+    // A third tag, and a sub-interface without its port, are not ports.
+    fixture.batch([Message::Port(vlan(6, 5, 0x8100, 9)), Message::Route(route("10.6.0.0/16", &[hop(6, Some("10.6.0.1"))])), neighbour(6, "10.6.0.1", Some(0x61))]);
+    fixture.exception("10.6.9.9", Reason::EgressNotServed);
+    fixture.batch([Message::PortDelete(4)]).exception("10.5.9.9", Reason::EgressNotServed);
+    assert_eq!(fixture.fpm.tables().ports().count(), 2);
+    assert_eq!(fixture.fpm.tables().view().ports()[slot_of[&1] as usize].vlans.load(), towpath_tables::record::NO_VLANS);
+}
+
+#[test]
+fn ipv4_goes_through_an_ipv6_gateway() {
+    Fixture::new()
+        .batch([Message::Route(route("10.0.0.0/8", &[hop(1, Some("2001:db8:1::1"))]))])
+        .expect("10.1.1.1", forward(1, 1, 1500, 0x16, &[]))
+        // A policy on IPv4 that leaves counts from the first route of IPv4 on, and only until the last.
+        .batch([policy(Scope::Egress(1, Some(Family::V4)), Reason::PolicyNetfilter)])
+        .exception("10.1.1.1", Reason::PolicyNetfilter)
+        .batch([Message::RouteDelete(key("10.0.0.0/8"))])
+        .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]));
+}
+
+#[test]
+fn the_best_candidate_wins() {
+    let at = |priority, tos, gateway| Message::Route(Route { key: RouteKey { priority, tos, ..key("10.0.0.0/8") }, ..route("10.0.0.0/8", &[hop(1, Some(gateway))]) });
+    let gone = |priority, tos| Message::RouteDelete(RouteKey { priority, tos, ..key("10.0.0.0/8") });
+    Fixture::new()
+        .batch([neighbour(1, "192.0.2.2", Some(0x12)), at(20, 0, "192.0.2.2")]).expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
+        .batch([at(10, 0, "192.0.2.1")]).expect("10.1.1.1", forward(1, 1, 1500, 0x11, &[]))
+        .batch([at(30, 8, "192.0.2.1")]).exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([gone(30, 8), gone(10, 0)]).expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
+        .batch([gone(20, 0)]).exception("10.1.1.1", Reason::NoRoute);
+}
+
+#[test]
+fn kinds_tables_and_attributes_make_exceptions() {
+    let kind = |table, kind| { let mut r = route("203.0.113.0/28", &[hop(1, None)]); r.key.table = table; r.kind = kind; Message::Route(r) };
+    let gone = |table| Message::RouteDelete(RouteKey { table, ..key("203.0.113.0/28") });
+    let mut fixture = Fixture::new();
+    for (number, reason) in [
+        (2, Reason::LocalDestination), (3, Reason::Broadcast), (4, Reason::LocalDestination), (5, Reason::Multicast),
+        (6, Reason::NonUnicastRoute), (7, Reason::NonUnicastRoute), (8, Reason::NonUnicastRoute), (9, Reason::NonUnicastRoute),
+        (99, Reason::NonUnicastRoute),
+    ] {
+        fixture.batch([kind(254, number)]).exception(VIA_2, reason).batch([gone(254), kind(255, number)]).exception(VIA_2, reason);
+        fixture.batch([gone(255)]).expect(VIA_2, via_2());
+    }
+    fixture.batch([kind(255, 1)]).exception(VIA_2, Reason::UnsupportedRoute).batch([gone(255)]);
+    fixture.batch([kind(253, 1)]).exception(VIA_2, Reason::UnsupportedRoute).batch([gone(253)]);
+    fixture.batch([kind(1000, 6)]).expect(VIA_2, via_2());
+    fixture.batch([Message::Route(Route { unsupported: true, ..route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]) })]);
+    fixture.exception(VIA_2, Reason::UnsupportedRoute);
+    fixture.batch([Message::Route(Route { mtu: 1300, ..route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]) })]);
+    fixture.expect(VIA_2, forward(2, 2, 1300, 0x21, &[]));
+    fixture.batch([Message::Route(Route { mtu: 1300, ..route("192.0.2.0/24", &[hop(1, None)]) })]);
+    fixture.exception("192.0.2.1", Reason::UnsupportedRoute);
+}
+
+#[test]
+fn table_local_shadows_what_is_longer_in_main() {
+    let mut local = route("203.0.0.0/16", &[hop(1, None)]);
+    (local.key.table, local.kind) = (255, 2);
+    Fixture::new().batch([Message::Route(local.clone())]).exception(VIA_2, Reason::LocalDestination)
+        .batch([Message::RouteDelete(local.key)]).expect(VIA_2, via_2());
+}
+
+/// Two ways of equal cost and a third with double weight.
+fn multipath() -> Route {
+    let hops = [hop(1, Some("192.0.2.1")), hop(2, Some("198.51.100.1")), Hop { weight: 2, ..hop(1, Some("192.0.2.2")) }];
+    route("10.0.0.0/8", &hops)
+}
+
+#[test]
+fn groups_follow_weights_and_move_as_little_as_they_must() {
+    let mut fixture = Fixture::new();
+    fixture.batch([neighbour(1, "192.0.2.2", Some(0x12)), Message::Route(multipath())]);
+    let (a, b, c) = (forward(1, 1, 1500, 0x11, &[]), via_2(), forward(1, 1, 1500, 0x12, &[]));
+    let shares_of = |fixture: &Fixture| shares(&fixture.fpm.tables().view(), ip("10.1.1.1"));
+    let buckets = |fixture: &Fixture| -> Vec<Outcome> {
+        let view = fixture.fpm.tables().view();
+        view.groups()[0].buckets.iter().map(|bucket| outcome(&view, bucket.load())).collect()
+    };
+    assert_eq!(shares_of(&fixture), [(a.clone(), 64), (b.clone(), 64), (c.clone(), 128)].into());
+    let before = buckets(&fixture);
+    // Interface 2 goes down: Linux takes it out, and its flows alone move.
+    fixture.batch([Message::Port(Port { up: false, ..port(2) })]);
+    assert_eq!(shares_of(&fixture), [(a.clone(), 85), (c.clone(), 171)].into());
+    assert!(before.iter().zip(buckets(&fixture)).all(|(old, new)| *old == b || *old == new));
+    // Link down alone counts only with ignore_routes_with_linkdown.
+    fixture.batch([Message::Port(Port { carrier: false, ..port(2) })]);
+    assert_eq!(shares_of(&fixture)[&Outcome::Exception(Reason::NexthopDown)], 64);
+    let family = [PortFamily { forwarding: true, ignore_linkdown: true }; 2];
+    fixture.batch([Message::Port(Port { carrier: false, family, ..port(2) })]);
+    assert_eq!(shares_of(&fixture), [(a.clone(), 85), (c.clone(), 171)].into());
+    fixture.batch([Message::Port(Port { up: false, ..port(2) }), Message::Port(Port { up: false, ..port(1) })]);
+    assert_eq!(shares_of(&fixture), [(Outcome::Exception(Reason::NexthopDown), 256)].into());
+    fixture.batch([Message::Port(port(1)), Message::Port(port(2))]);
+    assert_eq!(shares_of(&fixture), [(a.clone(), 64), (b, 64), (c.clone(), 128)].into());
+    let mut dead = multipath();
+    if let Via::Hops(hops) = &mut dead.via { hops[1].flags = 1 }
+    fixture.batch([Message::Route(dead)]);
+    assert_eq!(shares_of(&fixture), [(a, 85), (c, 171)].into());
+    // Routes with the same next hops share a group; without routes it is free again.
+    let groups = |fixture: &mut Fixture| {
+        fixture.fpm.tables_mut().reclaim();
+        fixture.fpm.tables().usage().iter().find(|usage| usage.table == TableId::Groups).unwrap().used
+    };
+    fixture.batch([Message::Route(Route { key: key("11.0.0.0/8"), ..multipath() }), Message::Route(multipath())]);
+    assert_eq!(groups(&mut fixture), 1);
+    fixture.batch([Message::RouteDelete(key("10.0.0.0/8")), Message::RouteDelete(key("11.0.0.0/8"))]);
+    assert_eq!(groups(&mut fixture), 0);
+}
+
+#[test]
+fn a_dead_candidate_leaves_the_prefix_to_the_next() {
+    let family = [PortFamily { forwarding: true, ignore_linkdown: true }; 2];
+    let backup = Route { key: RouteKey { priority: 50, ..key("203.0.113.0/24") }, ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]) };
+    Fixture::new()
+        .batch([Message::Route(backup)]).expect(VIA_2, via_2())
+        .batch([Message::Port(Port { carrier: false, ..port(2) })]).exception(VIA_2, Reason::NexthopDown)
+        .batch([Message::Port(Port { carrier: false, family, ..port(2) })]).expect(VIA_2, forward(1, 1, 1500, 0x11, &[]))
+        .batch([Message::Port(port(2))]).expect(VIA_2, via_2());
+}
+
+#[test]
+fn nexthop_objects_are_looked_up_late() {
+    let object = |id, kind| Message::Nexthop(NexthopObject { id, kind });
+    let mut by_object = route("10.0.0.0/8", &[]);
+    by_object.via = Via::Object(10);
+    let (a, b) = (forward(1, 1, 1500, 0x11, &[]), via_2());
+    let mut fixture = Fixture::new();
+    fixture.batch([Message::Route(by_object)]).exception("10.1.1.1", Reason::NoRoute)
+        .batch([object(10, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1"))))]).expect("10.1.1.1", a.clone())
+        .batch([object(10, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1"))))]).expect("10.1.1.1", b.clone())
+        .batch([object(10, NexthopObjectKind::Blackhole)]).exception("10.1.1.1", Reason::NonUnicastRoute)
+        .batch([object(10, NexthopObjectKind::Unsupported)]).exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3), (2, 1)]))]).exception("10.1.1.1", Reason::NoRoute)
+        .batch([object(1, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1")))), object(2, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1"))))]);
+    assert_eq!(shares(&fixture.fpm.tables().view(), ip("10.1.1.1")), [(a.clone(), 192), (b, 64)].into());
+    fixture.batch([object(2, NexthopObjectKind::Blackhole)]).exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([Message::NexthopDelete(2)]).exception("10.1.1.1", Reason::NoRoute)
+        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3)]))]).expect("10.1.1.1", a)
+        .snapshot(Snapshot::Nexthops, []).exception("10.1.1.1", Reason::NoRoute);
+}
+
+#[test]
+fn policies_of_a_family_settings_and_own_addresses_reach_the_config() {
+    let mut fixture = Fixture::new();
+    let address = Address { ifindex: 1, address: ip("192.0.2.9"), prefix_len: 24 };
+    fixture.batch([
+        policy(Scope::Family(Family::V6), Reason::PolicyXfrm),
+        policy(Scope::Family(Family::V6), Reason::PolicyConntrack),
+        Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1 }),
+        Message::Address(address),
+    ]);
+    let bits = |fixture: &Fixture| -> u32 { fixture.fpm.tables().view().config().local_filter.iter().map(|word| word.load().count_ones()).sum() };
+    let is_set = |fixture: &Fixture, octets| {
+        let bit = towpath_tables::filter::local_filter_bit(octets) as usize;
+        fixture.fpm.tables().view().config().local_filter[bit / 64].load() >> (bit % 64) & 1 == 1
+    };
+    let config = fixture.fpm.tables().view().config();
+    assert_eq!((config.policy[0].load(), config.policy[1].load()), (0, 1 + Reason::PolicyConntrack as u32), "the lowest number");
+    assert_eq!((config.hash_policy[0].load(), config.hash_policy[1].load()), (1, 0));
+    assert!(is_set(&fixture, [192, 0, 2, 9]) && bits(&fixture) == 1);
+    // `ip route add local`
+    let mut any = route("100.64.0.0/30", &[hop(1, None)]);
+    (any.key.table, any.kind) = (255, 2);
+    fixture.batch([Message::AddressDelete(address), Message::Route(any.clone())]);
+    assert!((0..4).all(|last| is_set(&fixture, [100, 64, 0, last])) && bits(&fixture) == 4);
+    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), []).batch([Message::RouteDelete(any.key)]);
+    assert_eq!((fixture.fpm.tables().view().config().policy[1].load(), bits(&fixture)), (0, 0));
+}
+
+#[test]
+fn a_snapshot_sweeps_what_it_does_not_mention() {
+    let mut fixture = Fixture::new();
+    fixture.snapshot(Snapshot::Routes(Family::V4), [Message::Route(route("198.51.100.0/24", &[hop(2, None)]))])
+        .exception(VIA_2, Reason::NoRoute).exception("192.0.2.1", Reason::NoRoute).expect("198.51.100.1", via_2())
+        .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
+        .snapshot(Snapshot::Neighbours(Family::V4), []).exception("198.51.100.1", Reason::NoNeighbour)
+        .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
+        .batch([Message::SnapshotEnd(Snapshot::Ports)]).expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
+        .snapshot(Snapshot::Ports, [Message::Port(port(2))]).exception("2001:db8:9::7", Reason::EgressNotServed);
+    assert_eq!(fixture.fpm.interfaces().count(), 1);
+}
+
+#[test]
+fn a_restarted_manager_takes_over_without_a_gap() {
+    let before = {
+        let mut fixture = Fixture::new();
+        fixture.batch([neighbour(1, "192.0.2.2", Some(0x12)), Message::Route(multipath())]);
+        fixture
+    };
+    let indices = |fixture: &Fixture| -> BTreeMap<_, _> { fixture.fpm.nexthops().map(|n| (n.identity, n.index)).collect() };
+    let (old_indices, old_group) = (indices(&before), shares(&before.fpm.tables().view(), ip("10.1.1.1")));
+    let adopted = TableWriter::adopt(before.fpm.into_tables().into_backing(), NoReaders).unwrap();
+    let mut after = Fixture::unfinished(adopted);
+    assert!(after.fpm.publish().is_none());
+    after.expect(VIA_2, via_2());
+    after.batch([neighbour(1, "192.0.2.2", Some(0x12)), Message::Route(multipath())]);
+    assert_eq!(shares(&after.fpm.tables().view(), ip("10.1.1.1")), old_group, "nothing was touched yet");
+    for class in all_classes() {
+        after.fpm.apply(Message::SnapshotEnd(class));
+    }
+    let published = after.fpm.publish().unwrap();
+    assert_eq!((published.words, published.nodes), (0, 0), "the same routes need no change");
+    assert_eq!(indices(&after), old_indices);
+    assert_eq!(shares(&after.fpm.tables().view(), ip("10.1.1.1")), old_group);
+    after.batch([Message::RouteDelete(key("10.0.0.0/8"))]).exception("10.1.1.1", Reason::NoRoute);
+}
+
+#[test]
+fn hits_name_neighbours_once() {
+    let fixture = Fixture::new();
+    assert_eq!(fixture.fpm.take_hits(), []);
+    let hit = |gateway: &str| {
+        let index = fixture.fpm.nexthops().find(|n| n.identity.gateway == Some(ip(gateway))).unwrap().index;
+        fixture.fpm.tables().view().nexthops()[index as usize].hit.store(1);
+    };
+    hit("198.51.100.1");
+    hit("2001:db8:1::1");
+    let expected = [NeighbourKey { ifindex: 1, address: ip("2001:db8:1::1") }, NeighbourKey { ifindex: 2, address: ip("198.51.100.1") }];
+    assert_eq!(fixture.fpm.take_hits(), expected);
+    assert_eq!(fixture.fpm.take_hits(), []);
+}
+
+#[test]
+fn explain_names_what_decides() {
+    let mut fixture = Fixture::new();
+    let backup = Route { key: RouteKey { priority: 50, ..key("203.0.113.0/24") }, ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]) };
+    fixture.batch([Message::Route(backup.clone()), Message::Route(route("0.0.0.0/0", &[hop(1, Some("192.0.2.1"))]))]);
+    let explained = fixture.fpm.explain(ip(VIA_2));
+    assert_eq!(explained.prefixes.iter().map(|m| (m.prefix.to_string(), m.decides)).collect::<Vec<_>>(),
+        [("203.0.113.0/24".into(), true), ("0.0.0.0/0".into(), false)]);
+    assert_eq!(explained.prefixes[0].routes, [route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]), backup]);
+    let [(nexthop, 1)] = &explained.nexthops[..] else { panic!("{:?}", explained.nexthops) };
+    assert_eq!((nexthop.identity.ifindex, nexthop.identity.gateway), (2, Some(ip("198.51.100.1"))));
+    assert_eq!(explained.neighbours[0].lladdr, Some(mac(0x21)));
+    let local = fixture.fpm.explain(ip("192.0.2.1"));
+    assert!(local.found.unwrap().host && local.prefixes[0].decides);
+    assert_eq!(local.nexthops[0].0.identity.gateway, Some(ip("192.0.2.1")));
+}
+
+/// What a million routes cost here, and how fast changes are taken. Run with `--ignored --nocapture` to see figures.
+#[test]
+#[ignore = "takes a minute; prints figures"]
+fn a_million_routes() {
+    let mut fixture = Fixture::unfinished(new_tables());
+    let gateways = ["192.0.2.1", "198.51.100.1"];
+    let resident = || -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    };
+    let before = resident();
+    let many = |count: u32| (0..count).map(|n| {
+        let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + (n << 8));
+        let via = (n % 2) as usize;
+        Route { key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 24).unwrap(), priority: 20, tos: 0 }, kind: 1, protocol: 186,
+            via: Via::Hops(vec![hop(1 + via as u32, Some(gateways[via]))]), mtu: 0, unsupported: false }
+    });
+    let many6 = |count: u32| (0..count).map(|n| {
+        let address = std::net::Ipv6Addr::from_bits(0x2a00 << 112 | u128::from(n) << 80);
+        Route { key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 48).unwrap(), priority: 20, tos: 0 }, kind: 1, protocol: 186,
+            via: Via::Hops(vec![hop(1, Some("2001:db8:1::1"))]), mtu: 0, unsupported: false }
+    });
+    let start = std::time::Instant::now();
+    many(1_000_000).chain(many6(250_000)).for_each(|route| fixture.fpm.apply(Message::Route(route)));
+    let state = resident() - before;
+    let collected = start.elapsed();
+    fixture.complete();
+    println!("state {} MiB in {collected:?}, all {} MiB in {:?}", state >> 20, (resident() - before) >> 20, start.elapsed());
+    assert!(state < 120 << 20, "{state} bytes");
+    let start = std::time::Instant::now();
+    for (n, route) in many(100_000).enumerate() {
+        fixture.fpm.apply(if n % 2 == 0 { Message::RouteDelete(route.key) } else { Message::Route(Route { mtu: 1400, ..route }) });
+        if n % 100 == 99 {
+            fixture.fpm.publish();
+        }
+    }
+    println!("100,000 changes in batches of 100: {:?}", start.elapsed());
+    let start = std::time::Instant::now();
+    fixture.batch([Message::Port(Port { up: false, ..port(2) })]).exception("11.0.1.1", Reason::NexthopDown);
+    println!("port down: {:?}", start.elapsed());
+}
