@@ -8,7 +8,7 @@ use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{NexthopIdentity, NexthopValue};
-use towpath_tables::pool::Grace;
+use towpath_tables::grace::Grace;
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Match;
 use towpath_tables::writer::{MAIN_ROOT, PortTotals};

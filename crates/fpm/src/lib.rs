@@ -18,7 +18,7 @@ use mirror::Mirror;
 use state::State;
 use towpath_fpc::{Message, NeighbourKey, PolicySource, Snapshot};
 use towpath_tables::backing::Backing;
-use towpath_tables::pool::Grace;
+use towpath_tables::grace::Grace;
 use towpath_tables::record::Family;
 use towpath_tables::writer::{Published, TableWriter};
 

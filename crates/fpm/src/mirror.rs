@@ -9,7 +9,7 @@ use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix};
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
-use towpath_tables::pool::Grace;
+use towpath_tables::grace::Grace;
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Entry;
 use towpath_tables::store::TABLE_FULL;

@@ -13,7 +13,7 @@ use towpath_tables::Reason;
 use towpath_tables::backing::{HeapBacking, View, initial_elements};
 use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::{Action, NexthopValue};
-use towpath_tables::pool::NoReaders;
+use towpath_tables::grace::NoReaders;
 use towpath_tables::record::{TableId, port_flags};
 use towpath_tables::writer::MAIN_ROOT;
 
