@@ -13,7 +13,7 @@ use towpath_pipeline::{Verdict, process};
 /// Forwards what the tables allow; everything else goes to Linux as it came.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "xdp.frags")]
-pub fn towpath(ctx: *mut xdp_md) -> u32 {
+fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
     let (mut frame, ifindex) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex) };
     match process(&mut frame, &Maps, ifindex) {

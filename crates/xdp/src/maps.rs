@@ -6,11 +6,11 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, DevMap};
 use towpath_pipeline::Tables;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::word::W32;
 use towpath_tables::record::{
     Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, NexthopKey, Node, PORT_SLOTS, Port, PortStats, Root, TableId,
     VlanTable,
 };
+use towpath_tables::word::W32;
 
 /// Maps may be mapped into the daemon (linux/bpf.h, BPF_F_MMAPABLE).
 const MMAPABLE: u32 = 1 << 10;

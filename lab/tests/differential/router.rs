@@ -89,14 +89,13 @@ impl Router {
     pub fn new(lab: &Lab, name: &'static str, profile: &Profile) -> Result<Router> {
         let (node, wire) = (lab.node(name)?, lab.node(&format!("wire-{name}"))?);
         wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        // Link-local addresses come from MAC addresses otherwise, and the routers' are not equal yet.
+        node.sysctl("net.ipv6.conf.default.addr_gen_mode", "1")?;
         for port in 0..PORTS {
             let (end, host) = (format!("eth{port}"), format!("h{port}"));
             lab.link((&node, &end), (&wire, &host))?;
             wire.run(["ip", "link", "set", &host, "address", &mac(HOST_MACS[port]), "mtu", "9000"])?;
-            // Down meanwhile, so that the link-local address follows the new MAC address.
-            node.run(["ip", "link", "set", &end, "down"])?;
             node.run(["ip", "link", "set", &end, "address", &mac(ROUTER_MACS[port]), "mtu", &MTUS[port].to_string()])?;
-            node.run(["ip", "link", "set", &end, "up"])?;
         }
         configure(&node, profile)?;
         let sockets = (0..PORTS).map(|port| wire.packet_socket(&format!("h{port}"))).collect::<Result<_>>()?;
@@ -145,6 +144,7 @@ fn configure(node: &Node, profile: &Profile) -> Result<()> {
         let (own, own6) = link("1");
         node.run(["ip", "addr", "add", &format!("{own}/24"), "broadcast", "+", "dev", &name])?;
         node.run(["ip", "addr", "add", &format!("{own6}/64"), "dev", &name, "nodad"])?;
+        node.run(["ip", "addr", "add", "fe80::1/64", "dev", &name, "nodad"])?;
         let (host, host6) = link("10");
         for neighbour in [host, host6] {
             node.run(["ip", "neigh", "add", &neighbour, "lladdr", &mac(HOST_MACS[port]), "dev", &name])?;
@@ -174,6 +174,7 @@ fn configure_vlans(node: &Node) -> Result<()> {
         node.run(["ip", "link", "set", &name, "up"])?;
         node.run(["ip", "addr", "add", &format!("198.18.{third}.1/24"), "dev", &name])?;
         node.run(["ip", "addr", "add", &format!("2001:db8:1{id}::1/64"), "dev", &name, "nodad"])?;
+        node.run(["ip", "addr", "add", "fe80::1/64", "dev", &name, "nodad"])?;
         for neighbour in [format!("198.18.{third}.10"), format!("2001:db8:1{id}::10")] {
             node.run(["ip", "neigh", "add", &neighbour, "lladdr", &mac(HOST_MACS[2]), "dev", &name])?;
         }
