@@ -397,7 +397,8 @@ impl<const BYTES: usize> Rib<BYTES> {
         let children = std::mem::take(&mut node.children);
         let mut words = covers.map(Cover::word);
         let old_words = store.expand(old);
-        let mut leftover = old_words;
+        // Where something is published that no child answers for
+        let mut leftover = if old.is_node() { old_words } else { [Word::NONE; 256] };
         let mut state = State::Clean;
         for &(byte, child) in &children {
             let at = usize::from(byte);
@@ -415,7 +416,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         if depth == BYTES - 1 {
             self.place_hosts(address, &covers, &mut words);
         }
-        leftover.iter().for_each(|&word| store.retire_tree(word));
+        leftover.iter().filter(|word| word.is_node()).for_each(|&word| store.retire_tree(word));
         let word = seal(&words, &old_words, old, store);
         let node = &mut self.nodes[index as usize];
         node.children = children;

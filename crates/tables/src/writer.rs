@@ -176,6 +176,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         let (roots, vlans) = (used.roots.clone(), used.vlans.clone());
         let store = Store::with_used(backing, grace, used).ok_or(AdoptError::Damaged("pieces of routes overlap".into()))?;
         let mut writer = Self::over(store);
+        // Readers may still hold what the last writer had in limbo, which counts as free from now on.
+        writer.store.wait();
         for root in roots {
             let family = writer.view().roots()[root as usize].family.load();
             writer.routes.insert(root, new_routes(root, if family == 1 { Family::V4 } else { Family::V6 }));

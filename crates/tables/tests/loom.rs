@@ -187,7 +187,7 @@ fn stored_words_are_reused_only_after_grace() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn without_grace_the_model_fails() {
     reuse(false, |_| NoReaders);
 }
