@@ -2,6 +2,7 @@
 
 use crate::network::Network;
 use crate::{Frame, Tables, partial};
+use core::hint::black_box;
 use towpath_tables::Reason;
 use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, port_flags};
 use towpath_wire::ethernet::{self, Ethernet, Mac, Tag};
@@ -53,7 +54,8 @@ impl<'t> Entry<'t> {
             index => tables.vlan_table(index).ok_or(Reason::Internal)?,
         };
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
-        let pair = table.slots.get(usize::from(id / 2)).ok_or(Reason::Internal)?.load();
+        // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: leave the check in.
+        let pair = table.slots.get(black_box(usize::from(id / 2))).ok_or(Reason::Internal)?.load();
         let slot = (if id % 2 == 0 { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
         let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
         let port = tables.port(slot).ok_or(Reason::Internal)?;
