@@ -62,3 +62,70 @@ fn quoted<'f, N: Network, F: Frame>(frame: &'f F, header: &N, parsed: &Parsed) -
     }
     frame.get::<N>(parsed.offset + inner).map(Some).ok_or(Reason::Truncated)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::frames::{address6, ipv4, ipv6, udp};
+    use crate::cases::world::World;
+    use crate::packet::Packet;
+    use towpath_wire::{ipv4::Ipv4, ipv6::Ipv6};
+
+    const A: [u8; 4] = [192, 0, 2, 1];
+    const B: [u8; 4] = [198, 51, 100, 9];
+
+    fn bucket_of<N: Network>(policy: u32, packet: &[u8]) -> usize {
+        let world = World::new();
+        world.config().hash_policy[N::FAMILY as usize].store(policy);
+        let frame = Packet::new(packet, 0);
+        let (packet_len, frame_len) = (packet.len(), packet.len());
+        let parsed = Parsed { family: N::FAMILY, offset: 0, packet_len, frame_len, several: false };
+        bucket(&frame, world.config(), frame.get::<N>(0).unwrap(), &parsed).unwrap()
+    }
+
+    #[test]
+    fn both_directions_and_errors_share_a_bucket() {
+        for n in 0..64 {
+            let (there, back) = (udp(n, 53, &[]), udp(53, n, &[]));
+            for policy in [0, 1] {
+                let four = |s, d, payload: &[u8]| bucket_of::<Ipv4>(policy, &ipv4(s, d, 17, payload));
+                assert_eq!(four(A, B, &there), four(B, A, &back));
+                let (a, b) = (address6(0, n, 1), address6(1, 0, n));
+                let six = |s, d, payload: &[u8]| bucket_of::<Ipv6>(policy, &ipv6(s, d, 17, payload));
+                assert_eq!(six(a, b, &there), six(b, a, &back));
+            }
+            let (quoted4, quoted6) = (ipv4(A, [10, 0, 0, n as u8], 17, &there), ipv6(address6(0, n, 1), address6(1, 0, n), 17, &there));
+            let error = |kind: u8, quoted: &[u8]| [&[kind, 0, 0, 0, 0, 0, 0, 0], quoted].concat();
+            let about4 = bucket_of::<Ipv4>(0, &ipv4(B, A, 1, &error(3, &quoted4)));
+            assert_eq!(about4, bucket_of::<Ipv4>(0, &quoted4));
+            let about6 = bucket_of::<Ipv6>(0, &ipv6(address6(9, 9, 9), address6(0, n, 1), 58, &error(2, &quoted6)));
+            assert_eq!(about6, bucket_of::<Ipv6>(0, &quoted6));
+        }
+    }
+
+    #[test]
+    fn policy_decides_what_counts() {
+        let buckets = |policy| {
+            let all = (0..1000).map(|port| bucket_of::<Ipv4>(policy, &ipv4(A, B, 17, &udp(port, 53, &[]))));
+            all.collect::<std::collections::BTreeSet<_>>().len()
+        };
+        assert_eq!(buckets(0), 1, "addresses alone");
+        // 1000 balls in 256 bins leave about 5 empty.
+        assert!(buckets(1) > 235, "ports spread: {}", buckets(1));
+        let fragment = |port| {
+            let mut packet = ipv4(A, B, 17, &udp(port, 53, &[]));
+            packet[6] = 0x20;
+            bucket_of::<Ipv4>(1, &packet)
+        };
+        assert!((0..100).all(|port| fragment(port) == fragment(0)), "fragments have no ports");
+    }
+
+    #[test]
+    fn addresses_spread() {
+        let four: std::collections::BTreeSet<_> =
+            (0..1000u16).map(|n| bucket_of::<Ipv4>(0, &ipv4(A, [10, 0, (n >> 8) as u8, n as u8], 17, &[]))).collect();
+        let six: std::collections::BTreeSet<_> =
+            (0..1000).map(|n| bucket_of::<Ipv6>(0, &ipv6(address6(0, 0, 1), address6(1, 0, n), 17, &[]))).collect();
+        assert!(four.len() > 235 && six.len() > 235, "{} {}", four.len(), six.len());
+    }
+}
