@@ -22,6 +22,17 @@ use towpath_tables::grace::Grace;
 use towpath_tables::record::Family;
 use towpath_tables::writer::{Published, TableWriter};
 
+/// Whether the engine can transmit by an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transmit {
+    /// Any frame
+    Any,
+    /// Frames that lie in one buffer
+    SingleBuffer,
+    /// None: what would leave by it is Linux's
+    Nothing,
+}
+
 /// The fast path manager.
 pub struct Fpm<B, G> {
     state: State,
@@ -49,6 +60,12 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// Serves an interface and its VLAN sub-interfaces, or no longer. Takes effect with `publish`.
     pub fn serve(&mut self, ifindex: u32, on: bool) {
         self.state.serve(ifindex, on);
+    }
+
+    /// Says whether the engine can transmit by an interface; it can until something else is said. Takes effect with
+    /// `publish`.
+    pub fn set_transmit(&mut self, ifindex: u32, transmit: Transmit) {
+        self.state.set_transmit(ifindex, transmit);
     }
 
     /// Takes one message. Takes effect with `publish`.

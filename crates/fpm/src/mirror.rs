@@ -1,6 +1,7 @@
 //! The tables brought in line with the state. Everything here can be worked out again from the state alone; what is
 //! kept is which slots and indices stand for what.
 
+use crate::Transmit;
 use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -180,7 +181,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
         let vlans = self.set_vlans(port.ifindex, children);
         let value = PortValue {
-            flags: flags(chain),
+            flags: flags(chain, state.transmit(chain)),
             mac: port.mac.unwrap_or_default(),
             root: MAIN_ROOT,
             ingress_policy: FAMILIES.map(|family| state.ingress_policy(chain, family)),
@@ -259,7 +260,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let reasons = [
             lladdr.is_none().then_some(Reason::NoNeighbour),
             (!chain.iter().all(|port| port.up && port.carrier)).then_some(Reason::NexthopDown),
-            (!is_ready(chain)).then_some(Reason::EgressNotServed),
+            (!is_ready(chain) || state.transmit(chain) == Transmit::Nothing).then_some(Reason::EgressNotServed),
         ];
         let reason = reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
         let header = lladdr.zip(chain[0].mac).and_then(|(lladdr, mac)| Header::new(lladdr, mac, &tags(chain)));
@@ -607,7 +608,7 @@ fn tags(chain: &[&Port]) -> Vec<(u16, u16)> {
     chain.iter().rev().filter_map(tag).collect()
 }
 
-fn flags(chain: &[&Port]) -> u32 {
+fn flags(chain: &[&Port], transmit: Transmit) -> u32 {
     let port = chain[0];
     let virtual_below = chain.iter().any(|port| port.kind == PortKind::Virtual);
     [
@@ -620,5 +621,6 @@ fn flags(chain: &[&Port]) -> u32 {
         (port.route_localnet, port_flags::ROUTE_LOCALNET),
         (virtual_below, port_flags::PARTIAL_CSUM),
         (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
+        (transmit == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
     ].into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag)
 }

@@ -2,6 +2,7 @@
 //! Questions that the messages alone answer are answered here; nothing here knows the tables.
 
 use crate::routes::{Candidate, Rank, Routes, kind};
+use crate::Transmit;
 use crate::snapshot::{Generations, Marked};
 use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -37,6 +38,7 @@ impl Changes {
 pub(crate) struct State {
     pub generations: Generations,
     pub served: BTreeSet<u32>,
+    transmit: BTreeMap<u32, Transmit>,
     pub ports: BTreeMap<u32, Marked<Port>>,
     pub addresses: BTreeMap<Address, u8>,
     pub neighbours: BTreeMap<NeighbourKey, Marked<Neighbour>>,
@@ -145,6 +147,19 @@ impl State {
         }
     }
 
+    /// Notes whether the engine can transmit by an interface.
+    pub fn set_transmit(&mut self, ifindex: u32, transmit: Transmit) {
+        if self.transmit.insert(ifindex, transmit).unwrap_or(Transmit::Any) != transmit {
+            self.changes.ports.insert(ifindex);
+        }
+    }
+
+    /// Whether the engine can transmit by the interface underneath a port.
+    pub fn transmit(&self, chain: &[&Port]) -> Transmit {
+        let device = chain.last().and_then(|device| self.transmit.get(&device.ifindex));
+        device.copied().unwrap_or(Transmit::Any)
+    }
+
     fn set_port(&mut self, port: Port) {
         let marked = Marked { generation: self.generations.current(Snapshot::Ports), value: port };
         let ifindex = marked.value.ifindex;
@@ -155,6 +170,7 @@ impl State {
     }
 
     fn remove_port(&mut self, ifindex: u32) {
+        self.transmit.remove(&ifindex);
         if self.ports.remove(&ifindex).is_some() {
             self.changes.ports.insert(ifindex);
         }

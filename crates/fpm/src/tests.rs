@@ -263,6 +263,19 @@ fn a_port_decides_over_what_leaves_by_it() {
 }
 
 #[test]
+fn what_the_engine_cannot_transmit_is_left_to_linux() {
+    let mut fixture = Fixture::new();
+    let mut now = |transmit| {
+        fixture.fpm.set_transmit(2, transmit);
+        fixture.batch([]);
+        (outcomes(&fixture.fpm, VIA_2), fixture.flags(2) & port_flags::SINGLE_BUFFER)
+    };
+    assert_eq!(now(Transmit::Nothing), ([Outcome::Exception(Reason::EgressNotServed)].into(), 0));
+    assert_eq!(now(Transmit::SingleBuffer), ([via_2()].into(), port_flags::SINGLE_BUFFER));
+    assert_eq!(now(Transmit::Any), ([via_2()].into(), 0));
+}
+
+#[test]
 fn service_comes_and_goes() {
     let mut fixture = Fixture::new();
     fixture.batch([Message::Route(route("10.0.0.0/8", &[hop(3, Some("100.64.0.1"))])), neighbour(3, "100.64.0.1", Some(0x31))]);
