@@ -1,1 +1,75 @@
-fn main() {}
+//! `towpath`: the command, and the daemon it runs in the foreground.
+
+mod answer;
+mod cli;
+mod control;
+mod daemon;
+mod explain;
+mod follow;
+mod frame;
+mod instance;
+mod interfaces;
+mod notify;
+mod ports;
+mod read;
+mod remote;
+mod report;
+mod signals;
+mod source;
+mod text;
+mod words;
+
+use clap::{CommandFactory, Parser, error::ErrorKind};
+use cli::{Cli, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    check_usage(&cli);
+    start_log(cli.verbose);
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("towpath: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What clap's definitions cannot say.
+fn check_usage(cli: &Cli) {
+    let Command::Explain(explain) = &cli.command else { return };
+    let fail = |text: &str| Cli::command().error(ErrorKind::ValueValidation, text).exit();
+    if explain.source.is_ipv4() != explain.destination.is_ipv4() {
+        fail("source and destination must be of the same family");
+    }
+    match explain.ingress.as_slice() {
+        [] => {}
+        [word, _] if word == "in" => {}
+        _ => fail("after the destination only `in PORT` may follow"),
+    }
+}
+
+fn start_log(verbose: u8) {
+    // What the BPF loader has to say of BTF that old kernels lack concerns nobody.
+    let default = ["info,aya=error,aya_obj=error", "debug,aya=info,aya_obj=info", "trace"][usize::from(verbose).min(2)];
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Status(output) => read::status(output),
+        Command::Show(what) => read::show(&what),
+        Command::Explain(explain) => read::explain(&explain),
+        Command::Up(up) => daemon::run(&up, None),
+        Command::Down => daemon::down(),
+        Command::Fpm(fpm) => daemon::run(&fpm.up, Some(fpm.socket)),
+        Command::Cm(cm) => remote::run_cm(&cm),
+    }
+}

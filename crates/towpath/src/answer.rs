@@ -1,0 +1,407 @@
+//! Answers to the read commands, from what FPM, the tables and the engine know.
+
+use crate::control::{self, Packet, Request};
+use crate::daemon::Daemon;
+use crate::explain::{self, Ingress, Names, mac};
+use crate::report::{self, Families, Forwarding};
+use crate::words;
+use anyhow::{Context, Result, bail};
+use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+use towpath_engine::{Mode, Notice};
+use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Via};
+use towpath_fpm::PortState;
+use towpath_tables::Reason;
+use towpath_tables::nexthop::{Action, NexthopValue};
+use towpath_tables::record::Family;
+
+/// Routes in one answer.
+const PAGE: usize = 5000;
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+/// What is known of the daemon itself.
+pub struct Facts {
+    mode: Mode,
+    since: u64,
+    /// The tables were taken over from an earlier daemon
+    pub adopted: bool,
+    notices: Vec<String>,
+}
+
+impl Facts {
+    /// Of a daemon that starts now.
+    pub fn new(mode: Mode) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        Self { mode, since, adopted: false, notices: Vec::new() }
+    }
+
+    /// Tells the user, now and whenever the status is asked for.
+    pub fn notice(&mut self, notice: &Notice) {
+        let undo = notice.undo.as_ref().map_or(String::new(), |undo| format!(" (undo: {undo})"));
+        let text = format!("{}: {}{undo}", notice.port, notice.text);
+        eprintln!("note: {text}");
+        self.notices.push(text);
+    }
+}
+
+impl Daemon {
+    /// The line that answers a request.
+    pub fn answer(&self, request: Request) -> String {
+        match request {
+            Request::Status => control::answer(self.status()),
+            Request::Ports => control::answer(Ok(report::Ports { ports: self.ports() })),
+            Request::Routes { within, from } => control::answer(self.routes(within.as_deref(), from)),
+            Request::Neighbors => control::answer(Ok(self.neighbors())),
+            Request::Nexthops => control::answer(Ok(self.nexthops())),
+            Request::Exceptions => control::answer(Ok(self.exceptions())),
+            Request::Stats => control::answer(Ok(self.stats())),
+            Request::Explain(packet) => control::answer(self.explain(&packet)),
+            Request::Stop => control::answer(Ok(true)),
+        }
+    }
+
+    fn status(&self) -> Result<report::Status> {
+        let tables = self.fpm.tables().usage();
+        let table = |usage: &towpath_tables::writer::TableUsage| report::Table {
+            name: usage.table.name().into(),
+            used: usage.used as u64,
+            capacity: usage.elements as u64,
+            memory_bytes: usage.bytes as u64,
+        };
+        let program = self.engine.program()?;
+        Ok(report::Status {
+            engine: "xdp".into(),
+            pid: std::process::id(),
+            namespace: self.instance.inode,
+            since: self.facts.since,
+            adopted: self.facts.adopted,
+            in_sync: self.fpm.is_complete() && self.resyncing.is_empty(),
+            ports: self.ports(),
+            policies: self
+                .fpm
+                .policies()
+                .map(|policy| words::policy(policy, |ifindex| self.interface(ifindex)))
+                .collect(),
+            routes: self.route_counts(),
+            memory_bytes: self.engine.memory()?.iter().map(|(_, bytes)| bytes).sum(),
+            tables: tables.iter().map(table).collect(),
+            program: Some(report::Program {
+                id: program.id,
+                verified_instructions: (program.verified_instructions != 0).then_some(program.verified_instructions),
+            }),
+            notices: self.notices(),
+        })
+    }
+
+    fn notices(&self) -> Vec<String> {
+        let cannot = self.cannot_transmit.iter();
+        let cannot = cannot.map(|(i, why)| format!("what leaves by {} goes to Linux: {why}", self.interface(*i)));
+        self.facts.notices.iter().cloned().chain(cannot).collect()
+    }
+
+    /// Routes known, by family.
+    pub fn route_counts(&self) -> Families {
+        let count = |family| self.fpm.route_count(family) as u64;
+        Families { ipv4: count(Family::V4), ipv6: count(Family::V6) }
+    }
+
+    /// The ports asked for, present or not, then VLAN sub-interfaces of them.
+    fn ports(&self) -> Vec<report::Port> {
+        let states: Vec<PortState> = self.fpm.ports().collect();
+        let find = |ifindex: u32| states.iter().find(|state| state.port.ifindex == ifindex);
+        let mut ports: Vec<_> = self
+            .wanted
+            .iter()
+            .map(|(name, ifindex)| match ifindex.and_then(find) {
+                Some(state) => self.port(state),
+                None => absent(name, ifindex),
+            })
+            .collect();
+        let asked = self.wanted.indices();
+        ports.extend(states.iter().filter(|state| !asked.contains(&state.port.ifindex)).map(|state| self.port(state)));
+        ports
+    }
+
+    fn port(&self, state: &PortState) -> report::Port {
+        let port = state.port;
+        let driver = towpath_engine::Interface::query(port.ifindex).map(|interface| interface.driver);
+        let why_not = why_not(port, state.ready);
+        report::Port {
+            name: port.name.clone(),
+            ifindex: Some(port.ifindex),
+            mode: match (port.kind, self.facts.mode) {
+                (PortKind::Vlan { .. }, _) => "vlan",
+                (_, Mode::Native) => "native",
+                (_, Mode::Generic) => "generic",
+            }
+            .into(),
+            driver: driver.ok(),
+            ready: why_not.is_none(),
+            why_not,
+            mac: port.mac.map(|bytes: [u8; 6]| mac(Some(bytes.as_slice()))),
+            mtu: Some(port.mtu),
+            forwarding: Some(Forwarding { ipv4: port.family[0].forwarding, ipv6: port.family[1].forwarding }),
+        }
+    }
+
+    fn routes(&self, within: Option<&str>, from: u64) -> Result<report::Routes> {
+        let (all, next) = match within {
+            Some(text) if !text.contains('/') => {
+                let address: IpAddr = text.parse().with_context(|| format!("{text:?} is no address and no prefix"))?;
+                let prefixes = self.fpm.explain(address).prefixes;
+                (prefixes.into_iter().flat_map(|matched| matched.routes).collect(), None)
+            }
+            Some(text) => self.page(Some(parse_prefix(text)?), from as usize),
+            None => self.page(None, from as usize),
+        };
+        Ok(report::Routes { routes: all.iter().map(|route| self.route_row(route)).collect(), next })
+    }
+
+    fn page(&self, within: Option<Prefix>, from: usize) -> (Vec<Route>, Option<u64>) {
+        let inside = |route: &Route| within.is_none_or(|within| contains(&within, &route.key.prefix));
+        let all = FAMILIES.into_iter().flat_map(|family| self.fpm.routes(family));
+        let routes: Vec<Route> = all.skip(from).take(PAGE).collect();
+        let next = (routes.len() == PAGE).then_some((from + PAGE) as u64);
+        (routes.into_iter().filter(inside).collect(), next)
+    }
+
+    fn route_row(&self, route: &Route) -> report::Route {
+        let (hops, object) = match &route.via {
+            Via::Hops(hops) => (hops.as_slice(), None),
+            Via::Object(id) => ([].as_slice(), Some(*id)),
+        };
+        let hop = |hop: &towpath_fpc::Hop| report::Hop {
+            port: (hop.ifindex != 0).then(|| self.interface(hop.ifindex)),
+            gateway: hop.gateway.map(|gateway| gateway.to_string()),
+            weight: hop.weight,
+        };
+        report::Route {
+            prefix: route.key.prefix.to_string(),
+            table: route.key.table,
+            metric: route.key.priority,
+            protocol: words::protocol(route.protocol),
+            kind: words::route_kind(route.kind),
+            via: hops.iter().map(hop).collect(),
+            nexthop_object: object,
+            chosen: self.fpm.routes_for(route.key.prefix).first().is_some_and(|first| first.key == route.key),
+        }
+    }
+
+    fn neighbors(&self) -> report::Neighbors {
+        let neighbor = |n: &towpath_fpc::Neighbour| report::Neighbor {
+            port: self.interface(n.key.ifindex),
+            address: n.key.address.to_string(),
+            lladdr: n.lladdr.map(|bytes| mac(Some(bytes.as_slice()))),
+            state: words::neighbour_state(n.state),
+        };
+        report::Neighbors { neighbors: self.fpm.neighbours().map(neighbor).collect() }
+    }
+
+    fn nexthops(&self) -> report::Nexthops {
+        let mut nexthops: Vec<_> = self
+            .fpm
+            .nexthops()
+            .map(|hop| {
+                let (lladdr, reason) = match hop.value.map(|value: NexthopValue| value.action) {
+                    Some(Action::Forward(header)) => (Some(mac(header.bytes().get(..6))), None),
+                    Some(Action::Exception(reason)) => (None, Some(reason)),
+                    None => (None, Some(Reason::TableBusy)),
+                };
+                report::Nexthop {
+                    index: hop.index,
+                    port: (hop.identity.ifindex != 0).then(|| self.interface(hop.identity.ifindex)),
+                    gateway: hop.identity.gateway.map(|gateway| gateway.to_string()),
+                    lladdr,
+                    mtu: hop.value.map(|value| value.mtu).filter(|mtu| *mtu != 0),
+                    reason: reason.map(|reason| reason.name().into()),
+                    hit: hop.hit,
+                }
+            })
+            .collect();
+        nexthops.sort_by_key(|hop| hop.index);
+        report::Nexthops { nexthops }
+    }
+
+    fn exceptions(&self) -> report::Exceptions {
+        let mut exceptions: Vec<report::Exception> = Vec::new();
+        for state in self.fpm.ports() {
+            exceptions.extend(Reason::ALL.iter().zip(state.totals.exceptions).map(|(reason, packets)| {
+                report::Exception {
+                    port: state.port.name.clone(),
+                    reason: reason.name().into(),
+                    text: reason.text().into(),
+                    packets,
+                }
+            }));
+        }
+        exceptions.sort_by_key(|exception| std::cmp::Reverse(exception.packets));
+        report::Exceptions { exceptions }
+    }
+
+    fn stats(&self) -> report::Stats {
+        let of = |state: PortState| report::PortStats {
+            port: state.port.name.clone(),
+            rx_packets: state.totals.rx_packets,
+            rx_bytes: state.totals.rx_bytes,
+            tx_packets: state.totals.tx_packets,
+            tx_bytes: state.totals.tx_bytes,
+            exceptions: state.totals.exceptions.iter().sum(),
+        };
+        report::Stats { ports: self.fpm.ports().map(of).collect() }
+    }
+
+    fn explain(&self, packet: &Packet) -> Result<report::Explanation> {
+        if packet.source.is_ipv4() != packet.destination.is_ipv4() {
+            bail!("source and destination must be of the same family");
+        }
+        let (port, because) = match &packet.port {
+            Some(name) => (self.port_named(name)?, "as asked".into()),
+            None => self.port_towards(packet.source)?,
+        };
+        let (device, tags) = self.underneath(port)?;
+        let ingress = Ingress { device, port: port.ifindex, tags, mac: port.mac.unwrap_or_default(), because };
+        Ok(explain::explain(packet, &ingress, self.fpm.tables().view(), self))
+    }
+
+    fn port_named(&self, name: &str) -> Result<&Port> {
+        let names: Vec<_> = self.fpm.interfaces().map(|port| (port.name.clone(), port.ifindex)).collect();
+        let ifindex = crate::interfaces::index(&names, name)?;
+        self.interface_by_index(ifindex).context("the interface has just gone")
+    }
+
+    /// The port by which Linux reaches a source, or any if it does not.
+    fn port_towards(&self, source: IpAddr) -> Result<(&Port, String)> {
+        let explained = self.fpm.explain(source);
+        let towards = explained.nexthops.iter().map(|(hop, _)| hop.identity.ifindex).find(|ifindex| *ifindex != 0);
+        if let Some(port) = towards.and_then(|ifindex| self.interface_by_index(ifindex)) {
+            return Ok((port, format!("by which Linux reaches {source}")));
+        }
+        let any = self.wanted.indices().into_iter().find_map(|ifindex| self.interface_by_index(ifindex));
+        Ok((any.context("there is no port")?, format!("any: Linux has no way back to {source}")))
+    }
+
+    /// The interface whose driver receives what comes in by a port, and the tags in front of it.
+    fn underneath(&self, port: &Port) -> Result<(u32, Vec<(u16, u16)>)> {
+        let (mut port, mut tags) = (port, Vec::new());
+        while let PortKind::Vlan { lower, protocol, id } = port.kind {
+            tags.insert(0, (protocol, id));
+            port = self.interface_by_index(lower).with_context(|| format!("{} has nothing underneath", port.name))?;
+            if tags.len() > 2 {
+                bail!("more than two VLAN tags are Linux's");
+            }
+        }
+        Ok((port.ifindex, tags))
+    }
+
+    fn interface_by_index(&self, ifindex: u32) -> Option<&Port> {
+        self.fpm.interfaces().find(|port| port.ifindex == ifindex)
+    }
+}
+
+impl Names for Daemon {
+    fn interface(&self, ifindex: u32) -> String {
+        self.interface_by_index(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone())
+    }
+
+    fn route(&self, destination: IpAddr) -> Option<String> {
+        let prefixes = self.fpm.explain(destination).prefixes;
+        let deciding = prefixes.iter().find(|matched| matched.decides).or(prefixes.first())?;
+        let route = deciding.routes.first()?;
+        let row = self.route_row(route);
+        let hops = row.via.iter().map(|hop| {
+            let gateway = hop.gateway.as_ref().map_or(String::new(), |gateway| format!(" via {gateway}"));
+            let port = hop.port.as_ref().map_or(String::new(), |port| format!(" dev {port}"));
+            format!("{gateway}{port}")
+        });
+        let hops = hops.collect::<Vec<_>>().join(" or");
+        Some(format!("{}{hops}", words::route(route)))
+    }
+
+    fn neighbour(&self, ifindex: u32, address: IpAddr) -> Option<String> {
+        let key = NeighbourKey { ifindex, address };
+        let neighbour = self.fpm.neighbours().find(|neighbour| neighbour.key == key)?;
+        let state = words::neighbour_state(neighbour.state);
+        Some(match neighbour.lladdr {
+            Some(bytes) => format!("{} ({state})", mac(Some(bytes.as_slice()))),
+            None => state,
+        })
+    }
+
+    fn policies(&self) -> Vec<&Policy> {
+        self.fpm.policies().collect()
+    }
+
+    fn unsupported(&self, ifindex: u32) -> Option<String> {
+        self.interface_by_index(ifindex)?.unsupported.clone()
+    }
+
+    fn cannot_transmit(&self, ifindex: u32) -> Option<String> {
+        self.cannot_transmit.get(&ifindex).cloned()
+    }
+
+    fn why_not(&self, ifindex: u32) -> Option<String> {
+        let Some(state) = self.fpm.ports().find(|state| state.port.ifindex == ifindex) else {
+            return Some(format!("{} is not served", self.interface(ifindex)));
+        };
+        why_not(state.port, state.ready).map(|why| format!("{} is {why}", state.port.name))
+    }
+}
+
+fn absent(name: &str, ifindex: Option<u32>) -> report::Port {
+    report::Port {
+        name: name.into(),
+        ifindex,
+        mode: "none".into(),
+        driver: None,
+        ready: false,
+        why_not: Some(if ifindex.is_some() { "not in the tables" } else { "no such interface now" }.into()),
+        mac: None,
+        mtu: None,
+        forwarding: None,
+    }
+}
+
+/// Why packets that come in by a port cannot take the fast path at all.
+fn why_not(port: &Port, ready: bool) -> Option<String> {
+    let reason = if !port.up {
+        "down"
+    } else if !port.carrier {
+        "without carrier"
+    } else if port.master != 0 {
+        "enslaved"
+    } else if !ready {
+        "not served"
+    } else if port.family.iter().all(|family| !family.forwarding) {
+        "without forwarding in Linux's settings"
+    } else {
+        return None;
+    };
+    Some(reason.into())
+}
+
+fn parse_prefix(text: &str) -> Result<Prefix> {
+    let invalid = || format!("{text:?} is no prefix");
+    let (address, length) = text.split_once('/').with_context(invalid)?;
+    Prefix::new(address.parse().with_context(invalid)?, length.parse().with_context(invalid)?).with_context(invalid)
+}
+
+fn contains(outer: &Prefix, inner: &Prefix) -> bool {
+    outer.family() == inner.family()
+        && outer.prefix_len() <= inner.prefix_len()
+        && Prefix::new(inner.address(), outer.prefix_len()) == Some(*outer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_contain_longer_ones() {
+        let prefix = |text| parse_prefix(text).unwrap();
+        assert!(contains(&prefix("192.0.2.0/24"), &prefix("192.0.2.128/25")));
+        assert!(contains(&prefix("0.0.0.0/0"), &prefix("192.0.2.128/25")));
+        assert!(!contains(&prefix("192.0.2.0/24"), &prefix("192.0.0.0/16")));
+        assert!(!contains(&prefix("0.0.0.0/0"), &prefix("2001:db8::/32")));
+        assert!(parse_prefix("192.0.2.0/33").is_err() && parse_prefix("x/1").is_err());
+    }
+}

@@ -1,0 +1,180 @@
+//! The command line: what may be asked for, and its help.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// A fast path beside the Linux network stack.
+///
+/// Packets that Linux would only forward go from driver to driver; everything else, and everything that the fast path
+/// cannot prove to be forwarded the same way, goes to Linux as it arrived. Configure Linux as always.
+#[derive(Parser)]
+#[command(name = "towpath", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log more to stderr: -v for details, -vv for everything (RUST_LOG overrides)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+}
+
+const EXIT_CODES: &str = "Exit status: 0 success, 1 failure (nothing was changed), 2 wrong usage.\n\
+    Each network namespace has an instance of its own; run the command in the namespace it is about.";
+
+/// The subcommands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve ports in the foreground until Ctrl-C or `towpath down`
+    Up(Up),
+    /// Take the fast path off; Linux forwards again
+    Down,
+    /// Say how the instance of this namespace is doing
+    Status(Output),
+    /// Show what the fast path holds
+    #[command(subcommand)]
+    Show(Show),
+    /// Say what would happen to a packet, step by step, and why
+    Explain(Explain),
+    /// Run the cache manager alone: read Linux's state and send it to a `towpath fpm`
+    Cm(Cm),
+    /// Run the fast path manager alone: as `up`, with Linux's state from a `towpath cm`
+    Fpm(Fpm),
+}
+
+/// `towpath up`
+#[derive(Args, Clone)]
+pub struct Up {
+    /// Interfaces to serve; none: every interface that can be served
+    pub ports: Vec<String>,
+    /// What runs the packet path
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    pub engine: Engine,
+    /// Use XDP's generic mode on ports whose driver has no native one (slower than native, works everywhere)
+    #[arg(long)]
+    pub generic: bool,
+}
+
+/// Engines that can be asked for.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// An XDP program in the driver
+    Xdp,
+    /// Cores of its own in user space (not in this build)
+    User,
+    /// The best that this build and machine have
+    Auto,
+}
+
+/// How to print.
+#[derive(Args, Clone, Copy)]
+pub struct Output {
+    /// Print JSON, as described in docs/json.md
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `towpath show`
+#[derive(Subcommand)]
+pub enum Show {
+    /// Ports and how they are served
+    Ports(Output),
+    /// Routes, and what the fast path does with each
+    Routes(Routes),
+    /// Neighbours
+    #[command(alias = "neighbours")]
+    Neighbors(Output),
+    /// Next hops in use by routes
+    Nexthops(Output),
+    /// Packets handed to Linux, by port and reason
+    Exceptions(Output),
+    /// Packets and bytes forwarded by the fast path, by port
+    Stats(Output),
+}
+
+/// `towpath show routes`
+#[derive(Args)]
+pub struct Routes {
+    /// Only routes within this prefix or address
+    pub within: Option<String>,
+    /// Printing
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// `towpath explain`
+#[derive(Args)]
+pub struct Explain {
+    /// Source address of the packet
+    pub source: IpAddr,
+    /// Destination address of the packet
+    pub destination: IpAddr,
+    /// The port it comes in by, as `in PORT`; without: the one by which Linux reaches the source
+    #[arg(num_args = 0..=2, value_names = ["in", "PORT"])]
+    pub ingress: Vec<String>,
+    /// Transport protocol
+    #[arg(long, value_enum, default_value_t = Protocol::Udp)]
+    pub protocol: Protocol,
+    /// Source port
+    #[arg(long, default_value_t = 1024)]
+    pub sport: u16,
+    /// Destination port
+    #[arg(long, default_value_t = 9)]
+    pub dport: u16,
+    /// Length of the IP packet in bytes, header included
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(60..))]
+    pub length: u16,
+    /// TTL or hop limit on arrival
+    #[arg(long, default_value_t = 64)]
+    pub ttl: u8,
+    /// Printing
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Transport protocols of a packet to explain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// UDP
+    Udp,
+    /// TCP
+    Tcp,
+}
+
+/// `towpath cm`
+#[derive(Args)]
+pub struct Cm {
+    /// Socket of the `towpath fpm` to send to; default: the one of this namespace's instance
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+}
+
+/// `towpath fpm`
+#[derive(Args, Clone)]
+pub struct Fpm {
+    /// As for `up`
+    #[command(flatten)]
+    pub up: Up,
+    /// Socket to listen on for the `towpath cm`; default: in this namespace's instance
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn explain_takes_in_port() {
+        let cli = Cli::try_parse_from(["towpath", "explain", "192.0.2.1", "198.51.100.1", "in", "eth0"]);
+        let Ok(Cli { command: Command::Explain(explain), .. }) = cli else { panic!("does not parse") };
+        assert_eq!(explain.ingress, ["in", "eth0"]);
+    }
+}

@@ -1,0 +1,322 @@
+//! The daemon: joins the cache manager, the fast path manager and the engine. One thread owns the tables: it takes
+//! events from an inbox, brings the tables in line, and answers questions between two batches.
+
+use crate::answer::Facts;
+use crate::cli::{self, Up};
+use crate::control::{self, Request};
+use crate::instance::Instance;
+use crate::ports::Wanted;
+use crate::signals::Termination;
+use crate::source::{Running, Source, thread};
+use crate::{interfaces, notify};
+use anyhow::{Context, Result, bail};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+use towpath_engine::{Engine, Mode, Options, PortRequest, Site, Tables, TransmitWatch};
+use towpath_fpc::codec::Packet;
+use towpath_fpc::{Message, Policy, Snapshot};
+use towpath_fpm::Fpm;
+use towpath_tables::backing::initial_elements;
+use towpath_tables::writer::TableWriter;
+
+/// Batches and questions that may wait; beyond that their senders do.
+const INBOX: usize = 64;
+/// How long the first description of everything may take to begin with; it is extended while messages come.
+const FIRST_SNAPSHOT: Duration = Duration::from_secs(30);
+/// How often the hit flags are looked at.
+const TICK: Duration = Duration::from_millis(500);
+
+/// What reaches the daemon's thread.
+pub enum Event {
+    /// From the cache manager
+    Messages(Vec<Message>),
+    /// The messages before it have been applied when this is handled: say so, naming this sequence number
+    Acknowledge(u32),
+    /// The cache manager in this process has failed
+    SourceEnded(String),
+    /// The cache manager at the other end of a socket has left
+    SourceLost,
+    /// Whether these ports can transmit may have changed
+    Transmit(Vec<u32>),
+    /// A question and where the answer goes
+    Request(Request, SyncSender<String>),
+    /// End, because of this
+    Stop(&'static str),
+}
+
+/// Everything the daemon's thread owns.
+pub struct Daemon {
+    pub instance: Instance,
+    pub engine: Engine,
+    pub fpm: Fpm<Tables, Grace>,
+    pub wanted: Wanted,
+    pub facts: Facts,
+    pub source: Running,
+    pub inbox: Receiver<Event>,
+    /// An event taken from the inbox that is still to be handled
+    pub pending: Option<Event>,
+    /// Ports are attached: what happens to them now must be acted on
+    pub running: bool,
+    /// Ports that have come and are not attached yet
+    pub arrivals: BTreeSet<u32>,
+    /// Whether the engine was told that a port is up
+    pub up: BTreeMap<u32, bool>,
+    /// Classes of objects that are being described anew
+    pub resyncing: HashSet<Snapshot>,
+    /// Ports that nothing can be redirected to, and why
+    pub cannot_transmit: BTreeMap<u32, String>,
+    /// Those last seen, for the log
+    pub policies: BTreeSet<Policy>,
+}
+
+/// Waits for the engine's programs in flight.
+pub type Grace = towpath_engine::GraceMethod;
+
+/// `towpath up`, and `towpath fpm` with the socket of a CM: serves until told to stop.
+pub fn run(up: &Up, socket: Option<Option<PathBuf>>) -> Result<()> {
+    if up.engine == cli::Engine::User {
+        bail!("the engine `user` is not in this build; use --engine xdp");
+    }
+    let instance = Instance::current()?;
+    let lock = instance.lock()?;
+    let remote = socket.map(|path| Source::Socket(path.unwrap_or_else(|| instance.fpc_socket())));
+    let ended = start(up, remote, &instance).and_then(|daemon| match daemon {
+        Some(daemon) => daemon.serve(),
+        None => Ok(()),
+    });
+    instance.remove(lock);
+    ended
+}
+
+/// `towpath down`: asks the daemon to stop, or removes what a killed one left.
+pub fn down() -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let instance = Instance::current()?;
+    if let Some(mut daemon) = control::Client::connect(&instance.control_socket())? {
+        let _stopping: bool = daemon.ask(&Request::Stop)?;
+    }
+    let lock = instance.lock_within(PATIENCE)?;
+    let removed = Site::prepare(Options::default()).and_then(Site::teardown);
+    instance.remove(lock);
+    Ok(removed?)
+}
+
+/// Brings everything up; None if told to stop meanwhile.
+fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<Daemon>> {
+    let termination = Termination::block()?;
+    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native } };
+    let site = Site::prepare(options)?;
+    let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
+    let mut facts = Facts::new(options.mode);
+    for notice in site.announce(&wanted.indices())? {
+        facts.notice(&notice);
+    }
+    let (events, inbox) = sync_channel(INBOX);
+    let stop = events.clone();
+    thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
+    let source = remote.unwrap_or_else(|| Source::InProcess(wanted.names())).start(events.clone())?;
+    let (engine, fpm) = tables(site, options, &mut facts)?;
+    let mut daemon = Daemon {
+        instance: instance.clone(),
+        engine,
+        fpm,
+        wanted,
+        facts,
+        source,
+        inbox,
+        pending: None,
+        running: false,
+        arrivals: BTreeSet::new(),
+        up: BTreeMap::new(),
+        resyncing: HashSet::new(),
+        cannot_transmit: BTreeMap::new(),
+        policies: BTreeSet::new(),
+    };
+    if !daemon.first_snapshot()? {
+        daemon.engine.teardown()?;
+        return Ok(None);
+    }
+    watch_transmit(events.clone())?;
+    daemon.attach()?;
+    daemon.open_control(events)?;
+    daemon.announce();
+    Ok(Some(daemon))
+}
+
+/// Follows whether ports can transmit what is redirected to them. Where the kernel announces nothing, all are asked
+/// again now and then.
+fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let mut watch = TransmitWatch::open()?;
+    thread("transmit", move || {
+        loop {
+            let changed = match watch.wait(PATIENCE) {
+                Ok(changed) if watch.announces() && changed.is_empty() => continue,
+                Ok(_) if !watch.announces() => {
+                    interfaces::all().map_or(Vec::new(), |all| all.into_iter().map(|(_, i)| i).collect())
+                }
+                Ok(changed) => changed,
+                Err(error) => return tracing::warn!("{error}"),
+            };
+            if events.send(Event::Transmit(changed)).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+/// The tables a former daemon left if they are whole, else new ones.
+fn tables(site: Site, options: Options, facts: &mut Facts) -> Result<(Engine, Fpm<Tables, Grace>)> {
+    if site.exists() {
+        match adopt(site) {
+            Ok((engine, writer)) => {
+                facts.adopted = true;
+                return Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())));
+            }
+            Err(error) => tracing::warn!("tables of a former daemon are replaced: {error:#}"),
+        }
+        return create(Site::prepare(options)?);
+    }
+    create(site)
+}
+
+type Writer = TableWriter<Tables, Grace>;
+
+fn adopt(site: Site) -> Result<(Engine, Writer)> {
+    let engine = site.adopt()?;
+    let writer = TableWriter::adopt(engine.tables(), Grace::choose()?)?;
+    Ok((engine, writer))
+}
+
+fn create(site: Site) -> Result<(Engine, Fpm<Tables, Grace>)> {
+    let engine = site.create(&initial_elements(towpath_engine::possible_cpus()? as usize))?;
+    let writer = TableWriter::create(engine.tables(), Grace::choose()?)?;
+    Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())))
+}
+
+impl Daemon {
+    /// Takes in messages until everything was described once; false if told to stop.
+    fn first_snapshot(&mut self) -> Result<bool> {
+        let mut last = Instant::now();
+        while !self.fpm.is_complete() {
+            match self.inbox.recv_timeout(FIRST_SNAPSHOT.saturating_sub(last.elapsed())) {
+                Ok(Event::Messages(messages)) => {
+                    self.take(messages);
+                    last = Instant::now();
+                }
+                Ok(Event::Stop(_)) => return Ok(false),
+                Ok(Event::SourceEnded(error)) => bail!("cannot learn Linux's state: {error}"),
+                Ok(Event::Acknowledge(sequence)) => self.source.send(Packet::Ack(sequence)),
+                Ok(Event::SourceLost | Event::Request(..) | Event::Transmit(_)) => {}
+                Err(_) => bail!("Linux's state was not told within {} s", FIRST_SNAPSHOT.as_secs()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Fills the tables and attaches to the ports: all of the named ones, or as many as can.
+    fn attach(&mut self) -> Result<()> {
+        self.wanted.choose(self.fpm.interfaces(), &self.engine);
+        self.wanted.check(self.fpm.interfaces())?;
+        let wanted = self.wanted.indices();
+        wanted.iter().for_each(|ifindex| self.fpm.serve(*ifindex, true));
+        self.check_transmit(&wanted);
+        loop {
+            self.sync();
+            if self.wanted.indices().is_empty() {
+                bail!("there is no port that can be served: none has native XDP (see --generic)");
+            }
+            let requests = self.requests(&self.wanted.indices())?;
+            match self.engine.attach(&requests) {
+                Ok(()) => break,
+                Err(error) => {
+                    // Without names, ports that cannot be served are left out.
+                    let ifindex = self.wanted.drop_port(&error).ok_or(error)?;
+                    self.fpm.serve(ifindex, false);
+                }
+            }
+        }
+        let wanted = self.wanted.indices();
+        for left in self.engine.ports().into_iter().filter(|ifindex| !wanted.contains(ifindex)) {
+            self.engine.detach(left)?;
+        }
+        // Ports that are each other's peers can transmit only now.
+        self.check_transmit(&wanted);
+        self.sync();
+        Ok(())
+    }
+
+    fn requests(&self, ports: &[u32]) -> Result<Vec<PortRequest>> {
+        let slot = |ifindex: u32| {
+            let slot = self.slot(ifindex).with_context(|| format!("no place for port {ifindex} in the tables"))?;
+            Ok(PortRequest { ifindex, slot })
+        };
+        ports.iter().map(|ifindex| slot(*ifindex)).collect()
+    }
+
+    /// Slot of a port in the tables.
+    pub fn slot(&self, ifindex: u32) -> Option<u32> {
+        self.fpm.ports().find(|state| state.port.ifindex == ifindex).map(|state| state.slot)
+    }
+
+    fn open_control(&self, events: SyncSender<Event>) -> Result<()> {
+        control::serve(&self.instance.control_socket(), move |request| {
+            let (reply, answer) = sync_channel(1);
+            events.send(Event::Request(request, reply)).ok()?;
+            answer.recv().ok()
+        })
+    }
+
+    fn announce(&mut self) {
+        self.running = true;
+        let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
+        println!("ready: {ports} ports, {} routes", routes.ipv4 + routes.ipv6);
+        notify::notify("READY=1");
+    }
+
+    /// Works until told to stop, or until Linux's state can no longer be followed.
+    fn serve(mut self) -> Result<()> {
+        let mut due = Instant::now() + TICK;
+        loop {
+            match self.next(due.saturating_duration_since(Instant::now())) {
+                Ok(Event::Messages(messages)) => self.follow(messages),
+                Ok(Event::Request(Request::Stop, reply)) => {
+                    let _ = reply.send(control::answer(Ok(true)));
+                    return self.stop("towpath down");
+                }
+                Ok(Event::Request(request, reply)) => {
+                    let _ = reply.send(self.answer(request));
+                }
+                Ok(Event::Stop(signal)) => return self.stop(signal),
+                Ok(Event::Transmit(ports)) => {
+                    self.check_transmit(&ports);
+                    self.sync();
+                }
+                Ok(Event::Acknowledge(sequence)) => self.source.send(Packet::Ack(sequence)),
+                Ok(Event::SourceLost) => self.resyncing.extend(towpath_fpm::all_classes()),
+                Ok(Event::SourceEnded(error)) => {
+                    self.engine.teardown()?;
+                    bail!("Linux's state can no longer be followed, so the fast path was taken off: {error}");
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to tell anything"),
+                Err(RecvTimeoutError::Timeout) => {
+                    due = Instant::now() + TICK;
+                    self.tick();
+                }
+            }
+        }
+    }
+
+    fn next(&mut self, timeout: Duration) -> Result<Event, RecvTimeoutError> {
+        self.pending.take().map_or_else(|| self.inbox.recv_timeout(timeout), Ok)
+    }
+
+    fn stop(self, why: &str) -> Result<()> {
+        tracing::info!("stopping: {why}");
+        notify::notify("STOPPING=1");
+        self.engine.teardown()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,305 @@
+//! `explain`: sends a made-up packet through the very pipeline that the engine runs, over the same tables, and puts
+//! names to what decides. The verdict is the pipeline's; only the words around it are made here.
+
+use crate::control::Packet;
+use crate::frame::{Link, build};
+use crate::report::{Explanation, Step, Verdict};
+use std::net::IpAddr;
+use towpath_fpc::{Policy, Scope};
+use towpath_pipeline::packet;
+use towpath_pipeline::{Entry, Parsed, Tables, parse, rewrite, route};
+use towpath_tables::Reason;
+use towpath_tables::backing::View;
+use towpath_tables::lpm::{self, Kind, LpmRead};
+use towpath_tables::nexthop::NexthopIdentity;
+use towpath_tables::record::{Config, Family, Group, Nexthop, Node, Port, PortStats, VlanTable};
+
+/// Room before the frame, as drivers leave it.
+const HEADROOM: usize = 256;
+
+/// What is known about the objects in the tables, for people.
+pub trait Names {
+    /// Name of an interface
+    fn interface(&self, ifindex: u32) -> String;
+    /// The route that Linux has for a destination
+    fn route(&self, destination: IpAddr) -> Option<String>;
+    /// The neighbour entry for an address on an interface
+    fn neighbour(&self, ifindex: u32, address: IpAddr) -> Option<String>;
+    /// Settings of Linux that stand in the way
+    fn policies(&self) -> Vec<&Policy>;
+    /// A setting of an interface alone that the fast path does not repeat
+    fn unsupported(&self, ifindex: u32) -> Option<String>;
+    /// Why nothing can be redirected to an interface
+    fn cannot_transmit(&self, ifindex: u32) -> Option<String>;
+    /// Why packets that come in by an interface cannot take the fast path
+    fn why_not(&self, ifindex: u32) -> Option<String>;
+}
+
+/// Where the packet comes in.
+pub struct Ingress {
+    /// The interface whose driver receives it
+    pub device: u32,
+    /// The port it is meant for: the device or a VLAN sub-interface of it
+    pub port: u32,
+    /// VLAN tags on the wire, outermost first
+    pub tags: Vec<(u16, u16)>,
+    /// MAC address of the port
+    pub mac: [u8; 6],
+    /// Why this port
+    pub because: String,
+}
+
+/// Says what becomes of the packet.
+pub fn explain(packet: &Packet, ingress: &Ingress, view: View<'_>, names: &dyn Names) -> Explanation {
+    let frame = build(packet, &Link { mac: ingress.mac, tags: ingress.tags.clone() });
+    let walk = Walk { packet, ingress, view, tables: Reader(view), names, steps: Vec::new() };
+    walk.run(&frame)
+}
+
+/// The tables for the pipeline, to be read only: no counter is found, so none is written.
+#[derive(Clone, Copy)]
+struct Reader<'a>(View<'a>);
+
+impl LpmRead for Reader<'_> {
+    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+        self.0.root_word(root, slot)
+    }
+    fn root_default(&self, root: u32) -> Option<u32> {
+        self.0.root_default(root)
+    }
+    fn node(&self, index: u32) -> Option<&Node> {
+        self.0.node(index)
+    }
+    fn entry(&self, index: u32) -> Option<u32> {
+        self.0.entry(index)
+    }
+}
+
+impl Tables for Reader<'_> {
+    fn config(&self) -> Option<&Config> {
+        Some(self.0.config())
+    }
+    fn port(&self, slot: u32) -> Option<&Port> {
+        self.0.ports().get(slot as usize)
+    }
+    fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
+        self.0.vlans().get(index as usize)
+    }
+    fn nexthop(&self, index: u32) -> Option<&Nexthop> {
+        self.0.nexthops().get(index as usize)
+    }
+    fn group(&self, index: u32) -> Option<&Group> {
+        self.0.groups().get(index as usize)
+    }
+    fn stats(&self, _slot: u32) -> Option<&PortStats> {
+        None
+    }
+    fn transmitter(&self, slot: u32) -> bool {
+        self.port(slot).is_some_and(|port| port.ifindex.load() != 0)
+    }
+}
+
+struct Walk<'a> {
+    packet: &'a Packet,
+    ingress: &'a Ingress,
+    view: View<'a>,
+    tables: Reader<'a>,
+    names: &'a dyn Names,
+    steps: Vec<Step>,
+}
+
+/// The next hop that the tables name for the destination.
+#[derive(Clone, Copy)]
+struct Target {
+    /// Its index, if it is not a group's
+    index: Option<u32>,
+    /// Its interface, if it has one
+    ifindex: Option<u32>,
+    /// The neighbour it leads to
+    neighbour: IpAddr,
+    mtu: u32,
+}
+
+impl<'a> Walk<'a> {
+    fn step(&mut self, step: &str, found: String) {
+        self.steps.push(Step { step: step.into(), found });
+    }
+
+    fn family(&self) -> Family {
+        if self.packet.source.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+
+    fn run(mut self, frame: &[u8]) -> Explanation {
+        let name = self.names.interface(self.ingress.port);
+        self.step("port", format!("in by {name}: {}", self.ingress.because));
+        let tables = self.tables;
+        let Some(mut entry) = Entry::find(&tables, self.ingress.device) else {
+            let detail = format!("{} is not served", self.names.interface(self.ingress.device));
+            return self.to_linux(Reason::PortNotReady, Some(detail));
+        };
+        let mut frame = packet::Packet::new(frame, HEADROOM);
+        let parsed = match parse(&frame, &tables, &mut entry) {
+            Ok(parsed) => parsed,
+            Err(reason) => {
+                let detail = self.detail(reason, None, None);
+                return self.to_linux(reason, detail);
+            }
+        };
+        self.accepted(entry.port, &parsed);
+        let target = self.look_up(entry.port);
+        match route(&frame, &tables, &entry, &parsed) {
+            Ok(hop) => {
+                let out = self.interface_in(hop.port);
+                self.step("source", format!("{} may come in here", self.packet.source));
+                if let Err(reason) = rewrite(&mut frame, &parsed, &hop) {
+                    return self.to_linux(reason, None);
+                }
+                let bytes = frame.bytes();
+                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
+                self.step("next hop", self.describe(out, target));
+                let mtu = target.map_or(0, |target| target.mtu);
+                if mtu != 0 {
+                    self.step("mtu", format!("{} bytes fit into {mtu}", parsed.packet_len));
+                }
+                let port = self.names.interface(out);
+                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+            }
+            Err(reason) => {
+                let detail = self.detail(reason, target, Some(&parsed));
+                self.to_linux(reason, detail)
+            }
+        }
+    }
+
+    /// Steps for what `parse` has let pass.
+    fn accepted(&mut self, port: &Port, parsed: &Parsed) {
+        let family = family_name(parsed.family);
+        let name = self.names.interface(port.ifindex.load());
+        let tags = self.ingress.tags.iter().map(|(_, id)| format!("VLAN {id}, ")).collect::<String>();
+        self.step(
+            "frame",
+            format!("{tags}to {name}'s MAC address, {family}, {} bytes, header sound", parsed.packet_len),
+        );
+        self.step("policy", format!("forwarding is on; no setting of Linux is in the way of {family} in by {name}"));
+    }
+
+    /// What the tables say about the destination, for the words only: `route` looks it up itself.
+    fn look_up(&mut self, port: &Port) -> Option<Target> {
+        let root = port.root.get(self.family() as usize)?.load();
+        let word = match self.packet.destination {
+            IpAddr::V4(address) => lpm::lookup(&self.tables, root, &address.octets()),
+            IpAddr::V6(address) => lpm::lookup(&self.tables, root, &address.octets()),
+        };
+        let known = self.names.route(self.packet.destination).unwrap_or_else(|| "none known".into());
+        let (leaf, target) = match word.ok()?.kind() {
+            Kind::Nexthop(index) => (format!("next hop {index}"), self.target(index)),
+            Kind::Group(index) => (format!("group {index}, next hop by the flow's hash"), None),
+            Kind::None | Kind::Node(_) => ("no leaf".into(), None),
+        };
+        self.step("route", format!("{}: {known}; in the tables: {leaf}", self.packet.destination));
+        target
+    }
+
+    fn target(&self, index: u32) -> Option<Target> {
+        let identity = NexthopIdentity::read(self.view.nexthop_keys().get(index as usize)?)?;
+        let ifindex = (identity.ifindex != 0).then_some(identity.ifindex);
+        let mtu = self.view.nexthops().get(index as usize)?.mtu.load();
+        Some(Target {
+            index: Some(index),
+            ifindex,
+            neighbour: identity.gateway.unwrap_or(self.packet.destination),
+            mtu,
+        })
+    }
+
+    fn describe(&self, out: u32, target: Option<Target>) -> String {
+        let name = self.names.interface(out);
+        let Some(target) = target else { return format!("out by {name}") };
+        let known = self.names.neighbour(out, target.neighbour).map_or(String::new(), |text| format!(" at {text}"));
+        let index = target.index.map_or(String::new(), |index| format!(" (next hop {index})"));
+        format!("{}{known}, out by {name}{index}", target.neighbour)
+    }
+
+    fn interface_in(&self, slot: u32) -> u32 {
+        self.view.ports().get(slot as usize).map_or(0, |port| port.ifindex.load())
+    }
+
+    /// The object that decides, if there is one to name.
+    fn detail(&self, reason: Reason, target: Option<Target>, parsed: Option<&Parsed>) -> Option<String> {
+        let policies = self.policies(reason, target);
+        if !policies.is_empty() {
+            return Some(policies.join("; "));
+        }
+        let out = target.and_then(|target| target.ifindex).map(|ifindex| self.names.interface(ifindex));
+        let name = self.names.interface(self.ingress.port);
+        match reason {
+            Reason::PolicySysctl => {
+                let unsupported =
+                    |ifindex| self.names.unsupported(ifindex).map(|text| (self.names.interface(ifindex), text));
+                let (port, text) = unsupported(self.ingress.port).or_else(|| unsupported(target?.ifindex?))?;
+                Some(format!("{port}: {text}"))
+            }
+            Reason::PortNotReady => self.names.why_not(self.ingress.port),
+            Reason::NoNeighbour => target.map(|target| {
+                let state = target.ifindex.and_then(|ifindex| self.names.neighbour(ifindex, target.neighbour));
+                let state = state.unwrap_or_else(|| "no entry".into());
+                format!("{} on {}: {state}", target.neighbour, out.unwrap_or_else(|| "?".into()))
+            }),
+            Reason::MtuExceeded => {
+                let (target, parsed) = (target?, parsed?);
+                Some(format!("{} bytes do not fit into {} of {}", parsed.packet_len, target.mtu, out?))
+            }
+            Reason::Redirect => Some(format!("it would leave by {name} again")),
+            Reason::RpFilter | Reason::MartianSource => {
+                let back = self.names.route(self.packet.source).unwrap_or_else(|| "none".into());
+                Some(format!("{} in by {name}; the route back is: {back}", self.packet.source))
+            }
+            Reason::NexthopDown | Reason::EgressNotServed => {
+                let ifindex = target?.ifindex?;
+                let why = self
+                    .names
+                    .cannot_transmit(ifindex)
+                    .or_else(|| self.names.why_not(ifindex))
+                    .map_or(String::new(), |why| format!(": {why}"));
+                Some(format!("{}{why}", out?))
+            }
+            Reason::NonUnicastRoute | Reason::UnsupportedRoute | Reason::LocalDestination | Reason::Broadcast => {
+                self.names.route(self.packet.destination)
+            }
+            Reason::TtlExpired => Some(format!("it arrives with {}", self.packet.ttl)),
+            _ => None,
+        }
+    }
+
+    fn policies(&self, reason: Reason, target: Option<Target>) -> Vec<String> {
+        let family = self.family();
+        let touches = |scope: Scope| match scope {
+            Scope::Family(of) => of == family,
+            Scope::Ingress(ifindex, of) => ifindex == self.ingress.port && of.is_none_or(|of| of == family),
+            Scope::Egress(ifindex, of) => {
+                target.is_none_or(|target| target.ifindex == Some(ifindex)) && of.is_none_or(|of| of == family)
+            }
+        };
+        let policies =
+            self.names.policies().into_iter().filter(|policy| policy.reason == reason && touches(policy.scope));
+        policies.map(|policy| policy.detail.clone()).collect()
+    }
+
+    fn to_linux(self, reason: Reason, detail: Option<String>) -> Explanation {
+        let (name, text) = (reason.name().to_string(), reason.text().to_string());
+        Explanation { steps: self.steps, verdict: Verdict::Linux { reason: name, text, detail } }
+    }
+}
+
+/// A family in words.
+pub fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+/// A MAC address as `ip` prints it.
+pub fn mac(bytes: Option<&[u8]>) -> String {
+    bytes.unwrap_or_default().iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
+}

@@ -1,0 +1,136 @@
+//! Following Linux: messages into the tables, ports that come and go, and what of it is worth a line in the log.
+
+use crate::daemon::{Daemon, Event};
+use crate::explain::Names;
+use std::collections::BTreeSet;
+use towpath_engine::{Request, TransmitSupport};
+use towpath_fpc::{Message, Policy};
+use towpath_fpm::Transmit;
+
+/// Batches taken together before the tables are brought in line.
+const BATCHES: usize = 64;
+
+impl Daemon {
+    /// Takes in a batch and those already waiting behind it, then brings the tables in line.
+    pub fn follow(&mut self, messages: Vec<Message>) {
+        self.take(messages);
+        for _ in 1..BATCHES {
+            match self.inbox.try_recv() {
+                Ok(Event::Messages(messages)) => self.take(messages),
+                Ok(other) => {
+                    self.pending = Some(other);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        self.sync();
+        self.serve_arrivals();
+    }
+
+    /// Tells FPM, and notes which ports are concerned.
+    pub fn take(&mut self, messages: Vec<Message>) {
+        for message in messages {
+            match &message {
+                Message::Port(port) if self.running => self.port_described(port.ifindex, port.up && port.carrier, port),
+                Message::PortDelete(ifindex) if self.running => self.port_gone(*ifindex),
+                Message::SnapshotBegin(class) => {
+                    if self.resyncing.insert(*class) && self.running {
+                        tracing::debug!("reading again: {class:?}");
+                    }
+                }
+                Message::SnapshotEnd(class) => drop(self.resyncing.remove(class)),
+                _ => {}
+            }
+            self.fpm.apply(message);
+        }
+    }
+
+    fn port_described(&mut self, ifindex: u32, up: bool, port: &towpath_fpc::Port) {
+        if self.wanted.appears(port) {
+            tracing::info!("port {} has come back", port.name);
+            self.fpm.serve(ifindex, true);
+            self.check_transmit(&[ifindex]);
+            self.arrivals.insert(ifindex);
+        }
+        if self.wanted.indices().contains(&ifindex) && self.up.insert(ifindex, up) != Some(up) {
+            tracing::info!("port {} is {}", port.name, if up { "up" } else { "down" });
+            self.ask(Request::PortState { ifindex, up });
+        }
+    }
+
+    fn port_gone(&mut self, ifindex: u32) {
+        self.up.remove(&ifindex);
+        self.cannot_transmit.remove(&ifindex);
+        self.arrivals.remove(&ifindex);
+        if self.wanted.vanishes(ifindex) {
+            tracing::info!("port with index {ifindex} is gone");
+            self.fpm.serve(ifindex, false);
+            self.ask(Request::RemovePort { ifindex });
+        }
+    }
+
+    /// Asks the engine whether it can transmit by the ports, and lets FPM know.
+    pub fn check_transmit(&mut self, ports: &[u32]) {
+        for &ifindex in ports.iter().filter(|ifindex| self.wanted.indices().contains(ifindex)) {
+            let (transmit, why) = match towpath_engine::can_transmit(ifindex) {
+                Ok(TransmitSupport::Full) => (Transmit::Any, None),
+                Ok(TransmitSupport::SingleBuffer) => (Transmit::SingleBuffer, None),
+                Ok(TransmitSupport::None(why)) => (Transmit::Nothing, Some(why)),
+                Err(error) => (Transmit::Nothing, Some(error.to_string())),
+            };
+            let name = self.interface(ifindex);
+            let before = self.cannot_transmit.get(&ifindex).cloned();
+            match &why {
+                Some(why) if before.as_ref() != Some(why) => {
+                    tracing::warn!("what leaves by {name} goes to Linux: {why}");
+                    self.cannot_transmit.insert(ifindex, why.clone());
+                }
+                None if self.cannot_transmit.remove(&ifindex).is_some() => tracing::info!("{name} can transmit now"),
+                _ => {}
+            }
+            self.fpm.set_transmit(ifindex, transmit);
+        }
+    }
+
+    /// Attaches to ports that have come back, now that the tables know them.
+    fn serve_arrivals(&mut self) {
+        for ifindex in std::mem::take(&mut self.arrivals) {
+            match self.slot(ifindex) {
+                Some(slot) => self.ask(Request::AddPort { ifindex, slot }),
+                None => tracing::warn!("no place for port with index {ifindex} in the tables"),
+            }
+        }
+    }
+
+    fn ask(&self, request: Request) {
+        if let Err(error) = self.engine.apply(request) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Makes the tables say what Linux says.
+    pub fn sync(&mut self) {
+        let published = self.fpm.publish();
+        for full in published.iter().flat_map(|published| &published.full) {
+            tracing::warn!("{full}; what does not fit goes to Linux");
+        }
+        self.log_policies();
+    }
+
+    fn log_policies(&mut self) {
+        let now: BTreeSet<Policy> = self.fpm.policies().cloned().collect();
+        for policy in now.difference(&self.policies) {
+            tracing::info!("to Linux: {} ({})", policy.detail, policy.reason.name());
+        }
+        for policy in self.policies.difference(&now) {
+            tracing::info!("no longer in the way: {} ({})", policy.detail, policy.reason.name());
+        }
+        self.policies = now;
+    }
+}
+
+impl Daemon {
+    /// What is to be done now and then: neighbours in use are kept alive in Linux.
+    pub fn tick(&mut self) {}
+}

@@ -1,0 +1,69 @@
+//! Interfaces of this namespace by name, straight from the kernel (sysfs may show another namespace's).
+
+use anyhow::{Context, Result};
+use std::ffi::CStr;
+
+/// Name and index of every interface of the calling thread's namespace.
+pub fn all() -> Result<Vec<(String, u32)>> {
+    // SAFETY: the array that if_nameindex returns ends with an entry of index 0 and is freed once, after the last use.
+    unsafe {
+        let array = libc::if_nameindex();
+        if array.is_null() {
+            return Err(std::io::Error::last_os_error()).context("cannot list interfaces");
+        }
+        let mut interfaces = Vec::new();
+        let mut entry = array;
+        while (*entry).if_index != 0 {
+            let name = CStr::from_ptr((*entry).if_name).to_string_lossy().into_owned();
+            interfaces.push((name, (*entry).if_index));
+            entry = entry.add(1);
+        }
+        libc::if_freenameindex(array);
+        Ok(interfaces)
+    }
+}
+
+/// Name of an interface, or `#index` if it has gone.
+pub fn name(interfaces: &[(String, u32)], ifindex: u32) -> String {
+    interfaces.iter().find(|(_, index)| *index == ifindex).map_or(format!("#{ifindex}"), |(name, _)| name.clone())
+}
+
+/// Index of the named interface, or a message that offers the nearest names.
+pub fn index(interfaces: &[(String, u32)], wanted: &str) -> Result<u32> {
+    if let Some((_, index)) = interfaces.iter().find(|(name, _)| name == wanted) {
+        return Ok(*index);
+    }
+    let names: Vec<&str> = interfaces.iter().map(|(name, _)| name.as_str()).collect();
+    anyhow::bail!("no interface {wanted:?} in this network namespace{}", suggestion(&names, wanted))
+}
+
+fn suggestion(names: &[&str], wanted: &str) -> String {
+    let mut near: Vec<_> = names.iter().map(|name| (strsim::damerau_levenshtein(name, wanted), *name)).collect();
+    near.sort();
+    let near: Vec<_> = near.into_iter().filter(|(distance, _)| *distance <= 2).take(3).map(|(_, name)| name).collect();
+    match (near.is_empty(), names.is_empty()) {
+        (false, _) => format!("; did you mean {}?", near.join(" or ")),
+        (true, false) => format!("; there are {}", names.join(", ")),
+        (true, true) => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_names_are_offered() {
+        let interfaces = vec![("eth0".to_string(), 2), ("eth1".to_string(), 3), ("uplink".to_string(), 4)];
+        let message = |wanted| index(&interfaces, wanted).unwrap_err().to_string();
+        assert_eq!(index(&interfaces, "eth1").unwrap(), 3);
+        assert!(message("uplnk").ends_with("did you mean uplink?"), "{}", message("uplnk"));
+        assert!(message("eth9").ends_with("did you mean eth0 or eth1?"), "{}", message("eth9"));
+        assert!(message("wireless").ends_with("there are eth0, eth1, uplink"), "{}", message("wireless"));
+    }
+
+    #[test]
+    fn the_kernel_lists_loopback() {
+        assert!(all().unwrap().iter().any(|(name, _)| name == "lo"));
+    }
+}

@@ -1,0 +1,260 @@
+//! The read commands: ask the daemon, print for people or as JSON.
+
+use crate::cli::{Explain, Output, Routes, Show};
+use crate::control::{Client, Packet, Request};
+use crate::instance::Instance;
+use crate::report::{self, Verdict};
+use crate::text::{bytes, or_dash, span, table};
+use anyhow::{Result, bail};
+use serde::{Serialize, de::DeserializeOwned};
+use std::io::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// A connection to the daemon of this namespace.
+pub fn connect() -> Result<Client> {
+    let instance = Instance::current()?;
+    match Client::connect(&instance.control_socket())? {
+        Some(client) => Ok(client),
+        None => match instance.holder() {
+            Some(pid) => bail!("the daemon (pid {pid}) is not ready yet"),
+            None => bail!("no towpath runs in this network namespace; start it with `towpath up`"),
+        },
+    }
+}
+
+/// `towpath status`
+pub fn status(output: Output) -> Result<()> {
+    print(output, &Request::Status, status_text)
+}
+
+/// `towpath show …`
+pub fn show(what: &Show) -> Result<()> {
+    match what {
+        Show::Ports(output) => print(*output, &Request::Ports, |it: &report::Ports| ports_text(&it.ports)),
+        Show::Routes(routes) => show_routes(routes),
+        Show::Neighbors(output) => print(*output, &Request::Neighbors, neighbors_text),
+        Show::Nexthops(output) => print(*output, &Request::Nexthops, nexthops_text),
+        Show::Exceptions(output) => print(*output, &Request::Exceptions, exceptions_text),
+        Show::Stats(output) => print(*output, &Request::Stats, stats_text),
+    }
+}
+
+/// `towpath explain …`
+pub fn explain(explain: &Explain) -> Result<()> {
+    let port = match explain.ingress.as_slice() {
+        [] => None,
+        [word, port] if word == "in" => Some(port.clone()),
+        _ => unreachable!("checked with the rest of the command line"),
+    };
+    let packet = Packet {
+        source: explain.source,
+        destination: explain.destination,
+        port,
+        protocol: explain.protocol,
+        sport: explain.sport,
+        dport: explain.dport,
+        length: explain.length,
+        ttl: explain.ttl,
+    };
+    print(explain.output, &Request::Explain(packet), explanation_text)
+}
+
+fn print<T: Serialize + DeserializeOwned>(output: Output, request: &Request, text: fn(&T) -> String) -> Result<()> {
+    let answer: T = connect()?.ask(request)?;
+    write_out(&if output.json { json(&answer)? } else { text(&answer) })
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// Writes to stdout; a reader that has seen enough (`| head`) is no failure.
+fn write_out(text: &str) -> Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Routes come in pages, so that a million of them never hold up the daemon.
+fn show_routes(wanted: &Routes) -> Result<()> {
+    let mut client = connect()?;
+    let mut all = Vec::new();
+    let mut from = Some(0);
+    while let Some(position) = from {
+        let page: report::Routes = client.ask(&Request::Routes { within: wanted.within.clone(), from: position })?;
+        all.extend(page.routes);
+        from = page.next;
+    }
+    let all = report::Routes { routes: all, next: None };
+    write_out(&if wanted.output.json { json(&all)? } else { routes_text(&all) })
+}
+
+fn status_text(status: &report::Status) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    let sync = if status.in_sync { "in sync with Linux" } else { "NOT in sync with Linux (resync under way)" };
+    let adopted = if status.adopted { ", tables taken over from an earlier daemon" } else { "" };
+    let mut text = format!(
+        "engine {}, pid {}, network namespace {}, up for {}{adopted}\n{sync}: {} IPv4 and {} IPv6 routes\n",
+        status.engine,
+        status.pid,
+        status.namespace,
+        span(now.saturating_sub(status.since)),
+        status.routes.ipv4,
+        status.routes.ipv6,
+    );
+    if let Some(program) = &status.program {
+        let verified =
+            program.verified_instructions.map_or(String::new(), |count| format!(", {count} instructions verified"));
+        text += &format!("program id {}{verified}\n", program.id);
+    }
+    text += &format!("\n{}", ports_text(&status.ports));
+    match status.policies.is_empty() {
+        true => text += "\nnothing in Linux's settings keeps traffic from the fast path\n",
+        false => {
+            text += &format!("\nsettings of Linux that send traffic to Linux:\n{}", policies_text(&status.policies))
+        }
+    }
+    text += &format!("\ntables ({}):\n{}", bytes(status.memory_bytes), tables_text(&status.tables));
+    for notice in &status.notices {
+        text += &format!("\nnote: {notice}\n");
+    }
+    text
+}
+
+fn policies_text(policies: &[report::Policy]) -> String {
+    let rows: Vec<_> = policies
+        .iter()
+        .map(|policy| {
+            let scope = match &policy.port {
+                Some(port) => format!("{} {port}", policy.scope),
+                None => policy.scope.clone(),
+            };
+            vec![policy.source.clone(), scope, or_dash(&policy.family), policy.reason.clone(), policy.detail.clone()]
+        })
+        .collect();
+    table(&["source", "touches", "family", "reason", "detail"], &rows)
+}
+
+fn tables_text(tables: &[report::Table]) -> String {
+    let row =
+        |t: &report::Table| vec![t.name.clone(), t.used.to_string(), t.capacity.to_string(), bytes(t.memory_bytes)];
+    table(&["table", ">used", ">capacity", ">memory"], &tables.iter().map(row).collect::<Vec<_>>())
+}
+
+fn ports_text(ports: &[report::Port]) -> String {
+    let rows: Vec<_> = ports
+        .iter()
+        .map(|port| {
+            let state = match &port.why_not {
+                None => "ready".to_string(),
+                Some(why) => format!("not ready: {why}"),
+            };
+            let forwarding = port.forwarding.map_or("-", |f| match (f.ipv4, f.ipv6) {
+                (true, true) => "IPv4 IPv6",
+                (true, false) => "IPv4",
+                (false, true) => "IPv6",
+                (false, false) => "none",
+            });
+            vec![
+                port.name.clone(),
+                or_dash(&port.ifindex),
+                port.mode.clone(),
+                or_dash(&port.driver),
+                or_dash(&port.mac),
+                or_dash(&port.mtu),
+                forwarding.into(),
+                state,
+            ]
+        })
+        .collect();
+    table(&["port", ">index", "mode", "driver", "MAC", ">MTU", "forwards", "state"], &rows)
+}
+
+fn routes_text(routes: &report::Routes) -> String {
+    let rows: Vec<_> = routes
+        .routes
+        .iter()
+        .map(|route| {
+            let hops: Vec<_> = route.via.iter().map(|hop| hop_text(hop, route.via.len() > 1)).collect();
+            let via = match (route.nexthop_object, hops.is_empty()) {
+                (Some(id), _) => format!("nexthop object {id} {}", hops.join(", ")).trim_end().to_string(),
+                (None, true) => "-".into(),
+                (None, false) => hops.join(", "),
+            };
+            let mark = if route.chosen { "*" } else { "" };
+            let (table, metric) = (route.table.to_string(), route.metric.to_string());
+            vec![mark.into(), route.prefix.clone(), table, metric, route.protocol.clone(), route.kind.clone(), via]
+        })
+        .collect();
+    table(&["", "prefix", ">table", ">metric", "protocol", "kind", "via"], &rows)
+}
+
+fn hop_text(hop: &report::Hop, weighted: bool) -> String {
+    let mut words = Vec::new();
+    words.extend(hop.gateway.clone());
+    words.extend(hop.port.as_ref().map(|port| format!("dev {port}")));
+    if weighted {
+        words.push(format!("weight {}", hop.weight));
+    }
+    words.join(" ")
+}
+
+fn neighbors_text(neighbors: &report::Neighbors) -> String {
+    let row = |n: &report::Neighbor| vec![n.port.clone(), n.address.clone(), or_dash(&n.lladdr), n.state.clone()];
+    table(&["port", "address", "MAC", "state"], &neighbors.neighbors.iter().map(row).collect::<Vec<_>>())
+}
+
+fn nexthops_text(nexthops: &report::Nexthops) -> String {
+    let rows: Vec<_> = nexthops
+        .nexthops
+        .iter()
+        .map(|hop| {
+            vec![
+                hop.index.to_string(),
+                or_dash(&hop.port),
+                or_dash(&hop.gateway),
+                or_dash(&hop.lladdr),
+                or_dash(&hop.mtu),
+                if hop.hit { "yes" } else { "no" }.into(),
+                hop.reason.as_ref().map_or("fast".into(), |reason| format!("to Linux: {reason}")),
+            ]
+        })
+        .collect();
+    table(&[">index", "port", "gateway", "MAC", ">MTU", "hit", "path"], &rows)
+}
+
+fn exceptions_text(exceptions: &report::Exceptions) -> String {
+    let row = |e: &report::Exception| vec![e.port.clone(), e.packets.to_string(), e.reason.clone(), e.text.clone()];
+    table(&["port", ">packets", "reason", "meaning"], &exceptions.exceptions.iter().map(row).collect::<Vec<_>>())
+}
+
+fn stats_text(stats: &report::Stats) -> String {
+    let rows: Vec<_> = stats
+        .ports
+        .iter()
+        .map(|p| {
+            let counts = [p.rx_packets, p.rx_bytes, p.tx_packets, p.tx_bytes, p.exceptions];
+            std::iter::once(p.port.clone()).chain(counts.iter().map(u64::to_string)).collect()
+        })
+        .collect();
+    table(&["port", ">rx packets", ">rx bytes", ">tx packets", ">tx bytes", ">exceptions"], &rows)
+}
+
+fn explanation_text(explanation: &report::Explanation) -> String {
+    let width = explanation.steps.iter().map(|step| step.step.chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for step in &explanation.steps {
+        text += &format!("{:<width$}  {}\n", step.step, step.found);
+    }
+    text += &match &explanation.verdict {
+        Verdict::Fast { port, destination, source } => {
+            format!("=> fast path: out {port} to {destination} from {source}\n")
+        }
+        Verdict::Linux { reason, text, detail } => match detail {
+            Some(detail) => format!("=> Linux: {reason}: {text}: {detail}\n"),
+            None => format!("=> Linux: {reason}: {text}\n"),
+        },
+    };
+    text
+}

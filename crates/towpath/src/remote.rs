@@ -1,0 +1,113 @@
+//! `towpath cm`: the cache manager in a process of its own, which tells what it learns to a `towpath fpm`.
+
+use crate::instance::Instance;
+use crate::source::thread;
+use anyhow::{Context, Result};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use towpath_cm::{Cm, CmError};
+use towpath_fpc::codec::Packet;
+use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Receiver, Sender, Sink};
+
+/// Between two tries to reach the `towpath fpm`.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Serves one `towpath fpm` after another until the process is ended.
+pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
+    let path = match &cli.socket {
+        Some(path) => path.clone(),
+        None => Instance::current()?.fpc_socket(),
+    };
+    let mut waiting = false;
+    loop {
+        match Connection::connect(&path) {
+            Ok(connection) => {
+                waiting = false;
+                tracing::info!("connected to {}", path.display());
+                serve(connection)?;
+                tracing::warn!("the fast path manager has left");
+            }
+            Err(ConnectionError::Io(error)) if is_absent(&error) => {
+                if !std::mem::replace(&mut waiting, true) {
+                    tracing::info!("waiting for a towpath fpm at {}", path.display());
+                }
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot talk to {}", path.display())),
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), ConnectionRefused | NotFound)
+}
+
+/// What the two threads of a connection share.
+#[derive(Default)]
+struct Shared {
+    /// The cache manager at work stops when this is closed
+    stop: Mutex<Option<UnixStream>>,
+    /// The other end has left
+    ended: AtomicBool,
+}
+
+impl Shared {
+    fn set_stop(&self, stop: Option<UnixStream>) {
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = stop;
+    }
+}
+
+/// Describes everything, then every change, until the other end leaves; again from the start if it asks.
+fn serve(connection: Connection) -> Result<()> {
+    let Connection { mut sender, receiver } = connection;
+    let shared = Arc::new(Shared::default());
+    let listener = shared.clone();
+    thread("feedback", move || {
+        listen(receiver, &listener);
+        listener.ended.store(true, Ordering::SeqCst);
+        listener.set_stop(None);
+    })?;
+    loop {
+        let (stop, stopped) = UnixStream::pair().context("cannot make a socket pair")?;
+        shared.set_stop(Some(stop));
+        // Looked at after `stop` is in its place, where the listener closes it once it has said that it ended.
+        if shared.ended.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        match describe(&mut sender, &stopped) {
+            Ok(()) => {}
+            Err(CmError::Sink(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn describe(sender: &mut Sender, stopped: &UnixStream) -> Result<(), CmError> {
+    let mut sink = |messages: Vec<Message>| {
+        let sent = messages.into_iter().try_for_each(|message| sender.send(message)).and_then(|()| sender.flush());
+        sent.map_err(|error| CmError::Sink(error.to_string()))
+    };
+    Cm::new(towpath_cm::Options::default(), towpath_cm::guard::watchers()?)?.run(&mut sink, stopped.as_fd())
+}
+
+/// Does what the fast path manager asks, until it leaves.
+fn listen(mut receiver: Receiver, shared: &Shared) {
+    loop {
+        match receiver.next() {
+            Ok(Some(frame)) => match frame.packet {
+                Packet::Feedback(Feedback::Resync(why)) => {
+                    tracing::info!("everything is described again: {why}");
+                    shared.set_stop(None);
+                }
+                Packet::Feedback(Feedback::Hits(_)) | Packet::Message(_) | Packet::Ack(_) | Packet::Hello(_) => {}
+                Packet::Bye(_) => return,
+            },
+            Ok(None) => return,
+            Err(error) => return tracing::warn!("{error}"),
+        }
+    }
+}

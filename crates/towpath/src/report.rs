@@ -1,0 +1,296 @@
+//! What the read commands say, as it goes over the control socket and out with `--json`. docs/json.md describes these
+//! shapes; fields may be added, never renamed or removed.
+
+use serde::{Deserialize, Serialize};
+
+/// `towpath status`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Status {
+    /// Engine that runs the packet path: `xdp`
+    pub engine: String,
+    /// Process id of the daemon
+    pub pid: u32,
+    /// Inode of the network namespace
+    pub namespace: u64,
+    /// Start of the daemon, seconds since 1970-01-01 UTC
+    pub since: u64,
+    /// The tables were taken over from an earlier daemon
+    pub adopted: bool,
+    /// The tables hold all that Linux has told
+    pub in_sync: bool,
+    /// Ports asked for
+    pub ports: Vec<Port>,
+    /// Settings of Linux that the fast path does not repeat, and what they touch
+    pub policies: Vec<Policy>,
+    /// Routes of each family in the tables
+    pub routes: Families,
+    /// The shared tables
+    pub tables: Vec<Table>,
+    /// Memory of all tables together
+    pub memory_bytes: u64,
+    /// The program in the kernel
+    pub program: Option<Program>,
+    /// What the operator should know
+    pub notices: Vec<String>,
+}
+
+/// A figure for each family.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Families {
+    /// IPv4
+    pub ipv4: u64,
+    /// IPv6
+    pub ipv6: u64,
+}
+
+/// A port.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Port {
+    /// Name in Linux
+    pub name: String,
+    /// Index in Linux; None while there is no such interface
+    pub ifindex: Option<u32>,
+    /// `native`, `generic`, `vlan` (served by the interface underneath), `none`
+    pub mode: String,
+    /// Driver, if it is known
+    pub driver: Option<String>,
+    /// Packets that come in here may take the fast path
+    pub ready: bool,
+    /// Why not
+    pub why_not: Option<String>,
+    /// MAC address
+    pub mac: Option<String>,
+    /// IP MTU in bytes
+    pub mtu: Option<u32>,
+    /// Linux forwards IPv4 and IPv6 that comes in here
+    pub forwarding: Option<Forwarding>,
+}
+
+/// Forwarding by family.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forwarding {
+    /// IPv4
+    pub ipv4: bool,
+    /// IPv6
+    pub ipv6: bool,
+}
+
+/// A setting of Linux that the fast path does not repeat.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Policy {
+    /// Which part of Linux: `nftables`, `iptables`, `xfrm`, `rules`, `tc`, `capture`, `sysctl`
+    pub source: String,
+    /// What is touched: `all`, `ingress`, `egress`
+    pub scope: String,
+    /// The port, for `ingress` and `egress`
+    pub port: Option<String>,
+    /// `ipv4` or `ipv6`; None: both
+    pub family: Option<String>,
+    /// The reason counted for its packets
+    pub reason: String,
+    /// The object
+    pub detail: String,
+}
+
+/// Occupancy of a shared table.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Table {
+    /// Its name
+    pub name: String,
+    /// Elements in use
+    pub used: u64,
+    /// Elements there are
+    pub capacity: u64,
+    /// Memory in bytes
+    pub memory_bytes: u64,
+}
+
+/// The program in the kernel.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Program {
+    /// Its id, as bpftool shows it
+    pub id: u32,
+    /// Instructions that the verifier walked through; None on kernels that do not tell
+    pub verified_instructions: Option<u32>,
+}
+
+/// `towpath show ports`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Ports {
+    /// Ports asked for
+    pub ports: Vec<Port>,
+}
+
+/// `towpath show routes`, a page of them
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Routes {
+    /// In order of table, prefix, metric
+    pub routes: Vec<Route>,
+    /// Present if there are more
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<u64>,
+}
+
+/// A route.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Route {
+    /// Destination
+    pub prefix: String,
+    /// Table in Linux (254 main, 255 local)
+    pub table: u32,
+    /// Metric
+    pub metric: u32,
+    /// Who made it, as `ip route` names it
+    pub protocol: String,
+    /// `unicast`, `local`, `blackhole`, …
+    pub kind: String,
+    /// Next hops
+    pub via: Vec<Hop>,
+    /// Nexthop object, if the route names one
+    pub nexthop_object: Option<u32>,
+    /// This is the route the fast path uses for its prefix
+    pub chosen: bool,
+}
+
+/// One next hop of a route.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Hop {
+    /// Way out
+    pub port: Option<String>,
+    /// Gateway; None if the destination is on the link
+    pub gateway: Option<String>,
+    /// Share of flows
+    pub weight: u16,
+}
+
+/// `towpath show neighbors`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Neighbors {
+    /// In order of port and address
+    pub neighbors: Vec<Neighbor>,
+}
+
+/// A neighbour.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Neighbor {
+    /// Port it is on
+    pub port: String,
+    /// Its address
+    pub address: String,
+    /// Its link-layer address while Linux would use it
+    pub lladdr: Option<String>,
+    /// State in Linux: `reachable`, `stale`, …
+    pub state: String,
+}
+
+/// `towpath show nexthops`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Nexthops {
+    /// In order of index
+    pub nexthops: Vec<Nexthop>,
+}
+
+/// A next hop in the tables.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Nexthop {
+    /// Index in the tables
+    pub index: u32,
+    /// Way out
+    pub port: Option<String>,
+    /// Gateway or directly connected host
+    pub gateway: Option<String>,
+    /// Destination MAC address, if packets are forwarded
+    pub lladdr: Option<String>,
+    /// Largest IP packet
+    pub mtu: Option<u32>,
+    /// Why packets go to Linux, if they do
+    pub reason: Option<String>,
+    /// Used since the hit flags were last looked at
+    pub hit: bool,
+}
+
+/// `towpath show exceptions`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Exceptions {
+    /// Non-zero counters first
+    pub exceptions: Vec<Exception>,
+}
+
+/// A counter of packets handed to Linux.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Exception {
+    /// Port they came in by
+    pub port: String,
+    /// Short name of the reason
+    pub reason: String,
+    /// The reason in words
+    pub text: String,
+    /// How many
+    pub packets: u64,
+}
+
+/// `towpath show stats`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Stats {
+    /// In order of ports
+    pub ports: Vec<PortStats>,
+}
+
+/// Counters of a port.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct PortStats {
+    /// Its name
+    pub port: String,
+    /// Packets that came in here and were forwarded by the fast path
+    pub rx_packets: u64,
+    /// Their bytes, Ethernet header included
+    pub rx_bytes: u64,
+    /// Packets that left here from the fast path
+    pub tx_packets: u64,
+    /// Their bytes
+    pub tx_bytes: u64,
+    /// Packets that came in here and were handed to Linux
+    pub exceptions: u64,
+}
+
+/// `towpath explain`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Explanation {
+    /// What happens, in order
+    pub steps: Vec<Step>,
+    /// What becomes of the packet
+    pub verdict: Verdict,
+}
+
+/// One step of the packet's way.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Step {
+    /// What is looked at: `port`, `policy`, `source`, `route`, `next hop`, `neighbor`, `mtu`
+    pub step: String,
+    /// What is found
+    pub found: String,
+}
+
+/// What becomes of a packet.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(tag = "path", rename_all = "lowercase")]
+pub enum Verdict {
+    /// It is forwarded by the fast path
+    Fast {
+        /// Port it leaves by
+        port: String,
+        /// Destination MAC address it leaves with
+        destination: String,
+        /// Source MAC address it leaves with
+        source: String,
+    },
+    /// It is handed to Linux
+    Linux {
+        /// Short name of the reason
+        reason: String,
+        /// The reason in words
+        text: String,
+        /// The object that decides
+        detail: Option<String>,
+    },
+}

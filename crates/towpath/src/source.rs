@@ -1,0 +1,131 @@
+//! Where Linux's state comes from: a CM in a thread of this process, or one that connects over a socket. Either way
+//! batches of messages arrive in the daemon's inbox.
+
+use crate::daemon::Event;
+use anyhow::{Context, Result};
+use std::fs::Permissions;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use towpath_cm::{Cm, CmError};
+use towpath_fpc::codec::Packet;
+use towpath_fpc::{Connection, Message};
+
+/// Frames of a socket that are worked on at once.
+const BATCH: usize = 1024;
+
+/// Which source to use.
+pub enum Source {
+    /// A CM in this process; names of the interfaces to follow closely, None for all
+    InProcess(Option<Vec<String>>),
+    /// A CM that connects here
+    Socket(PathBuf),
+}
+
+/// A source at work. It ends with the process, or when this is dropped.
+pub struct Running {
+    /// A CM in this process stops when this is closed
+    _stop: Option<UnixStream>,
+    /// The CM at the other end of a socket, while there is one
+    peer: Arc<Mutex<Option<towpath_fpc::Sender>>>,
+}
+
+impl Running {
+    /// Sends FPM's word to the CM at the other end of a socket, if there is one.
+    pub fn send(&self, packet: Packet) {
+        let mut peer = self.peer.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = peer.as_mut().map(|sender| sender.push(packet, false).and_then(|_| sender.flush_frames()));
+        if let Some(Err(error)) = sent {
+            tracing::warn!("cannot answer the cache manager: {error}");
+            *peer = None;
+        }
+    }
+}
+
+impl Source {
+    /// Starts it; its messages go to `events`, and `Event::SourceEnded` if there will be no more.
+    pub fn start(self, events: SyncSender<Event>) -> Result<Running> {
+        match self {
+            Source::InProcess(serve) => start_cm(serve, events),
+            Source::Socket(path) => listen(&path, events),
+        }
+    }
+}
+
+/// A watcher stays in the thread that made it, so everything is made there.
+fn start_cm(serve: Option<Vec<String>>, events: SyncSender<Event>) -> Result<Running> {
+    let (stop, stopped) = UnixStream::pair().context("cannot make a socket pair")?;
+    thread("cm", move || {
+        if let Err(error) = follow_linux(serve, &events, &stopped) {
+            let _ = events.send(Event::SourceEnded(error.to_string()));
+        }
+    })?;
+    Ok(Running { _stop: Some(stop), peer: Arc::default() })
+}
+
+fn follow_linux(serve: Option<Vec<String>>, events: &SyncSender<Event>, stopped: &UnixStream) -> Result<(), CmError> {
+    let options = towpath_cm::Options { serve, ..towpath_cm::Options::default() };
+    let mut sink = |messages: Vec<Message>| {
+        events.send(Event::Messages(messages)).map_err(|_| CmError::Sink("it has ended".into()))
+    };
+    Cm::new(options, towpath_cm::guard::watchers()?)?.run(&mut sink, stopped.as_fd())
+}
+
+/// One CM at a time; when it goes, the tables stay as they are until the next one describes everything anew.
+fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", path.display()))?;
+    let peer = Arc::new(Mutex::new(None));
+    let running = Running { _stop: None, peer: peer.clone() };
+    thread("fpc", move || {
+        for stream in listener.incoming() {
+            let end = stream.context("no connection").and_then(|stream| receive(stream, &events, &peer));
+            *peer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            match end {
+                Ok(()) => tracing::warn!("the cache manager has left; the fast path keeps its last state"),
+                Err(error) => tracing::warn!("lost the cache manager: {error:#}; the fast path keeps its last state"),
+            }
+            if events.send(Event::SourceLost).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(running)
+}
+
+fn receive(stream: UnixStream, events: &SyncSender<Event>, peer: &Mutex<Option<towpath_fpc::Sender>>) -> Result<()> {
+    let Connection { sender, mut receiver } = Connection::open(stream)?;
+    tracing::info!("a cache manager has connected");
+    *peer.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+    loop {
+        let frames = receiver.batch(BATCH)?;
+        if frames.is_empty() {
+            return Ok(());
+        }
+        let mut messages = Vec::with_capacity(frames.len());
+        let mut acknowledge = None;
+        for frame in frames {
+            if frame.report {
+                acknowledge = Some(frame.sequence);
+            }
+            if let Packet::Message(message) = frame.packet {
+                messages.push(message);
+            }
+        }
+        events.send(Event::Messages(messages)).context("the daemon has ended")?;
+        if let Some(sequence) = acknowledge {
+            events.send(Event::Acknowledge(sequence)).context("the daemon has ended")?;
+        }
+    }
+}
+
+/// Starts a thread.
+pub fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(work).with_context(|| format!("cannot start thread {name}"))?;
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! Numbers of Linux in the words that iproute2 uses for them.
+
+use crate::report;
+use towpath_fpc::{Policy, PolicySource, Route, Scope};
+use towpath_tables::record::Family;
+
+/// RTPROT_* (linux/rtnetlink.h; names of /etc/iproute2/rt_protos)
+pub fn protocol(number: u8) -> String {
+    let name = match number {
+        0 => "unspec",
+        1 => "redirect",
+        2 => "kernel",
+        3 => "boot",
+        4 => "static",
+        8 => "gated",
+        9 => "ra",
+        10 => "mrt",
+        11 => "zebra",
+        12 => "bird",
+        13 => "dnrouted",
+        14 => "xorp",
+        15 => "ntk",
+        16 => "dhcp",
+        17 => "mrouted",
+        18 => "keepalived",
+        42 => "babel",
+        84 => "ovn",
+        99 => "openr",
+        186 => "bgp",
+        187 => "isis",
+        188 => "ospf",
+        189 => "rip",
+        192 => "eigrp",
+        other => return other.to_string(),
+    };
+    name.into()
+}
+
+/// RTN_* (linux/rtnetlink.h)
+pub fn route_kind(number: u8) -> String {
+    let name = match number {
+        1 => "unicast",
+        2 => "local",
+        3 => "broadcast",
+        4 => "anycast",
+        5 => "multicast",
+        6 => "blackhole",
+        7 => "unreachable",
+        8 => "prohibit",
+        9 => "throw",
+        10 => "nat",
+        other => return other.to_string(),
+    };
+    name.into()
+}
+
+/// A routing table: its name if it has one by default.
+pub fn table(number: u32) -> String {
+    match number {
+        253 => "default".into(),
+        254 => "main".into(),
+        255 => "local".into(),
+        other => other.to_string(),
+    }
+}
+
+/// NUD_* (linux/neighbour.h): one bit is set, or none.
+pub fn neighbour_state(state: u16) -> String {
+    let name = match state {
+        0 => "none",
+        0x01 => "incomplete",
+        0x02 => "reachable",
+        0x04 => "stale",
+        0x08 => "delay",
+        0x10 => "probe",
+        0x20 => "failed",
+        0x40 => "noarp",
+        0x80 => "permanent",
+        other => return format!("{other:#x}"),
+    };
+    name.into()
+}
+
+/// A family in JSON.
+pub fn family(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ipv4",
+        Family::V6 => "ipv6",
+    }
+}
+
+/// A policy in JSON; `name` gives interfaces their names.
+pub fn policy(policy: &Policy, name: impl Fn(u32) -> String) -> report::Policy {
+    let (scope, port, of) = match policy.scope {
+        Scope::Family(of) => ("all", None, Some(of)),
+        Scope::Ingress(ifindex, of) => ("ingress", Some(name(ifindex)), of),
+        Scope::Egress(ifindex, of) => ("egress", Some(name(ifindex)), of),
+    };
+    report::Policy {
+        source: policy_source(policy.source).into(),
+        scope: scope.into(),
+        port,
+        family: of.map(|of| family(of).into()),
+        reason: policy.reason.name().into(),
+        detail: policy.detail.clone(),
+    }
+}
+
+fn policy_source(source: PolicySource) -> &'static str {
+    match source {
+        PolicySource::Nftables => "nftables",
+        PolicySource::Xtables => "iptables",
+        PolicySource::Xfrm => "xfrm",
+        PolicySource::Rules => "rules",
+        PolicySource::Tc => "tc",
+        PolicySource::Capture => "capture",
+        PolicySource::Sysctl => "sysctl",
+    }
+}
+
+/// A route for a line of text.
+pub fn route(route: &Route) -> String {
+    let key = route.key;
+    let metric = if key.priority == 0 { String::new() } else { format!(", metric {}", key.priority) };
+    let kind = if route.kind == 1 { String::new() } else { format!("{} ", route_kind(route.kind)) };
+    format!("{kind}{} of table {}{metric}, protocol {}", key.prefix, table(key.table), protocol(route.protocol))
+}

@@ -1,0 +1,281 @@
+//! A router between two hosts, and the command run in the router.
+//!
+//!     left 192.0.2.2, 2001:db8:1::2 -- eth0 [router] eth1 -- right 198.51.100.2, 2001:db8:2::2
+//!          .1 and ::1 are the router's
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{ExitStatus, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use towpath_lab::{Lab, Node, Process, wait_for};
+
+pub const LEFT: &str = "192.0.2.2";
+pub const RIGHT: &str = "198.51.100.2";
+pub const LEFT6: &str = "2001:db8:1::2";
+pub const RIGHT6: &str = "2001:db8:2::2";
+
+/// How long to wait for anything before the test fails.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Waits until `condition` gives something.
+pub fn eventually<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_for(DEADLINE, what, condition).expect("in time")
+}
+
+/// The words of a command line.
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+/// The three nodes.
+pub struct Net {
+    pub router: Node,
+    pub left: Node,
+    pub right: Node,
+    lab: Lab,
+}
+
+impl Net {
+    /// The hosts, the router, and Linux forwarding between them.
+    pub fn new() -> Self {
+        let lab = Lab::new("towpath").expect("a lab");
+        let node = |name| lab.node(name).expect("a node");
+        let net = Self { router: node("router"), left: node("left"), right: node("right"), lab };
+        net.router.forward().expect("forwarding");
+        net.connect_left();
+        net.connect_right();
+        for (from, to) in [(&net.left, RIGHT), (&net.right, LEFT), (&net.left, RIGHT6), (&net.right, LEFT6)] {
+            eventually("the hosts reach each other through Linux", || net.ping(from, to).then_some(()));
+        }
+        net
+    }
+
+    pub fn connect_left(&self) {
+        self.connect(&self.left, "eth0", "192.0.2", "2001:db8:1");
+    }
+
+    pub fn connect_right(&self) {
+        self.connect(&self.right, "eth1", "198.51.100", "2001:db8:2");
+    }
+
+    fn connect(&self, host: &Node, port: &str, v4: &str, v6: &str) {
+        self.lab.link((&self.router, port), (host, "up0")).expect("a link");
+        for (node, device, number) in [(&self.router, port, 1), (host, "up0", 2)] {
+            node.sh(&format!("ip address add {v4}.{number}/24 dev {device}")).expect("an address");
+            node.sh(&format!("ip address add {v6}::{number}/64 dev {device} nodad")).expect("an address");
+        }
+        host.sh(&format!("ip route add default via {v4}.1; ip route add default via {v6}::1")).expect("routes");
+    }
+
+    /// `ip` in the router.
+    pub fn ip(&self, arguments: &str) -> String {
+        self.exec(&format!("ip {arguments}"))
+    }
+
+    /// A command in the router that must succeed.
+    pub fn exec(&self, line: &str) -> String {
+        self.router.run(words(line)).expect(line)
+    }
+
+    pub fn ping(&self, from: &Node, to: &str) -> bool {
+        from.run(["ping", "-c1", "-W1", "-q", to]).is_ok()
+    }
+
+    /// Runs a program in the router to its end.
+    pub fn output(&self, words: &[&str]) -> Output {
+        self.router.command(words[0]).args(&words[1..]).stdin(Stdio::null()).output().expect("ip netns exec")
+    }
+
+    /// Runs `towpath` to its end.
+    pub fn towpath(&self, arguments: &[&str]) -> Output {
+        self.output(&[&[env!("CARGO_BIN_EXE_towpath")], arguments].concat())
+    }
+
+    /// Runs a read command and gives its JSON.
+    pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        let output = self.towpath(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    /// Runs a command that must fail with status 1; gives its message.
+    pub fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.towpath(arguments);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        message
+    }
+
+    /// Starts the daemon and waits until it is ready.
+    pub fn up(&self, ports: &[&str]) -> Daemon {
+        self.up_with(ports, &[])
+    }
+
+    /// As `up`, with environment variables.
+    pub fn up_with(&self, ports: &[&str], environment: &[(&str, &str)]) -> Daemon {
+        let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
+        command.arg("up").args(ports).envs(environment.iter().copied());
+        let mut process = self.router.start(command).expect("started");
+        process.wait_for_output(DEADLINE, "ready: ").expect("a readiness notice");
+        Daemon(process)
+    }
+
+    /// Attaches an XDP program of another party that passes everything; it goes with the descriptor.
+    pub fn attach_foreign_program(&self, port: &str) -> OwnedFd {
+        let ifindex = self.router.ifindex(port).expect("index");
+        let attach = || {
+            // r0 = XDP_PASS; exit
+            let code: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
+            let (code, license) = (code.as_ptr() as u64, c"GPL".as_ptr() as u64);
+            let mut load = [6, 2, code as u32, (code >> 32) as u32, license as u32, (license >> 32) as u32];
+            let program = bpf(5, &mut load);
+            const BPF_XDP: u32 = 37;
+            const DRIVER_MODE: u32 = 4;
+            bpf(28, &mut [program.as_raw_fd() as u32, ifindex, BPF_XDP, DRIVER_MODE])
+        };
+        self.router.enter(attach).expect("in the router")
+    }
+
+    /// Packets forwarded by the fast path.
+    pub fn forwarded(&self) -> u64 {
+        let stats = self.json(&["show", "stats"]);
+        stats["ports"].as_array().expect("ports").iter().map(|port| port["rx_packets"].as_u64().expect("count")).sum()
+    }
+
+    /// Waits until the fast path has forwarded `more` packets beyond those it has now.
+    pub fn flows(&self, more: u64) {
+        let before = self.forwarded();
+        eventually("the fast path forwards the stream", || (self.forwarded() >= before + more).then_some(()));
+    }
+
+    /// Packets handed to Linux for `reason`, over all ports.
+    pub fn exceptions(&self, reason: &str) -> u64 {
+        let all = self.json(&["show", "exceptions"]);
+        let rows = all["exceptions"].as_array().expect("exceptions");
+        rows.iter().filter(|row| row["reason"] == reason).map(|row| row["packets"].as_u64().expect("count")).sum()
+    }
+
+    /// Inode of the router's namespace, which names its instance.
+    pub fn inode(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(format!("/run/netns/{}", self.router.netns())).expect("a namespace").ino()
+    }
+
+    /// What a towpath leaves in the router: programs on interfaces and pins.
+    pub fn traces(&self) -> String {
+        let links: Vec<_> =
+            self.ip("-d link").lines().filter(|line| line.contains("xdp")).map(str::to_string).collect();
+        let pins = std::fs::read_dir(format!("/sys/fs/bpf/towpath/{}", self.inode())).map_or(0, Iterator::count);
+        format!("{links:?}, {pins} pins")
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        let _ = self.towpath(&["down"]);
+    }
+}
+
+/// bpf(2) with an attribute of 32-bit words; the commands used give descriptors.
+fn bpf(command: i32, attribute: &mut [u32]) -> OwnedFd {
+    // SAFETY: the attribute and what it points to outlive the call; the kernel gives a new descriptor or an error.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_bpf, command, attribute.as_mut_ptr(), size_of_val(attribute));
+        assert!(fd >= 0, "bpf({command}): {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+/// A running `towpath up`.
+pub struct Daemon(Process);
+
+impl Daemon {
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+
+    pub fn log(&self) -> String {
+        self.0.log()
+    }
+
+    /// Sends a signal and waits for the end.
+    pub fn signal(&mut self, signal: i32) -> ExitStatus {
+        self.0.signal(signal);
+        self.wait()
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        self.0.wait(DEADLINE).expect("an end")
+    }
+}
+
+/// A paced stream of numbered packets from left to right, one each millisecond.
+pub struct Stream {
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<u64>,
+    receiver: JoinHandle<Vec<bool>>,
+}
+
+impl Stream {
+    pub fn start(net: &Net, destination: &str) -> Self {
+        let (any, target) = match destination.contains(':') {
+            true => ("[::]:0", format!("[{destination}]:7000")),
+            false => ("0.0.0.0:0", format!("{destination}:7000")),
+        };
+        let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
+        inbound.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+        let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
+        outbound.connect(target).expect("connected");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        Self {
+            stop,
+            sender: std::thread::spawn(move || send_paced(&outbound, &stopped)),
+            receiver: std::thread::spawn(move || receive_all(&inbound)),
+        }
+    }
+
+    /// Ends the stream; nothing of it may have been lost.
+    pub fn finish_complete(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().expect("sender");
+        let seen = self.receiver.join().expect("receiver");
+        let lost: Vec<_> = (0..sent as usize).filter(|number| !seen.get(*number).copied().unwrap_or(false)).collect();
+        assert!(sent > 0 && lost.is_empty(), "{} of {sent} lost: {lost:?}", lost.len());
+    }
+}
+
+/// Sends numbers until told to stop, then the end mark; gives how many.
+fn send_paced(socket: &UdpSocket, stop: &AtomicBool) -> u64 {
+    let start = Instant::now();
+    let mut number = 0u64;
+    while !stop.load(Ordering::Relaxed) {
+        socket.send(&number.to_be_bytes()).expect("sent");
+        number += 1;
+        std::thread::sleep(Duration::from_millis(number).saturating_sub(start.elapsed()));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    socket.send(&u64::MAX.to_be_bytes()).expect("sent");
+    number
+}
+
+/// Receives until the end mark, or silence; gives which numbers came.
+fn receive_all(socket: &UdpSocket) -> Vec<bool> {
+    let mut seen = Vec::new();
+    let mut buffer = [0; 8];
+    while let Ok(length) = socket.recv(&mut buffer) {
+        assert_eq!(length, 8, "a packet of the stream");
+        let number = u64::from_be_bytes(buffer);
+        if number == u64::MAX {
+            break;
+        }
+        let index = number as usize;
+        seen.resize(seen.len().max(index + 1), false);
+        seen[index] = true;
+    }
+    seen
+}

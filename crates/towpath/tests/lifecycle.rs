@@ -1,0 +1,143 @@
+//! `up`, `down`, restarts and instances, with traffic that shows whether the fast path was taken and nothing was lost.
+
+mod common;
+
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+
+#[test]
+fn up_forwards_fast_and_down_gives_back_to_linux_without_loss() {
+    let net = Net::new();
+    let clean = net.traces();
+    for (destination, from) in [(RIGHT, LEFT), (RIGHT6, LEFT6)] {
+        let stream = Stream::start(&net, destination);
+        let mut daemon = net.up(&["eth0", "eth1"]);
+        assert!(daemon.log().contains("ready: 2 ports, "), "{}", daemon.log());
+        net.flows(200);
+        assert!(net.ping(&net.right, from), "replies come back");
+        let down = net.towpath(&["down"]);
+        assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+        assert!(daemon.wait().success());
+        assert_eq!(net.traces(), clean);
+        stream.finish_complete();
+    }
+}
+
+#[test]
+fn interrupts_end_it_cleanly() {
+    let net = Net::new();
+    let clean = net.traces();
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let stream = Stream::start(&net, RIGHT);
+        let mut daemon = net.up(&["eth0", "eth1"]);
+        net.flows(100);
+        assert_eq!(daemon.signal(signal).code(), Some(0));
+        assert_eq!(net.traces(), clean);
+        stream.finish_complete();
+    }
+}
+
+#[test]
+fn without_names_every_port_that_can_is_served() {
+    let net = Net::new();
+    let daemon = net.up(&[]);
+    assert!(daemon.log().contains("ready: 2 ports, "), "{}", daemon.log());
+    let ports = net.json(&["show", "ports"]);
+    let modes: Vec<_> = ports["ports"].as_array().unwrap().iter().map(|port| (&port["name"], &port["mode"])).collect();
+    assert_eq!(format!("{modes:?}"), r#"[(String("eth0"), String("native")), (String("eth1"), String("native"))]"#);
+}
+
+#[test]
+fn programs_go_on_after_kill_and_a_new_daemon_reconciles_without_loss() {
+    let net = Net::new();
+    let stream = Stream::start(&net, RIGHT);
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    net.flows(100);
+    let before = net.forwarded();
+    daemon.signal(libc::SIGKILL);
+    // Changes that nobody is there to follow.
+    net.ip("route add 203.0.113.0/24 via 198.51.100.2");
+    net.ip("route add blackhole 203.0.113.128/25");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let again = net.up(&["eth0", "eth1"]);
+    let after = net.forwarded();
+    assert!(after >= before + 250, "forwarding went on while no daemon was there: {before} before, {after} after");
+    assert_eq!(net.json(&["status"])["adopted"], true);
+    let verdict = |destination: &str| net.json(&["explain", LEFT, destination, "in", "eth0"])["verdict"].clone();
+    assert_eq!(verdict("203.0.113.1")["path"], "fast");
+    assert_eq!(verdict("203.0.113.129")["reason"], "non-unicast-route");
+    net.flows(100);
+    drop(again);
+    stream.finish_complete();
+}
+
+#[test]
+fn down_removes_what_a_killed_daemon_left() {
+    let net = Net::new();
+    let clean = net.traces();
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    assert_ne!(net.traces(), clean);
+    daemon.signal(libc::SIGKILL);
+    assert_ne!(net.traces(), clean);
+    assert!(net.towpath(&["down"]).status.success());
+    assert_eq!(net.traces(), clean);
+    assert!(net.ping(&net.left, RIGHT));
+}
+
+#[test]
+fn a_restart_with_other_ports_changes_the_difference_only() {
+    let net = Net::new();
+    let mut daemon = net.up(&["eth0"]);
+    daemon.signal(libc::SIGKILL);
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    daemon.signal(libc::SIGKILL);
+    let _daemon = net.up(&["eth1"]);
+    assert!(!net.ip("-d link show eth0").contains("xdp"), "eth0 is served no longer");
+    assert!(net.ip("-d link show eth1").contains("xdp"));
+    stream.finish_complete();
+}
+
+#[test]
+fn instances_in_two_namespaces_do_not_disturb_each_other() {
+    let (one, two) = (Net::new(), Net::new());
+    let mut first = one.up(&["eth0", "eth1"]);
+    let _second = two.up(&["eth0", "eth1"]);
+    let stream = Stream::start(&two, RIGHT);
+    two.flows(100);
+    one.ip("route add blackhole 203.0.113.0/24");
+    assert_eq!(first.signal(libc::SIGTERM).code(), Some(0));
+    two.flows(100);
+    let explained = two.json(&["explain", LEFT, "203.0.113.1", "in", "eth0"]);
+    assert_eq!(explained["verdict"]["reason"], "no-route");
+    stream.finish_complete();
+}
+
+#[test]
+fn a_named_port_that_comes_back_is_served_again() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    net.ip("link delete eth1");
+    let port = || net.json(&["show", "ports"])["ports"].as_array().unwrap()[1].clone();
+    eventually("eth1 is known to be gone", || port()["ifindex"].is_null().then_some(()));
+    net.connect_right();
+    eventually("eth1 is served again", || (port()["ready"] == true).then_some(()));
+    eventually("the neighbour resolves", || net.ping(&net.left, RIGHT).then_some(()));
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    stream.finish_complete();
+}
+
+#[test]
+fn a_service_manager_is_told() {
+    use std::os::unix::net::UnixDatagram;
+    let net = Net::new();
+    let path = std::env::temp_dir().join(format!("{}.notify", net.router.netns()));
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    let _daemon = net.up_with(&["eth0", "eth1"], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
+    let mut buffer = [0; 64];
+    let length = socket.recv(&mut buffer).expect("a notice");
+    assert_eq!(&buffer[..length], b"READY=1");
+    std::fs::remove_file(path).unwrap();
+}
