@@ -4,6 +4,7 @@
 use crate::answer::Facts;
 use crate::cli::{self, Up};
 use crate::control::{self, Request};
+use crate::follow::Keeper;
 use crate::instance::Instance;
 use crate::ports::Wanted;
 use crate::signals::Termination;
@@ -18,6 +19,7 @@ use towpath_engine::{Engine, Mode, Options, PortRequest, Site, Tables, TransmitW
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Message, Policy, Snapshot};
 use towpath_fpm::Fpm;
+use towpath_hitflags::{HitFlags, Netlink};
 use towpath_tables::backing::initial_elements;
 use towpath_tables::writer::TableWriter;
 
@@ -25,8 +27,6 @@ use towpath_tables::writer::TableWriter;
 const INBOX: usize = 64;
 /// How long the first description of everything may take to begin with; it is extended while messages come.
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(30);
-/// How often the hit flags are looked at.
-const TICK: Duration = Duration::from_millis(500);
 
 /// What reaches the daemon's thread.
 pub enum Event {
@@ -54,6 +54,7 @@ pub struct Daemon {
     pub wanted: Wanted,
     pub facts: Facts,
     pub source: Running,
+    pub hits: HitFlags<Keeper>,
     pub inbox: Receiver<Event>,
     /// An event taken from the inbox that is still to be handled
     pub pending: Option<Event>,
@@ -117,6 +118,11 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     let stop = events.clone();
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
     let source = remote.unwrap_or_else(|| Source::InProcess(wanted.names())).start(events.clone())?;
+    let keeper = match &source.peer {
+        Some(peer) => Keeper::Remote(peer.clone()),
+        None => Keeper::Local(Netlink::open()?),
+    };
+    let hits = HitFlags::new(keeper, towpath_hitflags::PERIOD, Instant::now());
     let (engine, fpm) = tables(site, options, &mut facts)?;
     let mut daemon = Daemon {
         instance: instance.clone(),
@@ -125,6 +131,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         wanted,
         facts,
         source,
+        hits,
         inbox,
         pending: None,
         running: false,
@@ -208,7 +215,7 @@ impl Daemon {
                 }
                 Ok(Event::Stop(_)) => return Ok(false),
                 Ok(Event::SourceEnded(error)) => bail!("cannot learn Linux's state: {error}"),
-                Ok(Event::Acknowledge(sequence)) => self.source.send(Packet::Ack(sequence)),
+                Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
                 Ok(Event::SourceLost | Event::Request(..) | Event::Transmit(_)) => {}
                 Err(_) => bail!("Linux's state was not told within {} s", FIRST_SNAPSHOT.as_secs()),
             }
@@ -278,9 +285,9 @@ impl Daemon {
 
     /// Works until told to stop, or until Linux's state can no longer be followed.
     fn serve(mut self) -> Result<()> {
-        let mut due = Instant::now() + TICK;
         loop {
-            match self.next(due.saturating_duration_since(Instant::now())) {
+            self.tick();
+            match self.next(self.due().saturating_duration_since(Instant::now())) {
                 Ok(Event::Messages(messages)) => self.follow(messages),
                 Ok(Event::Request(Request::Stop, reply)) => {
                     let _ = reply.send(control::answer(Ok(true)));
@@ -294,18 +301,21 @@ impl Daemon {
                     self.check_transmit(&ports);
                     self.sync();
                 }
-                Ok(Event::Acknowledge(sequence)) => self.source.send(Packet::Ack(sequence)),
+                Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
                 Ok(Event::SourceLost) => self.resyncing.extend(towpath_fpm::all_classes()),
                 Ok(Event::SourceEnded(error)) => {
                     self.engine.teardown()?;
                     bail!("Linux's state can no longer be followed, so the fast path was taken off: {error}");
                 }
                 Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to tell anything"),
-                Err(RecvTimeoutError::Timeout) => {
-                    due = Instant::now() + TICK;
-                    self.tick();
-                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
+        }
+    }
+
+    fn acknowledge(&self, sequence: u32) {
+        if let Some(peer) = &self.source.peer {
+            peer.send(Packet::Ack(sequence));
         }
     }
 

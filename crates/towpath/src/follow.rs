@@ -2,10 +2,14 @@
 
 use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
+use crate::source::Peer;
 use std::collections::BTreeSet;
+use std::time::Instant;
 use towpath_engine::{Request, TransmitSupport};
-use towpath_fpc::{Message, Policy};
+use towpath_fpc::codec::Packet;
+use towpath_fpc::{Feedback, Message, NeighbourKey, Policy};
 use towpath_fpm::Transmit;
+use towpath_hitflags::{Netlink, Refresh, RefreshError};
 
 /// Batches taken together before the tables are brought in line.
 const BATCHES: usize = 64;
@@ -128,9 +132,36 @@ impl Daemon {
         }
         self.policies = now;
     }
+
+    /// When there is something to do even if nothing happens.
+    pub fn due(&self) -> Instant {
+        self.hits.due()
+    }
+
+    /// Keeps neighbours in use alive in Linux, once a period.
+    pub fn tick(&mut self) {
+        if let Err(error) = self.hits.poll(Instant::now(), || self.fpm.take_hits()) {
+            tracing::warn!("{error}");
+        }
+    }
 }
 
-impl Daemon {
-    /// What is to be done now and then: neighbours in use are kept alive in Linux.
-    pub fn tick(&mut self) {}
+/// Who tells Linux which neighbours are in use.
+pub enum Keeper {
+    /// This process
+    Local(Netlink),
+    /// The cache manager at the other end of a socket
+    Remote(Peer),
+}
+
+impl Refresh for Keeper {
+    fn refresh(&mut self, neighbours: &[NeighbourKey]) -> Result<(), RefreshError> {
+        match self {
+            Keeper::Local(netlink) => netlink.refresh(neighbours),
+            Keeper::Remote(peer) => {
+                peer.send(Packet::Feedback(Feedback::Hits(neighbours.to_vec())));
+                Ok(())
+            }
+        }
+    }
 }

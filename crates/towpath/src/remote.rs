@@ -11,6 +11,7 @@ use std::time::Duration;
 use towpath_cm::{Cm, CmError};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Receiver, Sender, Sink};
+use towpath_hitflags::{Netlink, Refresh};
 
 /// Between two tries to reach the `towpath fpm`.
 const RETRY: Duration = Duration::from_millis(500);
@@ -66,8 +67,9 @@ fn serve(connection: Connection) -> Result<()> {
     let Connection { mut sender, receiver } = connection;
     let shared = Arc::new(Shared::default());
     let listener = shared.clone();
+    let mut netlink = Netlink::open()?;
     thread("feedback", move || {
-        listen(receiver, &listener);
+        listen(receiver, &mut netlink, &listener);
         listener.ended.store(true, Ordering::SeqCst);
         listener.set_stop(None);
     })?;
@@ -95,7 +97,7 @@ fn describe(sender: &mut Sender, stopped: &UnixStream) -> Result<(), CmError> {
 }
 
 /// Does what the fast path manager asks, until it leaves.
-fn listen(mut receiver: Receiver, shared: &Shared) {
+fn listen(mut receiver: Receiver, netlink: &mut Netlink, shared: &Shared) {
     loop {
         match receiver.next() {
             Ok(Some(frame)) => match frame.packet {
@@ -103,7 +105,12 @@ fn listen(mut receiver: Receiver, shared: &Shared) {
                     tracing::info!("everything is described again: {why}");
                     shared.set_stop(None);
                 }
-                Packet::Feedback(Feedback::Hits(_)) | Packet::Message(_) | Packet::Ack(_) | Packet::Hello(_) => {}
+                Packet::Feedback(Feedback::Hits(neighbours)) => {
+                    if let Err(error) = netlink.refresh(&neighbours) {
+                        tracing::warn!("{error}");
+                    }
+                }
+                Packet::Message(_) | Packet::Ack(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,
             },
             Ok(None) => return,

@@ -12,7 +12,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use towpath_cm::{Cm, CmError};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Connection, Message};
+use towpath_fpc::{Connection, Message, Sender};
 
 /// Frames of a socket that are worked on at once.
 const BATCH: usize = 1024;
@@ -29,19 +29,27 @@ pub enum Source {
 pub struct Running {
     /// A CM in this process stops when this is closed
     _stop: Option<UnixStream>,
-    /// The CM at the other end of a socket, while there is one
-    peer: Arc<Mutex<Option<towpath_fpc::Sender>>>,
+    /// The CM at the other end of a socket
+    pub peer: Option<Peer>,
 }
 
-impl Running {
-    /// Sends FPM's word to the CM at the other end of a socket, if there is one.
+/// The way back to a CM at the other end of a socket, while there is one.
+#[derive(Clone, Default)]
+pub struct Peer(Arc<Mutex<Option<Sender>>>);
+
+impl Peer {
+    /// Sends FPM's word to the CM, if there is one.
     pub fn send(&self, packet: Packet) {
-        let mut peer = self.peer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = peer.as_mut().map(|sender| sender.push(packet, false).and_then(|_| sender.flush_frames()));
         if let Some(Err(error)) = sent {
             tracing::warn!("cannot answer the cache manager: {error}");
             *peer = None;
         }
+    }
+
+    fn set(&self, sender: Option<Sender>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sender;
     }
 }
 
@@ -63,7 +71,7 @@ fn start_cm(serve: Option<Vec<String>>, events: SyncSender<Event>) -> Result<Run
             let _ = events.send(Event::SourceEnded(error.to_string()));
         }
     })?;
-    Ok(Running { _stop: Some(stop), peer: Arc::default() })
+    Ok(Running { _stop: Some(stop), peer: None })
 }
 
 fn follow_linux(serve: Option<Vec<String>>, events: &SyncSender<Event>, stopped: &UnixStream) -> Result<(), CmError> {
@@ -80,12 +88,12 @@ fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", path.display()))?;
-    let peer = Arc::new(Mutex::new(None));
-    let running = Running { _stop: None, peer: peer.clone() };
+    let peer = Peer::default();
+    let running = Running { _stop: None, peer: Some(peer.clone()) };
     thread("fpc", move || {
         for stream in listener.incoming() {
             let end = stream.context("no connection").and_then(|stream| receive(stream, &events, &peer));
-            *peer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            peer.set(None);
             match end {
                 Ok(()) => tracing::warn!("the cache manager has left; the fast path keeps its last state"),
                 Err(error) => tracing::warn!("lost the cache manager: {error:#}; the fast path keeps its last state"),
@@ -98,10 +106,10 @@ fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
     Ok(running)
 }
 
-fn receive(stream: UnixStream, events: &SyncSender<Event>, peer: &Mutex<Option<towpath_fpc::Sender>>) -> Result<()> {
+fn receive(stream: UnixStream, events: &SyncSender<Event>, peer: &Peer) -> Result<()> {
     let Connection { sender, mut receiver } = Connection::open(stream)?;
     tracing::info!("a cache manager has connected");
-    *peer.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+    peer.set(Some(sender));
     loop {
         let frames = receiver.batch(BATCH)?;
         if frames.is_empty() {

@@ -31,15 +31,21 @@ fn a_firewall_rule_sends_traffic_to_linux_and_its_removal_brings_it_back() {
     stream.finish_complete();
 }
 
-/// Sysctls that make neighbours go stale after half a second or so.
+/// Sysctls that make neighbours go stale after half a second or so; those learnt before have a longer timer running.
 fn short_lived_neighbours(net: &Net) {
     for family in ["ipv4", "ipv6"] {
         for port in ["eth0", "eth1"] {
             let set = |key, value| net.router.sysctl(&format!("net.{family}.neigh.{port}.{key}"), value).expect("set");
             set("base_reachable_time_ms", "500");
-            set("delay_first_probe_time", "1");
+            set("delay_first_probe_time", "2");
             set("gc_stale_time", "2");
         }
+    }
+    for port in ["eth0", "eth1"] {
+        net.ip(&format!("neighbor flush dev {port}"));
+    }
+    for (from, to) in [(&net.left, RIGHT), (&net.left, RIGHT6)] {
+        eventually("neighbours are learnt anew", || net.ping(from, to).then_some(()));
     }
 }
 
