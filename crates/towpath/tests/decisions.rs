@@ -50,6 +50,21 @@ fn short_lived_neighbours(net: &Net) {
     }
 }
 
+/// The longest time without a break that Linux holds a neighbour for stale, within `span`.
+fn longest_stale(net: &Net, address: &str, span: Duration) -> Duration {
+    let end = Instant::now() + span;
+    let (mut since, mut longest) = (None, Duration::ZERO);
+    while Instant::now() < end {
+        if net.ip(&format!("neighbor show {address} dev eth1")).contains("STALE") {
+            longest = longest.max(since.get_or_insert_with(Instant::now).elapsed());
+        } else {
+            since = None;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    longest
+}
+
 #[test]
 fn neighbours_in_use_stay_valid_over_many_expiry_periods() {
     let net = Net::new();
@@ -59,7 +74,10 @@ fn neighbours_in_use_stay_valid_over_many_expiry_periods() {
     net.flows(100);
     let exceptions = || ["no-neighbour", "nexthop-down", "no-route"].map(|reason| net.exceptions(reason));
     let at_start = exceptions();
-    std::thread::sleep(Duration::from_secs(15));
+    for address in [RIGHT, RIGHT6] {
+        let stale = longest_stale(&net, address, Duration::from_secs(9));
+        assert!(stale < Duration::from_secs(3), "{address} was stale for {stale:?} while in use");
+    }
     assert_eq!(exceptions(), at_start, "no packet of the flows became an exception");
     streams.into_iter().for_each(Stream::finish_complete);
 }
