@@ -2,17 +2,24 @@
 
 use crate::error::{Error, Result};
 use crate::sys;
-use aya::programs::{ProgramError, Xdp};
-use aya::{Ebpf, EbpfLoader};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use aya_obj::Object;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 /// Name of the program in the object.
 const NAME: &str = "towpath";
 /// Lines of the verifier's log that an error shows; the last ones say what is wrong.
 const LOG_LINES: usize = 40;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/towpath-xdp.o"));
+/// Room for the verifier's log.
+const LOG_BYTES: usize = 1 << 20;
+
+/// An ELF file is read in place and must be aligned.
+#[repr(C, align(8))]
+struct Aligned<B: ?Sized>(B);
+static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/towpath-xdp.o")));
 
 /// A loaded program.
 #[derive(Debug)]
@@ -34,20 +41,16 @@ pub struct ProgramFacts {
 impl Program {
     /// Loads the program; each map is the one pinned at its path.
     pub fn load(pins: &[(&'static str, PathBuf)]) -> Result<Self> {
-        let mut loader = EbpfLoader::new();
-        for (name, path) in pins {
-            loader.map_pin_path(name, path);
-        }
-        let mut object = loader.load(OBJECT).map_err(|e| Error::Program { why: chain(&e), log: String::new() })?;
-        check_maps(&object, pins)?;
-        let program: &mut Xdp = object
-            .program_mut(NAME)
-            .ok_or_else(|| Error::Object(format!("has no program {NAME}")))?
-            .try_into()
-            .map_err(|_| Error::Object(format!("has a program {NAME} that is not for XDP")))?;
-        program.load().map_err(rejected)?;
-        let fd = program.fd().map_err(|e| Error::Program { why: chain(&e), log: String::new() })?;
-        fd.as_fd().try_clone_to_owned().map(Self).map_err(|e| Error::io("duplicate a descriptor", e))
+        let mut object = Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
+        let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
+        relocate(&mut object, &fds)?;
+        let program = object.programs.get(NAME).ok_or_else(|| Error::Object(format!("has no program {NAME}")))?;
+        let function = object
+            .functions
+            .get(&(program.section_index, program.address))
+            .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
+        let mut log = vec![0u8; LOG_BYTES];
+        sys::prog_load(NAME, &program.license, &function.instructions, &mut log).map(Self).map_err(|e| rejected(e, &log))
     }
 
     /// Its descriptor, for links and test runs.
@@ -67,28 +70,31 @@ impl Program {
     }
 }
 
-/// A map of the object that is none of ours would be private to one program and lose its contents at the next.
-fn check_maps(object: &Ebpf, pins: &[(&'static str, PathBuf)]) -> Result<()> {
-    let known = |name: &str| name.starts_with('.') || pins.iter().any(|(ours, _)| *ours == name);
-    match object.maps().map(|(name, _)| name).find(|name| !known(name)) {
-        Some(name) => Err(Error::Object(format!("has a map {name} that this crate does not know"))),
-        None => Ok(()),
-    }
+fn open(path: &Path) -> Result<OwnedFd> {
+    sys::get_pinned(path).map_err(|e| Error::io(format!("open {}", path.display()), e))
 }
 
-fn rejected(error: ProgramError) -> Error {
-    match error {
-        ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {
-            Error::privileged("load the XDP program", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", io_error)
-        }
-        ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string();
-            let lines: Vec<&str> = log.lines().collect();
-            let log = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
-            Error::Program { why: io_error.to_string(), log }
-        }
-        other => Error::Program { why: chain(&other), log: String::new() },
+/// Puts the maps' descriptors into the code. A map of the object that is none of ours would be private to one program
+/// and lose its contents at the next.
+fn relocate(object: &mut Object, fds: &HashMap<&'static str, OwnedFd>) -> Result<()> {
+    let failed = |e: &dyn std::error::Error| Error::Object(format!("cannot be relocated: {}", chain(e)));
+    let maps = object.maps.clone();
+    if let Some(name) = maps.keys().find(|name| !fds.contains_key(name.as_str())) {
+        return Err(Error::Object(format!("has a map {name} that this crate does not know")));
     }
+    let text = object.functions.keys().map(|(section, _)| *section).collect();
+    let maps = maps.iter().filter_map(|(name, map)| Some((name.as_str(), fds.get(name.as_str())?.as_raw_fd(), map)));
+    object.relocate_maps(maps, &text).map_err(|e| failed(&e))?;
+    object.relocate_calls(&text).map_err(|e| failed(&e))
+}
+
+fn rejected(error: io::Error, log: &[u8]) -> Error {
+    if error.raw_os_error() == Some(libc::EPERM) {
+        return Error::privileged("load the XDP program", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", error);
+    }
+    let log = String::from_utf8_lossy(log);
+    let lines: Vec<&str> = log.trim_end_matches('\0').lines().collect();
+    Error::Program { why: error.to_string(), log: lines[lines.len().saturating_sub(LOG_LINES)..].join("\n") }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -49,9 +49,9 @@ impl Table {
     }
 
     fn create(id: TableId, entries: u32) -> Result<Self> {
-        let (name, value_size) = (id.name(), id.element_size() as u32);
-        let spec =
-            MapSpec { kind: bpf_map_type::BPF_MAP_TYPE_ARRAY, name, value_size, max_entries: entries, flags: sys::MMAPABLE };
+        let name = id.name();
+        let (value_size, max_entries) = shape(id, entries);
+        let spec = MapSpec { kind: bpf_map_type::BPF_MAP_TYPE_ARRAY, name, value_size, max_entries, flags: sys::MMAPABLE };
         let what = || format!("create table {name} of {entries} times {value_size} bytes");
         let fd = sys::map_create(spec, None).map_err(|e| Error::privileged(what(), "CAP_BPF", e))?;
         Self::map(id, fd, entries)
@@ -60,7 +60,8 @@ impl Table {
     /// Takes a map that exists; it must be one for this table.
     fn open(id: TableId, fd: OwnedFd) -> Result<Self> {
         let info = sys::map_info(fd.as_fd()).map_err(|e| Error::io(format!("ask about table {}", id.name()), e))?;
-        if info.value_size as usize != id.element_size() || info.map_flags & sys::MMAPABLE == 0 {
+        let records = if id.global().is_some() { info.value_size / id.element_size() as u32 } else { info.max_entries };
+        if (info.value_size, info.max_entries) != shape(id, records) || info.map_flags & sys::MMAPABLE == 0 {
             return Err(Error::io(
                 format!("take over table {}", id.name()),
                 io::Error::new(
@@ -69,7 +70,7 @@ impl Table {
                 ),
             ));
         }
-        Self::map(id, fd, info.max_entries)
+        Self::map(id, fd, records)
     }
 
     fn map(id: TableId, fd: OwnedFd, entries: u32) -> Result<Self> {
@@ -84,6 +85,13 @@ impl Table {
             None => Err(Error::io(format!("map table {} ({bytes} bytes)", id.name()), io::Error::last_os_error())),
         }
     }
+}
+
+/// Value size and number of elements of the map that holds `records` records of a table. The kernel gives the address of
+/// global data only for maps of one element.
+fn shape(id: TableId, records: u32) -> (u32, u32) {
+    let size = id.element_size() as u32;
+    if id.global().is_some() { (size * records, 1) } else { (size, records) }
 }
 
 /// Every table; one that grew lives on for those who still look at it.
@@ -162,7 +170,10 @@ impl Region {
         let path = |name: &'static str, staged: bool| {
             (name, dir.pin(&if staged { staged_name(name) } else { name.to_owned() }))
         };
-        let tables = TableId::ALL.into_iter().map(|id| path(id.name(), self.staged || grown == Some(id)));
+        let tables = TableId::ALL.into_iter().map(|id| {
+            let (name, pin) = path(id.name(), self.staged || grown == Some(id));
+            (id.global().unwrap_or(name), pin)
+        });
         tables.chain([path(DEVICES, self.staged)]).collect()
     }
 

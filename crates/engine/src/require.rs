@@ -45,7 +45,7 @@ fn mmapable_arrays() -> Result<()> {
 
 fn fragments() -> Result<()> {
     const PASS: [u64; 2] = [0x2_0000_00b7, 0x95]; // r0 = XDP_PASS; exit
-    let loaded = sys::load_xdp("towpath_probe", &PASS, sys::XDP_HAS_FRAGS);
+    let loaded = sys::prog_load("towpath_probe", c"Dual MIT/GPL", &PASS, &mut []);
     refused_as(loaded, &[libc::EINVAL], "XDP programs for frames of several buffers", "Linux 5.18")
 }
 

@@ -1,8 +1,11 @@
-//! The bpf(2) commands the engine issues itself. aya parses, relocates and loads the program; maps with sizes of our
-//! own, pins, and links that never fall back to another way of attaching are done here, with the kernel's own error.
+//! The bpf(2) commands, with the kernel's own error. aya-obj parses and relocates the program; aya itself would write
+//! zeros over the global data of a program that is loaded against tables in use, and fall back to other ways of
+//! attaching.
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info};
-use std::ffi::CString;
+use aya_obj::generated::{
+    bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
+};
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -11,7 +14,7 @@ use std::path::Path;
 /// `BPF_F_MMAPABLE`: the array's values can be mapped (include/uapi/linux/bpf.h, since 5.5).
 pub const MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_XDP_HAS_FRAGS`: the program handles frames of several buffers (since 5.18).
-pub const XDP_HAS_FRAGS: u32 = 1 << 5;
+const XDP_HAS_FRAGS: u32 = 1 << 5;
 /// `BPF_XDP` of `enum bpf_attach_type`.
 const ATTACH_XDP: u32 = 37;
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: a test run whose verdicts are carried out (since 5.18).
@@ -73,6 +76,37 @@ pub fn map_create(spec: MapSpec<'_>, inner: Option<BorrowedFd<'_>>) -> io::Resul
         *to = from as _;
     }
     bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
+/// How an instruction may be written: as the kernel's structure or as its 64-bit encoding.
+pub trait Instruction {}
+impl Instruction for bpf_insn {}
+impl Instruction for u64 {}
+const _: () = assert!(size_of::<bpf_insn>() == size_of::<u64>());
+
+/// Loads an XDP program that handles frames of several buffers. If the kernel refuses it, the verifier's words are in
+/// `log`. They are asked for only then, since writing them takes longer than verifying.
+pub fn prog_load<I: Instruction>(name: &str, license: &CStr, code: &[I], log: &mut [u8]) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    // SAFETY: the members written are those of BPF_PROG_LOAD; code, license and log outlive the calls.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_XDP as u32;
+    load.expected_attach_type = ATTACH_XDP;
+    load.prog_flags = XDP_HAS_FRAGS;
+    load.insns = code.as_ptr() as u64;
+    load.insn_cnt = code.len() as u32;
+    load.license = license.as_ptr() as u64;
+    for (to, from) in load.prog_name.iter_mut().take(15).zip(name.bytes()) {
+        *to = from as _;
+    }
+    match bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+        Err(e) if e.raw_os_error() != Some(libc::EPERM) && !log.is_empty() => {}
+        other => return other,
+    }
+    // SAFETY: as above.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    (load.log_level, load.log_size, load.log_buf) = (1, log.len() as u32, log.as_mut_ptr() as u64);
+    bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
 }
 
 /// Stores the plain value `value` at `key`. The value must have the map's value size.
@@ -261,22 +295,4 @@ pub fn run_live(program: BorrowedFd<'_>, frame: &[u8], ifindex: u32) -> io::Resu
     test.repeat = 1;
     test.flags = TEST_LIVE_FRAMES;
     bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr).map(drop)
-}
-
-/// Loads a program given as instructions (each as its 64-bit encoding), without maps. For probes.
-/// `flags` are `BPF_F_*`.
-pub fn load_xdp(name: &str, instructions: &[u64], flags: u32) -> io::Result<OwnedFd> {
-    const PROG_TYPE_XDP: u32 = 6;
-    let mut attr = attr();
-    // SAFETY: plain integers of the BPF_PROG_LOAD member; the instructions and licence outlive the call.
-    let load = unsafe { &mut attr.__bindgen_anon_3 };
-    load.prog_type = PROG_TYPE_XDP;
-    load.prog_flags = flags;
-    load.insn_cnt = instructions.len() as u32;
-    load.insns = instructions.as_ptr() as u64;
-    load.license = c"Dual MIT/GPL".as_ptr() as u64;
-    for (to, from) in load.prog_name.iter_mut().take(15).zip(name.bytes()) {
-        *to = from as _;
-    }
-    bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
 }

@@ -121,7 +121,7 @@ fn redirect_to(ifindex: u32) -> [u64; 4] {
 }
 
 fn probe_veth(interface: &Interface) -> io::Result<TransmitSupport> {
-    let program = sys::load_xdp("towpath_probe", &redirect_to(interface.index), 0)?;
+    let program = sys::prog_load("towpath_probe", c"Dual MIT/GPL", &redirect_to(interface.index), &mut [])?;
     let mut frame = [0u8; 60];
     frame[12..14].copy_from_slice(&[0x88, 0xb5]);
     let before = frames_taken(interface)?;

@@ -4,6 +4,7 @@
 use aya::maps::Map;
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use std::borrow::Cow;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
@@ -16,6 +17,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/towpath
 /// and the shared info behind.
 const FIRST: usize = 4096 - 256 - 320;
 const HEADROOM: usize = 256;
+const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_PROG_LOAD: i32 = 5;
 const BPF_PROG_TEST_RUN: i32 = 10;
@@ -46,7 +48,7 @@ struct TestRun {
     padding: u32,
 }
 
-/// `union bpf_attr` for BPF_MAP_UPDATE_ELEM.
+/// `union bpf_attr` for commands on a map's element.
 #[repr(C)]
 struct Element {
     map_fd: u32,
@@ -64,38 +66,61 @@ fn bpf<T>(command: i32, attr: &mut T) -> std::io::Result<()> {
     }
 }
 
-/// A table's map, mapped.
+/// A table's map: mapped, or for global data (whose map aya makes, and does not make mappable) its descriptor.
 struct Mapping {
     id: TableId,
-    memory: *mut u8,
+    memory: Option<*mut u8>,
+    fd: RawFd,
     len: usize,
 }
 
 impl Mapping {
     fn new(id: TableId, fd: RawFd, len: usize) -> Self {
+        if id.global().is_some() {
+            return Self { id, memory: None, fd, len };
+        }
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
         // SAFETY: a new mapping of the whole map.
         let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0) };
         assert_ne!(memory, libc::MAP_FAILED, "map {}: {}", id.name(), std::io::Error::last_os_error());
-        Self { id, memory: memory.cast(), len }
+        Self { id, memory: Some(memory.cast()), fd, len }
     }
 
     fn write(&self, bytes: &[u8]) {
         assert_eq!(bytes.len(), self.len, "map {}", self.id.name());
-        // SAFETY: as long as the mapping; the program does not run meanwhile.
-        unsafe { self.memory.copy_from_nonoverlapping(bytes.as_ptr(), self.len) }
+        match self.memory {
+            // SAFETY: as long as the mapping; the program does not run meanwhile.
+            Some(memory) => unsafe { memory.copy_from_nonoverlapping(bytes.as_ptr(), self.len) },
+            None => self.element(BPF_MAP_UPDATE_ELEM, bytes.as_ptr() as u64),
+        }
     }
 
-    fn read(&self) -> &[u8] {
-        // SAFETY: as for `write`.
-        unsafe { std::slice::from_raw_parts(self.memory, self.len) }
+    fn read(&self) -> Cow<'_, [u8]> {
+        match self.memory {
+            // SAFETY: as for `write`.
+            Some(memory) => Cow::Borrowed(unsafe { std::slice::from_raw_parts(memory, self.len) }),
+            None => {
+                let mut bytes = vec![0; self.len];
+                self.element(BPF_MAP_LOOKUP_ELEM, bytes.as_mut_ptr() as u64);
+                Cow::Owned(bytes)
+            }
+        }
+    }
+
+    fn element(&self, command: i32, value: u64) {
+        let key = 0u32;
+        let key = std::ptr::from_ref(&key) as u64;
+        let mut element = Element { map_fd: self.fd as u32, padding: 0, key, value, flags: 0 };
+        bpf(command, &mut element).unwrap_or_else(|error| panic!("map {}: {error}", self.id.name()));
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, and nothing refers to it any more.
-        unsafe { libc::munmap(self.memory.cast(), self.len) };
+        if let Some(memory) = self.memory {
+            // SAFETY: made by `new`, and nothing refers to it any more.
+            unsafe { libc::munmap(memory.cast(), self.len) };
+        }
     }
 }
 
@@ -114,7 +139,7 @@ impl Program {
         let world = World::new();
         let tables: Vec<_> = TableId::ALL.into_iter().filter(|id| !world.table(*id).is_empty()).collect();
         let mut loader = EbpfLoader::new();
-        for id in &tables {
+        for id in tables.iter().filter(|id| id.global().is_none()) {
             loader.map_max_entries(id.name(), (world.table(*id).len() / id.element_size()) as u32);
         }
         let mut ebpf = loader.load(OBJECT).expect("the object is well-formed");
@@ -125,7 +150,7 @@ impl Program {
             Map::Array(data) | Map::DevMap(data) => data.fd().as_fd().as_raw_fd(),
             _ => panic!("map {name} is of another type"),
         };
-        let mappings = tables.into_iter().map(|id| Mapping::new(id, map(id.name()), world.table(id).len())).collect();
+        let mappings = tables.into_iter().map(|id| Mapping::new(id, map(id.global().unwrap_or(id.name())), world.table(id).len())).collect();
         let devices = map("devices");
         Self { fd, devices, known: Vec::new(), mappings, _ebpf: ebpf }
     }
@@ -164,7 +189,7 @@ impl Program {
 
     /// The first table that is not what the router's is.
     fn difference(&self, world: &World) -> Option<&'static str> {
-        self.mappings.iter().find(|m| m.read() != world.table(m.id)).map(|m| m.id.name())
+        self.mappings.iter().find(|m| *m.read() != *world.table(m.id)).map(|m| m.id.name())
     }
 }
 
@@ -340,7 +365,7 @@ fn random_frames_in_the_kernel_and_natively() {
             assert_eq!(outcome.0, action, "seed {seed}, frame {number}: natively {verdict:?}: {frame:02x?}");
             assert_eq!(outcome.1, packet.bytes(), "seed {seed}, frame {number}: {verdict:?}: {frame:02x?}");
             let stats = program.mappings.iter().find(|m| m.id == TableId::Stats).expect("there is one");
-            assert!(stats.read() == world.table(TableId::Stats), "seed {seed}, frame {number}: counters: {frame:02x?}");
+            assert!(*stats.read() == *world.table(TableId::Stats), "seed {seed}, frame {number}: counters: {frame:02x?}");
         }
         assert_eq!(program.difference(world), None, "seed {seed}");
     }

@@ -63,8 +63,10 @@ pub trait Tables: LpmRead {
     fn nexthop(&self, index: u32) -> Option<&Nexthop>;
     /// A next-hop group
     fn group(&self, index: u32) -> Option<&Group>;
-    /// Counters of a port that only the caller's CPU or worker writes
-    fn stats(&self, slot: u32) -> Option<&PortStats>;
+    /// The caller's CPU or worker, as `stats` numbers them
+    fn cpu(&self) -> u32;
+    /// Counters of a port that only this CPU or worker writes
+    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats>;
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.
     fn transmitter(&self, slot: u32) -> bool;

@@ -64,8 +64,11 @@ impl Tables for Slices<'_> {
     fn group(&self, index: u32) -> Option<&Group> {
         self.groups.get(index as usize)
     }
-    fn stats(&self, slot: u32) -> Option<&PortStats> {
-        self.stats.get(self.cpu as usize * PORT_SLOTS as usize + slot as usize)
+    fn cpu(&self) -> u32 {
+        self.cpu
+    }
+    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
+        self.stats.get(cpu as usize * PORT_SLOTS as usize + slot as usize)
     }
     fn transmitter(&self, slot: u32) -> bool {
         self.port(slot).is_some_and(|port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0)

@@ -9,7 +9,7 @@ use towpath_tables::word::W64;
 pub fn count_exception<T: Tables>(tables: &T, slot: u32, reason: Reason) {
     // The compiler knows that a reason is in range and would leave the check out, but the verifier of Linux 6.1 has
     // lost the range by now.
-    if let Some(stats) = tables.stats(slot)
+    if let Some(stats) = tables.stats(tables.cpu(), slot)
         && let Some(counter) = stats.exceptions.get(core::hint::black_box(reason as usize))
     {
         add(counter, 1);
@@ -19,11 +19,12 @@ pub fn count_exception<T: Tables>(tables: &T, slot: u32, reason: Reason) {
 /// Counts a forwarded packet on the port that it entered by and on the one that it leaves by.
 #[inline(always)]
 pub fn count_forward<T: Tables>(tables: &T, slot: u32, parsed: &Parsed, hop: &Hop) {
-    if let Some(stats) = tables.stats(slot) {
+    let cpu = tables.cpu();
+    if let Some(stats) = tables.stats(cpu, slot) {
         add(&stats.rx_packets, 1);
         add(&stats.rx_bytes, parsed.frame_len as u64);
     }
-    if let Some(stats) = tables.stats(hop.port) {
+    if let Some(stats) = tables.stats(cpu, hop.port) {
         add(&stats.tx_packets, 1);
         add(&stats.tx_bytes, (hop.link_len() + parsed.packet_len) as u64);
     }

@@ -298,6 +298,16 @@ impl TableId {
         }
     }
 
+    /// For tables that XDP programs see as global data: the section. Such a table's map has one element, which holds
+    /// all records.
+    pub const fn global(self) -> Option<&'static str> {
+        match self {
+            TableId::Config => Some(".bss.config"),
+            TableId::Ports => Some(".bss.ports"),
+            _ => None,
+        }
+    }
+
     /// Bytes of one element; always a multiple of 8, so a BPF array has no gaps between elements.
     pub const fn element_size(self) -> usize {
         match self {

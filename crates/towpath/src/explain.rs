@@ -91,7 +91,10 @@ impl Tables for Reader<'_> {
     fn group(&self, index: u32) -> Option<&Group> {
         self.0.groups().get(index as usize)
     }
-    fn stats(&self, _slot: u32) -> Option<&PortStats> {
+    fn cpu(&self) -> u32 {
+        0
+    }
+    fn stats(&self, _cpu: u32, _slot: u32) -> Option<&PortStats> {
         None
     }
     fn transmitter(&self, slot: u32) -> bool {

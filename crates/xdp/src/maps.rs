@@ -1,4 +1,8 @@
 //! The tables as BPF maps. Names are those of `TableId`; sizes are set by whoever loads the program.
+//!
+//! Tables of a fixed size are global data instead, each in a section of its own, for which the loader gives the table's
+//! map (one element that holds all records): their addresses are constants to the program, so reading them takes no
+//! look-up and leaves all registers as they are.
 
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
@@ -23,7 +27,7 @@ macro_rules! tables {
             static $map: Array<$record> = Array::with_max_entries(1, MMAPABLE);
             const _: () = assert!(same(TableId::$id.name(), $name) && TableId::$id.element_size() == size_of::<$record>());
         )*
-        const _: () = assert!(TableId::ALL.len() == [$($name),*].len());
+        const _: () = assert!(TableId::ALL.len() == [$($name),*].len() + GLOBALS);
     };
 }
 
@@ -39,8 +43,6 @@ const fn same(a: &str, b: &str) -> bool {
 }
 
 tables! {
-    CONFIG: Config, Config, "config";
-    PORTS: Port, Ports, "ports";
     VLANS: VlanTable, Vlans, "vlans";
     ROOTS: Root, Roots, "roots";
     NODES: Node, Nodes, "nodes";
@@ -50,6 +52,22 @@ tables! {
     GROUPS: Group, Groups, "groups";
     STATS: PortStats, Stats, "stats";
 }
+
+/// How many tables are global data.
+const GLOBALS: usize = 2;
+
+// SAFETY: both are words of integers, for which zero is valid. Read by volatile loads only, so the compiler cannot take
+// the zeros for their contents.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.config")]
+static CONFIG: Config = unsafe { core::mem::zeroed() };
+const _: () = assert!(same(TableId::Config.global().unwrap(), ".bss.config"));
+
+// SAFETY: as for `CONFIG`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.ports")]
+static PORTS: [Port; PORT_SLOTS as usize] = unsafe { core::mem::zeroed() };
+const _: () = assert!(same(TableId::Ports.global().unwrap(), ".bss.ports"));
 
 /// The interface of each port, by slot: whom frames are redirected to.
 #[map(name = "devices")]
@@ -85,12 +103,12 @@ impl LpmRead for Maps {
 impl Tables for Maps {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
-        CONFIG.get(0)
+        Some(&CONFIG)
     }
 
     #[inline(always)]
     fn port(&self, slot: u32) -> Option<&Port> {
-        PORTS.get(slot)
+        PORTS.get(slot as usize)
     }
 
     #[inline(always)]
@@ -109,9 +127,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn stats(&self, slot: u32) -> Option<&PortStats> {
+    fn cpu(&self) -> u32 {
         // SAFETY: takes no arguments and cannot fail.
-        let cpu = unsafe { bpf_get_smp_processor_id() };
+        unsafe { bpf_get_smp_processor_id() }
+    }
+
+    #[inline(always)]
+    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
         STATS.get(cpu * PORT_SLOTS + slot)
     }
 
