@@ -77,7 +77,13 @@ impl Object {
         Ok(source.set(0, words, 0)?)
     }
 
-    /// Packets that `sink` (0) or `discard` (1) saw.
+    /// Packets that `source` has sent.
+    pub fn sent(&mut self) -> Result<u64> {
+        let source: Array<_, [u64; 10]> = Array::try_from(self.map("SOURCE")?)?;
+        Ok(source.get(&0, 0)?[9])
+    }
+
+    /// Packets that `sink` or `absorb` (0) or `discard` (1) saw.
     pub fn seen(&mut self, slot: u32) -> Result<u64> {
         let seen: Array<_, u64> = Array::try_from(self.map("SEEN")?)?;
         Ok(seen.get(&slot, 0)?)

@@ -1,21 +1,12 @@
 //! Towpath's benchmarks: `make bench`. Every figure is a ratio to a peer measured in the same run.
 
-mod bpf;
-mod cost;
-mod ethtool;
-mod findings;
-mod instructions;
-mod latency;
-mod path;
-mod routes;
-mod source;
-mod stats;
-mod sync;
 
 use anyhow::Result;
 use clap::Parser;
-use findings::Findings;
+
 use std::path::PathBuf;
+use towpath_bench::findings::Findings;
+use towpath_bench::{cost, findings, instructions, latency, sync};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.

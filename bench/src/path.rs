@@ -355,7 +355,7 @@ pub fn towpath_binary() -> Result<String> {
 }
 
 /// Gives the interface's NAPI threads of their own and returns the id of the one that serves `SOURCE_CORE`'s packets.
-fn thread_napi(node: &Node, port: &str) -> Result<u32> {
+pub fn thread_napi(node: &Node, port: &str) -> Result<u32> {
     node.sh(&format!("echo 1 > /sys/class/net/{port}/threaded"))?;
     // One NAPI a queue, made in the order of the queues; a veth's sender takes the queue of its core.
     let wanted = format!("napi/{port}-");

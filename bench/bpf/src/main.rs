@@ -94,6 +94,28 @@ pub fn sink(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_DROP
 }
 
+/// A far end that is also a working interface: takes the source's packets (IPv4, UDP to the discard port), leaves the
+/// rest to Linux.
+#[xdp(frags)]
+pub fn absorb(ctx: XdpContext) -> u32 {
+    let frame = ctx.data() as *const u8;
+    // SAFETY: the verifier proves the accesses against data_end.
+    let ours = unsafe {
+        frame.add(38) as usize <= ctx.data_end()
+            && (frame.add(12) as *const u16).read_unaligned() == ETHERTYPE_IPV4
+            && *frame.add(23) == IPPROTO_UDP
+            && (frame.add(36) as *const u16).read_unaligned() == DISCARD_PORT
+    };
+    if !ours {
+        return xdp_action::XDP_PASS;
+    }
+    count(0);
+    xdp_action::XDP_DROP
+}
+
+const IPPROTO_UDP: u8 = 17;
+const DISCARD_PORT: u16 = 9u16.to_be();
+
 /// Latencies of stamped packets in units of `LATENCY_UNIT` nanoseconds; the last bucket holds all longer ones.
 #[map]
 static LATENCIES: Array<u64> = Array::with_max_entries(LATENCY_BUCKETS, 1024);

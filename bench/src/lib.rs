@@ -1,0 +1,14 @@
+//! Traffic at the rate of a driver, measurements and what is needed for both: the benchmarks' parts, which the demo uses
+//! too.
+
+pub mod bpf;
+pub mod cost;
+pub mod ethtool;
+pub mod findings;
+pub mod instructions;
+pub mod latency;
+pub mod path;
+pub mod routes;
+pub mod source;
+pub mod stats;
+pub mod sync;
