@@ -1,6 +1,5 @@
 //! Towpath's benchmarks: `make bench`. Every figure is a ratio to a peer measured in the same run.
 
-
 use anyhow::Result;
 use clap::Parser;
 

@@ -356,23 +356,32 @@ pub fn towpath_binary() -> Result<String> {
 
 /// Gives the interface's NAPI threads of their own and returns the id of the one that serves `SOURCE_CORE`'s packets.
 pub fn thread_napi(node: &Node, port: &str) -> Result<u32> {
+    // The name does not tell interfaces of different namespaces apart.
+    let before = napi_threads(port)?;
     node.sh(&format!("echo 1 > /sys/class/net/{port}/threaded"))?;
     // One NAPI a queue, made in the order of the queues; a veth's sender takes the queue of its core.
-    let wanted = format!("napi/{port}-");
-    let mut threads: Vec<u32> = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(id) = entry.file_name().to_str().and_then(|text| text.parse().ok()) else { continue };
-        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with(&wanted)) {
-            threads.push(id);
-        }
-    }
+    let mut threads = napi_threads(port)?;
+    threads.retain(|thread| !before.contains(thread));
     threads.sort_unstable();
     for thread in &threads {
         pin(*thread, ROUTER_CORE)?;
         // SAFETY: plain integers; a failure only leaves the thread's share of the core to chance.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, *thread, -19) };
     }
-    threads.get(SOURCE_CORE).copied().with_context(|| format!("no kernel thread '{wanted}*': {port} has no NAPI"))
+    threads.get(SOURCE_CORE).copied().with_context(|| format!("no new kernel thread 'napi/{port}-*': it has no NAPI"))
+}
+
+/// Kernel threads of interfaces of this name.
+fn napi_threads(port: &str) -> Result<Vec<u32>> {
+    let wanted = format!("napi/{port}-");
+    let mut threads = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(id) = entry.file_name().to_str().and_then(|text| text.parse().ok()) else { continue };
+        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with(&wanted)) {
+            threads.push(id);
+        }
+    }
+    Ok(threads)
 }
 
 /// Binds a thread (0: the calling one) to a core.

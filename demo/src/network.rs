@@ -10,6 +10,8 @@
 //! a thousand more. up1 is preferred while its session stands.
 
 use anyhow::{Context, Result};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Duration;
 use towpath_lab::{Frr, Lab, Node, wait_for};
@@ -48,14 +50,10 @@ impl Network {
         router.forward()?;
         upstream.forward()?;
         client.sh("ip address add 198.51.100.2/24 dev eth0; ip route add default via 198.51.100.1")?;
-        router.sh(
-            "ip address add 198.51.100.1/24 dev lan; ip address add 192.0.2.1/30 dev up1; \
-             ip address add 192.0.2.5/30 dev up2",
-        )?;
-        upstream.sh(
-            "ip address add 192.0.2.2/30 dev eth1; ip address add 192.0.2.6/30 dev eth2; \
-             ip address add 203.0.113.1/24 dev eth0",
-        )?;
+        router.sh("ip address add 198.51.100.1/24 dev lan; ip address add 192.0.2.1/30 dev up1; \
+             ip address add 192.0.2.5/30 dev up2")?;
+        upstream.sh("ip address add 192.0.2.2/30 dev eth1; ip address add 192.0.2.6/30 dev eth2; \
+             ip address add 203.0.113.1/24 dev eth0")?;
         server.sh("ip address add 203.0.113.10/24 dev eth0; ip route add default via 203.0.113.1")?;
         let upstream_frr = Frr::start(&upstream, &upstream_configuration()?)?;
         let router_frr = Frr::start(&router, ROUTER_CONFIGURATION)?;
@@ -65,15 +63,20 @@ impl Network {
             network.router_frr.wait_established(peer, Duration::from_secs(60))?;
         }
         wait_for(Duration::from_secs(60), "the upstream's networks in the router's kernel", || {
-            (network.bgp_routes().ok()? > NETWORKS && network.way_out().ok()? == "up1").then_some(())
+            (network.bgp_routes().ok()?.len() > NETWORKS && network.way_out().ok()? == "up1").then_some(())
         })?;
-        network.client.run(["ping", "-c", "1", "-W", "5", SERVER]).context("the server does not answer")?;
+        // The upstream learns the way back by BGP, too.
+        wait_for(Duration::from_secs(30), "an answer from the server", || {
+            network.client.run(["ping", "-c", "1", "-W", "1", SERVER]).ok()
+        })?;
         Ok(network)
     }
 
-    /// Routes that BGP has put into the router's kernel.
-    pub fn bgp_routes(&self) -> Result<usize> {
-        Ok(self.router.run(["ip", "route", "show", "proto", "bgp"])?.lines().count())
+    /// Routes that BGP has put into the router's kernel, each in words.
+    pub fn bgp_routes(&self) -> Result<BTreeSet<String>> {
+        let routes = self.router.json(["ip", "-j", "route", "show", "proto", "bgp"])?;
+        let routes = routes.as_array().context("ip gives no list of routes")?;
+        Ok(routes.iter().map(|r| route(&r["dst"], &r["nhid"], &r["gateway"], &r["dev"])).collect())
     }
 
     /// The port by which the router's kernel reaches the server now.
@@ -90,6 +93,14 @@ impl Network {
             (self.way_out().ok()? == port).then_some(())
         })
     }
+}
+
+/// A route as Linux and Towpath both tell it: by its nexthop object if it has one.
+pub fn route(prefix: &Value, object: &Value, gateway: &Value, port: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let via =
+        object.as_u64().map_or_else(|| format!("via {} dev {}", text(gateway), text(port)), |id| format!("nhid {id}"));
+    format!("{} {via}", text(prefix))
 }
 
 /// eBGP without import and export policies, and with timers short enough for a demo.

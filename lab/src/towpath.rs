@@ -7,14 +7,19 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The `towpath` command under test: TOWPATH_BIN, or the one built beside the running test.
+/// The `towpath` command: TOWPATH_BIN, or the one built with the running program (beside it; a test lies one folder
+/// deeper).
 pub fn towpath_binary() -> Result<PathBuf> {
-    let path = match std::env::var_os("TOWPATH_BIN") {
-        Some(path) => PathBuf::from(path),
-        None => std::env::current_exe()?.ancestors().nth(2).context("no target folder")?.join("towpath"),
-    };
-    anyhow::ensure!(path.is_file(), "no {}: run 'cargo build', or name the binary by TOWPATH_BIN", path.display());
-    Ok(path)
+    if let Some(path) = std::env::var_os("TOWPATH_BIN") {
+        let path = PathBuf::from(path);
+        anyhow::ensure!(path.is_file(), "no {}, which TOWPATH_BIN names", path.display());
+        return Ok(path);
+    }
+    let program = std::env::current_exe()?;
+    let beside = program.ancestors().skip(1).take(2).map(|folder| folder.join("towpath"));
+    beside.into_iter().find(|path| path.is_file()).with_context(|| {
+        format!("no towpath beside {}: run 'cargo build', or name it by TOWPATH_BIN", program.display())
+    })
 }
 
 /// A running `towpath up`.
