@@ -40,7 +40,7 @@ impl Object {
             .with_context(|| format!("attach program '{name}' to interface {ifindex}"))
     }
 
-    /// Sends what `source` and `redirect` redirect to this interface of the calling thread's namespace.
+    /// Sends what `source`, `relay` and `redirect` redirect to this interface of the calling thread's namespace.
     pub fn set_out(&mut self, ifindex: u32) -> Result<()> {
         let mut out = DevMap::try_from(self.map("OUT")?)?;
         Ok(out.set(0, ifindex, None, 0)?)
@@ -83,7 +83,7 @@ impl Object {
         Ok(source.get(&0, 0)?[9])
     }
 
-    /// Packets that `sink` or `absorb` (0) or `discard` (1) saw.
+    /// Packets that `sink`, `absorb` or `relay` (0) or `discard` (1) saw.
     pub fn seen(&mut self, slot: u32) -> Result<u64> {
         let seen: Array<_, u64> = Array::try_from(self.map("SEEN")?)?;
         Ok(seen.get(&slot, 0)?)

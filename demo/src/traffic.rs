@@ -1,4 +1,7 @@
-//! Traffic from the client through the router, counted where it leaves the router's links, packet by packet.
+//! Traffic from the client through the router, counted packet by packet where it is sent and behind the router's links.
+//!
+//! The router gets frames as from a driver. The floods come from an XDP program that makes them as fast as it can. The
+//! steady stream comes from a socket that sends into a veth pair within the client (`FEED`), whose far end relays it.
 
 use crate::network::{Network, SERVER};
 use anyhow::{Context, Result, bail};
@@ -7,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use towpath_bench::bpf::Object;
 use towpath_bench::{ethtool, path, source};
-use towpath_lab::Node;
+use towpath_lab::{Node, PacketSocket};
 
 /// A paced stream, on while this lives, and the counters of both ends.
 pub struct Traffic {
@@ -15,6 +18,9 @@ pub struct Traffic {
     client: Node,
     sender: u32,
     source: Mutex<Object>,
+    relay: Mutex<Object>,
+    feed: PacketSocket,
+    frame: Vec<u8>,
     ends: Mutex<[Object; 2]>,
     rate: AtomicU64,
     changes: AtomicU64,
@@ -70,26 +76,51 @@ impl Count {
 }
 
 const LAN: &str = "lan";
+const FEED: &str = "feed";
+const RELAY: &str = "relay";
 const TICK: Duration = Duration::from_micros(200);
+const MOST_AT_ONCE: usize = 64;
 
 impl Traffic {
     /// Prepares both ends; nothing is sent until `run` runs with a rate.
     pub fn new(network: &Network) -> Result<Traffic> {
         let (router, client) = (network.router.clone(), network.client.clone());
+        client.sh(&format!(
+            "ip link add {FEED} type veth peer name {RELAY}; ip link set {FEED} up; ip link set {RELAY} up"
+        ))?;
         let sender = client.ifindex("eth0")?;
         let mut object = Object::load(1)?;
         client.enter(|| object.set_out(sender))??;
         let template = source::template(router.mac(LAN)?, "198.51.100.2".parse()?);
         let variation = source::variation(&template, SERVER.parse()?);
         object.set_source(&template, 4, false, &[variation])?;
+        let mut relay = Object::load(1)?;
+        let far_end = client.ifindex(RELAY)?;
+        client.enter(|| {
+            relay.set_out(sender)?;
+            relay.attach("relay", far_end)
+        })??;
+        let feed = client.packet_socket(FEED)?;
+        let frame = frame(&template, variation);
         let mut ends = [Object::load(1)?, Object::load(1)?];
         for (end, port) in ends.iter_mut().zip(["eth1", "eth2"]) {
             let index = network.upstream.ifindex(port)?;
             network.upstream.enter(|| end.attach("absorb", index))??;
         }
         let napi = path::thread_napi(&router, LAN)?;
-        let (source, ends) = (Mutex::new(object), Mutex::new(ends));
-        Ok(Traffic { router, client, sender, source, ends, rate: AtomicU64::new(0), changes: AtomicU64::new(0), napi })
+        Ok(Traffic {
+            router,
+            client,
+            sender,
+            source: Mutex::new(object),
+            relay: Mutex::new(relay),
+            feed,
+            frame,
+            ends: Mutex::new(ends),
+            rate: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            napi,
+        })
     }
 
     /// Packets a second from now on.
@@ -105,25 +136,19 @@ impl Traffic {
 
     /// Sends at the rate set until `stop` says so.
     pub fn run(&self, stop: impl Fn() -> bool + Send + Sync) -> Result<()> {
-        self.client.enter(|| {
-            path::pin(0, path::SOURCE_CORE)?;
-            let program = self.lock(&self.source)?.fd("source")?;
-            let mut last = Instant::now();
-            let mut owed = 0.0;
-            while !stop() {
-                std::thread::sleep(TICK);
-                let rate = self.rate.load(Ordering::Relaxed) as f64;
-                owed += rate * last.elapsed().as_secs_f64();
-                last = Instant::now();
-                // A veth's ring holds 256 packets: a late tick must not become a burst that overflows it.
-                let packets = (owed as u32).min(128);
-                if packets > 0 {
-                    source::send(&program, self.sender, source::FRAME, packets)?;
-                }
-                owed = (owed - f64::from(packets)).min(128.0);
-            }
-            Ok(())
-        })?
+        path::pin(0, path::SOURCE_CORE)?;
+        let (mut last, mut owed) = (Instant::now(), 0.0);
+        while !stop() {
+            std::thread::sleep(TICK);
+            let rate = self.rate.load(Ordering::Relaxed) as f64;
+            owed = if rate > 0.0 { owed + rate * last.elapsed().as_secs_f64() } else { 0.0 };
+            last = Instant::now();
+            // A veth's ring holds 256 packets: a late tick must not become a burst that overflows it.
+            let packets = (owed as usize).min(MOST_AT_ONCE);
+            self.feed.send_all(&vec![self.frame.as_slice(); packets])?;
+            owed = (owed - packets as f64).min(MOST_AT_ONCE as f64);
+        }
+        Ok(())
     }
 
     /// Sends `packets` as fast as they can be handed over, once the stream rests: what became of them. More are sent
@@ -140,7 +165,7 @@ impl Traffic {
 
     /// The counters now.
     pub fn count(&self) -> Result<Count> {
-        let sent = self.lock(&self.source)?.sent()?;
+        let sent = self.lock(&self.source)?.sent()? + self.lock(&self.relay)?.seen(0)?;
         let arrived = self.arrived()?;
         let statistic = |name| ethtool::sum(LAN, name, "rx_queue_");
         let (taken, redirected) =
@@ -175,4 +200,13 @@ impl Traffic {
     fn lock<'a, T>(&self, what: &'a Mutex<T>) -> Result<std::sync::MutexGuard<'a, T>> {
         what.lock().ok().context("a thread of the demo panicked")
     }
+}
+
+/// The frame that the source would make.
+fn frame(template: &[u8; 64], [variation, _]: [u64; 2]) -> Vec<u8> {
+    let mut frame = template[..source::FRAME].to_vec();
+    let [a, b, c, d, check @ ..] = variation.to_ne_bytes();
+    frame[30..34].copy_from_slice(&[a, b, c, d]);
+    frame[24..26].copy_from_slice(&check[..2]);
+    frame
 }

@@ -73,8 +73,11 @@ impl View {
 
     /// Begins a scene.
     pub fn scene(&self, title: &str) {
-        self.lock().scene = title.to_owned();
-        self.say("");
+        let mut inner = self.lock();
+        inner.scene = title.to_owned();
+        inner.event.clear();
+        drop(inner);
+        self.print(Line::default());
         self.print(Line::from(format!("== {title}")).bold());
     }
 
@@ -142,10 +145,9 @@ impl View {
                 terminal.draw(|frame| draw(frame, scene, event, samples)).context("draw on the terminal")?;
             }
             None if samples.len() % PLAIN_EVERY == 0 => {
-                let (Some(sample), first) = (samples.last(), event.lines().next().unwrap_or_default()) else {
-                    return Ok(());
-                };
-                println!("{:6.1} s  {}  | {first}", sample.at, figures(sample));
+                if let Some(sample) = samples.last() {
+                    println!("{:6.1} s  {}", sample.at, figures(sample));
+                }
             }
             None => {}
         }

@@ -32,7 +32,7 @@ static SOURCE: Array<Source> = Array::with_max_entries(1, 0);
 static VARIATIONS: Array<Variation> = Array::with_max_entries(1, 1024);
 #[map]
 static OUT: DevMap = DevMap::with_max_entries(1, 0);
-/// Packets seen by `sink` (0) and `discard` (1).
+/// Packets seen by `sink`, `absorb` or `relay` (0) and `discard` (1).
 #[map]
 static SEEN: Array<u64> = Array::with_max_entries(2, 1024);
 #[map]
@@ -98,19 +98,23 @@ pub fn sink(_ctx: XdpContext) -> u32 {
 /// rest to Linux.
 #[xdp(frags)]
 pub fn absorb(ctx: XdpContext) -> u32 {
-    let frame = ctx.data() as *const u8;
-    // SAFETY: the verifier proves the accesses against data_end.
-    let ours = unsafe {
-        frame.add(38) as usize <= ctx.data_end()
-            && (frame.add(12) as *const u16).read_unaligned() == ETHERTYPE_IPV4
-            && *frame.add(23) == IPPROTO_UDP
-            && (frame.add(36) as *const u16).read_unaligned() == DISCARD_PORT
-    };
-    if !ours {
+    if !to_discard_port(&ctx) {
         return xdp_action::XDP_PASS;
     }
     count(0);
     xdp_action::XDP_DROP
+}
+
+#[inline(always)]
+fn to_discard_port(ctx: &XdpContext) -> bool {
+    let frame = ctx.data() as *const u8;
+    // SAFETY: the verifier proves the accesses against data_end.
+    unsafe {
+        frame.add(38) as usize <= ctx.data_end()
+            && (frame.add(12) as *const u16).read_unaligned() == ETHERTYPE_IPV4
+            && *frame.add(23) == IPPROTO_UDP
+            && (frame.add(36) as *const u16).read_unaligned() == DISCARD_PORT
+    }
 }
 
 const IPPROTO_UDP: u8 = 17;
@@ -174,6 +178,17 @@ pub fn pass(_ctx: XdpContext) -> u32 {
 /// The bare redirect: every frame, as it is, to the other port.
 #[xdp(frags)]
 pub fn redirect(_ctx: XdpContext) -> u32 {
+    OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
+}
+
+/// Makes what a socket sent look as if it came from a driver: counts the source's packets (as `absorb` knows them) and
+/// sends them out.
+#[xdp(frags)]
+pub fn relay(ctx: XdpContext) -> u32 {
+    if !to_discard_port(&ctx) {
+        return xdp_action::XDP_PASS;
+    }
+    count(0);
     OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
 }
 
