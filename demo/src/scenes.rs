@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use towpath_lab::{Towpath, towpath_binary, wait_for};
 
 /// Packets a second of the steady stream: few enough for Linux alone, with room for a busy machine.
-const RATE: u64 = 50_000;
+const RATE: u64 = 20_000;
 /// Packets of one flood, and how many floods make a figure.
 const FLOOD: u32 = 100_000;
 const FLOODS: usize = 20;
@@ -252,7 +252,7 @@ impl<'a> Stage<'a> {
         if found.sent == 0 {
             bail!("{what}: nothing was sent");
         }
-        let text = format!("{} of {} packets lost", found.lost(), found.sent);
+        let text = format!("{} of {} packets lost ({} refused)", found.lost(), found.sent, found.refused);
         match most {
             // More arrived than sent would be as wrong.
             Some(most) => self.promise(found.lost() <= most && found.total() <= found.sent, what, text),
