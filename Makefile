@@ -1,5 +1,5 @@
 # The commands a user and a CI need. Each says what it does and may be run twice.
-.PHONY: build setup test bench lint
+.PHONY: build setup demo test bench lint
 
 build: ## the towpath command, with its BPF programs inside: target/release/towpath
 	scripts/bpf-toolchain.sh
@@ -7,6 +7,9 @@ build: ## the towpath command, with its BPF programs inside: target/release/towp
 
 setup: ## what the tests and the demo need on this machine
 	scripts/setup.sh
+
+demo: build setup ## a router with BGP, made faster while it runs; a report in out/demo.html
+	$(if $(filter 0,$(shell id -u)),,sudo) target/release/towpath-demo
 
 test: setup ## every test; ends with one line of totals
 	scripts/test.sh

@@ -19,7 +19,7 @@ const REPORT: &str = "out/demo.html";
 const INTRODUCTION: &str = "\
 This demo makes four network namespaces (client, router, upstream, server) with links between them and starts FRR in
 two of them, which speak real BGP. It sends traffic through the router, first by Linux alone, then with Towpath, while
-routes and a firewall rule change and the daemon is killed. It takes about two minutes, touches nothing but its own
+routes and a firewall rule change and the daemon is killed. It takes about a minute, touches nothing but its own
 namespaces and removes them at the end (Ctrl-C ends it early). It needs root.
 ";
 

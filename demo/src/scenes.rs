@@ -18,8 +18,8 @@ const FLOODS: usize = 20;
 const MOMENT: Duration = Duration::from_secs(2);
 /// Within this Towpath honours what Linux was told.
 const AT_ONCE: Duration = Duration::from_millis(100);
-/// Least gain that is promised.
-const TIMES: f64 = 2.0;
+/// Least gain that is promised, on a machine that may be busy otherwise; the benchmarks hold the exact figure.
+const TIMES: f64 = 1.5;
 const PORTS: [&str; 3] = ["lan", "up1", "up2"];
 const RULE: &str = "table inet demo { chain forward { type filter hook forward priority 0; udp dport 9 drop; }; }";
 
@@ -205,7 +205,7 @@ impl<'a> Stage<'a> {
         self.promise(span.redirected == 0, "share of Linux", format!("{:.1} %", (1.0 - span.fast()) * 100.0));
         self.reach()?;
         let gain = self.gain("Linux again", "Towpath")?;
-        self.note("cost of a packet, beside Towpath", format!("{:.1} times more", 1.0 / gain));
+        self.note("cost of a packet", format!("{:.1} times that with Towpath", 1.0 / gain));
         Ok(())
     }
 
@@ -252,7 +252,10 @@ impl<'a> Stage<'a> {
         if found.sent == 0 {
             bail!("{what}: nothing was sent");
         }
-        let text = format!("{} of {} packets lost ({} refused)", found.lost(), found.sent, found.refused);
+        let mut text = format!("{} of {} packets lost", found.lost(), found.sent);
+        if found.refused > 0 {
+            text += &format!(", {} before the router: its receive ring was full", found.refused);
+        }
         match most {
             // More arrived than sent would be as wrong.
             Some(most) => self.promise(found.lost() <= most && found.total() <= found.sent, what, text),

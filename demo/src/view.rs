@@ -216,7 +216,7 @@ fn draw(frame: &mut Frame, scene: &str, event: &str, samples: &[Sample]) {
         .label(format!("fast path {:.0} %", sample.fast * 100.0))
         .gauge_style(Style::new().fg(Color::Green).bg(Color::DarkGray));
     frame.render_widget(gauge, rows[1]);
-    let cost = format!("the router's core: {:.0} ns a packet", sample.cost);
+    let cost = format!("the router's core: {:.0} ns a packet, waking up for small batches included", sample.cost);
     frame.render_widget(Paragraph::new(cost), rows[2]);
     let width = usize::from(rows[3].width);
     // The floods' packets cost less than the stream's, because they come in large batches: they would hide the change.

@@ -72,7 +72,8 @@ pub fn lines(title: &str, x: &str, y: &str, log_x: bool, series: &[Series]) -> R
     let all = || series.iter().flat_map(|series| series.points.iter());
     let left = all().map(|point| scale(point.0)).fold(f64::INFINITY, f64::min);
     let right = all().map(|point| scale(point.0)).fold(f64::NEG_INFINITY, f64::max);
-    let most = all().map(|point| point.1).fold(f64::MIN_POSITIVE, f64::max) * 1.1;
+    // Room for the legend above the lines.
+    let most = all().map(|point| point.1).fold(f64::MIN_POSITIVE, f64::max) * 1.35;
     if !left.is_finite() {
         return Err(anyhow!("no points"));
     }
