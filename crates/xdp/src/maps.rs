@@ -53,6 +53,15 @@ tables! {
     STATS: PortStats, Stats, "stats";
 }
 
+/// The number itself, of which the compiler no longer knows anything.
+#[inline(always)]
+fn opaque(number: usize) -> usize {
+    let mut same = number;
+    // SAFETY: moves a register onto itself.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) same, options(pure, nomem, nostack)) };
+    same
+}
+
 /// How many tables are global data.
 const GLOBALS: usize = 2;
 
@@ -108,7 +117,10 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn port(&self, slot: u32) -> Option<&Port> {
-        PORTS.get(slot as usize)
+        let slot = slot as usize;
+        // The verifier must see the bound on the very register that is added to the address; Linux 6.1 forgets it when
+        // the compiler compares one copy and uses another.
+        if slot < PORTS.len() { PORTS.get(opaque(slot) % PORTS.len()) } else { None }
     }
 
     #[inline(always)]
