@@ -83,10 +83,10 @@ pub fn inside() -> Result<()> {
 
 fn count(name: &str, contenders: &[Contender], flowtable: bool) -> Result<BTreeMap<String, f64>> {
     let mut arrangement = Arrangement::new(name, contenders, 1)?;
-    let destination: IpAddr = "203.0.113.9".parse()?;
-    arrangement.add_routes(&[(destination, 32)])?;
-    arrangement.wait_in_sync(&[(destination, 32)])?;
-    arrangement.set_destinations(&[destination], false)?;
+    let routes: [(IpAddr, u8); 1] = [("203.0.113.0".parse()?, 24)];
+    arrangement.add_routes(&routes)?;
+    arrangement.wait_in_sync(&routes)?;
+    arrangement.set_destinations(&["203.0.113.9".parse()?], false)?;
     if flowtable {
         arrangement.offload()?;
     }

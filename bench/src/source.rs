@@ -30,9 +30,9 @@ pub fn template(destination_mac: [u8; 6], source: IpAddr) -> [u8; 64] {
             54
         }
     };
-    // UDP, discard port to discard port; the IPv6 frame is four bytes longer, so that the UDP header fits. Nobody on the
-    // way verifies the checksum, but a missing one would be an exception on veth (a tunnel's inner checksum may be partial
-    // behind it).
+    // UDP, discard port to discard port; the IPv6 frame is four bytes longer, so that the UDP header fits. A frame without
+    // a UDP checksum would be an exception on veth (a tunnel's inner checksum may be partial behind it). That of IPv6 is
+    // arbitrary: nothing on the way verifies it.
     frame[udp..udp + 6].copy_from_slice(&[0, 9, 0, 9, 0, (frame_length(source) - udp) as u8]);
     frame[udp + 6..udp + 8].copy_from_slice(&[0x5a, 0x5a]);
     frame
@@ -47,15 +47,16 @@ pub fn frame_length(address: IpAddr) -> usize {
 pub fn variation(template: &[u8; 64], destination: IpAddr) -> [u64; 2] {
     match destination {
         IpAddr::V4(address) => {
-            let mut header = [0u8; 20];
-            header.copy_from_slice(&template[14..34]);
-            header[16..].copy_from_slice(&address.octets());
-            let check = ipv4_checksum(&header);
-            [
-                u64::from(u32::from_ne_bytes(address.octets()))
-                    | u64::from(u16::from_ne_bytes(check.to_be_bytes())) << 32,
-                0,
-            ]
+            let mut packet = [0u8; FRAME - 14];
+            packet.copy_from_slice(&template[14..FRAME]);
+            packet[16..20].copy_from_slice(&address.octets());
+            packet[26..28].fill(0);
+            let header = checksum(&packet[..20]);
+            // RFC 768: addresses, protocol and length are summed as well; the length stands in the header already.
+            let pseudo = [0, packet[9], packet[24], packet[25]];
+            let udp = checksum(&[&packet[12..], &pseudo[..]].concat());
+            let word = |sum: u16| u64::from(u16::from_ne_bytes(sum.to_be_bytes()));
+            [u64::from(u32::from_ne_bytes(address.octets())) | word(header) << 32 | word(udp) << 48, 0]
         }
         IpAddr::V6(address) => {
             let octets = address.octets();
@@ -68,8 +69,9 @@ pub fn variation(template: &[u8; 64], destination: IpAddr) -> [u64; 2] {
     }
 }
 
-fn ipv4_checksum(header: &[u8; 20]) -> u16 {
-    let mut sum: u32 = header.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -121,4 +123,25 @@ pub fn send(program: &ProgramFd, ifindex: u32, length: usize, packets: u32) -> R
             .context("BPF_PROG_TEST_RUN with live frames (kernel 5.18 or later)");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_are_right() {
+        let template = template([2; 6], "198.51.100.2".parse().unwrap());
+        let destination = std::net::Ipv4Addr::new(203, 0, 113, 9);
+        let [word, _] = variation(&template, destination.into());
+        let bytes = word.to_ne_bytes();
+        let mut packet = template[14..FRAME].to_vec();
+        packet[16..20].copy_from_slice(&bytes[..4]);
+        packet[10..12].copy_from_slice(&bytes[4..6]);
+        packet[26..28].copy_from_slice(&bytes[6..]);
+        assert_eq!(packet[16..20], destination.octets());
+        assert_eq!(checksum(&packet[..20]), 0, "IPv4 header");
+        let pseudo = [0, 17, 0, (FRAME - 34) as u8];
+        assert_eq!(checksum(&[&packet[12..], &pseudo].concat()), 0, "UDP");
+    }
 }

@@ -9,7 +9,7 @@ use aya_ebpf::maps::{Array, DevMap};
 use aya_ebpf::programs::XdpContext;
 
 /// What the source writes over the template for each packet: an IPv6 destination, or an IPv4 destination in the first
-/// four bytes and the IPv4 header checksum in the next two.
+/// four bytes, the IPv4 header's checksum and UDP's in the next two each.
 #[repr(C)]
 pub struct Variation(pub [u64; 2]);
 
@@ -63,6 +63,7 @@ pub fn source(ctx: XdpContext) -> u32 {
         if (*source).family & 0xff == 4 {
             (frame.add(30) as *mut u32).write_unaligned((*variation).0[0] as u32);
             (frame.add(24) as *mut u16).write_unaligned(((*variation).0[0] >> 32) as u16);
+            (frame.add(40) as *mut u16).write_unaligned(((*variation).0[0] >> 48) as u16);
         } else {
             if frame.add(64) as usize > ctx.data_end() {
                 return xdp_action::XDP_ABORTED;
