@@ -90,32 +90,28 @@ fn count(name: &str, contenders: &[Contender], flowtable: bool) -> Result<BTreeM
     if flowtable {
         arrangement.offload()?;
     }
-    let mut costs = vec![Vec::new(); contenders.len()];
+    let mut rounds = vec![Vec::new(); contenders.len()];
     for round in 0..=ROUNDS {
-        for (number, costs) in costs.iter_mut().enumerate() {
+        for (number, rounds) in rounds.iter_mut().enumerate() {
             let before = arrangement.arrived()?;
             let begin = Instant::now();
             arrangement.send(number, PACKETS)?;
-            let cost = begin.elapsed().as_nanos() as f64 / f64::from(PACKETS);
-            let arrived = arrangement.arrived()? - before;
-            if contenders[number] != Contender::Drop && arrived < u64::from(PACKETS) * 99 / 100 {
+            let time = begin.elapsed().as_nanos() as f64;
+            let arrived = (arrangement.arrived()? - before) as f64;
+            if contenders[number] != Contender::Drop && arrived < f64::from(PACKETS) * 0.9 {
                 bail!("{}: {arrived} of {PACKETS} packets arrived", contenders[number].name());
             }
             if round > 0 {
-                costs.push(cost);
+                rounds.push((time, arrived));
             }
         }
     }
     arrangement.assert_fast_path()?;
-    let base = Summary::of(&costs[0]).context("no rounds")?.median;
-    contenders[1..]
-        .iter()
-        .zip(&costs[1..])
-        .map(|(contender, costs)| {
-            let cost = Summary::of(costs).context("no rounds")?.median;
-            Ok((contender.name().to_owned(), cost - base))
-        })
-        .collect()
+    let median = |values: Vec<f64>| Summary::of(&values).context("no rounds").map(|summary| summary.median);
+    let base = median(rounds[0].iter().map(|(time, _)| *time).collect())?;
+    // A packet that found a ring full cost the source, but not the router.
+    let cost = |rounds: &[(f64, f64)]| median(rounds.iter().map(|(time, arrived)| (time - base) / arrived).collect());
+    contenders[1..].iter().zip(&rounds[1..]).map(|(who, rounds)| Ok((who.name().to_owned(), cost(rounds)?))).collect()
 }
 
 impl Arrangement {
