@@ -400,6 +400,7 @@ pub fn pin(thread: u32, core: usize) -> Result<()> {
 
 /// Nanoseconds the thread has run (Documentation/scheduler/sched-stats.rst).
 pub fn cpu_time(thread: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{thread}/schedstat"))?;
+    let path = format!("/proc/{thread}/schedstat");
+    let text = fs::read_to_string(&path).with_context(|| format!("read the thread's CPU time from {path}"))?;
     text.split(' ').next().and_then(|field| field.parse().ok()).context("schedstat")
 }

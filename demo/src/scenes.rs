@@ -134,12 +134,18 @@ impl<'a> Stage<'a> {
         self.pause(MOMENT)?;
         let exceptions = self.exceptions()?;
         self.view.say(&format!("nft: {RULE}"));
+        let asked = Instant::now();
         self.network.router.run(["nft", RULE])?;
+        let took = asked.elapsed();
         let (passed, last) = self.still_passing()?;
         self.promise(
             last <= AT_ONCE,
             "firewall rule honoured",
-            format!("after {:.1} ms; {passed} packets passed meanwhile", last.as_secs_f64() * 1e3),
+            format!(
+                "{:.1} ms after nft returned, which took {:.1} ms; {passed} packets passed meanwhile",
+                last.as_secs_f64() * 1e3,
+                took.as_secs_f64() * 1e3
+            ),
         );
         self.pause(MOMENT)?;
         let grown = self.exceptions()?.into_iter().filter_map(|(reason, packets)| {
