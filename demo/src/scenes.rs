@@ -277,11 +277,32 @@ impl<'a> Stage<'a> {
         Ok(self.traffic.count()?.since(&before))
     }
 
-    /// The stream must take the fast path, by the driver's counters.
+    /// The stream must take the fast path, by the driver's counters, and Towpath's must agree.
     fn fast(&mut self, what: &str) -> Result<()> {
-        let span = self.span(MOMENT)?;
-        self.promise(span.fast() > 0.99, what, format!("{:.1} %", span.fast() * 100.0));
+        let (before, own_before) = (self.traffic.rest()?, self.forwarded()?);
+        self.traffic.set_rate(RATE);
+        self.pause(MOMENT)?;
+        let span = self.traffic.rest()?.since(&before);
+        let own = self.forwarded()?.zip(own_before).map(|(after, before)| after - before);
+        self.traffic.set_rate(RATE);
+        let share = span.fast() > 0.99;
+        let mut text = format!("{:.1} % by the driver's count", span.fast() * 100.0);
+        if let Some(own) = own {
+            text += &format!(" ({} packets; {own} by Towpath's)", span.redirected);
+        }
+        self.promise(share && own.is_none_or(|own| own == span.redirected), what, text);
         Ok(())
+    }
+
+    /// Packets from the client that the fast path has forwarded by its own count; None without a daemon to ask.
+    fn forwarded(&self) -> Result<Option<u64>> {
+        if self.towpath.is_none() {
+            return Ok(None);
+        }
+        let answer = self.ask(&["show", "stats"])?;
+        let ports = answer["ports"].as_array().context("show stats gives no ports")?;
+        let port = ports.iter().find(|port| port["port"] == PORTS[0]).context("show stats lacks the port")?;
+        Ok(Some(port["rx_packets"].as_u64().context("show stats gives no packets")?))
     }
 
     /// Floods the router again and again to find what a packet costs it.

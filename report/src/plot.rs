@@ -125,6 +125,6 @@ fn number(value: f64) -> String {
         size if size >= 1e4 => format!("{:.1}k", value / 1e3).replace(".0k", "k"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 || value == 0.0 => format!("{value:.1}").replace(".0", ""),
-        _ => format!("{value:.2}"),
+        _ => format!("{value:.2}").replace(".00", ""),
     }
 }
