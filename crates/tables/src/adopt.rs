@@ -4,7 +4,7 @@ use crate::backing::View;
 use crate::layout::layout_hash;
 use crate::lpm::{Kind, Word};
 use crate::record::*;
-use crate::store::{InUse, stored_count};
+use crate::store::{InUse, stored_count, wide_count};
 
 /// Tables that cannot be taken over; new ones must be made.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -103,7 +103,7 @@ impl Scan<'_> {
                 None => damaged(format!("a route leads to group {index}, which is not there")),
             },
             Kind::Node(index) if levels == 0 => damaged(format!("node {index} is deeper than an address is long")),
-            Kind::Node(index) => self.node(index, levels),
+            Kind::Node(index) => self.node(index, word.is_wide(), levels),
         }
     }
 
@@ -117,33 +117,66 @@ impl Scan<'_> {
         }
     }
 
-    fn node(&mut self, index: u32, levels: usize) -> Result<(), AdoptError> {
+    fn node(&mut self, index: u32, wide: bool, levels: usize) -> Result<(), AdoptError> {
         let Some(node) = self.view.node_of(index).filter(|_| index != 0) else {
             return damaged(format!("a route leads to node {index}, which is not there"));
         };
         if std::mem::replace(&mut self.nodes[index as usize], true) {
             return damaged(format!("node {index} is part of two routes' ways"));
         }
-        let mut counts = [0u32; 5];
-        for (quarter, bits) in node.bitmap.iter().enumerate() {
-            counts[quarter + 1] = counts[quarter] + bits.count_ones();
-        }
-        let stored = stored_count(node);
-        let inline = node.base == BASE_INLINE;
-        if node.bitmap[0] & 1 == 0 || node.counts.map(u32::from) != counts[..4] || inline != (stored as usize <= INLINE_ENTRIES) {
+        let (bytes, stored, base) = if wide { (2, wide_count(node.as_wide()), node.as_wide().base) } else { (1, stored_count(node), node.base) };
+        let sound = if wide { levels.is_multiple_of(2) && is_sound_wide(node.as_wide()) } else { is_sound(node) };
+        if !sound {
             return damaged(format!("node {index} contradicts itself"));
         }
+        let inline = !wide && base == BASE_INLINE;
         self.used.nodes.push(index);
         if !inline {
-            self.used.runs.push((node.base, stored));
+            self.used.runs.push((base, stored));
         }
         for rank in 0..stored {
-            let word = if inline { Some(node.inline[rank as usize]) } else { node.base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i)) };
+            let word = if inline { Some(node.inline[rank as usize]) } else { base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i)) };
             match word {
-                Some(word) => self.word(Word(word), levels - 1)?,
+                Some(word) => self.word(Word(word), levels - bytes)?,
                 None => return damaged(format!("node {index} has entries outside the table")),
             }
         }
         Ok(())
+    }
+}
+
+fn is_sound(node: &Node) -> bool {
+    let mut counts = [0u32; 5];
+    for (quarter, bits) in node.bitmap.iter().enumerate() {
+        counts[quarter + 1] = counts[quarter] + bits.count_ones();
+    }
+    let inline = stored_count(node) as usize <= INLINE_ENTRIES;
+    node.bitmap[0] & 1 != 0 && node.counts.map(u32::from) == counts[..4] && (node.base == BASE_INLINE) == inline
+}
+
+/// Ends ascend, and nothing follows the last one.
+fn is_sound_wide(node: &Wide) -> bool {
+    let ends: Vec<u16> = node.ends().collect();
+    let all = node.ends.iter().flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16));
+    !ends.is_empty() && ends.is_sorted_by(|a, b| a < b) && all.skip(ends.len()).all(|end| end == NO_END)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_of_a_wide_node_ascend_and_stop() {
+        let sound = |first: u64, second: u64| {
+            let mut ends = [u64::MAX; WIDE_ENDS / 4];
+            (ends[0], ends[1]) = (first, second);
+            is_sound_wide(&Wide { ends, base: 0, reserved: 0 })
+        };
+        assert!(sound(0xffff_ffff_ffff_0000, u64::MAX));
+        assert!(sound(0x0004_0003_0002_0001, 0xffff_ffff_fffe_0005));
+        assert!(!sound(u64::MAX, u64::MAX), "one word only");
+        assert!(!sound(0x0004_0003_0003_0001, u64::MAX), "twice the same");
+        assert!(!sound(0x0004_0003_0001_0002, u64::MAX), "descending");
+        assert!(!sound(0xffff_0003_0002_0001, 0xffff_ffff_ffff_0005), "a gap");
     }
 }

@@ -17,6 +17,7 @@ pub const fn layout_hash() -> u32 {
         size_of::<Root>(), offset_of!(Root, direct), offset_of!(Root, default), offset_of!(Root, family),
         size_of::<Node>(), offset_of!(Node, bitmap), offset_of!(Node, base), offset_of!(Node, counts),
         offset_of!(Node, inline), INLINE_ENTRIES,
+        size_of::<Wide>(), offset_of!(Wide, ends), offset_of!(Wide, base), WIDE_ENDS,
         size_of::<EntryPage>(), ENTRIES_PER_PAGE,
         size_of::<Nexthop>(), offset_of!(Nexthop, sequence), offset_of!(Nexthop, state), offset_of!(Nexthop, port),
         offset_of!(Nexthop, device), offset_of!(Nexthop, mtu), offset_of!(Nexthop, hit), offset_of!(Nexthop, l2),

@@ -1,12 +1,13 @@
 //! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
-//! cannot panic and walks at most one node per address byte after the second.
+//! cannot panic and walks at most one node per address byte after the second, or one wide node per two.
 
-use crate::record::{BASE_INLINE, Node};
+use crate::record::{BASE_INLINE, Node, Wide};
 
 const NODE: u32 = 1 << 31;
 const GROUP: u32 = 1 << 30;
+const WIDE: u32 = 1 << 30;
 
-/// Indices of next hops, groups and nodes are below this (nodes could use one bit more; nothing needs it).
+/// Indices of next hops, groups and nodes are below this.
 pub const INDEX_LIMIT: u32 = 1 << 30;
 
 /// What a root slot or an entry holds: nothing, a node to go on at, or a leaf.
@@ -19,7 +20,7 @@ pub struct Word(pub u32);
 pub enum Kind {
     /// No route longer than /0
     None,
-    /// Go on at this node
+    /// Go on at this node, wide or not
     Node(u32),
     /// Leaf: this next hop
     Nexthop(u32),
@@ -36,7 +37,18 @@ impl Word {
         Word(NODE | index)
     }
 
-    /// True if the walk goes on at a node.
+    /// The word that leads to a wide node.
+    pub const fn wide(index: u32) -> Word {
+        Word(NODE | WIDE | index)
+    }
+
+    /// True if the walk goes on at a wide node.
+    #[inline(always)]
+    pub const fn is_wide(self) -> bool {
+        self.0 & (NODE | WIDE) == NODE | WIDE
+    }
+
+    /// True if the walk goes on at a node, wide or not.
     #[inline(always)]
     pub const fn is_node(self) -> bool {
         self.0 & NODE != 0
@@ -48,7 +60,7 @@ impl Word {
         if self.0 == 0 {
             Kind::None
         } else if self.0 & NODE != 0 {
-            Kind::Node(self.0 & !NODE)
+            Kind::Node(self.0 & !(NODE | WIDE))
         } else if self.0 & GROUP != 0 {
             Kind::Group(self.0 & !GROUP)
         } else {
@@ -100,7 +112,7 @@ pub trait LpmRead {
     fn root_word(&self, root: u32, slot: u16) -> Option<u32>;
     /// `Root::default`
     fn root_default(&self, root: u32) -> Option<u32>;
-    /// A node
+    /// A node; a wide one in a node's form
     fn node(&self, index: u32) -> Option<&Node>;
     /// A stored word, counted through all pages
     fn entry(&self, index: u32) -> Option<u32>;
@@ -111,9 +123,17 @@ pub trait LpmRead {
 pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> Result<Word, Internal> {
     let [high, low, rest @ ..] = addr.as_slice() else { return Err(Internal) };
     let mut word = Word(mem.root_word(root, u16::from_be_bytes([*high, *low])).ok_or(Internal)?);
-    for byte in rest {
+    for pair in rest.chunks_exact(2) {
+        let &[high, low] = pair else { return Err(Internal) };
         let Kind::Node(index) = word.kind() else { break };
-        word = Word(step(mem, mem.node(index).ok_or(Internal)?, *byte).ok_or(Internal)?);
+        let node = mem.node(index).ok_or(Internal)?;
+        if word.is_wide() {
+            word = Word(wide_step(mem, node.as_wide(), u16::from_be_bytes([high, low])).ok_or(Internal)?);
+            continue;
+        }
+        word = Word(step(mem, node, high).ok_or(Internal)?);
+        let Kind::Node(index) = word.kind() else { break };
+        word = Word(step(mem, mem.node(index).ok_or(Internal)?, low).ok_or(Internal)?);
     }
     match word.kind() {
         Kind::Node(_) => Err(Internal),
@@ -131,10 +151,26 @@ fn step(mem: &impl LpmRead, node: &Node, byte: u8) -> Option<u32> {
     if node.base == BASE_INLINE { node.inline.get(rank as usize).copied() } else { mem.entry(node.base.wrapping_add(rank)) }
 }
 
+/// The word for two bytes in a wide node: its rank is the number of runs that end before `value`. Two ends are compared
+/// at once, each in half a word, without a branch.
+#[inline(always)]
+fn wide_step(mem: &impl LpmRead, node: &Wide, value: u16) -> Option<u32> {
+    const HALVES: u64 = 1 << 32 | 1;
+    const ENDS: u64 = 0xffff * HALVES;
+    // In each half, bit 16 of `value + 0xffff - end` is set exactly if value > end.
+    let value = (u64::from(value) + 0xffff) * HALVES;
+    let mut before = 0;
+    for four in node.ends {
+        before += (value - (four & ENDS)) >> 16 & HALVES;
+        before += (value - (four >> 16 & ENDS)) >> 16 & HALVES;
+    }
+    mem.entry(node.base.wrapping_add((before as u32).wrapping_add((before >> 32) as u32)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::INLINE_ENTRIES;
+    use crate::record::{INLINE_ENTRIES, WIDE_ENDS};
 
     /// One root slot (0x0a00) leading to nodes[1]; everything else is empty.
     struct Fixture {
@@ -189,6 +225,27 @@ mod tests {
         for (last, stored) in [(0, 0), (62, 0), (63, 1), (64, 2), (126, 2), (127, 3), (128, 4), (191, 5), (192, 6), (254, 6), (255, 7)] {
             assert_eq!(at([10, 0, 2, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
             assert_eq!(at([10, 0, 199, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
+        }
+    }
+
+    #[test]
+    fn walks_wide_nodes() {
+        // The ends of every number of runs, far apart and side by side, with the greatest there can be.
+        for ends in (0..=WIDE_ENDS as u16).flat_map(|count| [
+            (0..count).map(|n| n * 2341).collect::<Vec<_>>(),
+            (0..count).map(|n| 0xffff - count + n).collect(),
+        ]) {
+            let mut wide = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base: 3, reserved: 0 };
+            for (at, end) in ends.iter().enumerate() {
+                wide.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
+            }
+            let mem = Fixture { nodes: vec![wide.to_node()], entries: (0..40).map(|i| 100 + i).collect() };
+            let near = ends.iter().flat_map(|&end| [end.saturating_sub(1), end, end + 1]);
+            for value in near.chain([0, 1, 0x00ff, 0x0100, 0x7fff, 0x8000, 0xfffe, 0xffff]) {
+                let rank = ends.iter().filter(|&&end| end < value).count() as u32;
+                assert_eq!(wide_step(&mem, mem.nodes[0].as_wide(), value), Some(103 + rank), "{value} among {ends:?}");
+            }
+            assert_eq!(mem.nodes[0].as_wide().ends().collect::<Vec<_>>(), ends);
         }
     }
 

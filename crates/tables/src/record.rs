@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -160,6 +160,49 @@ pub struct Node {
 }
 const _: () = assert!(size_of::<Node>() == 64);
 
+impl Node {
+    /// The slot read as a wide node, which it is if the word that leads to it says so.
+    #[inline(always)]
+    pub fn as_wide(&self) -> &Wide {
+        // SAFETY: both are plain integers of the same size and alignment, without padding.
+        unsafe { &*(&raw const *self).cast() }
+    }
+}
+
+/// Last values that a wide node stores.
+pub const WIDE_ENDS: usize = 28;
+/// Words of a wide node at most.
+pub const WIDE_RUNS: usize = WIDE_ENDS + 1;
+/// Stands for an end that is not there; no run but the last one ends here.
+pub const NO_END: u16 = u16::MAX;
+
+/// Sixteen bits of an address that have few different words: each stands for a run of values. Takes the slot of a
+/// `Node`, and what leads to it is marked (see `lpm`). Its words lie in `Entries`. Immutable once published.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wide {
+    /// Last value of each run but the last one, ascending, then `NO_END`; four to a word, the first in its lowest bits
+    pub ends: [u64; WIDE_ENDS / 4],
+    /// First stored word in `Entries`
+    pub base: u32,
+    /// Reserved, zero
+    pub reserved: u32,
+}
+const _: () = assert!(size_of::<Wide>() == size_of::<Node>() && align_of::<Wide>() == align_of::<Node>());
+
+impl Wide {
+    /// Last values of the runs but the last one.
+    pub fn ends(&self) -> impl Iterator<Item = u16> + '_ {
+        self.ends.iter().flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16)).take_while(|end| *end != NO_END)
+    }
+
+    /// The slot's contents.
+    pub fn to_node(self) -> Node {
+        // SAFETY: as for `Node::as_wide`.
+        unsafe { core::mem::transmute(self) }
+    }
+}
+
 /// Entries (stored words of nodes) come in pages, because a BPF array rounds its element size up to 8 bytes.
 pub const ENTRIES_PER_PAGE: usize = 1024;
 
@@ -261,7 +304,7 @@ pub enum TableId {
     Vlans = 2,
     /// `Root`
     Roots = 3,
-    /// `Node`; node 0 is never used
+    /// `Node` or `Wide`; node 0 is never used
     Nodes = 4,
     /// `EntryPage`
     Entries = 5,

@@ -1,5 +1,5 @@
-//! The writer's own trie of routes, with the strides of the published tables (16 bits, then 8 at a time), and how what
-//! changed in it is published.
+//! The writer's own trie of routes, 16 bits and then 8 at a time, and how what changed in it is published: 16 bits at a
+//! time, as one wide node or as nodes of eight bits, whichever the words there ask for.
 //!
 //! Which route decides is Linux's rule: a route that *shadows* (table local) wins over every route that does not,
 //! whatever the lengths; among equals the longest wins. A *host* (resolved neighbour) stands in for the deciding leaf
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use crate::lpm::{Leaf, Word};
 use crate::grace::Grace;
-use crate::store::{Memory, Store, TABLE_FULL, Words, footprint};
+use crate::store::{Memory, Published, Store, TABLE_FULL, WideRuns, Words, footprint, stored_footprint, wide_runs};
 
 /// A prefix of an address of `BYTES` bytes; bits beyond its length are zero.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -318,8 +318,34 @@ impl<const BYTES: usize> Rib<BYTES> {
         total
     }
 
-    /// Adds up what a node takes; returns a word that differs from those of its neighbours as the published one will.
+    /// Adds up what 16 bits from a node on take; returns a word that differs from those of its neighbours as the published
+    /// one will.
     fn count(&self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], total: &mut (usize, usize)) -> Word {
+        let node = &self.nodes[index as usize];
+        let covers = node.paint(cover);
+        let mut words = covers.map(Cover::word);
+        let mut parts = Vec::with_capacity(node.children.len());
+        for &(byte, child) in &node.children {
+            address[depth] = byte;
+            parts.push((byte, child, self.count_part(child, covers[usize::from(byte)], depth + 1, address, total)));
+        }
+        let mut add = |(nodes, entries)| {
+            total.0 += nodes;
+            total.1 += entries;
+            nodes > 0
+        };
+        if let Some(runs) = wide_runs(&words, parts.iter().map(|(byte, _, part)| (*byte, *part))) {
+            add(stored_footprint(runs.len()));
+            return Word::node(index);
+        }
+        for (byte, child, part) in parts {
+            words[usize::from(byte)] = if add(footprint(&part)) { Word::node(child) } else { part[0] };
+        }
+        if add(footprint(&words)) { Word::node(index) } else { words[0] }
+    }
+
+    /// The words of the last eight of 16 bits, after adding up what is beneath them.
+    fn count_part(&self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], total: &mut (usize, usize)) -> Words {
         let node = &self.nodes[index as usize];
         let covers = node.paint(cover);
         let mut words = covers.map(Cover::word);
@@ -330,10 +356,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         if depth == BYTES - 1 {
             self.place_hosts(address, &covers, &mut words);
         }
-        let (nodes, entries) = footprint(&words);
-        total.0 += nodes;
-        total.1 += entries;
-        if nodes == 0 { words[0] } else { Word::node(index) }
+        words
     }
 
     /// Publishes what changed: afterwards the tables say what this trie says, except that pieces without room lead to
@@ -384,8 +407,8 @@ impl<const BYTES: usize> Rib<BYTES> {
         node.state != State::Clean || node.cover != cover
     }
 
-    /// Builds the piece of a node where `old` is published, reusing of it what is still right and retiring the rest.
-    /// With `force`, pieces of clean nodes are not taken to be published either.
+    /// Builds the piece for 16 bits from a node on where `old` is published, reusing of it what is still right and
+    /// retiring the rest. With `force`, pieces of clean nodes are not taken to be published either.
     #[allow(clippy::too_many_arguments)]
     fn build<M: Memory, G: Grace>(
         &mut self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], old: Word, force: bool,
@@ -395,19 +418,53 @@ impl<const BYTES: usize> Rib<BYTES> {
         let force = force || node.state == State::Stale;
         let covers = node.paint(cover);
         let children = std::mem::take(&mut node.children);
+        let published = store.published(old);
+        retire_unanswered(&published, &children, store);
+        let mut parts = Vec::with_capacity(children.len());
+        for &(byte, child) in &children {
+            let covering = covers[usize::from(byte)];
+            let words = (force || self.needs_build(child, covering)).then(|| {
+                address[depth] = byte;
+                self.build_part(child, covering, depth + 1, address, &store.words_of(&published, byte), force, store)
+            });
+            parts.push(Part { byte, child, words });
+        }
+        let words = covers.map(Cover::word);
+        let wide = wide_runs(&words, parts.iter().map(|part| (part.byte, part.wanted(&published, store))));
+        let word = match wide {
+            Some(runs) => seal_wide(&runs, &published, old, &children, store),
+            None => self.seal_bytes(words, &parts, &published, old, store),
+        };
+        let clean = children.iter().all(|&(_, child)| self.nodes[child as usize].state == State::Clean);
+        let node = &mut self.nodes[index as usize];
+        node.children = children;
+        node.cover = cover;
+        node.state = if word.is_none() { State::Stale } else if clean { State::Clean } else { State::Dirty };
+        word.unwrap_or(TABLE_FULL.word())
+    }
+
+    /// The words for the last eight of 16 bits where `old` is published, after building what is beneath them.
+    #[allow(clippy::too_many_arguments)]
+    fn build_part<M: Memory, G: Grace>(
+        &mut self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], old: &Words, force: bool,
+        store: &mut Store<M, G>,
+    ) -> Words {
+        let node = &mut self.nodes[index as usize];
+        let force = force || node.state == State::Stale;
+        let covers = node.paint(cover);
+        let children = std::mem::take(&mut node.children);
         let mut words = covers.map(Cover::word);
-        let old_words = store.expand(old);
         // Where something is published that no child answers for
-        let mut leftover = if old.is_node() { old_words } else { [Word::NONE; 256] };
+        let mut leftover = *old;
         let mut state = State::Clean;
         for &(byte, child) in &children {
             let at = usize::from(byte);
             leftover[at] = Word::NONE;
             words[at] = if force || self.needs_build(child, covers[at]) {
                 address[depth] = byte;
-                self.build(child, covers[at], depth + 1, address, old_words[at], force, store)
+                self.build(child, covers[at], depth + 1, address, old[at], force, store)
             } else {
-                old_words[at]
+                old[at]
             };
             if self.nodes[child as usize].state != State::Clean {
                 state = State::Dirty;
@@ -416,13 +473,43 @@ impl<const BYTES: usize> Rib<BYTES> {
         if depth == BYTES - 1 {
             self.place_hosts(address, &covers, &mut words);
         }
-        leftover.iter().filter(|word| word.is_node()).for_each(|&word| store.retire_tree(word));
-        let word = seal(&words, &old_words, old, store);
+        leftover.iter().for_each(|&word| store.retire_tree(word));
         let node = &mut self.nodes[index as usize];
         node.children = children;
         node.cover = cover;
-        node.state = if word.is_some() { state } else { State::Stale };
-        word.unwrap_or(TABLE_FULL.word())
+        node.state = state;
+        words
+    }
+
+    /// Publishes 16 bits as a node for the first eight and nodes beneath it; None if there is no room for the first.
+    fn seal_bytes<M: Memory, G: Grace>(
+        &mut self, mut words: Words, parts: &[Part], published: &Published, old: Word, store: &mut Store<M, G>,
+    ) -> Option<Word> {
+        for part in parts {
+            let at = usize::from(part.byte);
+            let there = match published {
+                Published::Bytes(words) => Some(words[at]),
+                Published::Wide(_) => None,
+            };
+            words[at] = match (part.words, there) {
+                (None, Some(there)) => there,
+                (wanted, there) => {
+                    let was = store.words_of(published, part.byte);
+                    let sealed = seal(&wanted.unwrap_or(was), &was, there, store);
+                    if sealed.is_none() {
+                        self.nodes[part.child as usize].state = State::Stale;
+                    }
+                    sealed.unwrap_or(TABLE_FULL.word())
+                }
+            };
+        }
+        match published {
+            Published::Bytes(was) => seal(&words, was, Some(old), store),
+            Published::Wide(_) => {
+                store.retire_node(old);
+                seal(&words, &words, None, store)
+            }
+        }
     }
 
     /// Puts the hosts of a last-level node in the places of the leaves they stand in for.
@@ -571,18 +658,60 @@ impl<const BYTES: usize> Rib<BYTES> {
     }
 }
 
-/// The word for 256 words where `old` (which expands to `old_words`) is published: the only word there is, the old
-/// node if nothing changed, or a new node. None if there is no room; then everything beneath is retired.
-fn seal<M: Memory, G: Grace>(words: &Words, old_words: &Words, old: Word, store: &mut Store<M, G>) -> Option<Word> {
-    if old.is_node() && words == old_words {
-        return Some(old);
+/// The last eight of 16 bits beneath one value of the first.
+struct Part {
+    byte: u8,
+    child: u32,
+    /// None if they are as published
+    words: Option<Words>,
+}
+
+impl Part {
+    fn wanted<M: Memory, G: Grace>(&self, published: &Published, store: &Store<M, G>) -> Words {
+        self.words.unwrap_or_else(|| store.words_of(published, self.byte))
     }
-    let word = if words.iter().all(|word| *word == words[0]) { Some(words[0]) } else { store.add(words).map(Word::node) };
+}
+
+/// Retires what is published beneath 16 bits where no child answers for it.
+fn retire_unanswered<M: Memory, G: Grace>(published: &Published, children: &[(u8, u32)], store: &mut Store<M, G>) {
+    let mut answered = [false; 256];
+    children.iter().for_each(|child| answered[usize::from(child.0)] = true);
+    match published {
+        Published::Wide(runs) => runs.iter().filter(|run| !answered[usize::from(run.0 >> 8)]).for_each(|run| store.retire_tree(run.1)),
+        Published::Bytes(words) => words.iter().zip(answered).filter(|(_, answered)| !answered).for_each(|(&word, _)| store.retire_tree(word)),
+    }
+}
+
+/// The wide node for 16 bits: the old one if nothing changed, or a new one. None if there is no room; then everything
+/// beneath is retired.
+fn seal_wide<M: Memory, G: Grace>(
+    runs: &WideRuns, published: &Published, old: Word, children: &[(u8, u32)], store: &mut Store<M, G>,
+) -> Option<Word> {
+    match published {
+        Published::Wide(was) if was == runs => return Some(old),
+        Published::Wide(_) => {}
+        Published::Bytes(was) => children.iter().for_each(|child| store.retire_node(was[usize::from(child.0)])),
+    }
+    let word = store.add_wide(runs);
+    if word.is_none() {
+        runs.iter().for_each(|run| store.retire_tree(run.1));
+    }
+    store.retire_node(old);
+    word
+}
+
+/// The word for 256 words where `old` (which expands to `old_words`) is published, or nothing of this kind: the only
+/// word there is, the old node if nothing changed, or a new node. None if there is no room; then everything beneath is
+/// retired.
+fn seal<M: Memory, G: Grace>(words: &Words, old_words: &Words, old: Option<Word>, store: &mut Store<M, G>) -> Option<Word> {
+    let old = old.filter(|old| old.is_node());
+    if old.is_some() && words == old_words {
+        return old;
+    }
+    let word = if words.iter().all(|word| *word == words[0]) { Some(words[0]) } else { store.add(words) };
     if word.is_none() {
         words.iter().for_each(|&word| store.retire_tree(word));
     }
-    if let crate::lpm::Kind::Node(index) = old.kind() {
-        store.retire_node(index);
-    }
+    old.into_iter().for_each(|old| store.retire_node(old));
     word
 }

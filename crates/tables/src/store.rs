@@ -6,7 +6,7 @@ use crate::lpm::{INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
 use crate::order;
 use crate::grace::Grace;
 use crate::pool::{Runs, Slots};
-use crate::record::{BASE_INLINE, ENTRIES_PER_PAGE, INLINE_ENTRIES, Node, TableId};
+use crate::record::{BASE_INLINE, ENTRIES_PER_PAGE, INLINE_ENTRIES, NO_END, Node, TableId, WIDE_ENDS, WIDE_RUNS, Wide};
 
 /// The memory that routes are published in.
 pub trait Memory: LpmRead {
@@ -117,6 +117,17 @@ pub(crate) struct InUse {
 
 /// The 256 words of a node.
 pub(crate) type Words = [Word; 256];
+
+/// The words of 16 bits: the first value of each run and its word, neighbours different.
+pub(crate) type WideRuns = Vec<(u16, Word)>;
+
+/// What is published for 16 bits.
+pub(crate) enum Published {
+    /// A wide node
+    Wide(WideRuns),
+    /// The word for each of the first eight bits: leaves, and nodes for the other eight
+    Bytes(Box<Words>),
+}
 
 /// The next hop `Exception(TableFull)`, which stands in for pieces that found no room.
 pub const TABLE_FULL: Leaf = Leaf::nexthop(1).unwrap();
@@ -272,27 +283,71 @@ impl<M: Memory, G: Grace> Store<M, G> {
     }
 
     /// Writes a node with these words; None if there is no room.
-    pub(crate) fn add(&mut self, words: &Words) -> Option<u32> {
+    pub(crate) fn add(&mut self, words: &Words) -> Option<Word> {
         let (mut node, stored, count) = compress(words);
-        if count > INLINE_ENTRIES {
-            node.base = self.take_run(count as u32)?;
-            self.mem.write_entries(node.base, &stored[..count]);
+        if count <= INLINE_ENTRIES {
+            return self.write(&node, BASE_INLINE, &[]).map(Word::node);
         }
+        node.base = self.take_run(count as u32)?;
+        self.write(&node, node.base, &stored[..count]).map(Word::node)
+    }
+
+    /// Writes a wide node with these words, of which there must be at least two and at most `WIDE_RUNS`; None if there
+    /// is no room.
+    pub(crate) fn add_wide(&mut self, runs: &[(u16, Word)]) -> Option<Word> {
+        let words: Vec<u32> = runs.iter().map(|(_, word)| word.0).collect();
+        let base = self.take_run(words.len() as u32)?;
+        self.write(&wide(runs, base).to_node(), base, &words).map(Word::wide)
+    }
+
+    /// Writes a node and its run of entries, which is given back if there is no room for the node.
+    fn write(&mut self, node: &Node, base: u32, stored: &[u32]) -> Option<u32> {
         let Some(index) = self.take_node() else {
-            if node.base != BASE_INLINE {
-                self.runs.give(node.base, count as u32);
+            if !stored.is_empty() {
+                self.runs.give(base, stored.len() as u32);
             }
             return None;
         };
-        self.mem.write_node(index, &node);
+        if !stored.is_empty() {
+            self.mem.write_entries(base, stored);
+        }
+        self.mem.write_node(index, node);
         self.written += 1;
         Some(index)
     }
 
-    /// The 256 words that a word stands for.
+    /// What is published for 16 bits where `word` leads.
+    pub(crate) fn published(&self, word: Word) -> Published {
+        match word.kind() {
+            Kind::Node(index) if word.is_wide() => {
+                let node = *self.node(index).as_wide();
+                let starts = core::iter::once(0).chain(node.ends().map(|end| end + 1));
+                Published::Wide(starts.zip(node.base..).map(|(start, entry)| (start, self.entry(entry))).collect())
+            }
+            _ => Published::Bytes(Box::new(self.expand(word))),
+        }
+    }
+
+    /// What is published for eight of 16 bits.
+    pub(crate) fn words_of(&self, published: &Published, byte: u8) -> Words {
+        match published {
+            Published::Wide(runs) => words_of_byte(runs, byte),
+            Published::Bytes(words) => self.expand(words[usize::from(byte)]),
+        }
+    }
+
+    fn node(&self, index: u32) -> &Node {
+        self.mem.node(index).expect("published words lead to nodes in the table")
+    }
+
+    fn entry(&self, index: u32) -> Word {
+        Word(self.mem.entry(index).expect("published nodes' entries lie in the table"))
+    }
+
+    /// The 256 words that a word stands for; it does not lead to a wide node.
     pub(crate) fn expand(&self, word: Word) -> Words {
         let Kind::Node(index) = word.kind() else { return [word; 256] };
-        let node = *self.mem.node(index).expect("published words lead to nodes in the table");
+        let node = *self.node(index);
         let mut words = [Word::NONE; 256];
         let mut rank = 0;
         for (value, slot) in words.iter_mut().enumerate() {
@@ -303,19 +358,16 @@ impl<M: Memory, G: Grace> Store<M, G> {
     }
 
     fn stored(&self, node: &Node, rank: u32) -> Word {
-        Word(if node.base == BASE_INLINE {
-            node.inline[rank as usize]
-        } else {
-            self.mem.entry(node.base + rank).expect("published nodes' entries lie in the table")
-        })
+        if node.base == BASE_INLINE { Word(node.inline[rank as usize]) } else { self.entry(node.base + rank) }
     }
 
-    /// Retires a node and its entries, but nothing that its words lead to.
-    pub(crate) fn retire_node(&mut self, index: u32) {
-        let node = self.mem.node(index).expect("published words lead to nodes in the table");
-        let (base, count) = (node.base, stored_count(node));
+    /// Retires the node that a word leads to, if it does, and its entries, but nothing that its words lead to.
+    pub(crate) fn retire_node(&mut self, word: Word) {
+        let Kind::Node(index) = word.kind() else { return };
+        let node = self.node(index);
+        let (base, count) = if word.is_wide() { (node.as_wide().base, wide_count(node.as_wide())) } else { (node.base, stored_count(node)) };
         self.retire(Piece::Node(index));
-        if base != BASE_INLINE {
+        if word.is_wide() || base != BASE_INLINE {
             self.retire(Piece::Run(base, count));
         }
     }
@@ -323,12 +375,67 @@ impl<M: Memory, G: Grace> Store<M, G> {
     /// Retires everything that a word leads to.
     pub(crate) fn retire_tree(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
-        let node = *self.mem.node(index).expect("published words lead to nodes in the table");
-        for rank in 0..stored_count(&node) {
-            self.retire_tree(self.stored(&node, rank));
+        let node = *self.node(index);
+        if word.is_wide() {
+            (node.as_wide().base..).take(wide_count(node.as_wide()) as usize).for_each(|entry| self.retire_tree(self.entry(entry)));
+        } else {
+            (0..stored_count(&node)).for_each(|rank| self.retire_tree(self.stored(&node, rank)));
         }
-        self.retire_node(index);
+        self.retire_node(word);
     }
+}
+
+/// Number of words that a wide node stores.
+pub(crate) fn wide_count(node: &Wide) -> u32 {
+    node.ends().count() as u32 + 1
+}
+
+/// The wide node for these words, stored from `base` on.
+fn wide(runs: &[(u16, Word)], base: u32) -> Wide {
+    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base, reserved: 0 };
+    for (at, (start, _)) in runs[1..].iter().enumerate() {
+        let end = start - 1;
+        node.ends[at / 4] ^= u64::from(end ^ NO_END) << (at % 4 * 16);
+    }
+    node
+}
+
+/// The words for the values of 16 bits that begin with `byte`.
+fn words_of_byte(runs: &[(u16, Word)], byte: u8) -> Words {
+    let first = u16::from(byte) << 8;
+    let mut at = runs.partition_point(|run| run.0 <= first) - 1;
+    core::array::from_fn(|low| {
+        while runs.get(at + 1).is_some_and(|next| next.0 <= first | low as u16) {
+            at += 1;
+        }
+        runs[at].1
+    })
+}
+
+/// The words of 16 bits as a wide node holds them: `words` for the first eight bits, and for the others `inner` where
+/// there is more than one word to a byte. None if an ordinary node can hold them all, or if they are too many.
+pub(crate) fn wide_runs(words: &Words, inner: impl Iterator<Item = (u8, Words)>) -> Option<WideRuns> {
+    let mut inner = inner.peekable();
+    inner.peek()?;
+    let mut runs = WideRuns::with_capacity(WIDE_RUNS + 1);
+    let mut add = |value: usize, word: Word| {
+        let differs = runs.last().is_none_or(|run: &(u16, Word)| run.1 != word);
+        if differs {
+            runs.push((value as u16, word));
+        }
+        runs.len() <= WIDE_RUNS
+    };
+    let mut next = 0;
+    for (byte, inner) in inner {
+        let byte = usize::from(byte);
+        let fits = (next..byte).all(|byte| add(byte << 8, words[byte])) && (0..256).all(|low| add(byte << 8 | low, inner[low]));
+        if !fits {
+            return None;
+        }
+        next = byte + 1;
+    }
+    let fits = (next..256).all(|byte| add(byte << 8, words[byte]));
+    (fits && runs.iter().any(|run| run.0 & 0xff != 0)).then_some(runs)
 }
 
 /// Number of words that a node stores.
@@ -362,6 +469,11 @@ pub(crate) fn footprint(words: &Words) -> (usize, usize) {
     match 1 + words.windows(2).filter(|pair| pair[0] != pair[1]).count() {
         1 => (0, 0),
         count if count <= INLINE_ENTRIES => (1, 0),
-        count => (1, (crate::pool::run_units(count as u32) * crate::pool::RUN_UNIT) as usize),
+        count => stored_footprint(count),
     }
+}
+
+/// Nodes and words of entries that a node with so many words in entries takes.
+pub(crate) fn stored_footprint(count: usize) -> (usize, usize) {
+    (1, (crate::pool::run_units(count as u32) * crate::pool::RUN_UNIT) as usize)
 }

@@ -113,30 +113,41 @@ impl Memory for Model {
 
 const PROBE: [u8; 4] = [10, 0, 1, 1];
 
-/// 10.0.1.0/24 to this next hop, and beside it enough for a node with or without words of its own.
-fn routes(rib: &mut Rib<4>, nexthop: u32, stored: bool) {
+/// The nodes of a model: with their words in themselves, with words in entries, or wide.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Inline,
+    Stored,
+    Wide,
+}
+
+/// 10.0.1.0/24 to this next hop, and beside it enough for a node of this form.
+fn routes(rib: &mut Rib<4>, nexthop: u32, form: Form) {
     let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), shadow: false };
     rib.set(Prefix::new(PROBE, 24).unwrap(), entry(nexthop));
-    for third in (3..9).filter(|_| stored) {
+    for third in (3..9).filter(|_| form == Form::Stored) {
         rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(90));
+    }
+    if form == Form::Wide {
+        rib.set(Prefix::new([10, 0, 9, 9], 32).unwrap(), entry(90));
     }
 }
 
-fn start<G: Grace>(nodes: usize, stored: bool, grace: impl FnOnce() -> G) -> (Model, Rib<4>, Store<Model, G>) {
+fn start<G: Grace>(nodes: usize, form: Form, grace: impl FnOnce() -> G) -> (Model, Rib<4>, Store<Model, G>) {
     let model = Model::new(nodes, 64);
     let mut store = Store::new(model.clone(), grace());
     let mut rib = Rib::new(0);
-    routes(&mut rib, 2, stored);
+    routes(&mut rib, 2, form);
     rib.publish(&mut store);
     assert_eq!(lookup(&model, 0, &PROBE).unwrap().kind(), Kind::Nexthop(2));
     (model, rib, store)
 }
 
-fn publication(stored: bool) {
+fn publication(form: Form) {
     loom::model(move || {
-        let (model, mut rib, mut store) = start(4, stored, || NoReaders);
+        let (model, mut rib, mut store) = start(4, form, || NoReaders);
         let reader = thread::spawn(move || lookup(&model, 0, &PROBE).unwrap().kind());
-        routes(&mut rib, 3, stored);
+        routes(&mut rib, 3, form);
         rib.publish(&mut store);
         let seen = reader.join().unwrap();
         assert!([Kind::Nexthop(2), Kind::Nexthop(3)].contains(&seen), "{seen:?}");
@@ -145,19 +156,24 @@ fn publication(stored: bool) {
 
 #[test]
 fn a_reader_sees_the_old_or_the_new_route() {
-    publication(false);
+    publication(Form::Inline);
 }
 
 #[test]
 fn a_reader_sees_the_old_or_the_new_route_with_stored_words() {
-    publication(true);
+    publication(Form::Stored);
+}
+
+#[test]
+fn a_reader_sees_the_old_or_the_new_route_with_a_wide_node() {
+    publication(Form::Wide);
 }
 
 /// Nodes for two versions only: the third must wait until the first is free.
-fn reuse<G: Grace + 'static>(stored: bool, make: fn(Arc<Word>) -> G) {
+fn reuse<G: Grace + 'static>(form: Form, make: fn(Arc<Word>) -> G) {
     loom::model(move || {
         let word = Arc::new(Word::new(0));
-        let (model, mut rib, mut store) = start(3, stored, || make(word.clone()));
+        let (model, mut rib, mut store) = start(3, form, || make(word.clone()));
         let reader = thread::spawn(move || {
             for _ in 0..2 {
                 grace::enter(&*word);
@@ -167,7 +183,7 @@ fn reuse<G: Grace + 'static>(stored: bool, make: fn(Arc<Word>) -> G) {
             }
         });
         for nexthop in [3, 4] {
-            routes(&mut rib, nexthop, stored);
+            routes(&mut rib, nexthop, form);
             rib.publish(&mut store);
             store.reclaim();
         }
@@ -178,18 +194,23 @@ fn reuse<G: Grace + 'static>(stored: bool, make: fn(Arc<Word>) -> G) {
 
 #[test]
 fn pieces_are_reused_only_after_grace() {
-    reuse(false, |word| Workers([word]));
+    reuse(Form::Inline, |word| Workers([word]));
 }
 
 #[test]
 fn stored_words_are_reused_only_after_grace() {
-    reuse(true, |word| Workers([word]));
+    reuse(Form::Stored, |word| Workers([word]));
+}
+
+#[test]
+fn wide_nodes_are_reused_only_after_grace() {
+    reuse(Form::Wide, |word| Workers([word]));
 }
 
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn without_grace_the_model_fails() {
-    reuse(false, |_| NoReaders);
+    reuse(Form::Inline, |_| NoReaders);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
-use towpath_tables::lpm::{Kind, Leaf, Word, lookup};
+use towpath_tables::lpm::{Kind, Leaf, LpmRead, Word, lookup};
 use towpath_tables::grace::NoReaders;
 use towpath_tables::record::TableId;
 use towpath_tables::rib::{Entry, Prefix, Rib};
@@ -47,8 +47,9 @@ fn address<const N: usize>() -> impl Strategy<Value = [u8; N]> {
 fn step<const N: usize>() -> impl Strategy<Value = Step<N>> {
     prop_oneof![
         12 => (address(), 0..=8 * N as u8, 2u32..6, prop::bool::weighted(0.15)).prop_map(|(a, l, leaf, s)| Step::Set(a, l, leaf, s)),
-        // Longer prefixes, so that there are nodes enough to grow
-        6 => (any::<[u8; 2]>(), address::<N>(), 2u32..6).prop_map(|(random, mut a, leaf)| {
+        // Longer prefixes in one place, so that there are nodes enough to grow and too many words for a wide one
+        8 => (any::<[u8; 2]>(), 2u32..6).prop_map(|(random, leaf)| {
+            let mut a = [0; N];
             a[0] = 10;
             a[N - 2..].copy_from_slice(&random);
             Step::Set(a, 8 * N as u8 - 1, leaf, false)
@@ -294,6 +295,46 @@ fn a_table_of_routes_under_one_slot_runs_out_of_entries() {
     subject.store.reclaim();
     subject.apply(&Step::Publish);
     subject.check(false);
+    subject.empty();
+    subject.check_nothing_leaked();
+}
+
+/// 16 bits in the middle of an address, with something beneath one value of them, gain routes and lose them again.
+#[test]
+fn words_too_many_for_a_wide_node_go_to_ordinary_ones_and_come_back() {
+    let mut subject = Subject::<16>::new(HeapBacking::new(small()));
+    let route = |n: u8| Prefix::new([0x20, 1, 0xd, 0xb8, n * 8, n, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 48).unwrap();
+    let beneath = [0x20, 1, 0xd, 0xb8, 8, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9];
+    let is_wide = |subject: &Subject<16>| {
+        let first = Word(subject.store.mem.root_word(0, 0x2001).unwrap());
+        let Kind::Node(index) = first.kind() else { panic!("{first:?}") };
+        assert!(first.is_wide(), "one route of 32 bits and more beneath it");
+        // Values below 0d:b8, then 0d:b8 itself.
+        let entry = subject.store.mem.node(index).unwrap().as_wide().base + 1;
+        Word(subject.store.mem.entry(entry).unwrap()).is_wide()
+    };
+    subject.apply(&Step::Set(beneath, 128, 5, false));
+    let check = |subject: &mut Subject<16>, routes: u8| {
+        subject.apply(&Step::Publish);
+        subject.check(false);
+        // Two words to a route, and one more
+        assert_eq!(is_wide(subject), routes <= 14, "{routes} routes");
+        subject.store.reclaim();
+        let used = (subject.store.used(TableId::Nodes).unwrap(), subject.store.used_entries());
+        assert_eq!(subject.rib.required(), used, "{routes} routes");
+        subject.restart();
+        assert_eq!(subject.rib.publish(&mut subject.store), 0, "{routes} routes: a new writer finds them as it wants them");
+        assert_eq!(subject.store.limbo(), 0, "{routes} routes: it replaces nothing");
+    };
+    for n in 1..30 {
+        subject.apply(&Step::Set(route(n).address(), 48, 2 + u32::from(n % 2), false));
+        check(&mut subject, n);
+    }
+    for n in (2..30).rev() {
+        subject.reference.routes.remove(&route(n));
+        subject.rib.remove(route(n));
+        check(&mut subject, n - 1);
+    }
     subject.empty();
     subject.check_nothing_leaked();
 }

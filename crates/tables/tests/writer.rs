@@ -258,5 +258,6 @@ fn damaged_tables_are_refused() {
     refused(|root| root.direct[0].store(1 << 29), "next hop 536870912");
     refused(|root| root.direct[0].store(1 << 30 | 1 << 29), "group 536870912");
     refused(|root| root.direct[0].store(root.direct[0xc000].load()), "two routes");
+    refused(|root| root.direct[0xc000].store(root.direct[0xc000].load() | 1 << 30), "contradicts itself");
     refused(|root| root.default.store(1 << 31 | 1), "deeper");
 }

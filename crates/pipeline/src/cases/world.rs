@@ -6,7 +6,7 @@ use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
     BASE_INLINE, Config, EntryPage, Group, INLINE_ENTRIES, NO_VLANS, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
-    PortStats, Root, TableId, VlanTable, port_flags::*,
+    PortStats, Root, TableId, VlanTable, WIDE_ENDS, WIDE_RUNS, Wide, port_flags::*,
 };
 use towpath_tables::word::W32;
 use towpath_tables::{REASONS, Reason};
@@ -280,12 +280,22 @@ impl World {
         keys.sort_by_key(|(_, prefix)| std::cmp::Reverse(prefix.len()));
         for ((root, prefix), index) in keys.into_iter().zip(1..) {
             let words = nodes[&(root, prefix.clone())];
-            self.nodes[index as usize] = compress(&words, &self.entries[0], &mut stored);
+            let beneath = |byte: u8| nodes.get(&(root, [prefix.as_slice(), &[byte]].concat())).copied();
+            let word = match wide(&words, beneath, &self.entries[0], &mut stored).filter(|_| prefix.len() % 2 == 0) {
+                Some(node) => {
+                    self.nodes[index as usize] = node;
+                    Word::wide(index)
+                }
+                None => {
+                    self.nodes[index as usize] = compress(&words, &self.entries[0], &mut stored);
+                    Word::node(index)
+                }
+            };
             match prefix.as_slice() {
-                [high, low] => self.direct(root, *high, *low).store(Word::node(index).0),
+                [high, low] => self.direct(root, *high, *low).store(word.0),
                 [above @ .., last] => {
                     let words = nodes.get_mut(&(root, above.to_vec())).expect("made before what is below");
-                    words[usize::from(*last)] = Word::node(index).0;
+                    words[usize::from(*last)] = word.0;
                 }
                 [] => unreachable!("nodes begin below 16 bits"),
             }
@@ -352,6 +362,27 @@ fn compress(words: &[u32; 256], page: &EntryPage, stored: &mut usize) -> Node {
         }
     }
     node
+}
+
+/// The wide node for these words and those beneath each of them, if there are any beneath and few enough of all. (The
+/// ordinary nodes that were made for those beneath stay, and nothing leads to them.)
+fn wide(words: &[u32; 256], beneath: impl Fn(u8) -> Option<[u32; 256]>, page: &EntryPage, stored: &mut usize) -> Option<Node> {
+    (0..=255).find_map(&beneath)?;
+    let all: Vec<u32> = (0..=255).flat_map(|byte| beneath(byte).unwrap_or([words[usize::from(byte)]; 256])).collect();
+    let last = |value: &u16| all[usize::from(*value)] != all[usize::from(*value) + 1];
+    let ends: Vec<u16> = (0..u16::MAX).filter(last).collect();
+    if ends.len() >= WIDE_RUNS {
+        return None;
+    }
+    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base: *stored as u32, reserved: 0 };
+    for (at, end) in ends.iter().chain([&u16::MAX]).enumerate() {
+        if let Some(four) = node.ends.get_mut(at / 4) {
+            *four &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
+        }
+        page.words[*stored].store(all[usize::from(*end)]);
+        *stored += 1;
+    }
+    Some(node.to_node())
 }
 
 /// The leaf of a next hop
