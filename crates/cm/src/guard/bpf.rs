@@ -46,7 +46,12 @@ impl NetfilterLinks {
             id = next;
             let link = match self.known.get(&id) {
                 Some(link) => *link,
-                None => inspect(id)?,
+                None => match inspect(id) {
+                    Ok(link) => link,
+                    // It is being made this very moment: the next poll finds it made.
+                    Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => continue,
+                    Err(e) => return Err(CmError::io(format!("BPF link {id}"), e)),
+                },
             };
             known.insert(id, link);
             found.extend(link);
@@ -73,7 +78,7 @@ fn next_link(start: u32) -> Result<Option<u32>, CmError> {
     }
 }
 
-fn inspect(id: u32) -> Result<Option<NetfilterLink>, CmError> {
+fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
     #[repr(C)]
     struct ById {
         id: u32,
@@ -98,12 +103,11 @@ fn inspect(id: u32) -> Result<Option<NetfilterLink>, CmError> {
         hook: u32,
         rest: [u32; 10],
     }
-    let failed = |e| CmError::io(format!("BPF link {id}"), e);
     let fd = match bpf(LINK_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
         // SAFETY: the call has just made this descriptor, and nothing else owns it.
         Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd as i32) },
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None), // gone meanwhile
-        Err(e) => return Err(failed(e)),
+        Err(e) => return Err(e),
     };
     let mut info = Info::default();
     let mut attribute = InfoByFd {
@@ -111,7 +115,7 @@ fn inspect(id: u32) -> Result<Option<NetfilterLink>, CmError> {
         length: size_of::<Info>() as u32,
         info: std::ptr::from_mut(&mut info).expose_provenance() as u64,
     };
-    bpf(OBJ_GET_INFO_BY_FD, &mut attribute).map_err(failed)?;
+    bpf(OBJ_GET_INFO_BY_FD, &mut attribute)?;
     let netfilter = info.kind == LINK_TYPE_NETFILTER;
     Ok(netfilter.then(|| NetfilterLink { id, pf: info.pf as u8, hook: info.hook }))
 }

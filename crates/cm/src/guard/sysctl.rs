@@ -6,7 +6,8 @@
 //! - `net.ipv4.fib_multipath_use_neigh`: next hops of a group are skipped by neighbour state (fib_semantics.c)
 //! - `net.ipv{4,6}.fib_multipath_hash_policy` above 1: inner or custom fields choose the next hop (route.c)
 //! - `net.ipv6.conf.all.proxy_ndp`: neighbour discovery for proxied hosts is taken out of the way (ip6_output.c)
-//! - `net.ipv6.conf.X.disable_ipv6`, or no such file (MTU below 1280, IPv6 off): IPv6 is dropped (ip6_input.c)
+//! - `net.ipv6.conf.X.disable_ipv6`, no such file, or an `mtu` of 0 (MTU below 1280, IPv6 off): IPv6 is dropped
+//!   (ip6_input.c). A file opened before IPv6 left the interface reads 0 for a while (addrconf.c, addrconf_ifdown)
 //! - `net.ipv6.conf.X.mtu` below the interface's: it limits forwarded IPv6 packets (ip6_output.c, addrconf.c)
 //! - `net.ipv4.conf.X.accept_redirects`, all and X, with forwarding: redirects change next hops (IN_DEV_RX_REDIRECTS)
 //! - `net.ipv4.conf.X.send_redirects` on, or `route_localnet` off, while the port is still described otherwise: only
@@ -32,6 +33,9 @@ use std::time::Duration;
 use towpath_fpc::{FamilySettings, Policy, PolicySource, Port, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
+
+/// What IPv6 needs of an interface (RFC 8200, section 5); Linux accepts no lower value for `net.ipv6.conf.X.mtu`.
+const IPV6_MIN_MTU: u32 = 1280;
 
 /// A sysctl that holds one number, kept open. It belongs to the namespace of the thread that opened it.
 struct Number {
@@ -247,10 +251,10 @@ fn port_v6(port: &Port, disabled: Option<u32>, mtu: Option<u32>) -> Vec<Finding>
     let family = Some(Family::V6);
     let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
     let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
-    if disabled != Some(0) {
+    if disabled != Some(0) || mtu.is_none_or(|mtu| mtu < IPV6_MIN_MTU) {
         let detail = match disabled {
+            Some(0) | None => format!("{name} has no IPv6 (no net.ipv6.conf.{name})"),
             Some(_) => format!("net.ipv6.conf.{name}.disable_ipv6 is on"),
-            None => format!("{name} has no IPv6 (no net.ipv6.conf.{name})"),
         };
         return vec![finding(ingress, detail.clone()), finding(egress, detail)];
     }
