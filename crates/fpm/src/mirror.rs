@@ -111,7 +111,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             self.tables.set_policy(family, policy);
             self.tables.set_hash_policy(family, u32::from(state.hash_policy[family as usize]));
         }
-        self.tables.set_local_addresses(state.local_addresses());
+        self.tables.set_local_addresses(state.suspect_sources());
     }
 
     // ---- ports
@@ -181,7 +181,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
         let vlans = self.set_vlans(port.ifindex, children);
         let value = PortValue {
-            flags: flags(chain, state.transmit(chain)),
+            flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
             root: MAIN_ROOT,
             ingress_policy: FAMILIES.map(|family| state.ingress_policy(chain, family)),
@@ -256,10 +256,12 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     fn action(&self, state: &State, identity: &NexthopIdentity, users: [u32; 2], chain: &[&Port]) -> Action {
         let lladdr = identity.gateway.and_then(|address| usable_lladdr(state, &NeighbourKey { ifindex: identity.ifindex, address }));
+        let down = !chain.iter().all(|port| port.up && port.carrier);
         let policies = FAMILIES.into_iter().filter(|family| users[*family as usize] > 0);
         let reasons = [
-            lladdr.is_none().then_some(Reason::NoNeighbour),
-            (!chain.iter().all(|port| port.up && port.carrier)).then_some(Reason::NexthopDown),
+            // Of a port that is down Linux has no neighbours either, but it may not consider the route at all.
+            (lladdr.is_none() && !down).then_some(Reason::NoNeighbour),
+            down.then_some(Reason::NexthopDown),
             (!is_ready(chain) || state.transmit(chain) == Transmit::Nothing).then_some(Reason::EgressNotServed),
         ];
         let reason = reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
@@ -608,19 +610,21 @@ fn tags(chain: &[&Port]) -> Vec<(u16, u16)> {
     chain.iter().rev().filter_map(tag).collect()
 }
 
-fn flags(chain: &[&Port], transmit: Transmit) -> u32 {
+fn flags(state: &State, chain: &[&Port]) -> u32 {
     let port = chain[0];
+    // Without an address the loose filter is a strict one: `no_addr` in __fib_validate_source, net/ipv4/fib_frontend.c.
+    let strict = port.rp_filter == 1 || port.rp_filter == 2 && !state.has_ipv4(port.ifindex);
     let virtual_below = chain.iter().any(|port| port.kind == PortKind::Virtual);
     [
         (is_ready(chain) && chain.iter().all(|port| port.up && port.carrier), port_flags::READY),
         (port.family[0].forwarding, port_flags::FORWARD_V4),
         (port.family[1].forwarding, port_flags::FORWARD_V6),
         (port.send_redirects, port_flags::REDIRECTS),
-        (port.rp_filter == 1, port_flags::RP_STRICT),
-        (port.rp_filter == 2, port_flags::RP_LOOSE),
+        (strict, port_flags::RP_STRICT),
+        (port.rp_filter == 2 && !strict, port_flags::RP_LOOSE),
         (port.route_localnet, port_flags::ROUTE_LOCALNET),
         (virtual_below, port_flags::PARTIAL_CSUM),
         (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
-        (transmit == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
+        (state.transmit(chain) == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
     ].into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag)
 }

@@ -47,8 +47,8 @@ pub(crate) struct State {
     pub vias: Vias,
     pub policies: BTreeMap<Policy, u8>,
     pub hash_policy: [u8; 2],
-    /// IPv4 prefixes that table local claims, for the filter of own addresses
-    pub local_routes: BTreeSet<Prefix>,
+    /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
+    refused_sources: BTreeSet<Prefix>,
     changes: Changes,
 }
 
@@ -178,11 +178,21 @@ impl State {
 
     fn set_address(&mut self, address: Address) {
         let generation = self.generations.current(Snapshot::Addresses(family_of(address.address)));
-        self.changes.config |= self.addresses.insert(address, generation).is_none();
+        if self.addresses.insert(address, generation).is_none() {
+            self.address_changed(address);
+        }
     }
 
     fn remove_address(&mut self, address: Address) {
-        self.changes.config |= self.addresses.remove(&address).is_some();
+        if self.addresses.remove(&address).is_some() {
+            self.address_changed(address);
+        }
+    }
+
+    fn address_changed(&mut self, address: Address) {
+        self.changes.config = true;
+        // A loose reverse path filter depends on whether the port has addresses.
+        self.changes.ports.insert(address.ifindex);
     }
 
     fn set_neighbour(&mut self, neighbour: Neighbour) {
@@ -230,7 +240,7 @@ impl State {
         }
         let same = |old: Candidate| Candidate { generation: candidate.generation, ..old } == candidate;
         if !old.is_some_and(same) {
-            self.route_changed(route.key, rank);
+            self.route_changed(route.key);
         }
     }
 
@@ -238,15 +248,15 @@ impl State {
         let Some(rank) = Rank::of(key.table) else { return };
         if let Some(old) = self.routes.remove(key, rank) {
             self.vias.release(old.via);
-            self.route_changed(key, rank);
+            self.route_changed(key);
         }
     }
 
-    fn route_changed(&mut self, key: RouteKey, rank: Rank) {
-        if rank == Rank::Local && key.prefix.family() == Family::V4 {
-            let claimed = self.routes.candidates(key.prefix).any(|(k, c)| k.table == rank.table() && c.kind == kind::LOCAL);
+    fn route_changed(&mut self, key: RouteKey) {
+        if key.prefix.family() == Family::V4 {
+            let refused = self.routes.candidates(key.prefix).any(|(_, candidate)| candidate.kind != kind::UNICAST);
             self.changes.config |=
-                if claimed { self.local_routes.insert(key.prefix) } else { self.local_routes.remove(&key.prefix) };
+                if refused { self.refused_sources.insert(key.prefix) } else { self.refused_sources.remove(&key.prefix) };
         }
         // Until everything was described once, the tables are not filled, and then from all routes.
         if self.generations.complete() {
@@ -323,24 +333,34 @@ impl State {
         set.into_iter().chain(unsupported(chain)).min()
     }
 
-    /// This host's IPv4 addresses for the filter of sources: those of interfaces, and what `ip route add local` claims
-    /// (fib_validate_source, net/ipv4/fib_frontend.c, looks there as soon as there is such a route).
-    pub fn local_addresses(&self) -> impl Iterator<Item = Ipv4Addr> {
+    /// Addresses for the filter of IPv4 sources: this host's own, and all to which there is no unicast route. Linux
+    /// refuses the latter as soon as there ever was an `ip route add local`, which nothing tells afterwards
+    /// (fib_has_custom_local_routes in fib_validate_source, net/ipv4/fib_frontend.c).
+    pub fn suspect_sources(&self) -> impl Iterator<Item = Ipv4Addr> {
         // So many consecutive addresses reach every bit of the filter.
         const ENOUGH: u32 = 1 << 16;
         let own = self.addresses.keys().filter_map(|address| match address.address {
             IpAddr::V4(address) => Some(address),
             IpAddr::V6(_) => None,
         });
-        let claimed = self.local_routes.iter().filter_map(|prefix| match prefix.address() {
+        let refused = self.refused_sources.iter().filter_map(|prefix| match prefix.address() {
             // The loopback net is martian as a source unless route_localnet allows it.
             IpAddr::V4(first) if !first.is_loopback() => Some((first, prefix.prefix_len())),
             _ => None,
         });
-        own.chain(claimed.flat_map(|(first, len)| {
-            let count = 1u32.checked_shl(32 - u32::from(len)).unwrap_or(u32::MAX).min(ENOUGH);
+        let refused = refused.map(|(first, len)| (first, 1u32.checked_shl(32 - u32::from(len)).unwrap_or(u32::MAX)));
+        // If they are many, all are suspect; to list them would take longer than it is worth.
+        let total = refused.clone().fold(0, |sum: u32, (_, count)| sum.saturating_add(count));
+        let all = (total >= ENOUGH).then_some((Ipv4Addr::UNSPECIFIED, ENOUGH));
+        let listed = refused.filter(move |_| all.is_none()).chain(all);
+        own.chain(listed.flat_map(|(first, count)| {
             (0..count).map(move |offset| Ipv4Addr::from_bits(first.to_bits().wrapping_add(offset)))
         }))
+    }
+
+    /// Whether an interface has an IPv4 address.
+    pub fn has_ipv4(&self, ifindex: u32) -> bool {
+        self.addresses.keys().any(|address| address.ifindex == ifindex && address.address.is_ipv4())
     }
 
     /// Where a via leads now.

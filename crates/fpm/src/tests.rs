@@ -254,8 +254,18 @@ fn a_port_decides_over_what_leaves_by_it() {
     assert_eq!(word, 1 + Reason::PolicySysctl as u32);
     fixture.batch([changed(|p| { p.send_redirects = true; p.rp_filter = 2; p.route_localnet = true; p.family[1].forwarding = false; p.kind = PortKind::Virtual })]);
     let expected = port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::REDIRECTS
-        | port_flags::RP_LOOSE | port_flags::ROUTE_LOCALNET | port_flags::PARTIAL_CSUM;
+        | port_flags::RP_STRICT | port_flags::ROUTE_LOCALNET | port_flags::PARTIAL_CSUM;
+    assert_eq!(fixture.flags(2), expected, "a loose filter is strict on a port without addresses");
+    let address = Address { ifindex: 2, address: ip("198.51.100.7"), prefix_len: 24 };
+    fixture.batch([Message::Address(Address { address: ip("2001:db8::7"), ..address })]);
+    assert_eq!(fixture.flags(2), expected, "IPv6 does not count");
+    fixture.batch([Message::Address(address)]);
+    let loose = expected & !port_flags::RP_STRICT | port_flags::RP_LOOSE;
+    assert_eq!(fixture.flags(2), loose);
+    fixture.batch([Message::AddressDelete(address)]);
     assert_eq!(fixture.flags(2), expected);
+    fixture.batch([Message::Address(address)]);
+    assert_eq!(fixture.flags(2), loose);
     fixture.batch([Message::PortDelete(2)]).exception(VIA_2, Reason::EgressNotServed);
     assert_eq!(fixture.fpm.ports().map(|p| p.port.ifindex).collect::<Vec<_>>(), [1]);
     assert_eq!(fixture.fpm.tables().ports().count(), 1);
@@ -482,7 +492,15 @@ fn policies_of_a_family_settings_and_own_addresses_reach_the_config() {
     (any.key.table, any.kind) = (255, 2);
     fixture.batch([Message::AddressDelete(address), Message::Route(any.clone())]);
     assert!((0..4).all(|last| is_set(&fixture, [100, 64, 0, last])) && bits(&fixture) == 4);
-    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), []).batch([Message::RouteDelete(any.key)]);
+    // Linux may refuse what it has no unicast route to.
+    let mut none = route("10.9.0.0/31", &[]);
+    none.kind = 6;
+    fixture.batch([Message::RouteDelete(any.key), Message::Route(none.clone())]);
+    assert!((0..2).all(|last| is_set(&fixture, [10, 9, 0, last])) && bits(&fixture) == 2);
+    (none.key.prefix, any.key) = (prefix("0.0.0.0/0"), none.key);
+    fixture.batch([Message::Route(none.clone())]);
+    assert_eq!(bits(&fixture), towpath_tables::record::LOCAL_FILTER_BITS, "all are suspect");
+    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), []).batch([Message::RouteDelete(any.key), Message::RouteDelete(none.key)]);
     assert_eq!((fixture.fpm.tables().view().config().policy[1].load(), bits(&fixture)), (0, 0));
 }
 

@@ -14,7 +14,7 @@ const SAMPLES: usize = 16;
 #[inline(always)]
 pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<(), Reason> {
     let filtered = entry.port.flags.load() & (port_flags::RP_STRICT | port_flags::RP_LOOSE) != 0;
-    if !filtered && !may_be_ours(tables, source)? {
+    if !filtered && !is_suspect(tables, source)? {
         return Ok(());
     }
     let root = entry.port.root[Family::V4 as usize].load();
@@ -22,9 +22,10 @@ pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<()
     check_route(tables, entry, word, filtered)
 }
 
-/// The filter has no false negatives: false proves that the address is not one of this host's.
+/// The filter has no false negatives: false proves that the address is not one of this host's, and that the route to it
+/// is a unicast route if there is one.
 #[inline(always)]
-fn may_be_ours<T: Tables>(tables: &T, source: [u8; 4]) -> Result<bool, Reason> {
+fn is_suspect<T: Tables>(tables: &T, source: [u8; 4]) -> Result<bool, Reason> {
     let bit = local_filter_bit(source);
     let config = tables.config().ok_or(Reason::Internal)?;
     let word = config.local_filter.get((bit / 64) as usize).ok_or(Reason::Internal)?;
@@ -38,9 +39,11 @@ fn check_route<T: Tables>(tables: &T, entry: &Entry, word: Word, filtered: bool)
     match word.kind() {
         Kind::Nexthop(index) => match way_back(tables, index)? {
             Way::Ours => Err(Reason::MartianSource),
-            _ if !filtered => Ok(()),
             Way::Unicast(port) if !strict || port == entry.slot => Ok(()),
-            _ => Err(Reason::RpFilter),
+            _ if filtered => Err(Reason::RpFilter),
+            // Whether Linux accepts these without the filter depends on what nothing tells: fib_has_custom_local_routes.
+            Way::Other => Err(Reason::MartianSource),
+            Way::Unicast(_) => Ok(()),
         },
         Kind::Group(_) if !filtered => Ok(()),
         Kind::Group(_) if !strict => Ok(()),

@@ -1,4 +1,5 @@
-//! The filter of this host's own IPv4 addresses (`Config::local_filter`).
+//! The filter of IPv4 sources to look at: this host's own addresses and those without unicast route
+//! (`Config::local_filter`).
 
 use crate::record::LOCAL_FILTER_BITS;
 

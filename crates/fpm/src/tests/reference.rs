@@ -152,7 +152,8 @@ impl Reference {
         let lladdr = |address| self.neighbours.get(&NeighbourKey { ifindex: hop.ifindex, address }).and_then(|n| n.lladdr);
         let lladdr = hop.gateway.or(alone.then_some(packet)).and_then(lladdr);
         let mut reasons: Vec<Reason> = Vec::new();
-        reasons.extend(lladdr.is_none().then_some(Reason::NoNeighbour));
+        let works = chain.iter().all(|port| port.up && port.carrier);
+        reasons.extend((lladdr.is_none() && works).then_some(Reason::NoNeighbour));
         for port in &chain {
             reasons.extend((!port.up || !port.carrier).then_some(Reason::NexthopDown));
             reasons.extend((port.master != 0 || port.mac.is_none()).then_some(Reason::EgressNotServed));

@@ -402,6 +402,17 @@ impl Cases {
         if let Some(twin) = twin {
             self.pass("IPv4, from an address that shares the filter's bit", nothing, ipv4(twin, DESTINATION4, 253, &[]), 0);
         }
+        for (reason, passes) in [(Reason::NonUnicastRoute, false), (Reason::Broadcast, false), (Reason::NexthopDown, false), (Reason::NoNeighbour, true)] {
+            let source = [10, 200, reason as u8, 1];
+            let packet = ipv4(source, DESTINATION4, 253, &[]);
+            self.pass(format!("IPv4, from where {reason:?} says nothing"), nothing, packet.clone(), 0);
+            let suspect = move |world: &mut World| world.suspect(source);
+            let name = format!("IPv4, suspect, from where {reason:?}");
+            match passes {
+                true => self.pass(name, suspect, packet, 0),
+                false => self.except(name, suspect, arrive(&packet), MartianSource),
+            }
+        }
         let lone = |world: &mut World| world.local(0, &[172, 16, 0, 1]);
         self.pass("IPv4, near an own address", lone, ipv4([172, 16, 0, 2], DESTINATION4, 253, &[]), 0);
         self.except("IPv4, own address without route around", lone, arrive(&ipv4([172, 16, 0, 1], DESTINATION4, 253, &[])), MartianSource);

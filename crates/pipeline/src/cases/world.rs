@@ -234,10 +234,15 @@ impl World {
     pub fn local(&mut self, root: u32, address: &[u8]) {
         self.route(root, address, hop(LOCAL));
         if let Ok(address) = <[u8; 4]>::try_from(address) {
-            let bit = local_filter_bit(address);
-            let word = &self.config().local_filter[(bit / 64) as usize];
-            word.store(word.load() | 1 << (bit % 64));
+            self.suspect(address);
         }
+    }
+
+    /// Puts an address into the filter of sources.
+    pub fn suspect(&mut self, address: [u8; 4]) {
+        let bit = local_filter_bit(address);
+        let word = &self.config().local_filter[(bit / 64) as usize];
+        word.store(word.load() | 1 << (bit % 64));
     }
 
     /// Sets the route that is taken where nothing longer matches.
