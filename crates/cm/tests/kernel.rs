@@ -73,7 +73,10 @@ fn the_first_description_is_what_linux_has() {
         let neighbours: Vec<_> = model.neighbours.iter().filter(|(key, _)| key.address.is_ipv4()).collect();
         let key = NeighbourKey { ifindex: v0, address: "192.0.2.9".parse().unwrap() };
         assert_eq!(neighbours, [(&key, &Some([2, 0, 0, 0, 0, 9]))], "and no proxied address");
-        let local = model.routes.values().find(|route| route.key.table == 255 && route.key.prefix.to_string() == "192.0.2.1/32");
+        let local = model
+            .routes
+            .values()
+            .find(|route| route.key.table == 255 && route.key.prefix.to_string() == "192.0.2.1/32");
         assert_eq!(local.map(|route| route.kind), Some(2));
         let port = port(&model, "v0").unwrap();
         assert_eq!((port.kind, port.up, port.carrier, port.mtu), (PortKind::Virtual, true, true, 1500));
@@ -303,7 +306,8 @@ fn an_overrun_is_survived_by_reading_again() {
     in_namespace(|| {
         topology();
         let cm = Running::with(Options { receive_buffer: 4096, ..Options::default() }, Vec::new);
-        let batch: String = (0..2000u32).map(|i| format!("route add 10.{}.{}.0/24 via 192.0.2.9\n", i / 250, i % 250)).collect();
+        let batch: String =
+            (0..2000u32).map(|i| format!("route add 10.{}.{}.0/24 via 192.0.2.9\n", i / 250, i % 250)).collect();
         let file = std::env::temp_dir().join(format!("towpath-cm-overrun-{}", std::process::id()));
         std::fs::write(&file, batch).unwrap();
         {
@@ -315,7 +319,10 @@ fn an_overrun_is_survived_by_reading_again() {
         std::fs::remove_file(&file).unwrap();
         cm.settle("after the overrun");
         let receiver = cm.receiver.lock().unwrap();
-        assert_eq!(receiver.model.routes.values().filter(|route| route.key.prefix.prefix_len() == 24).count(), 1999 + 2);
+        assert_eq!(
+            receiver.model.routes.values().filter(|route| route.key.prefix.prefix_len() == 24).count(),
+            1999 + 2
+        );
         let dumps = receiver.ended.iter().filter(|ended| **ended == Snapshot::Neighbours(Family::V4)).count();
         assert!(dumps >= 2, "no overrun was provoked, so nothing was shown");
         assert!(port(&receiver.model, "v0").unwrap().up);

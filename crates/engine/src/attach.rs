@@ -50,8 +50,31 @@ impl Mode {
 /// Drivers that stop and restart their rings when the first program comes or the last goes (read in Linux 6.1:
 /// `ndo_bpf` leads to a close and open, a reset, or new channels), so that packets are lost for a moment.
 const RESETTING_DRIVERS: &[&str] = &[
-    "atlantic", "bnxt_en", "cpsw", "ena", "fsl_dpa", "fsl_dpaa2_eth", "funeth", "hv_netvsc", "i40e", "ice", "igb", "igc", "ixgbe",
-    "ixgbevf", "mana", "mlx4_en", "mlx5_core", "mtk_soc_eth", "mvneta", "mvpp2", "nfp", "qede", "rvu-nicpf", "sfc", "st_gmac",
+    "atlantic",
+    "bnxt_en",
+    "cpsw",
+    "ena",
+    "fsl_dpa",
+    "fsl_dpaa2_eth",
+    "funeth",
+    "hv_netvsc",
+    "i40e",
+    "ice",
+    "igb",
+    "igc",
+    "ixgbe",
+    "ixgbevf",
+    "mana",
+    "mlx4_en",
+    "mlx5_core",
+    "mtk_soc_eth",
+    "mvneta",
+    "mvpp2",
+    "nfp",
+    "qede",
+    "rvu-nicpf",
+    "sfc",
+    "st_gmac",
     "virtio_net",
 ];
 
@@ -86,9 +109,13 @@ pub fn announce(interface: &Interface, mode: Mode) -> Result<Vec<Notice>> {
     let driver = &interface.driver;
     if mode == Mode::Native && !interface.is_veth() {
         let text = if RESETTING_DRIVERS.contains(&driver.as_str()) {
-            format!("driver {driver} restarts its rings when the program is attached or detached: packets are lost for a moment")
+            format!(
+                "driver {driver} restarts its rings when the program is attached or detached: packets are lost for a moment"
+            )
         } else {
-            format!("driver {driver} may restart its rings when the program is attached or detached and lose packets then")
+            format!(
+                "driver {driver} may restart its rings when the program is attached or detached and lose packets then"
+            )
         };
         notices.push(notice(text, None));
     }
@@ -113,7 +140,8 @@ impl Attachment {
         // From here on dropping undoes what was done so far.
         let mut attachment = Self { interface, link: None, plan: Plan { gro: false, rx_vlan: false } };
         let interface = &attachment.interface;
-        let failed = |what: &str, e| Error::privileged(format!("switch {what} of {}", interface.name), "CAP_NET_ADMIN", e);
+        let failed =
+            |what: &str, e| Error::privileged(format!("switch {what} of {}", interface.name), "CAP_NET_ADMIN", e);
         if wanted.gro {
             interface.ethtool.set_gro(true).map_err(|e| failed("GRO", e))?;
             attachment.plan.gro = true;
@@ -133,7 +161,7 @@ impl Attachment {
         if self.plan.rx_vlan {
             dir.mark(&rx_vlan_mark(index))?;
         }
-        let link = self.link.take().ok_or_else(|| Error::NoPort(index))?;
+        let link = self.link.take().ok_or(Error::NoPort(index))?;
         if let Err(e) = sys::pin(link.as_fd(), &dir.pin(&link_pin(index))) {
             self.link = Some(link);
             return Err(Error::io(format!("pin the link of {}", self.interface.name), e));
@@ -216,9 +244,13 @@ fn explain(interface: &Interface, source: io::Error) -> Error {
         },
         // drivers/net/veth.c, `veth_xdp_set`
         Some(libc::ERANGE) if interface.is_veth() => " (the MTU of its peer is too large for XDP)",
-        Some(libc::ENOSPC) if interface.is_veth() => " (its peer has more transmit queues than it has receive queues: ethtool -L)",
+        Some(libc::ENOSPC) if interface.is_veth() => {
+            " (its peer has more transmit queues than it has receive queues: ethtool -L)"
+        }
         Some(libc::ENOTCONN) if interface.is_veth() => " (it has no peer)",
-        Some(libc::EINVAL) => " (often: the MTU, LRO or the number of queues is not one the driver can serve with XDP; see dmesg)",
+        Some(libc::EINVAL) => {
+            " (often: the MTU, LRO or the number of queues is not one the driver can serve with XDP; see dmesg)"
+        }
         _ => "",
     };
     Error::Refused { port, driver, source, hint: hint.into() }

@@ -66,7 +66,8 @@ impl PinDir {
     /// Makes the folder.
     pub fn create(&mut self) -> Result<()> {
         if !self.path.is_dir() {
-            std::fs::create_dir_all(&self.path).map_err(|e| Error::io(format!("create {}", self.shown.display()), e))?;
+            std::fs::create_dir_all(&self.path)
+                .map_err(|e| Error::io(format!("create {}", self.shown.display()), e))?;
             self.created = true;
         }
         Ok(())
@@ -79,7 +80,7 @@ impl PinDir {
             other => other.map_err(|e| Error::io(format!("read {}", self.shown.display()), e))?,
         };
         entries
-            .map(|entry| Ok(entry.map_err(|e| Error::io(format!("read {}", self.shown.display()), e))?))
+            .map(|entry| entry.map_err(|e| Error::io(format!("read {}", self.shown.display()), e)))
             .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
             .collect()
     }
@@ -182,7 +183,7 @@ fn open_bpffs(path: &str) -> Result<Option<OwnedFd>> {
     if ret < 0 {
         return Err(Error::io(format!("statfs {path}"), io::Error::last_os_error()));
     }
-    Ok((stat.f_type as i64 & 0xffff_ffff == BPF_FS_MAGIC).then(|| dir.into()))
+    Ok((stat.f_type & 0xffff_ffff == BPF_FS_MAGIC).then(|| dir.into()))
 }
 
 /// Mounts a bpffs at /sys/fs/bpf in the mount namespace of `process`, from a child that joins it and ends.

@@ -73,7 +73,12 @@ impl Site {
         for &index in ports.iter().filter(|index| !ours.contains(index)) {
             let interface = Interface::query(index)?;
             if let Some(other) = interface.xdp {
-                return Err(Error::OtherProgram { port: interface.name, id: other.id, name: other.name, mode: other.mode });
+                return Err(Error::OtherProgram {
+                    port: interface.name,
+                    id: other.id,
+                    name: other.name,
+                    mode: other.mode,
+                });
             }
             notices.extend(attach::announce(&interface, self.options.mode)?);
         }
@@ -258,7 +263,9 @@ impl Core {
         interfaces.sort_by_key(Interface::is_veth);
         let attachments = interfaces
             .into_iter()
-            .map(|interface| Ok((interface.index, Attachment::make(interface, self.program.fd(), self.site.options.mode)?)))
+            .map(|interface| {
+                Ok((interface.index, Attachment::make(interface, self.program.fd(), self.site.options.mode)?))
+            })
             .collect::<Result<Vec<_>>>()?;
         self.fill_devices(requests)?;
         if self.region.staged() {

@@ -46,7 +46,9 @@ pub enum Error {
     #[error("no interface with index {0} in this network namespace (it may just have vanished)")]
     NoPort(u32),
     /// The driver has no native XDP.
-    #[error("{port}: its driver {driver} has no native XDP; leave the port out, or ask for generic mode (slower than Linux alone in most cases)")]
+    #[error(
+        "{port}: its driver {driver} has no native XDP; leave the port out, or ask for generic mode (slower than Linux alone in most cases)"
+    )]
     NoNativeXdp {
         /// Interface name
         port: String,
@@ -54,7 +56,9 @@ pub enum Error {
         driver: String,
     },
     /// Another XDP program is there; it was left alone.
-    #[error("{port}: already carries the XDP program {name} (id {id}, {mode} mode), which was left alone; see: bpftool net show dev {port}")]
+    #[error(
+        "{port}: already carries the XDP program {name} (id {id}, {mode} mode), which was left alone; see: bpftool net show dev {port}"
+    )]
     OtherProgram {
         /// Interface name
         port: String,

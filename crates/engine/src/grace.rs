@@ -46,7 +46,8 @@ impl GraceMethod {
         };
         let inner = sys::map_create(array, None).map_err(failed)?;
         let kind = bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS;
-        let outer = sys::map_create(MapSpec { kind, name: "towpath_grace", ..array }, Some(inner.as_fd())).map_err(failed)?;
+        let outer =
+            sys::map_create(MapSpec { kind, name: "towpath_grace", ..array }, Some(inner.as_fd())).map_err(failed)?;
         Ok(Self::MapUpdate(outer, inner))
     }
 

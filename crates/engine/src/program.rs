@@ -41,7 +41,8 @@ pub struct ProgramFacts {
 impl Program {
     /// Loads the program; each map is the one pinned at its path.
     pub fn load(pins: &[(&'static str, PathBuf)]) -> Result<Self> {
-        let mut object = Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
+        let mut object =
+            Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
         let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
         relocate(&mut object, &fds)?;
         let program = object.programs.get(NAME).ok_or_else(|| Error::Object(format!("has no program {NAME}")))?;
@@ -50,7 +51,9 @@ impl Program {
             .get(&(program.section_index, program.address))
             .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
         let mut log = vec![0u8; LOG_BYTES];
-        sys::prog_load(NAME, &program.license, &function.instructions, &mut log).map(Self).map_err(|e| rejected(e, &log))
+        sys::prog_load(NAME, &program.license, &function.instructions, &mut log)
+            .map(Self)
+            .map_err(|e| rejected(e, &log))
     }
 
     /// Its descriptor, for links and test runs.

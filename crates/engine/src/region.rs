@@ -51,7 +51,8 @@ impl Table {
     fn create(id: TableId, entries: u32) -> Result<Self> {
         let name = id.name();
         let (value_size, max_entries) = shape(id, entries);
-        let spec = MapSpec { kind: bpf_map_type::BPF_MAP_TYPE_ARRAY, name, value_size, max_entries, flags: sys::MMAPABLE };
+        let spec =
+            MapSpec { kind: bpf_map_type::BPF_MAP_TYPE_ARRAY, name, value_size, max_entries, flags: sys::MMAPABLE };
         let what = || format!("create table {name} of {entries} times {value_size} bytes");
         let fd = sys::map_create(spec, None).map_err(|e| Error::privileged(what(), "CAP_BPF", e))?;
         Self::map(id, fd, entries)
@@ -117,8 +118,9 @@ impl Region {
         })?;
         let kind = bpf_map_type::BPF_MAP_TYPE_DEVMAP;
         let spec = MapSpec { kind, name: DEVICES, value_size: DEVICE_SIZE, max_entries: slots, flags: 0 };
-        let devices = sys::map_create(spec, None)
-            .map_err(|e| Error::privileged(format!("create map {DEVICES} of {slots}"), "CAP_NET_ADMIN and CAP_BPF", e))?;
+        let devices = sys::map_create(spec, None).map_err(|e| {
+            Error::privileged(format!("create map {DEVICES} of {slots}"), "CAP_NET_ADMIN and CAP_BPF", e)
+        })?;
         pin(dir, devices.as_fd(), &staged_name(DEVICES))?;
         Ok(Self { tables, devices, staged: true })
     }

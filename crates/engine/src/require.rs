@@ -40,7 +40,12 @@ fn mmapable_arrays() -> Result<()> {
         max_entries: 1,
         flags: sys::MMAPABLE,
     };
-    refused_as(sys::map_create(spec, None), &[libc::EINVAL], "BPF arrays that can be mapped into a process", "Linux 5.5")
+    refused_as(
+        sys::map_create(spec, None),
+        &[libc::EINVAL],
+        "BPF arrays that can be mapped into a process",
+        "Linux 5.5",
+    )
 }
 
 fn fragments() -> Result<()> {
@@ -59,7 +64,12 @@ fn links() -> Result<()> {
     }
 }
 
-fn refused_as<T: AsFd>(tried: io::Result<T>, lacking: &[i32], feature: &'static str, since: &'static str) -> Result<()> {
+fn refused_as<T: AsFd>(
+    tried: io::Result<T>,
+    lacking: &[i32],
+    feature: &'static str,
+    since: &'static str,
+) -> Result<()> {
     match tried {
         Ok(object) => {
             tracing::trace!(fd = object.as_fd().as_raw_fd(), feature, "present");

@@ -282,8 +282,14 @@ pub fn run_live(program: BorrowedFd<'_>, frame: &[u8], ifindex: u32) -> io::Resu
         rx_queue_index: u32,
         egress_ifindex: u32,
     }
-    let context =
-        Context { data: 0, data_end: frame.len() as u32, data_meta: 0, ingress_ifindex: ifindex, rx_queue_index: 0, egress_ifindex: 0 };
+    let context = Context {
+        data: 0,
+        data_end: frame.len() as u32,
+        data_meta: 0,
+        ingress_ifindex: ifindex,
+        rx_queue_index: 0,
+        egress_ifindex: 0,
+    };
     let mut attr = attr();
     // SAFETY: plain integers of the BPF_PROG_TEST_RUN member; frame and context outlive the call.
     let test = unsafe { &mut attr.test };

@@ -30,9 +30,34 @@ pub enum TransmitSupport {
 
 /// Drivers with `ndo_xdp_xmit` in Linux 6.1.
 const DRIVERS: &[&str] = &[
-    "atlantic", "bnxt_en", "cpsw", "cpsw-switch", "ena", "fsl_dpa", "fsl_dpaa2_eth", "fsl_enetc", "funeth", "hv_netvsc", "i40e",
-    "ice", "igb", "igc", "ixgbe", "mana", "mlx5_core", "mtk_soc_eth", "mvneta", "mvpp2", "netsec", "qede",
-    "rvu-nicpf", "sfc", "st_gmac", "tun", "virtio_net", "xen_netfront",
+    "atlantic",
+    "bnxt_en",
+    "cpsw",
+    "cpsw-switch",
+    "ena",
+    "fsl_dpa",
+    "fsl_dpaa2_eth",
+    "fsl_enetc",
+    "funeth",
+    "hv_netvsc",
+    "i40e",
+    "ice",
+    "igb",
+    "igc",
+    "ixgbe",
+    "mana",
+    "mlx5_core",
+    "mtk_soc_eth",
+    "mvneta",
+    "mvpp2",
+    "netsec",
+    "qede",
+    "rvu-nicpf",
+    "sfc",
+    "st_gmac",
+    "tun",
+    "virtio_net",
+    "xen_netfront",
 ];
 
 /// Whether the interface can transmit frames redirected to it, now.
@@ -69,9 +94,7 @@ impl TransmitWatch {
     /// Interfaces whose abilities may have changed; empty if `timeout` passed.
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<u32>> {
         match &mut self.0 {
-            Some(netdev) => {
-                netdev.changed(timeout).map_err(|e| Error::io("wait for changes of XDP features", e))
-            }
+            Some(netdev) => netdev.changed(timeout).map_err(|e| Error::io("wait for changes of XDP features", e)),
             None => {
                 std::thread::sleep(timeout);
                 Ok(Vec::new())
@@ -133,7 +156,11 @@ fn probe_veth(interface: &Interface) -> io::Result<TransmitSupport> {
 /// Redirected frames the veth has passed on so far.
 fn frames_taken(interface: &Interface) -> io::Result<u64> {
     let statistics = interface.ethtool.statistics()?;
-    Ok(statistics.iter().filter(|(name, _)| name.starts_with("tx_queue_") && name.ends_with("_xdp_xmit")).map(|(_, n)| n).sum())
+    Ok(statistics
+        .iter()
+        .filter(|(name, _)| name.starts_with("tx_queue_") && name.ends_with("_xdp_xmit"))
+        .map(|(_, n)| n)
+        .sum())
 }
 
 /// The generic netlink family `netdev`.

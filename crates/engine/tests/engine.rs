@@ -103,7 +103,12 @@ fn tables_grow_while_packets_flow() -> Result {
     attach(&rig, &engine)?;
     let mut tables = engine.tables();
     let growing = [
-        TableId::Vlans, TableId::Roots, TableId::Nodes, TableId::Entries, TableId::Nexthops, TableId::NexthopKeys,
+        TableId::Vlans,
+        TableId::Roots,
+        TableId::Nodes,
+        TableId::Entries,
+        TableId::Nexthops,
+        TableId::NexthopKeys,
         TableId::Groups,
     ];
     tables.view().groups()[3].buckets[9].store(77);
@@ -126,7 +131,9 @@ fn tables_grow_while_packets_flow() -> Result {
     // The program reads what is written after the growth, in places that did not exist before.
     let last = view.nexthops().len() - 1;
     let (old, new) = (&view.nexthops()[NEXTHOP as usize], &view.nexthops()[last]);
-    for (from, to) in [(&old.port, &new.port), (&old.device, &new.device), (&old.mtu, &new.mtu), (&old.state, &new.state)] {
+    for (from, to) in
+        [(&old.port, &new.port), (&old.device, &new.device), (&old.mtu, &new.mtu), (&old.state, &new.state)]
+    {
         to.store(from.load());
     }
     for (from, to) in old.l2.iter().zip(&new.l2) {
@@ -169,7 +176,8 @@ fn a_growth_that_a_crash_interrupted_is_finished_or_discarded() -> Result {
     let site = rig.site()?;
     let engine = rig.on_router(|| site.adopt())?;
     assert_eq!(engine.tables().view().elements(TableId::Groups), 200);
-    let names: Vec<_> = std::fs::read_dir(&folder)?.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<_>>()?;
+    let names: Vec<_> =
+        std::fs::read_dir(&folder)?.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<_>>()?;
     assert!(!names.iter().any(|name| name.to_string_lossy().ends_with("_new")), "{names:?}");
     rig.on_router(|| engine.teardown())?;
     Ok(())
@@ -226,7 +234,10 @@ fn what_cannot_be_attached_is_named_and_nothing_is_changed() -> Result {
     let id = engine.program()?.id.to_string();
     rig.router.run(["bpftool", "net", "attach", "xdpdrv", "id", &id, "dev", "eth1"])?;
     let error = rig.on_router(|| engine.attach(&requests)).unwrap_err();
-    assert!(matches!(&error, Error::OtherProgram { port, name, mode: "native", .. } if port == "eth1" && name == "towpath"), "{error}");
+    assert!(
+        matches!(&error, Error::OtherProgram { port, name, mode: "native", .. } if port == "eth1" && name == "towpath"),
+        "{error}"
+    );
     assert!(error.to_string().contains(&format!("id {id}")), "{error}");
     assert_eq!(rig.xdp("eth1")?.map(|id| id.to_string()), Some(id), "left alone");
 

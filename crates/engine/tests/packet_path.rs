@@ -150,7 +150,10 @@ impl Program {
             Map::Array(data) | Map::DevMap(data) => data.fd().as_fd().as_raw_fd(),
             _ => panic!("map {name} is of another type"),
         };
-        let mappings = tables.into_iter().map(|id| Mapping::new(id, map(id.global().unwrap_or(id.name())), world.table(id).len())).collect();
+        let mappings = tables
+            .into_iter()
+            .map(|id| Mapping::new(id, map(id.global().unwrap_or(id.name())), world.table(id).len()))
+            .collect();
         let devices = map("devices");
         Self { fd, devices, known: Vec::new(), mappings, _ebpf: ebpf }
     }
@@ -253,7 +256,10 @@ fn verifier_figures() {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!(
         "kernel {}: {:?} instructions verified, {:?} bytes of BPF, {} of machine code",
-        kernel.trim(), info.verified_instruction_count(), info.size_translated(), info.size_jitted()
+        kernel.trim(),
+        info.verified_instruction_count(),
+        info.size_translated(),
+        info.size_jitted()
     );
     // Linux gives up at a million.
     assert!(info.verified_instruction_count().is_none_or(|count| count < 500_000), "half of the verifier's patience");
@@ -335,11 +341,14 @@ fn routers() -> Vec<World> {
             world.nexthop(HOP_DOUBLE).mtu.store(9000);
         },
     ];
-    settings.into_iter().map(|set| {
-        let mut world = World::new();
-        set(&mut world);
-        world
-    }).collect()
+    settings
+        .into_iter()
+        .map(|set| {
+            let mut world = World::new();
+            set(&mut world);
+            world
+        })
+        .collect()
 }
 
 /// The same frames through both builds of the packet path, one after another over the same tables.
@@ -365,7 +374,10 @@ fn random_frames_in_the_kernel_and_natively() {
             assert_eq!(outcome.0, action, "seed {seed}, frame {number}: natively {verdict:?}: {frame:02x?}");
             assert_eq!(outcome.1, packet.bytes(), "seed {seed}, frame {number}: {verdict:?}: {frame:02x?}");
             let stats = program.mappings.iter().find(|m| m.id == TableId::Stats).expect("there is one");
-            assert!(*stats.read() == *world.table(TableId::Stats), "seed {seed}, frame {number}: counters: {frame:02x?}");
+            assert!(
+                *stats.read() == *world.table(TableId::Stats),
+                "seed {seed}, frame {number}: counters: {frame:02x?}"
+            );
         }
         assert_eq!(program.difference(world), None, "seed {seed}");
     }
@@ -389,13 +401,20 @@ struct ProgLoad {
 
 /// A program that does nothing but name slot 2 of `devices` as receiver.
 fn bare_redirect(devices: RawFd) -> OwnedFd {
-    let insn = |code: u8, registers: u8, imm: i32| u64::from_le_bytes({
-        let [a, b, c, d] = imm.to_le_bytes();
-        [code, registers, 0, 0, a, b, c, d]
-    });
+    let insn = |code: u8, registers: u8, imm: i32| {
+        u64::from_le_bytes({
+            let [a, b, c, d] = imm.to_le_bytes();
+            [code, registers, 0, 0, a, b, c, d]
+        })
+    };
     // r1 = map; r2 = slot; r3 = XDP_PASS; call bpf_redirect_map; exit
     let insns = [
-        insn(0x18, 0x11, devices), 0, insn(0xb7, 2, 2), insn(0xb7, 3, XDP_PASS as i32), insn(0x85, 0, 51), insn(0x95, 0, 0),
+        insn(0x18, 0x11, devices),
+        0,
+        insn(0xb7, 2, 2),
+        insn(0xb7, 3, XDP_PASS as i32),
+        insn(0x85, 0, 51),
+        insn(0x95, 0, 0),
     ];
     let mut log = [0u8; 4096];
     let mut attr = ProgLoad {
@@ -403,7 +422,9 @@ fn bare_redirect(devices: RawFd) -> OwnedFd {
         insn_cnt: insns.len() as u32,
         insns: insns.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
-        log_level: 1, log_size: 4096, log: log.as_mut_ptr() as u64,
+        log_level: 1,
+        log_size: 4096,
+        log: log.as_mut_ptr() as u64,
         kern_version: 0,
         prog_flags: BPF_F_XDP_HAS_FRAGS,
     };
@@ -446,7 +467,9 @@ fn cost_of_a_packet() {
     let mut ipv6 = find("IPv6, padding 0");
     ipv6[21] = 255;
     for (name, program, frame) in [
-        ("bare redirect", bare.as_raw_fd(), &ipv4), ("IPv4", program.fd, &ipv4), ("IPv6", program.fd, &ipv6),
+        ("bare redirect", bare.as_raw_fd(), &ipv4),
+        ("IPv4", program.fd, &ipv4),
+        ("IPv6", program.fd, &ipv6),
         ("L2 multicast", program.fd, &find("IPv4, multicast frame")),
     ] {
         let (floor, median) = cost(program, frame);

@@ -77,7 +77,9 @@ fn greeting(receiver: &mut Receiver) -> Result<(), ConnectionError> {
             return Err(ConnectionError::CutOff);
         }
     }
-    if receiver.pending().get(..2) != Some(&[0, 1]) || receiver.pending().get(HEADER..HEADER + 4) != Some(&MAGIC.to_be_bytes()) {
+    if receiver.pending().get(..2) != Some(&[0, 1])
+        || receiver.pending().get(HEADER..HEADER + 4) != Some(&MAGIC.to_be_bytes())
+    {
         return Err(ConnectionError::NotFpc);
     }
     match receiver.next()? {

@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use towpath_fpc::*;
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
+use towpath_tables::grace::Grace;
 use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{NexthopIdentity, NexthopValue};
-use towpath_tables::grace::Grace;
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Match;
 use towpath_tables::writer::{MAIN_ROOT, PortTotals};
@@ -165,7 +165,10 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         let found = self.mirror.tables.lookup(MAIN_ROOT[family as usize], address).ok().flatten();
         let nexthops = found.map(|found| self.nexthops_of(found.leaf)).unwrap_or_default();
         let of = |nexthop: &NexthopState| {
-            let key = NeighbourKey { ifindex: nexthop.identity.ifindex, address: nexthop.identity.gateway.unwrap_or(address) };
+            let key = NeighbourKey {
+                ifindex: nexthop.identity.ifindex,
+                address: nexthop.identity.gateway.unwrap_or(address),
+            };
             self.state.neighbours.get(&key).map(|neighbour| neighbour.value)
         };
         Explanation {
@@ -203,7 +206,9 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
             Kind::Nexthop(index) => vec![(index, 1)],
             Kind::Group(group) => {
                 let mut shares = std::collections::BTreeMap::new();
-                for bucket in self.mirror.tables.view().groups().get(group as usize).into_iter().flat_map(|group| &group.buckets) {
+                for bucket in
+                    self.mirror.tables.view().groups().get(group as usize).into_iter().flat_map(|group| &group.buckets)
+                {
                     *shares.entry(bucket.load()).or_default() += 1;
                 }
                 shares.into_iter().collect()

@@ -43,9 +43,9 @@ pub struct Fpm<B, G> {
 pub fn all_classes() -> impl Iterator<Item = Snapshot> {
     use PolicySource::*;
     let families = [Family::V4, Family::V6];
-    let of_families = families.into_iter().flat_map(|family| {
-        [Snapshot::Addresses(family), Snapshot::Neighbours(family), Snapshot::Routes(family)]
-    });
+    let of_families = families
+        .into_iter()
+        .flat_map(|family| [Snapshot::Addresses(family), Snapshot::Neighbours(family), Snapshot::Routes(family)]);
     let policies = [Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl].map(Snapshot::Policies);
     [Snapshot::Ports, Snapshot::Nexthops].into_iter().chain(of_families).chain(policies)
 }
@@ -93,9 +93,16 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// The neighbours that packets were sent to since the last call.
     pub fn take_hits(&self) -> Vec<NeighbourKey> {
         let used = |index| self.mirror.tables.take_hit(index);
-        let mut hits: Vec<_> = self.mirror.nexthops.iter()
-            .filter_map(|(identity, placed)| Some((NeighbourKey { ifindex: identity.ifindex, address: identity.gateway? }, placed.index)))
-            .filter(|(_, index)| used(*index)).map(|(key, _)| key).collect();
+        let mut hits: Vec<_> = self
+            .mirror
+            .nexthops
+            .iter()
+            .filter_map(|(identity, placed)| {
+                Some((NeighbourKey { ifindex: identity.ifindex, address: identity.gateway? }, placed.index))
+            })
+            .filter(|(_, index)| used(*index))
+            .map(|(key, _)| key)
+            .collect();
         hits.dedup();
         hits
     }

@@ -7,15 +7,15 @@ use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix};
+use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError};
+use towpath_tables::grace::Grace;
 use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
-use towpath_tables::grace::Grace;
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Entry;
 use towpath_tables::store::TABLE_FULL;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, Published, TableWriter};
-use towpath_tables::Reason;
 
 /// A next hop in the tables.
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +138,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
                 wanted.insert(chain[0].ifindex);
             }
         }
-        let gone: Vec<(u32, u32)> = self.slots.iter().filter(|(i, _)| !wanted.contains(i)).map(|(i, s)| (*i, *s)).collect();
+        let gone: Vec<(u32, u32)> =
+            self.slots.iter().filter(|(i, _)| !wanted.contains(i)).map(|(i, s)| (*i, *s)).collect();
         for (ifindex, _) in &gone {
             self.slots.remove(ifindex);
         }
@@ -157,12 +158,15 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         if let Some(slot) = self.slots.get(&ifindex) {
             return Some(*slot);
         }
-        let slot = match chain.get(1) {
+        match chain.get(1) {
             // Without the port underneath there is no way in or out.
-            Some(lower) => self.slots.get(&lower.ifindex).copied().and_then(|_| self.tables.alloc_vlan_port(ifindex).map_err(refused).ok()),
+            Some(lower) => self
+                .slots
+                .get(&lower.ifindex)
+                .copied()
+                .and_then(|_| self.tables.alloc_vlan_port(ifindex).map_err(refused).ok()),
             None => self.tables.alloc_port(ifindex).map_err(refused).ok(),
-        };
-        slot
+        }
     }
 
     /// For each port the VLAN identifiers of its sub-interfaces and their slots. Of two with the same identifier (and
@@ -255,7 +259,9 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn action(&self, state: &State, identity: &NexthopIdentity, users: [u32; 2], chain: &[&Port]) -> Action {
-        let lladdr = identity.gateway.and_then(|address| usable_lladdr(state, &NeighbourKey { ifindex: identity.ifindex, address }));
+        let lladdr = identity
+            .gateway
+            .and_then(|address| usable_lladdr(state, &NeighbourKey { ifindex: identity.ifindex, address }));
         let down = !chain.iter().all(|port| port.up && port.carrier);
         let policies = FAMILIES.into_iter().filter(|family| users[*family as usize] > 0);
         let reasons = [
@@ -264,7 +270,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             down.then_some(Reason::NexthopDown),
             (!is_ready(chain) || state.transmit(chain) == Transmit::Nothing).then_some(Reason::EgressNotServed),
         ];
-        let reason = reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
+        let reason =
+            reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
         let header = lladdr.zip(chain[0].mac).and_then(|(lladdr, mac)| Header::new(lladdr, mac, &tags(chain)));
         match (reason, header) {
             (None, Some(header)) => Action::Forward(header),
@@ -287,7 +294,10 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Next hops by an interface.
     fn over(&self, ifindex: u32) -> impl Iterator<Item = NexthopIdentity> {
         let first = NexthopIdentity { ifindex, gateway: None, mtu: 0, reason: None };
-        self.nexthops.range(first..).map(|(identity, _)| *identity).take_while(move |identity| identity.ifindex == ifindex)
+        self.nexthops
+            .range(first..)
+            .map(|(identity, _)| *identity)
+            .take_while(move |identity| identity.ifindex == ifindex)
     }
 
     fn write(&mut self, state: &State, identity: &NexthopIdentity) {
@@ -439,9 +449,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         if turned.is_empty() && changes.objects.is_empty() {
             return rescan;
         }
-        let by_turned = |via: &ViaKey| {
-            matches!(state.resolve(via), Resolved::Hops(hops) if hops.iter().any(|(hop, _)| turned.contains(&(hop.ifindex, via.family))))
-        };
+        let by_turned = |via: &ViaKey| matches!(state.resolve(via), Resolved::Hops(hops) if hops.iter().any(|(hop, _)| turned.contains(&(hop.ifindex, via.family))));
         for (id, via) in state.vias.iter() {
             let changed = state.is_over(via, &changes.objects);
             if !changed && !by_turned(via) {
@@ -462,11 +470,23 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     fn update_hosts(&mut self, state: &State, changes: &Changes) {
         let mut keys: BTreeSet<NeighbourKey> = changes.neighbours.iter().copied().collect();
         for ifindex in changes.ports.iter().copied() {
-            keys.extend(state.neighbours.range(first_neighbour(ifindex)..).map(|(key, _)| *key).take_while(|key| key.ifindex == ifindex));
-            keys.extend(self.hosts.range(first_neighbour(ifindex)..).map(|(key, _)| *key).take_while(|key| key.ifindex == ifindex));
+            keys.extend(
+                state
+                    .neighbours
+                    .range(first_neighbour(ifindex)..)
+                    .map(|(key, _)| *key)
+                    .take_while(|key| key.ifindex == ifindex),
+            );
+            keys.extend(
+                self.hosts
+                    .range(first_neighbour(ifindex)..)
+                    .map(|(key, _)| *key)
+                    .take_while(|key| key.ifindex == ifindex),
+            );
         }
         for key in keys {
-            let wanted = self.slots.contains_key(&key.ifindex) && is_host(key.address) && usable_lladdr(state, &key).is_some();
+            let wanted =
+                self.slots.contains_key(&key.ifindex) && is_host(key.address) && usable_lladdr(state, &key).is_some();
             match (wanted, self.hosts.get(&key).copied()) {
                 (true, None) => self.set_host(state, key),
                 (false, Some(under)) => self.remove_host(state, key, under),
@@ -626,5 +646,8 @@ fn flags(state: &State, chain: &[&Port]) -> u32 {
         (virtual_below, port_flags::PARTIAL_CSUM),
         (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
         (state.transmit(chain) == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
-    ].into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag)
+    ]
+    .into_iter()
+    .filter(|(set, _)| *set)
+    .fold(0, |all, (_, flag)| all | flag)
 }

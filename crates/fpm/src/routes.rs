@@ -119,12 +119,24 @@ macro_rules! with_key {
         match $name.prefix.address() {
             IpAddr::V4(address) => {
                 let $map = &mut $self.v4.0;
-                let $key = Key { address: address.octets(), len: $name.prefix.prefix_len(), rank: $rank, tos: $name.tos, priority: $name.priority };
+                let $key = Key {
+                    address: address.octets(),
+                    len: $name.prefix.prefix_len(),
+                    rank: $rank,
+                    tos: $name.tos,
+                    priority: $name.priority,
+                };
                 $do
             }
             IpAddr::V6(address) => {
                 let $map = &mut $self.v6.0;
-                let $key = Key { address: address.octets(), len: $name.prefix.prefix_len(), rank: $rank, tos: $name.tos, priority: $name.priority };
+                let $key = Key {
+                    address: address.octets(),
+                    len: $name.prefix.prefix_len(),
+                    rank: $rank,
+                    tos: $name.tos,
+                    priority: $name.priority,
+                };
                 $do
             }
         }

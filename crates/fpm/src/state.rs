@@ -1,8 +1,8 @@
 //! What Linux says: everything CM described, and what of it changed since the tables were last brought in line.
 //! Questions that the messages alone answer are answered here; nothing here knows the tables.
 
-use crate::routes::{Candidate, Rank, Routes, kind};
 use crate::Transmit;
+use crate::routes::{Candidate, Rank, Routes, kind};
 use crate::snapshot::{Generations, Marked};
 use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -29,7 +29,11 @@ pub(crate) struct Changes {
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        self.ports.is_empty() && self.neighbours.is_empty() && self.objects.is_empty() && self.prefixes.is_empty() && !self.config
+        self.ports.is_empty()
+            && self.neighbours.is_empty()
+            && self.objects.is_empty()
+            && self.prefixes.is_empty()
+            && !self.config
     }
 }
 
@@ -119,7 +123,8 @@ impl State {
                 gone.map(|(a, _)| *a).collect::<Vec<_>>().into_iter().for_each(|address| self.remove_address(address));
             }
             Snapshot::Neighbours(family) => {
-                let gone = self.neighbours.iter().filter(|(k, n)| family_of(k.address) == family && n.generation != keep);
+                let gone =
+                    self.neighbours.iter().filter(|(k, n)| family_of(k.address) == family && n.generation != keep);
                 gone.map(|(key, _)| *key).collect::<Vec<_>>().into_iter().for_each(|key| self.remove_neighbour(key));
             }
             Snapshot::Nexthops => {
@@ -255,8 +260,11 @@ impl State {
     fn route_changed(&mut self, key: RouteKey) {
         if key.prefix.family() == Family::V4 {
             let refused = self.routes.candidates(key.prefix).any(|(_, candidate)| candidate.kind != kind::UNICAST);
-            self.changes.config |=
-                if refused { self.refused_sources.insert(key.prefix) } else { self.refused_sources.remove(&key.prefix) };
+            self.changes.config |= if refused {
+                self.refused_sources.insert(key.prefix)
+            } else {
+                self.refused_sources.remove(&key.prefix)
+            };
         }
         // Until everything was described once, the tables are not filled, and then from all routes.
         if self.generations.complete() {
@@ -387,12 +395,13 @@ impl State {
             NexthopObjectKind::Hop(hop) => Ok(vec![*hop]),
             NexthopObjectKind::Blackhole => Err(Reason::NonUnicastRoute),
             NexthopObjectKind::Unsupported => Err(Reason::UnsupportedRoute),
-            NexthopObjectKind::Group(members) => members.iter().map(|&(member, weight)| {
-                match self.objects.get(&member).ok_or(Reason::NoRoute)?.value.kind {
+            NexthopObjectKind::Group(members) => members
+                .iter()
+                .map(|&(member, weight)| match self.objects.get(&member).ok_or(Reason::NoRoute)?.value.kind {
                     NexthopObjectKind::Hop(hop) => Ok(Hop { weight, ..hop }),
                     _ => Err(Reason::UnsupportedRoute),
-                }
-            }).collect(),
+                })
+                .collect(),
         }
     }
 
@@ -428,7 +437,9 @@ impl State {
         let (first, candidate) = candidates.next()?;
         match Rank::of(first.table)? {
             // Nothing in table local is forwarded.
-            Rank::Local => return Some((Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)), true)),
+            Rank::Local => {
+                return Some((Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)), true));
+            }
             // Linux comes here only if table main has no answer at all.
             Rank::Default => return exception(Reason::UnsupportedRoute),
             Rank::Main if main().any(|(key, _)| key.tos != 0) => return exception(Reason::UnsupportedRoute),

@@ -11,9 +11,9 @@ use std::net::IpAddr;
 use towpath_fpc::*;
 use towpath_tables::Reason;
 use towpath_tables::backing::{HeapBacking, View, initial_elements};
+use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::{Action, NexthopValue};
-use towpath_tables::grace::NoReaders;
 use towpath_tables::record::{TableId, port_flags};
 use towpath_tables::writer::MAIN_ROOT;
 
@@ -40,9 +40,20 @@ fn mac(last: u8) -> [u8; 6] {
 fn port(ifindex: u32) -> Port {
     let family = PortFamily { forwarding: true, ignore_linkdown: false };
     Port {
-        ifindex, name: format!("eth{ifindex}"), mac: Some(mac(ifindex as u8)), mtu: 1500, kind: PortKind::Ethernet, up: true,
-        carrier: true, master: 0, promiscuous: false, family: [family; 2], send_redirects: false, rp_filter: 0,
-        route_localnet: false, unsupported: None,
+        ifindex,
+        name: format!("eth{ifindex}"),
+        mac: Some(mac(ifindex as u8)),
+        mtu: 1500,
+        kind: PortKind::Ethernet,
+        up: true,
+        carrier: true,
+        master: 0,
+        promiscuous: false,
+        family: [family; 2],
+        send_redirects: false,
+        rp_filter: 0,
+        route_localnet: false,
+        unsupported: None,
     }
 }
 
@@ -96,7 +107,12 @@ fn outcome(view: &View, index: u32) -> Outcome {
         Action::Exception(reason) => Outcome::Exception(reason),
         Action::Forward(header) => {
             let ifindex = |slot: u32| view.ports()[slot as usize].ifindex.load();
-            Outcome::Forward { port: ifindex(value.port), device: ifindex(value.device), mtu: value.mtu, header: header.bytes().to_vec() }
+            Outcome::Forward {
+                port: ifindex(value.port),
+                device: ifindex(value.device),
+                mtu: value.mtu,
+                header: header.bytes().to_vec(),
+            }
         }
     }
 }
@@ -204,7 +220,10 @@ fn routes_gateways_and_hosts_are_forwarded() {
 #[test]
 fn nothing_is_published_before_everything_was_described() {
     let mut fixture = Fixture::unfinished(new_tables());
-    let (last, others) = { let mut all: Vec<_> = all_classes().collect(); (all.pop().unwrap(), all) };
+    let (last, others) = {
+        let mut all: Vec<_> = all_classes().collect();
+        (all.pop().unwrap(), all)
+    };
     for class in others {
         fixture.fpm.apply(Message::SnapshotEnd(class));
     }
@@ -218,23 +237,38 @@ fn nothing_is_published_before_everything_was_described() {
 #[test]
 fn a_neighbour_comes_changes_and_goes() {
     Fixture::new()
-        .batch([neighbour(2, "198.51.100.1", Some(0x22))]).expect(VIA_2, forward(2, 2, 1500, 0x22, &[]))
-        .batch([neighbour(2, "198.51.100.1", None)]).exception(VIA_2, Reason::NoNeighbour)
+        .batch([neighbour(2, "198.51.100.1", Some(0x22))])
+        .expect(VIA_2, forward(2, 2, 1500, 0x22, &[]))
+        .batch([neighbour(2, "198.51.100.1", None)])
+        .exception(VIA_2, Reason::NoNeighbour)
         .exception("198.51.100.1", Reason::NoNeighbour)
-        .batch([neighbour(2, "198.51.100.1", Some(0x21))]).expect(VIA_2, via_2()).expect("198.51.100.1", via_2())
+        .batch([neighbour(2, "198.51.100.1", Some(0x21))])
+        .expect(VIA_2, via_2())
+        .expect("198.51.100.1", via_2())
         .batch([Message::NeighbourDelete(NeighbourKey { ifindex: 2, address: ip("198.51.100.1") })])
         .exception(VIA_2, Reason::NoNeighbour)
         .exception("198.51.100.1", Reason::NoNeighbour)
         // A group address is no station's.
-        .batch([Message::Neighbour(Neighbour { key: NeighbourKey { ifindex: 2, address: ip("198.51.100.1") }, lladdr: Some([1; 6]), state: 2 })])
+        .batch([Message::Neighbour(Neighbour {
+            key: NeighbourKey { ifindex: 2, address: ip("198.51.100.1") },
+            lladdr: Some([1; 6]),
+            state: 2,
+        })])
         .exception(VIA_2, Reason::NoNeighbour);
 }
 
 #[test]
 fn a_port_decides_over_what_leaves_by_it() {
-    let changed = |change: fn(&mut Port)| { let mut port = port(2); change(&mut port); Message::Port(port) };
+    let changed = |change: fn(&mut Port)| {
+        let mut port = port(2);
+        change(&mut port);
+        Message::Port(port)
+    };
     let mut fixture = Fixture::new();
-    assert_eq!(fixture.flags(2), port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6);
+    assert_eq!(
+        fixture.flags(2),
+        port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6
+    );
     fixture.batch([changed(|p| p.mtu = 1400)]).expect(VIA_2, forward(2, 2, 1400, 0x21, &[]));
     for (change, reason) in [
         (changed(|p| p.up = false), Reason::NexthopDown),
@@ -252,9 +286,20 @@ fn a_port_decides_over_what_leaves_by_it() {
     assert_eq!(state.ingress_policy, [Some(Reason::PolicySysctl); 2]);
     let word = fixture.fpm.tables().view().ports()[state.slot as usize].ingress_policy[1].load();
     assert_eq!(word, 1 + Reason::PolicySysctl as u32);
-    fixture.batch([changed(|p| { p.send_redirects = true; p.rp_filter = 2; p.route_localnet = true; p.family[1].forwarding = false; p.kind = PortKind::Virtual })]);
-    let expected = port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4 | port_flags::REDIRECTS
-        | port_flags::RP_STRICT | port_flags::ROUTE_LOCALNET | port_flags::PARTIAL_CSUM;
+    fixture.batch([changed(|p| {
+        p.send_redirects = true;
+        p.rp_filter = 2;
+        p.route_localnet = true;
+        p.family[1].forwarding = false;
+        p.kind = PortKind::Virtual
+    })]);
+    let expected = port_flags::PRESENT
+        | port_flags::READY
+        | port_flags::FORWARD_V4
+        | port_flags::REDIRECTS
+        | port_flags::RP_STRICT
+        | port_flags::ROUTE_LOCALNET
+        | port_flags::PARTIAL_CSUM;
     assert_eq!(fixture.flags(2), expected, "a loose filter is strict on a port without addresses");
     let address = Address { ifindex: 2, address: ip("198.51.100.7"), prefix_len: 24 };
     fixture.batch([Message::Address(Address { address: ip("2001:db8::7"), ..address })]);
@@ -288,7 +333,10 @@ fn what_the_engine_cannot_transmit_is_left_to_linux() {
 #[test]
 fn service_comes_and_goes() {
     let mut fixture = Fixture::new();
-    fixture.batch([Message::Route(route("10.0.0.0/8", &[hop(3, Some("100.64.0.1"))])), neighbour(3, "100.64.0.1", Some(0x31))]);
+    fixture.batch([
+        Message::Route(route("10.0.0.0/8", &[hop(3, Some("100.64.0.1"))])),
+        neighbour(3, "100.64.0.1", Some(0x31)),
+    ]);
     fixture.exception("10.1.1.1", Reason::EgressNotServed);
     fixture.fpm.serve(3, true);
     fixture.batch([]).expect("10.1.1.1", forward(3, 3, 1500, 0x31, &[]));
@@ -321,16 +369,31 @@ fn vlans_are_ports_over_their_ports() {
     }
     // What is underneath decides too: its state, its policies.
     fixture.batch([Message::Port(Port { up: false, ..port(1) })]).exception("10.5.9.9", Reason::NexthopDown);
-    fixture.batch([Message::Port(port(1)), policy(Scope::Egress(1, None), Reason::PolicyTc)]).exception("10.5.9.9", Reason::PolicyTc);
-    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), [policy(Scope::Ingress(4, Some(towpath_tables::record::Family::V6)), Reason::PolicyCapture)]);
+    fixture
+        .batch([Message::Port(port(1)), policy(Scope::Egress(1, None), Reason::PolicyTc)])
+        .exception("10.5.9.9", Reason::PolicyTc);
+    fixture.snapshot(
+        Snapshot::Policies(PolicySource::Tc),
+        [policy(Scope::Ingress(4, Some(towpath_tables::record::Family::V6)), Reason::PolicyCapture)],
+    );
     let ingress = |ifindex| fixture.fpm.ports().find(|p| p.port.ifindex == ifindex).unwrap().ingress_policy;
-    assert_eq!((ingress(1), ingress(4), ingress(5)), ([None; 2], [None, Some(Reason::PolicyCapture)], [None, Some(Reason::PolicyCapture)]));
+    assert_eq!(
+        (ingress(1), ingress(4), ingress(5)),
+        ([None; 2], [None, Some(Reason::PolicyCapture)], [None, Some(Reason::PolicyCapture)])
+    );
     // A third tag, and a sub-interface without its port, are not ports.
-    fixture.batch([Message::Port(vlan(6, 5, 0x8100, 9)), Message::Route(route("10.6.0.0/16", &[hop(6, Some("10.6.0.1"))])), neighbour(6, "10.6.0.1", Some(0x61))]);
+    fixture.batch([
+        Message::Port(vlan(6, 5, 0x8100, 9)),
+        Message::Route(route("10.6.0.0/16", &[hop(6, Some("10.6.0.1"))])),
+        neighbour(6, "10.6.0.1", Some(0x61)),
+    ]);
     fixture.exception("10.6.9.9", Reason::EgressNotServed);
     fixture.batch([Message::PortDelete(4)]).exception("10.5.9.9", Reason::EgressNotServed);
     assert_eq!(fixture.fpm.tables().ports().count(), 2);
-    assert_eq!(fixture.fpm.tables().view().ports()[slot_of[&1] as usize].vlans.load(), towpath_tables::record::NO_VLANS);
+    assert_eq!(
+        fixture.fpm.tables().view().ports()[slot_of[&1] as usize].vlans.load(),
+        towpath_tables::record::NO_VLANS
+    );
 }
 
 #[test]
@@ -347,33 +410,61 @@ fn ipv4_goes_through_an_ipv6_gateway() {
 
 #[test]
 fn the_best_candidate_wins() {
-    let at = |priority, tos, gateway| Message::Route(Route { key: RouteKey { priority, tos, ..key("10.0.0.0/8") }, ..route("10.0.0.0/8", &[hop(1, Some(gateway))]) });
+    let at = |priority, tos, gateway| {
+        Message::Route(Route {
+            key: RouteKey { priority, tos, ..key("10.0.0.0/8") },
+            ..route("10.0.0.0/8", &[hop(1, Some(gateway))])
+        })
+    };
     let gone = |priority, tos| Message::RouteDelete(RouteKey { priority, tos, ..key("10.0.0.0/8") });
     Fixture::new()
-        .batch([neighbour(1, "192.0.2.2", Some(0x12)), at(20, 0, "192.0.2.2")]).expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
-        .batch([at(10, 0, "192.0.2.1")]).expect("10.1.1.1", forward(1, 1, 1500, 0x11, &[]))
-        .batch([at(30, 8, "192.0.2.1")]).exception("10.1.1.1", Reason::UnsupportedRoute)
-        .batch([gone(30, 8), gone(10, 0)]).expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
-        .batch([gone(20, 0)]).exception("10.1.1.1", Reason::NoRoute);
+        .batch([neighbour(1, "192.0.2.2", Some(0x12)), at(20, 0, "192.0.2.2")])
+        .expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
+        .batch([at(10, 0, "192.0.2.1")])
+        .expect("10.1.1.1", forward(1, 1, 1500, 0x11, &[]))
+        .batch([at(30, 8, "192.0.2.1")])
+        .exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([gone(30, 8), gone(10, 0)])
+        .expect("10.1.1.1", forward(1, 1, 1500, 0x12, &[]))
+        .batch([gone(20, 0)])
+        .exception("10.1.1.1", Reason::NoRoute);
 }
 
 #[test]
 fn kinds_tables_and_attributes_make_exceptions() {
-    let kind = |table, kind| { let mut r = route("203.0.113.0/28", &[hop(1, None)]); r.key.table = table; r.kind = kind; Message::Route(r) };
+    let kind = |table, kind| {
+        let mut r = route("203.0.113.0/28", &[hop(1, None)]);
+        r.key.table = table;
+        r.kind = kind;
+        Message::Route(r)
+    };
     let gone = |table| Message::RouteDelete(RouteKey { table, ..key("203.0.113.0/28") });
     let mut fixture = Fixture::new();
     for (number, reason) in [
-        (2, Reason::LocalDestination), (3, Reason::Broadcast), (4, Reason::LocalDestination), (5, Reason::Multicast),
-        (6, Reason::NonUnicastRoute), (7, Reason::NonUnicastRoute), (8, Reason::NonUnicastRoute), (9, Reason::NonUnicastRoute),
+        (2, Reason::LocalDestination),
+        (3, Reason::Broadcast),
+        (4, Reason::LocalDestination),
+        (5, Reason::Multicast),
+        (6, Reason::NonUnicastRoute),
+        (7, Reason::NonUnicastRoute),
+        (8, Reason::NonUnicastRoute),
+        (9, Reason::NonUnicastRoute),
         (99, Reason::NonUnicastRoute),
     ] {
-        fixture.batch([kind(254, number)]).exception(VIA_2, reason).batch([gone(254), kind(255, number)]).exception(VIA_2, reason);
+        fixture
+            .batch([kind(254, number)])
+            .exception(VIA_2, reason)
+            .batch([gone(254), kind(255, number)])
+            .exception(VIA_2, reason);
         fixture.batch([gone(255)]).expect(VIA_2, via_2());
     }
     fixture.batch([kind(255, 1)]).exception(VIA_2, Reason::UnsupportedRoute).batch([gone(255)]);
     fixture.batch([kind(253, 1)]).exception(VIA_2, Reason::UnsupportedRoute).batch([gone(253)]);
     fixture.batch([kind(1000, 6)]).expect(VIA_2, via_2());
-    fixture.batch([Message::Route(Route { unsupported: true, ..route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]) })]);
+    fixture.batch([Message::Route(Route {
+        unsupported: true,
+        ..route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))])
+    })]);
     fixture.exception(VIA_2, Reason::UnsupportedRoute);
     fixture.batch([Message::Route(Route { mtu: 1300, ..route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]) })]);
     fixture.expect(VIA_2, forward(2, 2, 1300, 0x21, &[]));
@@ -385,13 +476,17 @@ fn kinds_tables_and_attributes_make_exceptions() {
 fn table_local_shadows_what_is_longer_in_main() {
     let mut local = route("203.0.0.0/16", &[hop(1, None)]);
     (local.key.table, local.kind) = (255, 2);
-    Fixture::new().batch([Message::Route(local.clone())]).exception(VIA_2, Reason::LocalDestination)
-        .batch([Message::RouteDelete(local.key)]).expect(VIA_2, via_2());
+    Fixture::new()
+        .batch([Message::Route(local.clone())])
+        .exception(VIA_2, Reason::LocalDestination)
+        .batch([Message::RouteDelete(local.key)])
+        .expect(VIA_2, via_2());
 }
 
 /// Two ways of equal cost and a third with double weight.
 fn multipath() -> Route {
-    let hops = [hop(1, Some("192.0.2.1")), hop(2, Some("198.51.100.1")), Hop { weight: 2, ..hop(1, Some("192.0.2.2")) }];
+    let hops =
+        [hop(1, Some("192.0.2.1")), hop(2, Some("198.51.100.1")), Hop { weight: 2, ..hop(1, Some("192.0.2.2")) }];
     route("10.0.0.0/8", &hops)
 }
 
@@ -422,7 +517,9 @@ fn groups_follow_weights_and_move_as_little_as_they_must() {
     fixture.batch([Message::Port(port(1)), Message::Port(port(2))]);
     assert_eq!(shares_of(&fixture), [(a.clone(), 64), (b, 64), (c.clone(), 128)].into());
     let mut dead = multipath();
-    if let Via::Hops(hops) = &mut dead.via { hops[1].flags = 1 }
+    if let Via::Hops(hops) = &mut dead.via {
+        hops[1].flags = 1
+    }
     fixture.batch([Message::Route(dead)]);
     assert_eq!(shares_of(&fixture), [(a, 85), (c, 171)].into());
     // Routes with the same next hops share a group; without routes it is free again.
@@ -439,12 +536,19 @@ fn groups_follow_weights_and_move_as_little_as_they_must() {
 #[test]
 fn a_dead_candidate_leaves_the_prefix_to_the_next() {
     let family = [PortFamily { forwarding: true, ignore_linkdown: true }; 2];
-    let backup = Route { key: RouteKey { priority: 50, ..key("203.0.113.0/24") }, ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]) };
+    let backup = Route {
+        key: RouteKey { priority: 50, ..key("203.0.113.0/24") },
+        ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))])
+    };
     Fixture::new()
-        .batch([Message::Route(backup)]).expect(VIA_2, via_2())
-        .batch([Message::Port(Port { carrier: false, ..port(2) })]).exception(VIA_2, Reason::NexthopDown)
-        .batch([Message::Port(Port { carrier: false, family, ..port(2) })]).expect(VIA_2, forward(1, 1, 1500, 0x11, &[]))
-        .batch([Message::Port(port(2))]).expect(VIA_2, via_2());
+        .batch([Message::Route(backup)])
+        .expect(VIA_2, via_2())
+        .batch([Message::Port(Port { carrier: false, ..port(2) })])
+        .exception(VIA_2, Reason::NexthopDown)
+        .batch([Message::Port(Port { carrier: false, family, ..port(2) })])
+        .expect(VIA_2, forward(1, 1, 1500, 0x11, &[]))
+        .batch([Message::Port(port(2))])
+        .expect(VIA_2, via_2());
 }
 
 #[test]
@@ -454,18 +558,33 @@ fn nexthop_objects_are_looked_up_late() {
     by_object.via = Via::Object(10);
     let (a, b) = (forward(1, 1, 1500, 0x11, &[]), via_2());
     let mut fixture = Fixture::new();
-    fixture.batch([Message::Route(by_object)]).exception("10.1.1.1", Reason::NoRoute)
-        .batch([object(10, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1"))))]).expect("10.1.1.1", a.clone())
-        .batch([object(10, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1"))))]).expect("10.1.1.1", b.clone())
-        .batch([object(10, NexthopObjectKind::Blackhole)]).exception("10.1.1.1", Reason::NonUnicastRoute)
-        .batch([object(10, NexthopObjectKind::Unsupported)]).exception("10.1.1.1", Reason::UnsupportedRoute)
-        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3), (2, 1)]))]).exception("10.1.1.1", Reason::NoRoute)
-        .batch([object(1, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1")))), object(2, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1"))))]);
+    fixture
+        .batch([Message::Route(by_object)])
+        .exception("10.1.1.1", Reason::NoRoute)
+        .batch([object(10, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1"))))])
+        .expect("10.1.1.1", a.clone())
+        .batch([object(10, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1"))))])
+        .expect("10.1.1.1", b.clone())
+        .batch([object(10, NexthopObjectKind::Blackhole)])
+        .exception("10.1.1.1", Reason::NonUnicastRoute)
+        .batch([object(10, NexthopObjectKind::Unsupported)])
+        .exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3), (2, 1)]))])
+        .exception("10.1.1.1", Reason::NoRoute)
+        .batch([
+            object(1, NexthopObjectKind::Hop(hop(1, Some("192.0.2.1")))),
+            object(2, NexthopObjectKind::Hop(hop(2, Some("198.51.100.1")))),
+        ]);
     assert_eq!(shares(&fixture.fpm.tables().view(), ip("10.1.1.1")), [(a.clone(), 192), (b, 64)].into());
-    fixture.batch([object(2, NexthopObjectKind::Blackhole)]).exception("10.1.1.1", Reason::UnsupportedRoute)
-        .batch([Message::NexthopDelete(2)]).exception("10.1.1.1", Reason::NoRoute)
-        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3)]))]).expect("10.1.1.1", a)
-        .snapshot(Snapshot::Nexthops, []).exception("10.1.1.1", Reason::NoRoute);
+    fixture
+        .batch([object(2, NexthopObjectKind::Blackhole)])
+        .exception("10.1.1.1", Reason::UnsupportedRoute)
+        .batch([Message::NexthopDelete(2)])
+        .exception("10.1.1.1", Reason::NoRoute)
+        .batch([object(10, NexthopObjectKind::Group(vec![(1, 3)]))])
+        .expect("10.1.1.1", a)
+        .snapshot(Snapshot::Nexthops, [])
+        .exception("10.1.1.1", Reason::NoRoute);
 }
 
 #[test]
@@ -478,13 +597,19 @@ fn policies_of_a_family_settings_and_own_addresses_reach_the_config() {
         Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1 }),
         Message::Address(address),
     ]);
-    let bits = |fixture: &Fixture| -> u32 { fixture.fpm.tables().view().config().local_filter.iter().map(|word| word.load().count_ones()).sum() };
+    let bits = |fixture: &Fixture| -> u32 {
+        fixture.fpm.tables().view().config().local_filter.iter().map(|word| word.load().count_ones()).sum()
+    };
     let is_set = |fixture: &Fixture, octets| {
         let bit = towpath_tables::filter::local_filter_bit(octets) as usize;
         fixture.fpm.tables().view().config().local_filter[bit / 64].load() >> (bit % 64) & 1 == 1
     };
     let config = fixture.fpm.tables().view().config();
-    assert_eq!((config.policy[0].load(), config.policy[1].load()), (0, 1 + Reason::PolicyConntrack as u32), "the lowest number");
+    assert_eq!(
+        (config.policy[0].load(), config.policy[1].load()),
+        (0, 1 + Reason::PolicyConntrack as u32),
+        "the lowest number"
+    );
     assert_eq!((config.hash_policy[0].load(), config.hash_policy[1].load()), (1, 0));
     assert!(is_set(&fixture, [192, 0, 2, 9]) && bits(&fixture) == 1);
     // `ip route add local`
@@ -500,20 +625,28 @@ fn policies_of_a_family_settings_and_own_addresses_reach_the_config() {
     (none.key.prefix, any.key) = (prefix("0.0.0.0/0"), none.key);
     fixture.batch([Message::Route(none.clone())]);
     assert_eq!(bits(&fixture), towpath_tables::record::LOCAL_FILTER_BITS, "all are suspect");
-    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), []).batch([Message::RouteDelete(any.key), Message::RouteDelete(none.key)]);
+    fixture
+        .snapshot(Snapshot::Policies(PolicySource::Tc), [])
+        .batch([Message::RouteDelete(any.key), Message::RouteDelete(none.key)]);
     assert_eq!((fixture.fpm.tables().view().config().policy[1].load(), bits(&fixture)), (0, 0));
 }
 
 #[test]
 fn a_snapshot_sweeps_what_it_does_not_mention() {
     let mut fixture = Fixture::new();
-    fixture.snapshot(Snapshot::Routes(Family::V4), [Message::Route(route("198.51.100.0/24", &[hop(2, None)]))])
-        .exception(VIA_2, Reason::NoRoute).exception("192.0.2.1", Reason::NoRoute).expect("198.51.100.1", via_2())
+    fixture
+        .snapshot(Snapshot::Routes(Family::V4), [Message::Route(route("198.51.100.0/24", &[hop(2, None)]))])
+        .exception(VIA_2, Reason::NoRoute)
+        .exception("192.0.2.1", Reason::NoRoute)
+        .expect("198.51.100.1", via_2())
         .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
-        .snapshot(Snapshot::Neighbours(Family::V4), []).exception("198.51.100.1", Reason::NoNeighbour)
+        .snapshot(Snapshot::Neighbours(Family::V4), [])
+        .exception("198.51.100.1", Reason::NoNeighbour)
         .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
-        .batch([Message::SnapshotEnd(Snapshot::Ports)]).expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
-        .snapshot(Snapshot::Ports, [Message::Port(port(2))]).exception("2001:db8:9::7", Reason::EgressNotServed);
+        .batch([Message::SnapshotEnd(Snapshot::Ports)])
+        .expect("2001:db8:9::7", forward(1, 1, 1500, 0x16, &[]))
+        .snapshot(Snapshot::Ports, [Message::Port(port(2))])
+        .exception("2001:db8:9::7", Reason::EgressNotServed);
     assert_eq!(fixture.fpm.interfaces().count(), 1);
 }
 
@@ -524,7 +657,8 @@ fn a_restarted_manager_takes_over_without_a_gap() {
         fixture.batch([neighbour(1, "192.0.2.2", Some(0x12)), Message::Route(multipath())]);
         fixture
     };
-    let indices = |fixture: &Fixture| -> BTreeMap<_, _> { fixture.fpm.nexthops().map(|n| (n.identity, n.index)).collect() };
+    let indices =
+        |fixture: &Fixture| -> BTreeMap<_, _> { fixture.fpm.nexthops().map(|n| (n.identity, n.index)).collect() };
     let (old_indices, old_group) = (indices(&before), shares(&before.fpm.tables().view(), ip("10.1.1.1")));
     let adopted = TableWriter::adopt(before.fpm.into_tables().into_backing(), NoReaders).unwrap();
     let mut after = Fixture::unfinished(adopted);
@@ -552,7 +686,10 @@ fn hits_name_neighbours_once() {
     };
     hit("198.51.100.1");
     hit("2001:db8:1::1");
-    let expected = [NeighbourKey { ifindex: 1, address: ip("2001:db8:1::1") }, NeighbourKey { ifindex: 2, address: ip("198.51.100.1") }];
+    let expected = [
+        NeighbourKey { ifindex: 1, address: ip("2001:db8:1::1") },
+        NeighbourKey { ifindex: 2, address: ip("198.51.100.1") },
+    ];
     assert_eq!(fixture.fpm.take_hits(), expected);
     assert_eq!(fixture.fpm.take_hits(), []);
 }
@@ -560,11 +697,16 @@ fn hits_name_neighbours_once() {
 #[test]
 fn explain_names_what_decides() {
     let mut fixture = Fixture::new();
-    let backup = Route { key: RouteKey { priority: 50, ..key("203.0.113.0/24") }, ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]) };
+    let backup = Route {
+        key: RouteKey { priority: 50, ..key("203.0.113.0/24") },
+        ..route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))])
+    };
     fixture.batch([Message::Route(backup.clone()), Message::Route(route("0.0.0.0/0", &[hop(1, Some("192.0.2.1"))]))]);
     let explained = fixture.fpm.explain(ip(VIA_2));
-    assert_eq!(explained.prefixes.iter().map(|m| (m.prefix.to_string(), m.decides)).collect::<Vec<_>>(),
-        [("203.0.113.0/24".into(), true), ("0.0.0.0/0".into(), false)]);
+    assert_eq!(
+        explained.prefixes.iter().map(|m| (m.prefix.to_string(), m.decides)).collect::<Vec<_>>(),
+        [("203.0.113.0/24".into(), true), ("0.0.0.0/0".into(), false)]
+    );
     assert_eq!(explained.prefixes[0].routes, [route("203.0.113.0/24", &[hop(2, Some("198.51.100.1"))]), backup]);
     let [(nexthop, 1)] = &explained.nexthops[..] else { panic!("{:?}", explained.nexthops) };
     assert_eq!((nexthop.identity.ifindex, nexthop.identity.gateway), (2, Some(ip("198.51.100.1"))));
@@ -585,27 +727,52 @@ fn a_million_routes() {
         statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
     };
     let before = resident();
-    let many = |count: u32| (0..count).map(|n| {
-        let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + (n << 8));
-        let via = (n % 2) as usize;
-        Route { key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 24).unwrap(), priority: 20, tos: 0 }, kind: 1, protocol: 186,
-            via: Via::Hops(vec![hop(1 + via as u32, Some(gateways[via]))]), mtu: 0, unsupported: false }
-    });
-    let many6 = |count: u32| (0..count).map(|n| {
-        let address = std::net::Ipv6Addr::from_bits(0x2a00 << 112 | u128::from(n) << 80);
-        Route { key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 48).unwrap(), priority: 20, tos: 0 }, kind: 1, protocol: 186,
-            via: Via::Hops(vec![hop(1, Some("2001:db8:1::1"))]), mtu: 0, unsupported: false }
-    });
+    let many = |count: u32| {
+        (0..count).map(|n| {
+            let address = std::net::Ipv4Addr::from_bits(0x0b00_0000 + (n << 8));
+            let via = (n % 2) as usize;
+            Route {
+                key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 24).unwrap(), priority: 20, tos: 0 },
+                kind: 1,
+                protocol: 186,
+                via: Via::Hops(vec![hop(1 + via as u32, Some(gateways[via]))]),
+                mtu: 0,
+                unsupported: false,
+            }
+        })
+    };
+    let many6 = |count: u32| {
+        (0..count).map(|n| {
+            let address = std::net::Ipv6Addr::from_bits(0x2a00 << 112 | u128::from(n) << 80);
+            Route {
+                key: RouteKey { table: 254, prefix: Prefix::new(address.into(), 48).unwrap(), priority: 20, tos: 0 },
+                kind: 1,
+                protocol: 186,
+                via: Via::Hops(vec![hop(1, Some("2001:db8:1::1"))]),
+                mtu: 0,
+                unsupported: false,
+            }
+        })
+    };
     let start = std::time::Instant::now();
     many(1_000_000).chain(many6(250_000)).for_each(|route| fixture.fpm.apply(Message::Route(route)));
     let state = resident() - before;
     let collected = start.elapsed();
     fixture.complete();
-    println!("state {} MiB in {collected:?}, all {} MiB in {:?}", state >> 20, (resident() - before) >> 20, start.elapsed());
+    println!(
+        "state {} MiB in {collected:?}, all {} MiB in {:?}",
+        state >> 20,
+        (resident() - before) >> 20,
+        start.elapsed()
+    );
     assert!(state < 120 << 20, "{state} bytes");
     let start = std::time::Instant::now();
     for (n, route) in many(100_000).enumerate() {
-        fixture.fpm.apply(if n % 2 == 0 { Message::RouteDelete(route.key) } else { Message::Route(Route { mtu: 1400, ..route }) });
+        fixture.fpm.apply(if n % 2 == 0 {
+            Message::RouteDelete(route.key)
+        } else {
+            Message::Route(Route { mtu: 1400, ..route })
+        });
         if n % 100 == 99 {
             fixture.fpm.publish();
         }

@@ -25,10 +25,22 @@ fn lab(name: &str) -> Result<(Lab, Node, Node)> {
         router.run(["ip", "addr", "add", address, "dev", "eth0"])?;
     }
     for address in USED.iter().chain(&IDLE) {
-        host.run(["ip", "addr", "add", &format!("{address}/{}", if address.contains(':') { 64 } else { 24 }), "dev", "eth0"])?;
+        host.run([
+            "ip",
+            "addr",
+            "add",
+            &format!("{address}/{}", if address.contains(':') { 64 } else { 24 }),
+            "dev",
+            "eth0",
+        ])?;
     }
     for family in ["ipv4", "ipv6"] {
-        for (key, value) in [("base_reachable_time_ms", "2500"), ("delay_first_probe_time", "1"), ("gc_stale_time", "60"), ("retrans_time_ms", "200")] {
+        for (key, value) in [
+            ("base_reachable_time_ms", "2500"),
+            ("delay_first_probe_time", "1"),
+            ("gc_stale_time", "60"),
+            ("retrans_time_ms", "200"),
+        ] {
             router.sysctl(&format!("net.{family}.neigh.eth0.{key}"), value)?;
         }
     }
@@ -53,8 +65,16 @@ fn key(router: &Node, address: &str) -> Result<NeighbourKey> {
 /// Whether a frame asks for this address by ARP (RFC 826) or neighbour solicitation (RFC 4861, 4.3).
 fn asks_for(frame: &[u8], address: &IpAddr) -> bool {
     match address {
-        IpAddr::V4(address) => frame.get(12..14) == Some(&[8, 6]) && frame.get(20..22) == Some(&[0, 1]) && frame.get(38..42) == Some(&address.octets()),
-        IpAddr::V6(address) => frame.get(12..14) == Some(&[0x86, 0xdd]) && frame.get(54) == Some(&135) && frame.get(62..78) == Some(&address.octets()),
+        IpAddr::V4(address) => {
+            frame.get(12..14) == Some(&[8, 6])
+                && frame.get(20..22) == Some(&[0, 1])
+                && frame.get(38..42) == Some(&address.octets())
+        }
+        IpAddr::V6(address) => {
+            frame.get(12..14) == Some(&[0x86, 0xdd])
+                && frame.get(54) == Some(&135)
+                && frame.get(62..78) == Some(&address.octets())
+        }
     }
 }
 
@@ -109,7 +129,9 @@ fn a_neighbour_that_does_not_answer_fails_as_ever() -> Result<()> {
     let used = USED.iter().map(|address| key(&router, address)).collect::<Result<Vec<_>>>()?;
     wait_for(LIMIT, "neighbours that do not answer fail", || {
         netlink.refresh(&used).ok()?;
-        USED.iter().all(|address| state(&router, address).is_ok_and(|state| state == "FAILED" || state == "gone")).then_some(())
+        USED.iter()
+            .all(|address| state(&router, address).is_ok_and(|state| state == "FAILED" || state == "gone"))
+            .then_some(())
     })?;
     netlink.refresh(&used)?;
     for address in USED {
@@ -133,7 +155,8 @@ fn entries_that_are_not_ours_to_touch_stay_as_they_are() -> Result<()> {
         add(&of("11"), &["nud", "noarp"])?;
         add(&of("12"), &["nud", "stale", "extern_learn"])?;
         add(&of("14"), &["nud", "stale"])?;
-        let keys = ["10", "11", "12", "13", "14"].iter().map(|host| key(&router, &of(host))).collect::<Result<Vec<_>>>()?;
+        let keys =
+            ["10", "11", "12", "13", "14"].iter().map(|host| key(&router, &of(host))).collect::<Result<Vec<_>>>()?;
         netlink.refresh(&keys)?;
         ensure!(state(&router, &of("10"))? == "PERMANENT" && state(&router, &of("11"))? == "NOARP");
         let learned = entry(&router, &of("12"))?.context("the learned entry is gone")?;

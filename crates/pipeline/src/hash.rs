@@ -94,7 +94,8 @@ mod tests {
                 let six = |s, d, payload: &[u8]| bucket_of::<Ipv6>(policy, &ipv6(s, d, 17, payload));
                 assert_eq!(six(a, b, &there), six(b, a, &back));
             }
-            let (quoted4, quoted6) = (ipv4(A, [10, 0, 0, n as u8], 17, &there), ipv6(address6(0, n, 1), address6(1, 0, n), 17, &there));
+            let (quoted4, quoted6) =
+                (ipv4(A, [10, 0, 0, n as u8], 17, &there), ipv6(address6(0, n, 1), address6(1, 0, n), 17, &there));
             let error = |kind: u8, quoted: &[u8]| [&[kind, 0, 0, 0, 0, 0, 0, 0], quoted].concat();
             let about4 = bucket_of::<Ipv4>(0, &ipv4(B, A, 1, &error(3, &quoted4)));
             assert_eq!(about4, bucket_of::<Ipv4>(0, &quoted4));

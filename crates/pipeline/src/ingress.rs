@@ -56,7 +56,7 @@ impl<'t> Entry<'t> {
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
         // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: leave the check in.
         let pair = table.slots.get(black_box(usize::from(id / 2))).ok_or(Reason::Internal)?.load();
-        let slot = (if id % 2 == 0 { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
+        let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
         let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
         let port = tables.port(slot).ok_or(Reason::Internal)?;
         if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
@@ -114,7 +114,10 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
 
 #[inline(always)]
 fn parse_packet<N: Network, F: Frame>(
-    frame: &F, config: &Config, entry: &Entry, offset: usize,
+    frame: &F,
+    config: &Config,
+    entry: &Entry,
+    offset: usize,
 ) -> Result<Parsed, Reason> {
     entry.has(N::FORWARDING)?;
     policy(config.policy[N::FAMILY as usize].load())?;
@@ -139,4 +142,3 @@ fn policy(word: u32) -> Result<(), Reason> {
         word => Err(u8::try_from(word - 1).ok().and_then(Reason::from_index).unwrap_or(Reason::Internal)),
     }
 }
-

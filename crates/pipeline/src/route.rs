@@ -2,10 +2,10 @@
 
 use crate::network::Network;
 use crate::{Entry, Frame, Parsed, Tables, hash};
+use towpath_tables::Reason;
 use towpath_tables::lpm::Kind;
 use towpath_tables::order;
 use towpath_tables::record::{Family, Nexthop, NexthopKind, port_flags};
-use towpath_tables::Reason;
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 
@@ -66,7 +66,10 @@ impl<'t> Hop<'t> {
 /// Finds the next hop and checks that Linux would forward the packet there without a word.
 #[inline(always)]
 pub fn route<'t, F: Frame, T: Tables>(
-    frame: &F, tables: &'t T, entry: &Entry, parsed: &Parsed,
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
 ) -> Result<Hop<'t>, Reason> {
     match parsed.family {
         Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed),
@@ -76,7 +79,10 @@ pub fn route<'t, F: Frame, T: Tables>(
 
 #[inline(always)]
 fn route_packet<'t, N: Network, F: Frame, T: Tables>(
-    frame: &F, tables: &'t T, entry: &Entry, parsed: &Parsed,
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
 ) -> Result<Hop<'t>, Reason> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     let root = entry.port.root[N::FAMILY as usize].load();

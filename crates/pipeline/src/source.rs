@@ -60,7 +60,9 @@ fn any_member<T: Tables>(tables: &T, entry: &Entry, index: u32) -> Result<(), Re
     let group = tables.group(index).ok_or(Reason::Internal)?;
     for sample in 0..SAMPLES {
         let bucket = group.buckets.get(sample * (GROUP_BUCKETS / SAMPLES)).ok_or(Reason::Internal)?;
-        if let Way::Unicast(port) = way_back(tables, bucket.load())? && port == entry.slot {
+        if let Way::Unicast(port) = way_back(tables, bucket.load())?
+            && port == entry.slot
+        {
             return Ok(());
         }
     }

@@ -40,7 +40,8 @@ fn run(case: &Case, headroom: usize) -> Result<(), String> {
 #[test]
 fn every_case() {
     let cases = cases::all();
-    let wrong: Vec<_> = cases.iter().filter_map(|case| run(case, 256).err().map(|e| format!("{}: {e}", case.name))).collect();
+    let wrong: Vec<_> =
+        cases.iter().filter_map(|case| run(case, 256).err().map(|e| format!("{}: {e}", case.name))).collect();
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
     println!("{} cases", cases.len());
 }

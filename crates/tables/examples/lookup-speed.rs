@@ -4,9 +4,9 @@
 use std::hint::black_box;
 use std::time::Instant;
 use towpath_tables::backing::{HeapBacking, View, initial_elements};
+use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{Leaf, lookup};
 use towpath_tables::mix::{self, Random};
-use towpath_tables::grace::NoReaders;
 use towpath_tables::rib::Entry;
 use towpath_tables::writer::{MAIN_ROOT, TableWriter};
 

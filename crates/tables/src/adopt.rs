@@ -124,7 +124,11 @@ impl Scan<'_> {
         if std::mem::replace(&mut self.nodes[index as usize], true) {
             return damaged(format!("node {index} is part of two routes' ways"));
         }
-        let (bytes, stored, base) = if wide { (2, wide_count(node.as_wide()), node.as_wide().base) } else { (1, stored_count(node), node.base) };
+        let (bytes, stored, base) = if wide {
+            (2, wide_count(node.as_wide()), node.as_wide().base)
+        } else {
+            (1, stored_count(node), node.base)
+        };
         let sound = if wide { levels.is_multiple_of(2) && is_sound_wide(node.as_wide()) } else { is_sound(node) };
         if !sound {
             return damaged(format!("node {index} contradicts itself"));
@@ -135,7 +139,11 @@ impl Scan<'_> {
             self.used.runs.push((base, stored));
         }
         for rank in 0..stored {
-            let word = if inline { Some(node.inline[rank as usize]) } else { base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i)) };
+            let word = if inline {
+                Some(node.inline[rank as usize])
+            } else {
+                base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i))
+            };
             match word {
                 Some(word) => self.word(Word(word), levels - bytes)?,
                 None => return damaged(format!("node {index} has entries outside the table")),

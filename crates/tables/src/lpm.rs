@@ -148,7 +148,11 @@ fn step(mem: &impl LpmRead, node: &Node, byte: u8) -> Option<u32> {
     let quarter = usize::from(byte >> 6);
     let upto = node.bitmap.get(quarter)? & (u64::MAX >> (63 - (byte & 63)));
     let rank = (u32::from(*node.counts.get(quarter)?) + upto.count_ones()).wrapping_sub(1);
-    if node.base == BASE_INLINE { node.inline.get(rank as usize).copied() } else { mem.entry(node.base.wrapping_add(rank)) }
+    if node.base == BASE_INLINE {
+        node.inline.get(rank as usize).copied()
+    } else {
+        mem.entry(node.base.wrapping_add(rank))
+    }
 }
 
 /// The word for two bytes in a wide node: its rank is the number of runs that end before `value`. Two ends are compared
@@ -222,7 +226,9 @@ mod tests {
         assert_eq!(at([10, 0, 1, 1]), Ok(Kind::Nexthop(2)));
         assert_eq!(at([10, 0, 200, 1]), Ok(Kind::Group(3)));
         assert_eq!(at([10, 0, 255, 255]), Ok(Kind::Group(3)));
-        for (last, stored) in [(0, 0), (62, 0), (63, 1), (64, 2), (126, 2), (127, 3), (128, 4), (191, 5), (192, 6), (254, 6), (255, 7)] {
+        for (last, stored) in
+            [(0, 0), (62, 0), (63, 1), (64, 2), (126, 2), (127, 3), (128, 4), (191, 5), (192, 6), (254, 6), (255, 7)]
+        {
             assert_eq!(at([10, 0, 2, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
             assert_eq!(at([10, 0, 199, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
         }
@@ -231,10 +237,9 @@ mod tests {
     #[test]
     fn walks_wide_nodes() {
         // The ends of every number of runs, far apart and side by side, with the greatest there can be.
-        for ends in (0..=WIDE_ENDS as u16).flat_map(|count| [
-            (0..count).map(|n| n * 2341).collect::<Vec<_>>(),
-            (0..count).map(|n| 0xffff - count + n).collect(),
-        ]) {
+        for ends in (0..=WIDE_ENDS as u16).flat_map(|count| {
+            [(0..count).map(|n| n * 2341).collect::<Vec<_>>(), (0..count).map(|n| 0xffff - count + n).collect()]
+        }) {
             let mut wide = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base: 3, reserved: 0 };
             for (at, end) in ends.iter().enumerate() {
                 wide.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);

@@ -10,12 +10,41 @@ use std::collections::HashSet;
 
 /// Lengths and their shares in thousandths.
 const IPV4: [(u8, u32); 17] = [
-    (24, 600), (23, 95), (22, 105), (21, 50), (20, 48), (19, 32), (18, 18), (17, 12), (16, 30),
-    (15, 3), (14, 2), (13, 1), (12, 1), (11, 1), (10, 1), (9, 0), (8, 1),
+    (24, 600),
+    (23, 95),
+    (22, 105),
+    (21, 50),
+    (20, 48),
+    (19, 32),
+    (18, 18),
+    (17, 12),
+    (16, 30),
+    (15, 3),
+    (14, 2),
+    (13, 1),
+    (12, 1),
+    (11, 1),
+    (10, 1),
+    (9, 0),
+    (8, 1),
 ];
 const IPV6: [(u8, u32); 16] = [
-    (48, 470), (32, 120), (44, 90), (40, 90), (36, 55), (29, 40), (46, 40), (47, 35), (33, 15), (34, 10), (35, 5),
-    (38, 5), (42, 12), (45, 8), (30, 3), (28, 2),
+    (48, 470),
+    (32, 120),
+    (44, 90),
+    (40, 90),
+    (36, 55),
+    (29, 40),
+    (46, 40),
+    (47, 35),
+    (33, 15),
+    (34, 10),
+    (35, 5),
+    (38, 5),
+    (42, 12),
+    (45, 8),
+    (30, 3),
+    (28, 2),
 ];
 
 /// Registries' blocks, first 16 bits: from and how many.
@@ -56,14 +85,16 @@ fn length(random: &mut Random, shares: &[(u8, u32)]) -> u8 {
 /// are no more of the lengths that are common.
 pub fn ipv4(count: usize, seed: u64) -> Vec<([u8; 4], u8)> {
     let mut random = Random(seed);
-    distinct(count, || loop {
-        let address = random.bits() as u32;
-        let first = address >> 24;
-        if !(1..224).contains(&first) || first == 10 || first == 127 {
-            continue;
+    distinct(count, || {
+        loop {
+            let address = random.bits() as u32;
+            let first = address >> 24;
+            if !(1..224).contains(&first) || first == 10 || first == 127 {
+                continue;
+            }
+            let len = length(&mut random, &IPV4);
+            return ((address & (u32::MAX << (32 - len))).to_be_bytes(), len);
         }
-        let len = length(&mut random, &IPV4);
-        return ((address & (u32::MAX << (32 - len))).to_be_bytes(), len);
     })
 }
 

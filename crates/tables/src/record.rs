@@ -193,7 +193,10 @@ const _: () = assert!(size_of::<Wide>() == size_of::<Node>() && align_of::<Wide>
 impl Wide {
     /// Last values of the runs but the last one.
     pub fn ends(&self) -> impl Iterator<Item = u16> + '_ {
-        self.ends.iter().flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16)).take_while(|end| *end != NO_END)
+        self.ends
+            .iter()
+            .flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16))
+            .take_while(|end| *end != NO_END)
     }
 
     /// The slot's contents.
@@ -321,8 +324,16 @@ pub enum TableId {
 impl TableId {
     /// Every table.
     pub const ALL: [TableId; 10] = [
-        TableId::Config, TableId::Ports, TableId::Vlans, TableId::Roots, TableId::Nodes,
-        TableId::Entries, TableId::Nexthops, TableId::NexthopKeys, TableId::Groups, TableId::Stats,
+        TableId::Config,
+        TableId::Ports,
+        TableId::Vlans,
+        TableId::Roots,
+        TableId::Nodes,
+        TableId::Entries,
+        TableId::Nexthops,
+        TableId::NexthopKeys,
+        TableId::Groups,
+        TableId::Stats,
     ];
 
     /// Name of the BPF map and of its pin.

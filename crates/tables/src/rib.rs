@@ -7,8 +7,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::lpm::{Leaf, Word};
 use crate::grace::Grace;
+use crate::lpm::{Leaf, Word};
 use crate::store::{Memory, Published, Store, TABLE_FULL, WideRuns, Words, footprint, stored_footprint, wide_runs};
 
 /// A prefix of an address of `BYTES` bytes; bits beyond its length are zero.
@@ -320,7 +320,14 @@ impl<const BYTES: usize> Rib<BYTES> {
 
     /// Adds up what 16 bits from a node on take; returns a word that differs from those of its neighbours as the published
     /// one will.
-    fn count(&self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], total: &mut (usize, usize)) -> Word {
+    fn count(
+        &self,
+        index: u32,
+        cover: Cover,
+        depth: usize,
+        address: &mut [u8; BYTES],
+        total: &mut (usize, usize),
+    ) -> Word {
         let node = &self.nodes[index as usize];
         let covers = node.paint(cover);
         let mut words = covers.map(Cover::word);
@@ -345,7 +352,14 @@ impl<const BYTES: usize> Rib<BYTES> {
     }
 
     /// The words of the last eight of 16 bits, after adding up what is beneath them.
-    fn count_part(&self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], total: &mut (usize, usize)) -> Words {
+    fn count_part(
+        &self,
+        index: u32,
+        cover: Cover,
+        depth: usize,
+        address: &mut [u8; BYTES],
+        total: &mut (usize, usize),
+    ) -> Words {
         let node = &self.nodes[index as usize];
         let covers = node.paint(cover);
         let mut words = covers.map(Cover::word);
@@ -411,7 +425,13 @@ impl<const BYTES: usize> Rib<BYTES> {
     /// retiring the rest. With `force`, pieces of clean nodes are not taken to be published either.
     #[allow(clippy::too_many_arguments)]
     fn build<M: Memory, G: Grace>(
-        &mut self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], old: Word, force: bool,
+        &mut self,
+        index: u32,
+        cover: Cover,
+        depth: usize,
+        address: &mut [u8; BYTES],
+        old: Word,
+        force: bool,
         store: &mut Store<M, G>,
     ) -> Word {
         let node = &mut self.nodes[index as usize];
@@ -439,14 +459,26 @@ impl<const BYTES: usize> Rib<BYTES> {
         let node = &mut self.nodes[index as usize];
         node.children = children;
         node.cover = cover;
-        node.state = if word.is_none() { State::Stale } else if clean { State::Clean } else { State::Dirty };
+        node.state = if word.is_none() {
+            State::Stale
+        } else if clean {
+            State::Clean
+        } else {
+            State::Dirty
+        };
         word.unwrap_or(TABLE_FULL.word())
     }
 
     /// The words for the last eight of 16 bits where `old` is published, after building what is beneath them.
     #[allow(clippy::too_many_arguments)]
     fn build_part<M: Memory, G: Grace>(
-        &mut self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], old: &Words, force: bool,
+        &mut self,
+        index: u32,
+        cover: Cover,
+        depth: usize,
+        address: &mut [u8; BYTES],
+        old: &Words,
+        force: bool,
         store: &mut Store<M, G>,
     ) -> Words {
         let node = &mut self.nodes[index as usize];
@@ -483,7 +515,12 @@ impl<const BYTES: usize> Rib<BYTES> {
 
     /// Publishes 16 bits as a node for the first eight and nodes beneath it; None if there is no room for the first.
     fn seal_bytes<M: Memory, G: Grace>(
-        &mut self, mut words: Words, parts: &[Part], published: &Published, old: Word, store: &mut Store<M, G>,
+        &mut self,
+        mut words: Words,
+        parts: &[Part],
+        published: &Published,
+        old: Word,
+        store: &mut Store<M, G>,
     ) -> Option<Word> {
         for part in parts {
             let at = usize::from(part.byte);
@@ -574,7 +611,12 @@ impl<const BYTES: usize> Rib<BYTES> {
         }
         if prefix.len == 0 {
             // Hosts that stand in for the default route's leaf come or go with it.
-            let affected: Vec<_> = self.hosts.keys().filter(|(_, under)| [old.word(), new.word()].contains(&under.word())).map(|key| key.0).collect();
+            let affected: Vec<_> = self
+                .hosts
+                .keys()
+                .filter(|(_, under)| [old.word(), new.word()].contains(&under.word()))
+                .map(|key| key.0)
+                .collect();
             affected.iter().for_each(|address| self.mark_path(address, BYTES - 1));
         }
     }
@@ -677,15 +719,23 @@ fn retire_unanswered<M: Memory, G: Grace>(published: &Published, children: &[(u8
     let mut answered = [false; 256];
     children.iter().for_each(|child| answered[usize::from(child.0)] = true);
     match published {
-        Published::Wide(runs) => runs.iter().filter(|run| !answered[usize::from(run.0 >> 8)]).for_each(|run| store.retire_tree(run.1)),
-        Published::Bytes(words) => words.iter().zip(answered).filter(|(_, answered)| !answered).for_each(|(&word, _)| store.retire_tree(word)),
+        Published::Wide(runs) => {
+            runs.iter().filter(|run| !answered[usize::from(run.0 >> 8)]).for_each(|run| store.retire_tree(run.1))
+        }
+        Published::Bytes(words) => {
+            words.iter().zip(answered).filter(|(_, answered)| !answered).for_each(|(&word, _)| store.retire_tree(word))
+        }
     }
 }
 
 /// The wide node for 16 bits: the old one if nothing changed, or a new one. None if there is no room; then everything
 /// beneath is retired.
 fn seal_wide<M: Memory, G: Grace>(
-    runs: &WideRuns, published: &Published, old: Word, children: &[(u8, u32)], store: &mut Store<M, G>,
+    runs: &WideRuns,
+    published: &Published,
+    old: Word,
+    children: &[(u8, u32)],
+    store: &mut Store<M, G>,
 ) -> Option<Word> {
     match published {
         Published::Wide(was) if was == runs => return Some(old),
@@ -703,7 +753,12 @@ fn seal_wide<M: Memory, G: Grace>(
 /// The word for 256 words where `old` (which expands to `old_words`) is published, or nothing of this kind: the only
 /// word there is, the old node if nothing changed, or a new node. None if there is no room; then everything beneath is
 /// retired.
-fn seal<M: Memory, G: Grace>(words: &Words, old_words: &Words, old: Option<Word>, store: &mut Store<M, G>) -> Option<Word> {
+fn seal<M: Memory, G: Grace>(
+    words: &Words,
+    old_words: &Words,
+    old: Option<Word>,
+    store: &mut Store<M, G>,
+) -> Option<Word> {
     let old = old.filter(|old| old.is_node());
     if old.is_some() && words == old_words {
         return old;

@@ -2,9 +2,9 @@
 //! changes a piece that readers can reach.
 
 use crate::backing::{Backing, GrowError};
+use crate::grace::Grace;
 use crate::lpm::{INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
 use crate::order;
-use crate::grace::Grace;
 use crate::pool::{Runs, Slots};
 use crate::record::{BASE_INLINE, ENTRIES_PER_PAGE, INLINE_ENTRIES, NO_END, Node, TableId, WIDE_ENDS, WIDE_RUNS, Wide};
 
@@ -365,7 +365,11 @@ impl<M: Memory, G: Grace> Store<M, G> {
     pub(crate) fn retire_node(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
         let node = self.node(index);
-        let (base, count) = if word.is_wide() { (node.as_wide().base, wide_count(node.as_wide())) } else { (node.base, stored_count(node)) };
+        let (base, count) = if word.is_wide() {
+            (node.as_wide().base, wide_count(node.as_wide()))
+        } else {
+            (node.base, stored_count(node))
+        };
         self.retire(Piece::Node(index));
         if word.is_wide() || base != BASE_INLINE {
             self.retire(Piece::Run(base, count));
@@ -377,7 +381,9 @@ impl<M: Memory, G: Grace> Store<M, G> {
         let Kind::Node(index) = word.kind() else { return };
         let node = *self.node(index);
         if word.is_wide() {
-            (node.as_wide().base..).take(wide_count(node.as_wide()) as usize).for_each(|entry| self.retire_tree(self.entry(entry)));
+            (node.as_wide().base..)
+                .take(wide_count(node.as_wide()) as usize)
+                .for_each(|entry| self.retire_tree(self.entry(entry)));
         } else {
             (0..stored_count(&node)).for_each(|rank| self.retire_tree(self.stored(&node, rank)));
         }
@@ -428,7 +434,8 @@ pub(crate) fn wide_runs(words: &Words, inner: impl Iterator<Item = (u8, Words)>)
     let mut next = 0;
     for (byte, inner) in inner {
         let byte = usize::from(byte);
-        let fits = (next..byte).all(|byte| add(byte << 8, words[byte])) && (0..256).all(|low| add(byte << 8 | low, inner[low]));
+        let fits = (next..byte).all(|byte| add(byte << 8, words[byte]))
+            && (0..256).all(|low| add(byte << 8 | low, inner[low]));
         if !fits {
             return None;
         }

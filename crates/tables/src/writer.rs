@@ -7,11 +7,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use crate::adopt::{AdoptError, scan};
 use crate::backing::{Backing, GrowError, View};
 use crate::filter::local_filter_bit;
+use crate::grace::Grace;
 use crate::layout::layout_hash;
 use crate::lpm::Leaf;
 use crate::nexthop::{NexthopIdentity, NexthopValue};
 use crate::order;
-use crate::grace::Grace;
 use crate::reason::{REASONS, Reason};
 use crate::record::*;
 use crate::rib::{Entry, Match, Prefix, Rib};
@@ -174,7 +174,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         let used = scan(&backing.view())?;
         let (nexthops, groups) = (used.nexthops.clone(), used.groups.clone());
         let (roots, vlans) = (used.roots.clone(), used.vlans.clone());
-        let store = Store::with_used(backing, grace, used).ok_or(AdoptError::Damaged("pieces of routes overlap".into()))?;
+        let store =
+            Store::with_used(backing, grace, used).ok_or(AdoptError::Damaged("pieces of routes overlap".into()))?;
         let mut writer = Self::over(store);
         // Readers may still hold what the last writer had in limbo, which counts as free from now on.
         writer.store.wait();
@@ -464,11 +465,19 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Roots there are and their families.
     pub fn roots(&self) -> impl Iterator<Item = (u32, Family)> {
-        self.routes.iter().map(|(root, routes)| (*root, if matches!(routes, Routes::V4(_)) { Family::V4 } else { Family::V6 }))
+        self.routes
+            .iter()
+            .map(|(root, routes)| (*root, if matches!(routes, Routes::V4(_)) { Family::V4 } else { Family::V6 }))
     }
 
     /// Sets what a prefix leads to; returns what it led to before.
-    pub fn route_set(&mut self, root: u32, address: IpAddr, len: u8, entry: Entry) -> Result<Option<Entry>, RouteError> {
+    pub fn route_set(
+        &mut self,
+        root: u32,
+        address: IpAddr,
+        len: u8,
+        entry: Entry,
+    ) -> Result<Option<Entry>, RouteError> {
         with_rib!(self, get_mut, root, address, (rib, octets) => {
             Ok(rib.set(Prefix::new(octets, len).ok_or(RouteError::BadPrefix { address, len })?, entry))
         })
@@ -482,7 +491,13 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     }
 
     /// Lets `leaf` stand in at one address as long as the leaf that decides there is `under`.
-    pub fn host_set(&mut self, root: u32, address: IpAddr, under: Leaf, leaf: Leaf) -> Result<Option<Leaf>, RouteError> {
+    pub fn host_set(
+        &mut self,
+        root: u32,
+        address: IpAddr,
+        under: Leaf,
+        leaf: Leaf,
+    ) -> Result<Option<Leaf>, RouteError> {
         with_rib!(self, get_mut, root, address, (rib, octets) => Ok(rib.set_host(octets, under, leaf)))
     }
 
@@ -516,7 +531,11 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     }
 
     fn grow_to(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {
-        if elements <= self.store.mem.elements(table) { Ok(()) } else { Memory::grow(&mut self.store.mem, table, elements) }
+        if elements <= self.store.mem.elements(table) {
+            Ok(())
+        } else {
+            Memory::grow(&mut self.store.mem, table, elements)
+        }
     }
 
     /// True if `publish` has something to do.
@@ -570,7 +589,11 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     }
 
     /// Takes an element that all of `tables` have room for.
-    fn take(&mut self, tables: &[TableId], take: impl Fn(&mut Store<B, G>, u32) -> Option<u32>) -> Result<u32, GrowError> {
+    fn take(
+        &mut self,
+        tables: &[TableId],
+        take: impl Fn(&mut Store<B, G>, u32) -> Option<u32>,
+    ) -> Result<u32, GrowError> {
         self.store.begin();
         for table in tables {
             let taken = self.store.allocate(*table, |store, _| {
@@ -604,8 +627,11 @@ fn shares(members: &[(u32, u32)]) -> BTreeMap<u32, usize> {
     let total: u64 = members.iter().map(|(_, weight)| u64::from(*weight)).sum();
     let buckets = GROUP_BUCKETS as u64;
     let exact = |weight: u32| u64::from(weight) * buckets;
-    let mut shares: Vec<(u32, usize, u64)> = members.iter().filter(|_| total > 0)
-        .map(|&(nexthop, weight)| (nexthop, (exact(weight) / total) as usize, exact(weight) % total)).collect();
+    let mut shares: Vec<(u32, usize, u64)> = members
+        .iter()
+        .filter(|_| total > 0)
+        .map(|&(nexthop, weight)| (nexthop, (exact(weight) / total) as usize, exact(weight) % total))
+        .collect();
     shares.sort_by_key(|&(nexthop, _, remainder)| (std::cmp::Reverse(remainder), nexthop));
     let rest = GROUP_BUCKETS.saturating_sub(shares.iter().map(|share| share.1).sum());
     shares.iter_mut().take(rest).for_each(|share| share.1 += 1);

@@ -28,7 +28,8 @@ fn value(n: u8) -> NexthopValue {
 /// length: a reader knows which leaves an address can have.
 #[test]
 fn readers_never_miss_a_route_or_see_a_torn_record() {
-    let tables = Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 4096).with(TableId::Entries, 1024)));
+    let tables =
+        Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 4096).with(TableId::Entries, 1024)));
     let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
     let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
 
@@ -42,29 +43,33 @@ fn readers_never_miss_a_route_or_see_a_torn_record() {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = Arc::new(AtomicU64::new(0));
     let first = hops[8];
-    let readers: Vec<_> = words.into_iter().enumerate().map(|(n, word)| {
-        let (tables, stop, seen) = (tables.clone(), stop.clone(), seen.clone());
-        thread::spawn(move || {
-            let mut random = Random(n as u64);
-            while !stop.load(Relaxed) {
-                grace::enter(&*word);
-                let view = tables.view();
-                for _ in 0..32 {
-                    let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8];
-                    let leaf = lookup(&view, MAIN_ROOT[0], &address).expect("an index out of range");
-                    let Kind::Nexthop(hop) = leaf.kind() else { panic!("{address:?} leads to {leaf:?}") };
-                    assert!((first..=first + 24).contains(&hop), "{address:?} leads to next hop {hop}");
-                    if let Some(value) = NexthopValue::read(&view.nexthops()[hop as usize]) {
-                        let Action::Forward(header) = value.action else { panic!("{value:?}") };
-                        assert!(value.port == value.mtu && value.port == value.device, "{value:?}");
-                        assert_eq!(header.bytes(), [value.port as u8; 12], "{value:?}");
+    let readers: Vec<_> = words
+        .into_iter()
+        .enumerate()
+        .map(|(n, word)| {
+            let (tables, stop, seen) = (tables.clone(), stop.clone(), seen.clone());
+            thread::spawn(move || {
+                let mut random = Random(n as u64);
+                while !stop.load(Relaxed) {
+                    grace::enter(&*word);
+                    let view = tables.view();
+                    for _ in 0..32 {
+                        let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8];
+                        let leaf = lookup(&view, MAIN_ROOT[0], &address).expect("an index out of range");
+                        let Kind::Nexthop(hop) = leaf.kind() else { panic!("{address:?} leads to {leaf:?}") };
+                        assert!((first..=first + 24).contains(&hop), "{address:?} leads to next hop {hop}");
+                        if let Some(value) = NexthopValue::read(&view.nexthops()[hop as usize]) {
+                            let Action::Forward(header) = value.action else { panic!("{value:?}") };
+                            assert!(value.port == value.mtu && value.port == value.device, "{value:?}");
+                            assert_eq!(header.bytes(), [value.port as u8; 12], "{value:?}");
+                        }
                     }
+                    grace::leave(&*word);
+                    seen.fetch_add(32, Relaxed);
                 }
-                grace::leave(&*word);
-                seen.fetch_add(32, Relaxed);
-            }
+            })
         })
-    }).collect();
+        .collect();
 
     let mut random = Random(99);
     let deadline = Instant::now() + DURATION;

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 use towpath_tables::backing::{HeapBacking, initial_elements};
+use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{Leaf, lookup};
 use towpath_tables::mix;
-use towpath_tables::grace::NoReaders;
 use towpath_tables::rib::Entry;
 use towpath_tables::writer::{MAIN_ROOT, TableWriter};
 
@@ -73,10 +73,24 @@ fn a_full_table_stays_within_its_budget() {
     let tables: usize = writer.usage().iter().map(|usage| usage.bytes).sum();
     let live = LIVE.load(Relaxed) - before;
     let peak = PEAK.load(Relaxed) - before;
-    println!("{} + {} routes: trie {} KiB, tables {} KiB, all {} KiB, peak {} KiB", V4, V6, trie >> 10, tables >> 10, live >> 10, peak >> 10);
+    println!(
+        "{} + {} routes: trie {} KiB, tables {} KiB, all {} KiB, peak {} KiB",
+        V4,
+        V6,
+        trie >> 10,
+        tables >> 10,
+        live >> 10,
+        peak >> 10
+    );
     println!("filled in {filled:?}, published after {total:?}: {} nodes", published.nodes);
     for usage in writer.usage() {
-        println!("{:13} {:8} of {:8} elements, {:6} KiB", usage.table.name(), usage.used, usage.elements, usage.bytes >> 10);
+        println!(
+            "{:13} {:8} of {:8} elements, {:6} KiB",
+            usage.table.name(),
+            usage.used,
+            usage.elements,
+            usage.bytes >> 10
+        );
     }
     assert!(peak <= BUDGET, "{peak} bytes");
 

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
-use towpath_tables::lpm::{Kind, Leaf, LpmRead, Word, lookup};
 use towpath_tables::grace::NoReaders;
+use towpath_tables::lpm::{Kind, Leaf, LpmRead, Word, lookup};
 use towpath_tables::record::TableId;
 use towpath_tables::rib::{Entry, Prefix, Rib};
 use towpath_tables::store::{Store, TABLE_FULL};
@@ -21,7 +21,10 @@ struct Reference<const N: usize> {
 impl<const N: usize> Reference<N> {
     /// The leaf for an address and the length of the prefix that decides.
     fn lookup(&self, address: &[u8; N]) -> Option<(Leaf, u8)> {
-        let (prefix, entry) = self.routes.iter().filter(|(prefix, _)| prefix.contains(address))
+        let (prefix, entry) = self
+            .routes
+            .iter()
+            .filter(|(prefix, _)| prefix.contains(address))
             .max_by_key(|(prefix, entry)| (entry.shadow, prefix.prefix_len()))?;
         Some((*self.hosts.get(&(*address, entry.leaf)).unwrap_or(&entry.leaf), prefix.prefix_len()))
     }
@@ -64,7 +67,7 @@ fn step<const N: usize>() -> impl Strategy<Value = Step<N>> {
 
 fn leaf(n: u32) -> Leaf {
     // Half of the leaves are groups.
-    if n % 2 == 0 { Leaf::nexthop(n).unwrap() } else { Leaf::group(n).unwrap() }
+    if n.is_multiple_of(2) { Leaf::nexthop(n).unwrap() } else { Leaf::group(n).unwrap() }
 }
 
 struct Subject<const N: usize> {
@@ -76,7 +79,12 @@ struct Subject<const N: usize> {
 
 impl<const N: usize> Subject<N> {
     fn new(backing: HeapBacking) -> Self {
-        Self { rib: Rib::new(0), store: Store::new(backing, NoReaders), reference: Reference::default(), probes: vec![[0; N], [255; N]] }
+        Self {
+            rib: Rib::new(0),
+            store: Store::new(backing, NoReaders),
+            reference: Reference::default(),
+            probes: vec![[0; N], [255; N]],
+        }
     }
 
     fn probe_around(&mut self, prefix: Prefix<N>) {
@@ -115,7 +123,10 @@ impl<const N: usize> Subject<N> {
             }
             Step::Host(address, under, n) => {
                 let (under, leaf) = (leaf(*under), Leaf::nexthop(*n).unwrap());
-                assert_eq!(self.rib.set_host(*address, under, leaf), self.reference.hosts.insert((*address, under), leaf));
+                assert_eq!(
+                    self.rib.set_host(*address, under, leaf),
+                    self.reference.hosts.insert((*address, under), leaf)
+                );
                 self.probes.push(*address);
             }
             Step::RemoveHost(which) => {
@@ -175,7 +186,11 @@ impl<const N: usize> Subject<N> {
 }
 
 fn small() -> PerTable {
-    initial_elements(1).with(TableId::Roots, 1).with(TableId::Nodes, 4).with(TableId::Entries, 1).with(TableId::Nexthops, 16)
+    initial_elements(1)
+        .with(TableId::Roots, 1)
+        .with(TableId::Nodes, 4)
+        .with(TableId::Entries, 1)
+        .with(TableId::Nexthops, 16)
 }
 
 fn history<const N: usize>(steps: &[Step<N>]) {
@@ -323,7 +338,11 @@ fn words_too_many_for_a_wide_node_go_to_ordinary_ones_and_come_back() {
         let used = (subject.store.used(TableId::Nodes).unwrap(), subject.store.used_entries());
         assert_eq!(subject.rib.required(), used, "{routes} routes");
         subject.restart();
-        assert_eq!(subject.rib.publish(&mut subject.store), 0, "{routes} routes: a new writer finds them as it wants them");
+        assert_eq!(
+            subject.rib.publish(&mut subject.store),
+            0,
+            "{routes} routes: a new writer finds them as it wants them"
+        );
         assert_eq!(subject.store.limbo(), 0, "{routes} routes: it replaces nothing");
     };
     for n in 1..30 {

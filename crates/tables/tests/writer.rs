@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
+use towpath_tables::Reason;
 use towpath_tables::adopt::AdoptError;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
 use towpath_tables::filter::local_filter_bit;
@@ -12,7 +13,6 @@ use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
 use towpath_tables::record::*;
 use towpath_tables::rib::Entry;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, RouteError, TableWriter};
-use towpath_tables::Reason;
 
 type Writer = TableWriter<HeapBacking, NoReaders>;
 
@@ -63,8 +63,14 @@ fn ports_lie_where_programs_look_for_them() {
     assert_eq!(writer.port_totals(6).rx_packets, 0, "with counters from zero");
 
     let value = PortValue {
-        flags: port_flags::READY | port_flags::FORWARD_V4, mac: [2, 3, 4, 5, 6, 7], root: MAIN_ROOT,
-        ingress_policy: [None, Some(Reason::PolicyTc)], vlans: None, vlan: Some((0x8100, 12)), lower: 5, mtu: 1400,
+        flags: port_flags::READY | port_flags::FORWARD_V4,
+        mac: [2, 3, 4, 5, 6, 7],
+        root: MAIN_ROOT,
+        ingress_policy: [None, Some(Reason::PolicyTc)],
+        vlans: None,
+        vlan: Some((0x8100, 12)),
+        lower: 5,
+        mtu: 1400,
     };
     writer.set_port(6, &value);
     let port = &writer.view().ports()[6];
@@ -72,7 +78,10 @@ fn ports_lie_where_programs_look_for_them() {
     assert_eq!(port.mac_hi.load().to_ne_bytes(), [2, 3, 4, 5]);
     assert_eq!((port.mac_lo.load() as u16).to_ne_bytes(), [6, 7]);
     assert_eq!([port.ingress_policy[0].load(), port.ingress_policy[1].load()], [0, 1 + Reason::PolicyTc as u32]);
-    assert_eq!((port.vlans.load(), port.vlan.load(), port.lower.load(), port.mtu.load()), (NO_VLANS, 0x8100_000c, 5, 1400));
+    assert_eq!(
+        (port.vlans.load(), port.vlan.load(), port.lower.load(), port.mtu.load()),
+        (NO_VLANS, 0x8100_000c, 5, 1400)
+    );
 }
 
 #[test]
@@ -110,14 +119,23 @@ fn the_filter_knows_every_local_address() {
 fn groups_follow_weights_and_move_few_flows() {
     let mut writer = writer();
     let group = writer.alloc_group(&[(2, 1), (3, 2), (4, 1)]).unwrap();
-    let buckets = |writer: &Writer| writer.view().groups()[group as usize].buckets.iter().map(W32Load::get).collect::<Vec<_>>();
-    let shares = |buckets: &[u32]| buckets.iter().fold(BTreeMap::new(), |mut map, hop| { *map.entry(*hop).or_insert(0) += 1; map });
+    let buckets =
+        |writer: &Writer| writer.view().groups()[group as usize].buckets.iter().map(W32Load::get).collect::<Vec<_>>();
+    let shares = |buckets: &[u32]| {
+        buckets.iter().fold(BTreeMap::new(), |mut map, hop| {
+            *map.entry(*hop).or_insert(0) += 1;
+            map
+        })
+    };
     let before = buckets(&writer);
     assert_eq!(shares(&before), BTreeMap::from([(2, 64), (3, 128), (4, 64)]));
     writer.set_group(group, &[(2, 1), (3, 2)]);
     let after = buckets(&writer);
     assert_eq!(shares(&after), BTreeMap::from([(2, 85), (3, 171)]));
-    assert!(before.iter().zip(&after).all(|(old, new)| old == new || *old == 4), "only flows of the one that left move");
+    assert!(
+        before.iter().zip(&after).all(|(old, new)| old == new || *old == 4),
+        "only flows of the one that left move"
+    );
 }
 
 use towpath_tables::word::W32;
@@ -167,7 +185,10 @@ fn routes_go_to_the_root_they_belong_to() {
     let mut writer = writer();
     let entry = to(Leaf::nexthop(7));
     assert_eq!(writer.route_set(5, address("192.0.2.0"), 24, entry), Err(RouteError::NoRoot(5)));
-    assert!(matches!(writer.route_set(0, address("2001:db8::"), 32, entry), Err(RouteError::WrongFamily { root: 0, .. })));
+    assert!(matches!(
+        writer.route_set(0, address("2001:db8::"), 32, entry),
+        Err(RouteError::WrongFamily { root: 0, .. })
+    ));
     assert!(matches!(writer.route_set(0, address("192.0.2.0"), 33, entry), Err(RouteError::BadPrefix { len: 33, .. })));
     let other = writer.alloc_root(Family::V4).unwrap();
     writer.route_set(other, address("192.0.2.0"), 24, entry).unwrap();
@@ -191,7 +212,9 @@ fn populate(writer: &mut Writer) -> (Vec<u32>, u32) {
         writer.route_set(MAIN_ROOT[1], [0x2001, 0xdb8, n.into(), 0, 0, 0, 0, 0].into(), 48, to(leaf)).unwrap();
     }
     writer.route_set(MAIN_ROOT[0], [0, 0, 0, 0].into(), 0, to(Leaf::nexthop(hops[2]))).unwrap();
-    writer.host_set(MAIN_ROOT[0], [192, 0, 2, 9].into(), Leaf::nexthop(hops[1]).unwrap(), Leaf::nexthop(hops[2]).unwrap()).unwrap();
+    writer
+        .host_set(MAIN_ROOT[0], [192, 0, 2, 9].into(), Leaf::nexthop(hops[1]).unwrap(), Leaf::nexthop(hops[2]).unwrap())
+        .unwrap();
     (hops, group)
 }
 
@@ -209,7 +232,11 @@ fn a_new_writer_changes_only_what_differs() {
     let mut writer = TableWriter::adopt(writer.into_backing(), NoReaders).unwrap();
     assert_eq!(writer.view().config().epoch.load(), 2);
     assert_eq!(used(&writer, TableId::Nodes), nodes);
-    assert_eq!(lookup(&writer.view(), MAIN_ROOT[0], &[192, 0, 2, 9]).unwrap().kind(), Kind::Nexthop(hops[2]), "still published");
+    assert_eq!(
+        lookup(&writer.view(), MAIN_ROOT[0], &[192, 0, 2, 9]).unwrap().kind(),
+        Kind::Nexthop(hops[2]),
+        "still published"
+    );
     assert_eq!(populate(&mut writer), (hops.clone(), group), "the same next hops and group are claimed");
     let sequence = writer.view().nexthops()[hops[0] as usize].sequence.load();
     assert_eq!(sequence, 4, "set once when new, once to forward, not again");
@@ -239,7 +266,10 @@ fn tables_of_another_layout_are_refused() {
     let different = |what, found, expected| AdoptError::Different { what, found, expected };
     assert_eq!(refused(|config| config.magic.store(0)), different("magic number", 0, MAGIC));
     assert_eq!(refused(|config| config.version.store(77)), different("layout version", 77, LAYOUT_VERSION));
-    assert_eq!(refused(|config| config.layout.store(!layout_hash())), different("layout hash", !layout_hash(), layout_hash()));
+    assert_eq!(
+        refused(|config| config.layout.store(!layout_hash())),
+        different("layout hash", !layout_hash(), layout_hash())
+    );
 }
 
 #[test]
@@ -249,7 +279,8 @@ fn damaged_tables_are_refused() {
         populate(&mut writer);
         writer.publish();
         spoil(&writer.view().roots()[0]);
-        let error = TableWriter::adopt(writer.into_backing(), NoReaders).err().expect("adopted all the same").to_string();
+        let error =
+            TableWriter::adopt(writer.into_backing(), NoReaders).err().expect("adopted all the same").to_string();
         assert!(error.contains(part), "{error}");
     };
     refused(|root| root.family.store(9), "family 9");

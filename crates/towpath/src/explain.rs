@@ -138,14 +138,14 @@ impl<'a> Walk<'a> {
         let tables = self.tables;
         let Some(mut entry) = Entry::find(&tables, self.ingress.device) else {
             let detail = format!("{} is not served", self.names.interface(self.ingress.device));
-            return self.to_linux(Reason::PortNotReady, Some(detail));
+            return self.left_to_linux(Reason::PortNotReady, Some(detail));
         };
         let mut frame = packet::Packet::new(frame, HEADROOM);
         let parsed = match parse(&frame, &tables, &mut entry) {
             Ok(parsed) => parsed,
             Err(reason) => {
                 let detail = self.detail(reason, None, None);
-                return self.to_linux(reason, detail);
+                return self.left_to_linux(reason, detail);
             }
         };
         self.accepted(entry.port, &parsed);
@@ -155,7 +155,7 @@ impl<'a> Walk<'a> {
                 let out = self.interface_in(hop.port);
                 self.step("source", format!("{} may come in here", self.packet.source));
                 if let Err(reason) = rewrite(&mut frame, &parsed, &hop) {
-                    return self.to_linux(reason, None);
+                    return self.left_to_linux(reason, None);
                 }
                 let bytes = frame.bytes();
                 let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
@@ -169,7 +169,7 @@ impl<'a> Walk<'a> {
             }
             Err(reason) => {
                 let detail = self.detail(reason, target, Some(&parsed));
-                self.to_linux(reason, detail)
+                self.left_to_linux(reason, detail)
             }
         }
     }
@@ -288,7 +288,7 @@ impl<'a> Walk<'a> {
         policies.map(|policy| policy.detail.clone()).collect()
     }
 
-    fn to_linux(self, reason: Reason, detail: Option<String>) -> Explanation {
+    fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explanation {
         let (name, text) = (reason.name().to_string(), reason.text().to_string());
         Explanation { steps: self.steps, verdict: Verdict::Linux { reason: name, text, detail } }
     }

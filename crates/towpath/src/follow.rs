@@ -38,10 +38,8 @@ impl Daemon {
             match &message {
                 Message::Port(port) if self.running => self.port_described(port.ifindex, port.up && port.carrier, port),
                 Message::PortDelete(ifindex) if self.running => self.port_gone(*ifindex),
-                Message::SnapshotBegin(class) => {
-                    if self.resyncing.insert(*class) && self.running {
-                        tracing::debug!("reading again: {class:?}");
-                    }
+                Message::SnapshotBegin(class) if self.resyncing.insert(*class) && self.running => {
+                    tracing::debug!("reading again: {class:?}");
                 }
                 Message::SnapshotEnd(class) => drop(self.resyncing.remove(class)),
                 _ => {}

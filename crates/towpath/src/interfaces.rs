@@ -23,11 +23,6 @@ pub fn all() -> Result<Vec<(String, u32)>> {
     }
 }
 
-/// Name of an interface, or `#index` if it has gone.
-pub fn name(interfaces: &[(String, u32)], ifindex: u32) -> String {
-    interfaces.iter().find(|(_, index)| *index == ifindex).map_or(format!("#{ifindex}"), |(name, _)| name.clone())
-}
-
 /// Index of the named interface, or a message that offers the nearest names.
 pub fn index(interfaces: &[(String, u32)], wanted: &str) -> Result<u32> {
     if let Some((_, index)) = interfaces.iter().find(|(name, _)| name == wanted) {

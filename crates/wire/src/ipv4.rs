@@ -81,10 +81,9 @@ mod tests {
     fn decrement_keeps_the_checksum_right() {
         for id in 0..=u16::MAX {
             for ttl in [1, 2, 64, 255] {
-                let mut header = Ipv4::read_from_bytes(&[
-                    0x45, 0, 0, 28, 0, 0, 0, 0, 0, 17, 0, 0, 192, 0, 2, 1, 198, 51, 100, 1,
-                ])
-                .unwrap();
+                let mut header =
+                    Ipv4::read_from_bytes(&[0x45, 0, 0, 28, 0, 0, 0, 0, 0, 17, 0, 0, 192, 0, 2, 1, 198, 51, 100, 1])
+                        .unwrap();
                 header.id.set(id);
                 header.ttl = ttl;
                 header.set_checksum();

@@ -117,7 +117,7 @@ fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
     };
     bpf(OBJ_GET_INFO_BY_FD, &mut attribute)?;
     let netfilter = info.kind == LINK_TYPE_NETFILTER;
-    Ok(netfilter.then(|| NetfilterLink { id, pf: info.pf as u8, hook: info.hook }))
+    Ok(netfilter.then_some(NetfilterLink { id, pf: info.pf as u8, hook: info.hook }))
 }
 
 /// Where tcx programs hang: the value is the kernel's attach type.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use towpath_engine::{Engine, Options, PortRequest, Site, possible_cpus};
 use towpath_lab::{Lab, Node, PacketSocket, packet, wait_for};
 use towpath_tables::backing::{Backing, PerTable, initial_elements};
-use towpath_tables::record::{self, MAGIC, LAYOUT_VERSION, NO_VLANS, NexthopKind, TableId, port_flags};
+use towpath_tables::record::{self, LAYOUT_VERSION, MAGIC, NO_VLANS, NexthopKind, TableId, port_flags};
 
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// The next hop that all routes lead to

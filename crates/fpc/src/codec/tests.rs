@@ -42,12 +42,32 @@ fn port() -> impl Strategy<Value = Port> {
         Just(PortKind::Loopback),
         Just(PortKind::Other),
     ];
-    let settings = any::<(bool, bool)>().prop_map(|(forwarding, ignore_linkdown)| PortFamily { forwarding, ignore_linkdown });
+    let settings =
+        any::<(bool, bool)>().prop_map(|(forwarding, ignore_linkdown)| PortFamily { forwarding, ignore_linkdown });
     let text = proptest::option::of(".{0,20}");
-    (any::<(u32, Option<[u8; 6]>, u32, u32, u8)>(), ".{0,15}", kind, any::<[bool; 5]>(), [settings.clone(), settings], text)
+    (
+        any::<(u32, Option<[u8; 6]>, u32, u32, u8)>(),
+        ".{0,15}",
+        kind,
+        any::<[bool; 5]>(),
+        [settings.clone(), settings],
+        text,
+    )
         .prop_map(|((ifindex, mac, mtu, master, rp_filter), name, kind, b, family, unsupported)| Port {
-            ifindex, name, mac, mtu, kind, up: b[0], carrier: b[1], master, promiscuous: b[2], family,
-            send_redirects: b[3], rp_filter, route_localnet: b[4], unsupported,
+            ifindex,
+            name,
+            mac,
+            mtu,
+            kind,
+            up: b[0],
+            carrier: b[1],
+            master,
+            promiscuous: b[2],
+            family,
+            send_redirects: b[3],
+            rp_filter,
+            route_localnet: b[4],
+            unsupported,
         })
 }
 
@@ -60,8 +80,14 @@ fn route_key() -> impl Strategy<Value = RouteKey> {
 
 fn route() -> impl Strategy<Value = Route> {
     let via = prop_oneof![prop::collection::vec(hop(), 0..5).prop_map(Via::Hops), any::<u32>().prop_map(Via::Object)];
-    (route_key(), any::<(u8, u8, u32, bool)>(), via)
-        .prop_map(|(key, (kind, protocol, mtu, unsupported), via)| Route { key, kind, protocol, via, mtu, unsupported })
+    (route_key(), any::<(u8, u8, u32, bool)>(), via).prop_map(|(key, (kind, protocol, mtu, unsupported), via)| Route {
+        key,
+        kind,
+        protocol,
+        via,
+        mtu,
+        unsupported,
+    })
 }
 
 fn object() -> impl Strategy<Value = NexthopObject> {
@@ -80,16 +106,23 @@ fn policy() -> impl Strategy<Value = Policy> {
         (any::<u32>(), proptest::option::of(family())).prop_map(|(i, f)| Scope::Ingress(i, f)),
         (any::<u32>(), proptest::option::of(family())).prop_map(|(i, f)| Scope::Egress(i, f)),
     ];
-    (source(), scope, prop::sample::select(Reason::ALL), ".{0,40}")
-        .prop_map(|(source, scope, reason, detail)| Policy { source, scope, reason, detail })
+    (source(), scope, prop::sample::select(Reason::ALL), ".{0,40}").prop_map(|(source, scope, reason, detail)| Policy {
+        source,
+        scope,
+        reason,
+        detail,
+    })
 }
 
 fn packet() -> impl Strategy<Value = Packet> {
     let address = (any::<u32>(), ip(), any::<u8>())
         .prop_map(|(ifindex, address, prefix_len)| Address { ifindex, address, prefix_len })
         .boxed();
-    let neighbour = (neighbour_key(), any::<(Option<[u8; 6]>, u16)>())
-        .prop_map(|(key, (lladdr, state))| Neighbour { key, lladdr, state });
+    let neighbour = (neighbour_key(), any::<(Option<[u8; 6]>, u16)>()).prop_map(|(key, (lladdr, state))| Neighbour {
+        key,
+        lladdr,
+        state,
+    });
     let message = prop_oneof![
         snapshot().prop_map(Message::SnapshotBegin),
         snapshot().prop_map(Message::SnapshotEnd),
@@ -104,7 +137,8 @@ fn packet() -> impl Strategy<Value = Packet> {
         object().prop_map(Message::Nexthop),
         any::<u32>().prop_map(Message::NexthopDelete),
         policy().prop_map(Message::Policy),
-        (family(), any::<u8>()).prop_map(|(family, hash_policy)| Message::FamilySettings(FamilySettings { family, hash_policy })),
+        (family(), any::<u8>())
+            .prop_map(|(family, hash_policy)| Message::FamilySettings(FamilySettings { family, hash_policy })),
     ];
     prop_oneof![
         1 => any::<(u32, u16)>().prop_map(|(magic, version)| Packet::Hello(Hello { magic, version })),
@@ -198,7 +232,10 @@ fn errors_name_field_and_offset() {
     assert_eq!(failed(999, 0, &[]), DecodeError::UnknownType(999));
     assert_eq!(failed(3, 2, &[0; 4]), DecodeError::UnknownFlags(2));
     assert_eq!(failed(3, 0, &[0; 6]), DecodeError::Trailing { offset: 4, excess: 2 });
-    assert_eq!(failed(23, 0, &[0, 0, 0, 1, 5]), DecodeError::BadValue { field: "NeighbourKey.address", offset: 4, value: 5 });
+    assert_eq!(
+        failed(23, 0, &[0, 0, 0, 1, 5]),
+        DecodeError::BadValue { field: "NeighbourKey.address", offset: 4, value: 5 }
+    );
     assert_eq!(failed(23, 0, &[0, 0, 0, 1, 4, 1]), DecodeError::Truncated { field: "NeighbourKey.address", offset: 5 });
     assert_eq!(failed(16, 0, &[9]), DecodeError::BadValue { field: "Snapshot", offset: 0, value: 9 });
     let host_bits = [0, 0, 0, 254, 4, 192, 0, 2, 1, 24, 0, 0, 0, 20, 0];

@@ -1,21 +1,41 @@
 //! Random histories against the reference: after every publication each probe address goes the same way in both.
 
-use super::*;
 use super::reference::Reference;
+use super::*;
 use proptest::prelude::*;
 use proptest::sample::select;
 
 const NETWORKS: [[&str; 7]; 2] = [
     ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.3/32", "192.0.2.0/24", "192.0.2.128/25"],
-    ["::/0", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1::/64", "2001:db8:1::5/128", "2001:db8:2::/47", "2001:db8:2::/120"],
+    [
+        "::/0",
+        "2001:db8::/32",
+        "2001:db8:1::/48",
+        "2001:db8:1::/64",
+        "2001:db8:1::5/128",
+        "2001:db8:2::/47",
+        "2001:db8:2::/120",
+    ],
 ];
 const HOSTS: [[&str; 4]; 2] = [
     ["10.1.2.3", "10.1.2.9", "192.0.2.1", "192.0.2.129"],
     ["2001:db8:1::5", "2001:db8:1::9", "2001:db8:2::1", "fe80::1"],
 ];
 const PROBES: [&str; 14] = [
-    "8.8.8.8", "10.9.9.9", "10.1.9.9", "10.1.2.3", "10.1.2.9", "10.1.2.10", "192.0.2.1", "192.0.2.129", "192.0.2.200",
-    "2001:db8:1::5", "2001:db8:1::9", "2001:db8:2::1", "2001:db8:3::1", "2400::1",
+    "8.8.8.8",
+    "10.9.9.9",
+    "10.1.9.9",
+    "10.1.2.3",
+    "10.1.2.9",
+    "10.1.2.10",
+    "192.0.2.1",
+    "192.0.2.129",
+    "192.0.2.200",
+    "2001:db8:1::5",
+    "2001:db8:1::9",
+    "2001:db8:2::1",
+    "2001:db8:3::1",
+    "2400::1",
 ];
 
 #[derive(Clone, Debug)]
@@ -36,15 +56,26 @@ fn a_port() -> impl Strategy<Value = Port> {
             _ => PortKind::Virtual,
         };
         Port {
-            kind, mtu, up: !down, carrier: !no_carrier, master: if enslaved && ifindex < 4 { 9 } else { 0 },
-            mac: (!no_mac).then(|| mac(ifindex as u8)), unsupported: unsupported.then(|| "test".into()),
-            family: [PortFamily { forwarding: true, ignore_linkdown }; 2], ..port(ifindex)
+            kind,
+            mtu,
+            up: !down,
+            carrier: !no_carrier,
+            master: if enslaved && ifindex < 4 { 9 } else { 0 },
+            mac: (!no_mac).then(|| mac(ifindex as u8)),
+            unsupported: unsupported.then(|| "test".into()),
+            family: [PortFamily { forwarding: true, ignore_linkdown }; 2],
+            ..port(ifindex)
         }
     })
 }
 
 fn a_hop(family: usize) -> impl Strategy<Value = Hop> {
-    (prop_oneof![9 => 1u32..=6, 1 => Just(0)], proptest::option::weighted(0.7, select(&HOSTS[family][..])), 1u16..4, prop::bool::weighted(0.1))
+    (
+        prop_oneof![9 => 1u32..=6, 1 => Just(0)],
+        proptest::option::weighted(0.7, select(&HOSTS[family][..])),
+        1u16..4,
+        prop::bool::weighted(0.1),
+    )
         .prop_map(|(ifindex, gateway, weight, dead)| Hop { weight, flags: dead.into(), ..hop(ifindex, gateway) })
 }
 
@@ -62,8 +93,9 @@ fn an_object_id(family: usize) -> impl Strategy<Value = u32> {
 fn a_route(family: usize) -> impl Strategy<Value = Message> {
     let via = prop_oneof![3 => prop::collection::vec(a_hop(family), 0..4).prop_map(Via::Hops), 1 => an_object_id(family).prop_map(Via::Object)];
     let kind = prop_oneof![15 => Just(1u8), 1 => 2u8..10];
-    (a_route_key(family), via, kind, prop_oneof![6 => Just(0), 1 => Just(1300)], prop::bool::weighted(0.05))
-        .prop_map(|(key, via, kind, mtu, unsupported)| Message::Route(Route { key, kind, protocol: 3, via, mtu, unsupported }))
+    (a_route_key(family), via, kind, prop_oneof![6 => Just(0), 1 => Just(1300)], prop::bool::weighted(0.05)).prop_map(
+        |(key, via, kind, mtu, unsupported)| Message::Route(Route { key, kind, protocol: 3, via, mtu, unsupported }),
+    )
 }
 
 fn an_object(family: usize) -> impl Strategy<Value = Message> {
@@ -84,9 +116,11 @@ fn a_neighbour(family: usize) -> impl Strategy<Value = Message> {
 fn a_policy() -> impl Strategy<Value = Message> {
     let family = proptest::option::of(select(vec![Family::V4, Family::V6]));
     let source = select(vec![PolicySource::Tc, PolicySource::Nftables]);
-    (1u32..=4, family, source, select(vec![Reason::PolicyTc, Reason::PolicyNetfilter])).prop_map(|(ifindex, family, source, reason)| {
-        Message::Policy(Policy { source, scope: Scope::Egress(ifindex, family), reason, detail: String::new() })
-    })
+    (1u32..=4, family, source, select(vec![Reason::PolicyTc, Reason::PolicyNetfilter])).prop_map(
+        |(ifindex, family, source, reason)| {
+            Message::Policy(Policy { source, scope: Scope::Egress(ifindex, family), reason, detail: String::new() })
+        },
+    )
 }
 
 fn a_message() -> impl Strategy<Value = Message> {
@@ -106,7 +140,9 @@ fn a_message() -> impl Strategy<Value = Message> {
 fn class_of(message: &Message) -> Option<Snapshot> {
     Some(match message {
         Message::Port(_) => Snapshot::Ports,
-        Message::Neighbour(neighbour) => Snapshot::Neighbours(if neighbour.key.address.is_ipv4() { Family::V4 } else { Family::V6 }),
+        Message::Neighbour(neighbour) => {
+            Snapshot::Neighbours(if neighbour.key.address.is_ipv4() { Family::V4 } else { Family::V6 })
+        }
         Message::Route(route) => Snapshot::Routes(route.key.prefix.family()),
         Message::Nexthop(_) => Snapshot::Nexthops,
         Message::Policy(policy) => Snapshot::Policies(policy.source),
@@ -148,7 +184,11 @@ impl Pair {
                 self.fpm.apply(Message::SnapshotEnd(class));
             }
             Step::Serve(ifindex, on) => {
-                if on { self.reference.served.insert(ifindex) } else { self.reference.served.remove(&ifindex) };
+                if on {
+                    self.reference.served.insert(ifindex)
+                } else {
+                    self.reference.served.remove(&ifindex)
+                };
                 self.fpm.serve(ifindex, on);
             }
         }

@@ -61,11 +61,13 @@ impl Reference {
     pub fn outcomes(&self, address: IpAddr) -> BTreeSet<Outcome> {
         let exception = |reason| BTreeSet::from([Outcome::Exception(reason)]);
         let longest = |tables: &[u32]| {
-            let covering = self.routes.values().filter(|r| tables.contains(&r.key.table) && covers(&r.key.prefix, address));
+            let covering =
+                self.routes.values().filter(|r| tables.contains(&r.key.table) && covers(&r.key.prefix, address));
             covering.max_by_key(|route| route.key.prefix.prefix_len()).map(|route| route.key.prefix)
         };
         let of = |table: u32, prefix: Prefix| {
-            let mut of: Vec<_> = self.routes.values().filter(|r| r.key.table == table && r.key.prefix == prefix).collect();
+            let mut of: Vec<_> =
+                self.routes.values().filter(|r| r.key.table == table && r.key.prefix == prefix).collect();
             of.sort_by_key(|route| (route.key.tos, route.key.priority));
             of
         };
@@ -78,10 +80,12 @@ impl Reference {
             return exception(Reason::UnsupportedRoute);
         }
         let usable = candidates.iter().find(|route| {
-            route.unsupported || route.kind != 1 || match self.hops(route) {
-                Ok(hops) => hops.iter().any(|hop| self.live(hop, address)),
-                Err(_) => true,
-            }
+            route.unsupported
+                || route.kind != 1
+                || match self.hops(route) {
+                    Ok(hops) => hops.iter().any(|hop| self.live(hop, address)),
+                    Err(_) => true,
+                }
         });
         let route = usable.unwrap_or(&candidates[0]);
         if route.unsupported {
@@ -93,12 +97,18 @@ impl Reference {
         match self.hops(route) {
             Err(reason) => exception(reason),
             Ok(hops) if hops.len() == 1 && hops[0].flags & 1 != 0 => match self.ports.get(&hops[0].ifindex) {
-                Some(_) if !self.live(&Hop { flags: 0, ..hops[0] }, address) => [self.send(&hops[0], route.mtu, address, true)].into(),
+                Some(_) if !self.live(&Hop { flags: 0, ..hops[0] }, address) => {
+                    [self.send(&hops[0], route.mtu, address, true)].into()
+                }
                 _ => exception(Reason::NexthopDown),
             },
             Ok(hops) if hops.len() == 1 => [self.send(&hops[0], route.mtu, address, true)].into(),
             Ok(hops) => {
-                let live: BTreeSet<_> = hops.iter().filter(|hop| self.live(hop, address)).map(|hop| self.send(hop, route.mtu, address, false)).collect();
+                let live: BTreeSet<_> = hops
+                    .iter()
+                    .filter(|hop| self.live(hop, address))
+                    .map(|hop| self.send(hop, route.mtu, address, false))
+                    .collect();
                 if live.is_empty() { exception(Reason::NexthopDown) } else { live }
             }
         }
@@ -149,7 +159,8 @@ impl Reference {
     /// `alone`: the only next hop, so that neighbours of a connected network are reached by their own addresses.
     fn send(&self, hop: &Hop, mtu: u32, packet: IpAddr, alone: bool) -> Outcome {
         let Some(chain) = self.chain(hop.ifindex) else { return Outcome::Exception(Reason::EgressNotServed) };
-        let lladdr = |address| self.neighbours.get(&NeighbourKey { ifindex: hop.ifindex, address }).and_then(|n| n.lladdr);
+        let lladdr =
+            |address| self.neighbours.get(&NeighbourKey { ifindex: hop.ifindex, address }).and_then(|n| n.lladdr);
         let lladdr = hop.gateway.or(alone.then_some(packet)).and_then(lladdr);
         let mut reasons: Vec<Reason> = Vec::new();
         let works = chain.iter().all(|port| port.up && port.carrier);
@@ -160,7 +171,8 @@ impl Reference {
             reasons.extend(port.unsupported.as_ref().map(|_| Reason::PolicySysctl));
             for policy in &self.policies {
                 if let Scope::Egress(ifindex, family) = policy.scope
-                    && ifindex == port.ifindex && applies(family, packet)
+                    && ifindex == port.ifindex
+                    && applies(family, packet)
                 {
                     reasons.push(policy.reason);
                 }
@@ -178,7 +190,6 @@ impl Reference {
         let mtu = if mtu == 0 { chain[0].mtu } else { chain[0].mtu.min(mtu) };
         Outcome::Forward { port: hop.ifindex, device: chain.last().unwrap().ifindex, mtu, header }
     }
-
 }
 
 /// (Histories do not let packets of both families share a gateway; a policy on one would touch the other.)

@@ -124,17 +124,35 @@ fn nothing(_: &mut World) {}
 struct Cases(Vec<Case>);
 
 impl Cases {
-    fn add(&mut self, name: impl Into<String>, configure: impl Fn(&mut World) + 'static, frame: Vec<u8>, expect: Expect) {
+    fn add(
+        &mut self,
+        name: impl Into<String>,
+        configure: impl Fn(&mut World) + 'static,
+        frame: Vec<u8>,
+        expect: Expect,
+    ) {
         self.0.push(Case { name: name.into(), configure: Box::new(configure), frame, expect });
     }
 
     /// The frame is an exception of `IN`.
-    fn except(&mut self, name: impl Into<String>, configure: impl Fn(&mut World) + 'static, frame: Vec<u8>, reason: Reason) {
+    fn except(
+        &mut self,
+        name: impl Into<String>,
+        configure: impl Fn(&mut World) + 'static,
+        frame: Vec<u8>,
+        reason: Reason,
+    ) {
         self.add(name, configure, frame, Expect::Exception(IN, reason));
     }
 
     /// The packet, untagged and with padding, leaves by `OUT` without.
-    fn pass(&mut self, name: impl Into<String>, configure: impl Fn(&mut World) + 'static, packet: Vec<u8>, padding: usize) {
+    fn pass(
+        &mut self,
+        name: impl Into<String>,
+        configure: impl Fn(&mut World) + 'static,
+        packet: Vec<u8>,
+        padding: usize,
+    ) {
         let frame = [arrive(&packet), vec![0xee; padding]].concat();
         let expect = Expect::Forward { frame: forwarded(OUT, &[], &packet), from: IN, to: OUT, device: OUT, hop: HOP };
         self.add(name, configure, frame, expect);
@@ -148,7 +166,12 @@ impl Cases {
         self.pass("IPv4, nothing but a header", nothing, ipv4(SOURCE4, DESTINATION4, 253, &[]), 26);
         self.pass("IPv6, nothing but a header", nothing, ipv6(address6(0, 0, 9), address6(1, 0, 7), 59, &[]), 6);
         // Linux takes a payload length of 0 for what it says unless hop-by-hop options follow.
-        self.pass("IPv6, nothing follows but padding", nothing, ipv6(address6(0, 0, 9), address6(1, 0, 7), UDP, &[]), 60);
+        self.pass(
+            "IPv6, nothing follows but padding",
+            nothing,
+            ipv6(address6(0, 0, 9), address6(1, 0, 7), UDP, &[]),
+            60,
+        );
         for len in [1471, 1472, 1473] {
             let packet = packet4(DESTINATION4, len);
             match len {
@@ -168,12 +191,22 @@ impl Cases {
             jumbo(world);
             world.flag(OUT, SINGLE_BUFFER);
         };
-        self.except("several buffers to a port that sends one", single, arrive(&packet4(DESTINATION4, 4000)), Reason::EgressNotServed);
+        self.except(
+            "several buffers to a port that sends one",
+            single,
+            arrive(&packet4(DESTINATION4, 4000)),
+            Reason::EgressNotServed,
+        );
         self.pass("one buffer to a port that sends one", single, packet4(DESTINATION4, 3000), 0);
         for (name, tos, fragment, ttl) in [
-            ("last hop but one", 0, 0, 2), ("longest life", 0, 0, 255), ("all of TOS", 0xff, 0, 64),
-            ("don't fragment", 0, 0x4000, 64), ("reserved flag", 0, 0x8000, 64), ("first fragment", 0, 0x2000, 64),
-            ("later fragment", 0, 0x2010, 64), ("last fragment", 0, 0x00b9, 64),
+            ("last hop but one", 0, 0, 2),
+            ("longest life", 0, 0, 255),
+            ("all of TOS", 0xff, 0, 64),
+            ("don't fragment", 0, 0x4000, 64),
+            ("reserved flag", 0, 0x8000, 64),
+            ("first fragment", 0, 0x2000, 64),
+            ("later fragment", 0, 0x2010, 64),
+            ("last fragment", 0, 0x00b9, 64),
         ] {
             let packet = with4(plain4(), |p| {
                 p[1] = tos;
@@ -190,7 +223,12 @@ impl Cases {
             }
         }
         self.pass("IPv6, last hop but one", nothing, with(plain6(), |p| p[7] = 2), 0);
-        self.pass("IPv6, class and label", nothing, with(plain6(), |p| p[..4].copy_from_slice(&[0x6a, 0xbc, 0xde, 0xf1])), 0);
+        self.pass(
+            "IPv6, class and label",
+            nothing,
+            with(plain6(), |p| p[..4].copy_from_slice(&[0x6a, 0xbc, 0xde, 0xf1])),
+            0,
+        );
         for next in [43, 44, 50, 51, 60, 135] {
             let packet = ipv6(address6(0, 0, 9), address6(1, 0, 7), next, &data(40));
             self.pass(format!("IPv6, next header {next}"), nothing, packet, 0);
@@ -231,22 +269,38 @@ impl Cases {
                     for padding in [0, 7] {
                         let ethertype = if packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
                         let frame = [link(*from, tags_in, ethertype), packet.clone(), vec![9; padding]].concat();
-                        let name = format!("{ethertype:04x}, from port {from}, {} tags in, {} out, padding {padding}", tags_in.len(), tags_out.len());
-                        let expect = Expect::Forward { frame: forwarded(to, tags_out, &packet), from: *from, to, device, hop };
+                        let name = format!(
+                            "{ethertype:04x}, from port {from}, {} tags in, {} out, padding {padding}",
+                            tags_in.len(),
+                            tags_out.len()
+                        );
+                        let expect =
+                            Expect::Forward { frame: forwarded(to, tags_out, &packet), from: *from, to, device, hop };
                         self.add(name, nothing, frame, expect);
                     }
                 }
             }
         }
         let tagged = |slot, tags: &[(u16, u16)]| [link(slot, tags, 0x0800), plain4()].concat();
-        let forward = |from| Expect::Forward { frame: forwarded(OUT, &[], &plain4()), from, to: OUT, device: OUT, hop: HOP };
-        self.add("priority bits of a tag do not matter", nothing, tagged(IN_VLAN, &[(0x8100, 0xf064)]), forward(IN_VLAN));
+        let forward =
+            |from| Expect::Forward { frame: forwarded(OUT, &[], &plain4()), from, to: OUT, device: OUT, hop: HOP };
+        self.add(
+            "priority bits of a tag do not matter",
+            nothing,
+            tagged(IN_VLAN, &[(0x8100, 0xf064)]),
+            forward(IN_VLAN),
+        );
         self.except("priority tag", nothing, tagged(IN, &[(0x8100, 0)]), Reason::UnsupportedEncap);
         let zero = |world: &mut World| {
             world.set_vlan(0, 0, IN_VLAN);
             world.port(IN_VLAN).vlan.store(0x8100 << 16);
         };
-        self.except("VLAN 0 cannot be a sub-interface", zero, tagged(IN_VLAN, &[(0x8100, 0)]), Reason::UnsupportedEncap);
+        self.except(
+            "VLAN 0 cannot be a sub-interface",
+            zero,
+            tagged(IN_VLAN, &[(0x8100, 0)]),
+            Reason::UnsupportedEncap,
+        );
         self.except("unknown VLAN", nothing, tagged(IN, &[(0x8100, 101)]), Reason::UnsupportedEncap);
         self.except("VLAN 4095", nothing, tagged(IN, &[(0x8100, 4095)]), Reason::UnsupportedEncap);
         let last = |world: &mut World| {
@@ -254,7 +308,12 @@ impl Cases {
             world.port(IN_VLAN).vlan.store(0x8100 << 16 | 4094);
         };
         self.add("VLAN 4094", last, tagged(IN_VLAN, &[(0x8100, 4094)]), forward(IN_VLAN));
-        self.except("right VLAN under the wrong protocol", nothing, tagged(IN_VLAN, &[(0x88a8, 100)]), Reason::UnsupportedEncap);
+        self.except(
+            "right VLAN under the wrong protocol",
+            nothing,
+            tagged(IN_VLAN, &[(0x88a8, 100)]),
+            Reason::UnsupportedEncap,
+        );
         let none = |world: &mut World| world.port(IN).vlans.store(towpath_tables::record::NO_VLANS);
         self.except("port without sub-interfaces", none, tagged(IN_VLAN, &[C100]), Reason::UnsupportedEncap);
         let outside = |world: &mut World| world.port(IN).vlans.store(77);
@@ -268,18 +327,39 @@ impl Cases {
         let alien = Expect::Exception(IN_VLAN, Reason::NotForUs);
         self.add("the sub-interface has a MAC address of its own", nothing, tagged(IN, &[C100]), alien);
         let down = |world: &mut World| world.unflag(IN_VLAN, READY);
-        self.add("sub-interface down", down, tagged(IN_VLAN, &[C100]), Expect::Exception(IN_VLAN, Reason::PortNotReady));
+        self.add(
+            "sub-interface down",
+            down,
+            tagged(IN_VLAN, &[C100]),
+            Expect::Exception(IN_VLAN, Reason::PortNotReady),
+        );
         let down = |world: &mut World| world.unflag(IN, READY);
         self.except("sub-interface of a port that is down", down, tagged(IN_VLAN, &[C100]), Reason::PortNotReady);
         let policy = |world: &mut World| world.port(IN_VLAN).ingress_policy[0].store(1 + Reason::PolicyTc as u32);
-        self.add("sub-interface's policy", policy, tagged(IN_VLAN, &[C100]), Expect::Exception(IN_VLAN, Reason::PolicyTc));
+        self.add(
+            "sub-interface's policy",
+            policy,
+            tagged(IN_VLAN, &[C100]),
+            Expect::Exception(IN_VLAN, Reason::PolicyTc),
+        );
         let policy = |world: &mut World| world.port(IN).ingress_policy[0].store(1 + Reason::PolicyTc as u32);
-        self.add("the policy of the port below is not the sub-interface's", policy, tagged(IN_VLAN, &[C100]), forward(IN_VLAN));
+        self.add(
+            "the policy of the port below is not the sub-interface's",
+            policy,
+            tagged(IN_VLAN, &[C100]),
+            forward(IN_VLAN),
+        );
         let root = |world: &mut World| {
             world.port(IN_VLAN).root[0].store(2);
             world.default_route(2, hop(HOP_OTHER));
         };
-        let expect = Expect::Forward { frame: forwarded(OTHER, &[], &plain4()), from: IN_VLAN, to: OTHER, device: OTHER, hop: HOP_OTHER };
+        let expect = Expect::Forward {
+            frame: forwarded(OTHER, &[], &plain4()),
+            from: IN_VLAN,
+            to: OTHER,
+            device: OTHER,
+            hop: HOP_OTHER,
+        };
         self.add("sub-interface's own routes", root, tagged(IN_VLAN, &[C100]), expect);
         self.except("tag cut off", nothing, link(IN, &[], 0x8100), Reason::Truncated);
         let cut = with(tagged(IN_VLAN, &[C100]), |f| f.truncate(17));
@@ -294,8 +374,14 @@ impl Cases {
         for slot in [4, 5] {
             // Slots 1 to 4 are looked at; the others are taken by interfaces whose index leaves the same remainder.
             let moved = move |world: &mut World| world.move_port(IN, slot);
-            let expect = Expect::Forward { frame: forwarded(OUT, &[], &plain4()), from: slot, to: OUT, device: OUT, hop: HOP };
-            self.add(format!("port in slot {slot}"), moved, arrive(&plain4()), if slot == 4 { expect } else { Expect::NotAPort });
+            let expect =
+                Expect::Forward { frame: forwarded(OUT, &[], &plain4()), from: slot, to: OUT, device: OUT, hop: HOP };
+            self.add(
+                format!("port in slot {slot}"),
+                moved,
+                arrive(&plain4()),
+                if slot == 4 { expect } else { Expect::NotAPort },
+            );
         }
         for (name, packet, flag, family) in [("IPv4", plain4(), FORWARD_V4, 0), ("IPv6", plain6(), FORWARD_V6, 1)] {
             for (what, flag) in [("absent", PRESENT), ("not ready", READY), ("not forwarding", flag)] {
@@ -312,7 +398,12 @@ impl Cases {
                 world.config().policy[family].store(1 + Reason::PolicyNetfilter as u32);
                 world.port(IN).ingress_policy[family].store(1 + Reason::PolicyCapture as u32);
             };
-            self.except(format!("{name}, the family's policy goes first"), all, arrive(&packet), Reason::PolicyNetfilter);
+            self.except(
+                format!("{name}, the family's policy goes first"),
+                all,
+                arrive(&packet),
+                Reason::PolicyNetfilter,
+            );
             let other = move |world: &mut World| {
                 world.config().policy[1 - family].store(1 + Reason::PolicyXfrm as u32);
                 world.port(IN).ingress_policy[1 - family].store(1 + Reason::PolicyXfrm as u32);
@@ -340,8 +431,13 @@ impl Cases {
             self.except(format!("IPv4, total length {len}"), nothing, arrive(&short), Reason::BadHeader);
         }
         for (first, reason) in [
-            (0x55, Reason::BadHeader), (0x05, Reason::BadHeader), (0x65, Reason::BadHeader), (0x44, Reason::BadHeader),
-            (0x40, Reason::BadHeader), (0x46, Reason::IpOptions), (0x4f, Reason::IpOptions),
+            (0x55, Reason::BadHeader),
+            (0x05, Reason::BadHeader),
+            (0x65, Reason::BadHeader),
+            (0x44, Reason::BadHeader),
+            (0x40, Reason::BadHeader),
+            (0x46, Reason::IpOptions),
+            (0x4f, Reason::IpOptions),
         ] {
             let packet = with4(packet4(DESTINATION4, 60), |p| p[0] = first);
             let frame = [link(IN, &[], 0x0800), packet].concat();
@@ -360,7 +456,12 @@ impl Cases {
             let packet = with4(plain4(), |p| p[8] = ttl);
             self.except(format!("IPv4, TTL {ttl}"), nothing, arrive(&packet), Reason::TtlExpired);
             let local = with4(packet4([192, 0, 2, 1], 4), |p| p[8] = ttl);
-            self.except(format!("IPv4, TTL {ttl} does not matter at the end"), nothing, arrive(&local), Reason::LocalDestination);
+            self.except(
+                format!("IPv4, TTL {ttl} does not matter at the end"),
+                nothing,
+                arrive(&local),
+                Reason::LocalDestination,
+            );
         }
     }
 
@@ -368,20 +469,42 @@ impl Cases {
         use Reason::{Broadcast, MartianDestination, MartianSource, Multicast, NoRoute};
         let localnet = |world: &mut World| world.flag(IN, ROUTE_LOCALNET);
         for (address, reason) in [
-            ([0, 0, 0, 0], MartianDestination), ([0, 0, 0, 1], NoRoute), ([127, 0, 0, 1], MartianDestination),
-            ([127, 255, 255, 255], MartianDestination), ([126, 255, 255, 255], NoRoute), ([128, 0, 0, 0], NoRoute),
-            ([223, 255, 255, 255], NoRoute), ([224, 0, 0, 0], Multicast), ([239, 255, 255, 255], Multicast),
-            ([240, 0, 0, 0], NoRoute), ([255, 255, 255, 254], NoRoute), ([255, 255, 255, 255], Broadcast),
+            ([0, 0, 0, 0], MartianDestination),
+            ([0, 0, 0, 1], NoRoute),
+            ([127, 0, 0, 1], MartianDestination),
+            ([127, 255, 255, 255], MartianDestination),
+            ([126, 255, 255, 255], NoRoute),
+            ([128, 0, 0, 0], NoRoute),
+            ([223, 255, 255, 255], NoRoute),
+            ([224, 0, 0, 0], Multicast),
+            ([239, 255, 255, 255], Multicast),
+            ([240, 0, 0, 0], NoRoute),
+            ([255, 255, 255, 254], NoRoute),
+            ([255, 255, 255, 255], Broadcast),
         ] {
             self.except(format!("IPv4, to {address:?}"), nothing, arrive(&packet4(address, 4)), reason);
             let reason = if address[0] == 127 { NoRoute } else { reason };
-            self.except(format!("IPv4, to {address:?}, route_localnet"), localnet, arrive(&packet4(address, 4)), reason);
+            self.except(
+                format!("IPv4, to {address:?}, route_localnet"),
+                localnet,
+                arrive(&packet4(address, 4)),
+                reason,
+            );
         }
         for (address, martian) in [
-            ([0, 0, 0, 0], true), ([0, 0, 0, 1], false), ([0, 255, 255, 255], false), ([126, 255, 255, 255], false),
-            ([127, 0, 0, 0], true), ([127, 255, 255, 255], true), ([128, 0, 0, 0], false), ([223, 255, 255, 255], false),
-            ([224, 0, 0, 0], true), ([239, 255, 255, 255], true), ([240, 0, 0, 0], false),
-            ([255, 255, 255, 254], false), ([255, 255, 255, 255], true),
+            ([0, 0, 0, 0], true),
+            ([0, 0, 0, 1], false),
+            ([0, 255, 255, 255], false),
+            ([126, 255, 255, 255], false),
+            ([127, 0, 0, 0], true),
+            ([127, 255, 255, 255], true),
+            ([128, 0, 0, 0], false),
+            ([223, 255, 255, 255], false),
+            ([224, 0, 0, 0], true),
+            ([239, 255, 255, 255], true),
+            ([240, 0, 0, 0], false),
+            ([255, 255, 255, 254], false),
+            ([255, 255, 255, 255], true),
         ] {
             let packet = ipv4(address, DESTINATION4, 253, &data(9));
             let name = format!("IPv4, from {address:?}");
@@ -397,12 +520,23 @@ impl Cases {
         self.except("IPv4, from the router itself", nothing, arrive(&own), MartianSource);
         // Another address with the same bit in the filter is told from the router's by its route.
         let filter = |address| towpath_tables::filter::local_filter_bit(address);
-        let twin = (0..=u16::MAX).map(|n| [192, 0, (n >> 8) as u8, n as u8])
+        let twin = (0..=u16::MAX)
+            .map(|n| [192, 0, (n >> 8) as u8, n as u8])
             .find(|a| *a != [192, 0, 2, 1] && filter(*a) == filter([192, 0, 2, 1]));
         if let Some(twin) = twin {
-            self.pass("IPv4, from an address that shares the filter's bit", nothing, ipv4(twin, DESTINATION4, 253, &[]), 0);
+            self.pass(
+                "IPv4, from an address that shares the filter's bit",
+                nothing,
+                ipv4(twin, DESTINATION4, 253, &[]),
+                0,
+            );
         }
-        for (reason, passes) in [(Reason::NonUnicastRoute, false), (Reason::Broadcast, false), (Reason::NexthopDown, false), (Reason::NoNeighbour, true)] {
+        for (reason, passes) in [
+            (Reason::NonUnicastRoute, false),
+            (Reason::Broadcast, false),
+            (Reason::NexthopDown, false),
+            (Reason::NoNeighbour, true),
+        ] {
             let source = [10, 200, reason as u8, 1];
             let packet = ipv4(source, DESTINATION4, 253, &[]);
             self.pass(format!("IPv4, from where {reason:?} says nothing"), nothing, packet.clone(), 0);
@@ -415,7 +549,12 @@ impl Cases {
         }
         let lone = |world: &mut World| world.local(0, &[172, 16, 0, 1]);
         self.pass("IPv4, near an own address", lone, ipv4([172, 16, 0, 2], DESTINATION4, 253, &[]), 0);
-        self.except("IPv4, own address without route around", lone, arrive(&ipv4([172, 16, 0, 1], DESTINATION4, 253, &[])), MartianSource);
+        self.except(
+            "IPv4, own address without route around",
+            lone,
+            arrive(&ipv4([172, 16, 0, 1], DESTINATION4, 253, &[])),
+            MartianSource,
+        );
     }
 
     fn ipv6_headers(&mut self) {
@@ -425,7 +564,12 @@ impl Cases {
         }
         let cut = with(arrive(&plain6()), |f| f.truncate(f.len() - 1));
         self.except("IPv6, last byte cut off", nothing, cut, Reason::Truncated);
-        self.except("IPv6, length beyond the frame", nothing, arrive(&with(plain6(), |p| p[4] = 0xff)), Reason::Truncated);
+        self.except(
+            "IPv6, length beyond the frame",
+            nothing,
+            arrive(&with(plain6(), |p| p[4] = 0xff)),
+            Reason::Truncated,
+        );
         for version in [0, 4, 5, 7, 15] {
             let packet = with(plain6(), |p| p[0] = version << 4);
             let frame = [link(IN, &[], 0x86dd), packet].concat();
@@ -439,7 +583,12 @@ impl Cases {
             let packet = with(plain6(), |p| p[7] = limit);
             self.except(format!("IPv6, hop limit {limit}"), nothing, arrive(&packet), Reason::TtlExpired);
             let local = with(packet6(address6(0, 0, 1), 4), |p| p[7] = limit);
-            self.except(format!("IPv6, hop limit {limit} does not matter at the end"), nothing, arrive(&local), Reason::LocalDestination);
+            self.except(
+                format!("IPv6, hop limit {limit} does not matter at the end"),
+                nothing,
+                arrive(&local),
+                Reason::LocalDestination,
+            );
         }
     }
 
@@ -447,17 +596,35 @@ impl Cases {
         use Reason::{LinkLocal, MartianDestination, MartianSource, Multicast, NoRoute};
         let address = |text: &str| text.parse::<std::net::Ipv6Addr>().expect("an address").octets();
         for (text, reason) in [
-            ("::", MartianDestination), ("::1", MartianDestination), ("::2", NoRoute), ("1::1", NoRoute),
-            ("::ffff:198.51.100.7", NoRoute), ("fe7f:ffff::1", NoRoute), ("fe80::1", LinkLocal),
-            ("febf:ffff::1", LinkLocal), ("fec0::1", NoRoute), ("feff:ffff::1", NoRoute), ("ff00::1", Multicast),
-            ("ff02::1", Multicast), ("ff0e::1", Multicast), ("fc00::1", NoRoute),
+            ("::", MartianDestination),
+            ("::1", MartianDestination),
+            ("::2", NoRoute),
+            ("1::1", NoRoute),
+            ("::ffff:198.51.100.7", NoRoute),
+            ("fe7f:ffff::1", NoRoute),
+            ("fe80::1", LinkLocal),
+            ("febf:ffff::1", LinkLocal),
+            ("fec0::1", NoRoute),
+            ("feff:ffff::1", NoRoute),
+            ("ff00::1", Multicast),
+            ("ff02::1", Multicast),
+            ("ff0e::1", Multicast),
+            ("fc00::1", NoRoute),
         ] {
             self.except(format!("IPv6, to {text}"), nothing, arrive(&packet6(address(text), 4)), reason);
         }
         for (text, reason) in [
-            ("::", Some(MartianSource)), ("::1", Some(MartianSource)), ("::2", None), ("1::1", None),
-            ("::ffff:192.0.2.9", Some(MartianSource)), ("fe7f:ffff::1", None), ("fe80::1", Some(LinkLocal)),
-            ("febf:ffff::1", Some(LinkLocal)), ("fec0::1", None), ("ff02::1", Some(MartianSource)), ("fc00::1", None),
+            ("::", Some(MartianSource)),
+            ("::1", Some(MartianSource)),
+            ("::2", None),
+            ("1::1", None),
+            ("::ffff:192.0.2.9", Some(MartianSource)),
+            ("fe7f:ffff::1", None),
+            ("fe80::1", Some(LinkLocal)),
+            ("febf:ffff::1", Some(LinkLocal)),
+            ("fec0::1", None),
+            ("ff02::1", Some(MartianSource)),
+            ("fc00::1", None),
             // Unlike IPv4, Linux asks nothing more of IPv6 sources.
             ("2001:db8::1", None),
         ] {
@@ -480,21 +647,51 @@ impl Cases {
             ("default route back", |w| w.default_route(0, hop(HOP_BACK)), [172, 16, 0, 1], None, None),
             ("own address", |_| (), [192, 0, 2, 1], Some(MartianSource), Some(MartianSource)),
             ("group without the port", |_| (), [10, 1, 0, 1], Some(RpFilter), None),
-            ("group with the port", |w| {
-                for bucket in &w.group(GROUP).buckets[16..] {
-                    bucket.store(HOP_BACK);
-                }
-            }, [10, 1, 0, 1], None, None),
-            ("unresolved neighbour by another port", |_| (), [10, 200, Reason::NoNeighbour as u8, 1], Some(RpFilter), None),
-            ("unresolved neighbour on the port", |w| {
-                w.nexthop(HOP_REASON + Reason::NoNeighbour as u32).port.store(IN);
-            }, [10, 200, Reason::NoNeighbour as u8, 1], None, None),
-            ("by an interface that is not served", |w| {
-                w.nexthop(HOP_REASON + Reason::EgressNotServed as u32).port.store(IN);
-            }, [10, 200, Reason::EgressNotServed as u8, 1], Some(RpFilter), None),
+            (
+                "group with the port",
+                |w| {
+                    for bucket in &w.group(GROUP).buckets[16..] {
+                        bucket.store(HOP_BACK);
+                    }
+                },
+                [10, 1, 0, 1],
+                None,
+                None,
+            ),
+            (
+                "unresolved neighbour by another port",
+                |_| (),
+                [10, 200, Reason::NoNeighbour as u8, 1],
+                Some(RpFilter),
+                None,
+            ),
+            (
+                "unresolved neighbour on the port",
+                |w| {
+                    w.nexthop(HOP_REASON + Reason::NoNeighbour as u32).port.store(IN);
+                },
+                [10, 200, Reason::NoNeighbour as u8, 1],
+                None,
+                None,
+            ),
+            (
+                "by an interface that is not served",
+                |w| {
+                    w.nexthop(HOP_REASON + Reason::EgressNotServed as u32).port.store(IN);
+                },
+                [10, 200, Reason::EgressNotServed as u8, 1],
+                Some(RpFilter),
+                None,
+            ),
             ("broadcast", |_| (), [10, 200, Reason::Broadcast as u8, 1], Some(RpFilter), Some(RpFilter)),
             ("blackhole", |_| (), [10, 200, Reason::NonUnicastRoute as u8, 1], Some(RpFilter), Some(RpFilter)),
-            ("next hop in change", |w| w.nexthop(HOP_BACK).sequence.store(9), SOURCE4, Some(TableBusy), Some(TableBusy)),
+            (
+                "next hop in change",
+                |w| w.nexthop(HOP_BACK).sequence.store(9),
+                SOURCE4,
+                Some(TableBusy),
+                Some(TableBusy),
+            ),
         ];
         for (name, step, source, strict, loose) in table {
             for (mode, flag, reason) in [("strict", RP_STRICT, strict), ("loose", RP_LOOSE, loose)] {
@@ -534,7 +731,12 @@ impl Cases {
             world.route(0, &[100, 64, 7, 9], hop(HOP));
         };
         self.pass("IPv4, host route", longer, packet4([100, 64, 7, 9], 4), 0);
-        self.except("IPv4, beside the host route", longer, arrive(&packet4([100, 64, 7, 8], 4)), Reason::LocalDestination);
+        self.except(
+            "IPv4, beside the host route",
+            longer,
+            arrive(&packet4([100, 64, 7, 8], 4)),
+            Reason::LocalDestination,
+        );
         for (packet, name) in [(plain4(), "IPv4"), (plain6(), "IPv6")] {
             let (four, frame) = (name == "IPv4", arrive(&packet));
             let busy = |world: &mut World| world.nexthop(HOP).sequence.store(9);
@@ -568,7 +770,8 @@ impl Cases {
         }
         let quiet = |world: &mut World| world.unflag(IN, REDIRECTS);
         let packet = packet4([192, 0, 2, 5], 4);
-        let expect = Expect::Forward { frame: forwarded(IN, &[], &packet), from: IN, to: IN, device: IN, hop: HOP_BACK };
+        let expect =
+            Expect::Forward { frame: forwarded(IN, &[], &packet), from: IN, to: IN, device: IN, hop: HOP_BACK };
         self.add("IPv4, back by the same port without redirects", quiet, arrive(&packet), expect);
         self.except("IPv6, redirects ask no sysctl", quiet, arrive(&packet6(address6(0, 0, 5), 4)), Reason::Redirect);
         let hit = |world: &mut World| world.nexthop(HOP).hit.store(1);
@@ -579,7 +782,8 @@ impl Cases {
         // All buckets but the flow's lead nowhere: both directions of a flow, and the ICMP errors about it, find it.
         for policy in [0, 1] {
             for (packet, name) in [
-                (packet4([10, 1, 2, 3], 8), "IPv4"), (packet6(address6(10, 0, 3), 8), "IPv6"),
+                (packet4([10, 1, 2, 3], 8), "IPv4"),
+                (packet6(address6(10, 0, 3), 8), "IPv6"),
                 (with4(packet4([10, 1, 2, 3], 8), |p| p[6] = 0x20), "IPv4 fragment"),
                 (ipv4(SOURCE4, [10, 1, 2, 3], TCP, &data(3)), "IPv4, ports cut off"),
                 (ipv4(SOURCE4, [10, 1, 2, 3], 1, &[8, 0, 0, 0]), "IPv4 ping"),
@@ -591,7 +795,13 @@ impl Cases {
                         bucket.store(HOP_OTHER);
                     }
                 };
-                let expect = Expect::Forward { frame: forwarded(OTHER, &[], &packet), from: IN, to: OTHER, device: OTHER, hop: HOP_OTHER };
+                let expect = Expect::Forward {
+                    frame: forwarded(OTHER, &[], &packet),
+                    from: IN,
+                    to: OTHER,
+                    device: OTHER,
+                    hop: HOP_OTHER,
+                };
                 self.add(format!("group, policy {policy}, {name}"), configure, arrive(&packet), expect);
             }
         }
@@ -609,7 +819,12 @@ impl Cases {
             true => self.pass(format!("{name}, on a port that may leave checksums out"), partial, packet, 3),
             false => {
                 self.pass(format!("{name}, on a port where none are"), nothing, packet.clone(), 0);
-                self.except(format!("{name}, on a port that may leave checksums out"), partial, [arrive(&packet), vec![0; 3]].concat(), Reason::PartialChecksum);
+                self.except(
+                    format!("{name}, on a port that may leave checksums out"),
+                    partial,
+                    [arrive(&packet), vec![0; 3]].concat(),
+                    Reason::PartialChecksum,
+                );
             }
         };
         type Make = fn(u8, &[u8]) -> Vec<u8>;
@@ -627,14 +842,19 @@ impl Cases {
             };
             let whole = |protocol, at, payload: &[u8]| complete(make(protocol, payload), protocol, at);
             for (what, protocol, at, payload) in [
-                ("TCP", TCP, 16, data(20)), ("TCP with odd length", TCP, 16, data(27)), ("TCP, shortest", TCP, 16, data(18)),
-                ("UDP", UDP, 6, udp(1, 2, &data(30))), ("UDP, empty", UDP, 6, udp(1, 2, &[])),
+                ("TCP", TCP, 16, data(20)),
+                ("TCP with odd length", TCP, 16, data(27)),
+                ("TCP, shortest", TCP, 16, data(18)),
+                ("UDP", UDP, 6, udp(1, 2, &data(30))),
+                ("UDP, empty", UDP, 6, udp(1, 2, &[])),
             ] {
                 case(format!("{name}, {what}, complete"), whole(protocol, at, &payload), true);
                 case(format!("{name}, {what}, partial"), seeded(protocol, at, &payload), false);
                 let off = with(seeded(protocol, at, &payload), |p| p[header + at + 1] ^= 1);
                 case(format!("{name}, {what}, one off the seed"), off, true);
-                let inverted = with(seeded(protocol, at, &payload), |p| p[header + at..header + at + 2].iter_mut().for_each(|b| *b = !*b));
+                let inverted = with(seeded(protocol, at, &payload), |p| {
+                    p[header + at..header + at + 2].iter_mut().for_each(|b| *b = !*b)
+                });
                 case(format!("{name}, {what}, complement of the seed"), inverted, true);
             }
             case(format!("{name}, UDP without checksum"), make(UDP, &udp(1, 2, &data(9))), false);
@@ -646,12 +866,24 @@ impl Cases {
             }
             case(format!("{name}, SCTP, CRC left out"), make(132, &[0; 20]), false);
             case(format!("{name}, SCTP, CRC there"), make(132, &data(20)), true);
-            for (protocol, complete) in [(4, false), (41, false), (47, false), (137, false), (1, true), (50, true), (58, true), (89, true), (59, true)] {
+            for (protocol, complete) in [
+                (4, false),
+                (41, false),
+                (47, false),
+                (137, false),
+                (1, true),
+                (50, true),
+                (58, true),
+                (89, true),
+                (59, true),
+            ] {
                 case(format!("{name}, protocol {protocol}"), make(protocol, &data(40)), complete);
             }
         }
         let fragment = |flags: u16| {
-            with4(ipv4(SOURCE4, DESTINATION4, UDP, &udp(1, 2, &data(8))), |p| p[6..8].copy_from_slice(&flags.to_be_bytes()))
+            with4(ipv4(SOURCE4, DESTINATION4, UDP, &udp(1, 2, &data(8))), |p| {
+                p[6..8].copy_from_slice(&flags.to_be_bytes())
+            })
         };
         case("IPv4, first fragment".into(), fragment(0x2000), false);
         case("IPv4, later fragment".into(), fragment(0x2001), true);

@@ -107,9 +107,13 @@ impl World {
             routes: BTreeMap::new(),
         };
         for (slot, lower, vlan) in [
-            (IN, IN, 0), (OUT, OUT, 0), (OTHER, OTHER, 0),
-            (IN_VLAN, IN, 0x8100 << 16 | 100), (IN_SERVICE, IN, 0x88a8 << 16 | 300),
-            (IN_DOUBLE, IN_SERVICE, 0x8100 << 16 | 5), (OUT_VLAN, OUT, 0x8100 << 16 | 200),
+            (IN, IN, 0),
+            (OUT, OUT, 0),
+            (OTHER, OTHER, 0),
+            (IN_VLAN, IN, 0x8100 << 16 | 100),
+            (IN_SERVICE, IN, 0x88a8 << 16 | 300),
+            (IN_DOUBLE, IN_SERVICE, 0x8100 << 16 | 5),
+            (OUT_VLAN, OUT, 0x8100 << 16 | 200),
             (OUT_DOUBLE, OTHER, 0x8100 << 16 | 7),
         ] {
             world.add_port(slot, lower, vlan);
@@ -129,8 +133,11 @@ impl World {
             bucket.store(if index % 2 == 0 { HOP } else { HOP_OTHER });
         }
         for (prefix4, prefix6, leaf) in [
-            ([192, 0], 0, hop(HOP_BACK)), ([198, 51], 1, hop(HOP)), ([203, 0], 2, hop(HOP_VLAN)),
-            ([203, 1], 3, hop(HOP_DOUBLE)), ([10, 1], 10, group(GROUP)),
+            ([192, 0], 0, hop(HOP_BACK)),
+            ([198, 51], 1, hop(HOP)),
+            ([203, 0], 2, hop(HOP_VLAN)),
+            ([203, 1], 3, hop(HOP_DOUBLE)),
+            ([10, 1], 10, group(GROUP)),
         ] {
             world.insert(0, &prefix4, leaf);
             world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, prefix6], leaf);
@@ -310,8 +317,16 @@ impl World {
     /// What the packet path reads.
     pub fn slices(&self) -> Slices<'_> {
         Slices {
-            config: self.config(), ports: &self.ports, vlans: &self.vlans, roots: &self.roots, nodes: &self.nodes,
-            entries: &self.entries, nexthops: &self.nexthops, groups: &self.groups, stats: &self.stats, cpu: 0,
+            config: self.config(),
+            ports: &self.ports,
+            vlans: &self.vlans,
+            roots: &self.roots,
+            nodes: &self.nodes,
+            entries: &self.entries,
+            nexthops: &self.nexthops,
+            groups: &self.groups,
+            stats: &self.stats,
+            cpu: 0,
         }
     }
 
@@ -371,7 +386,12 @@ fn compress(words: &[u32; 256], page: &EntryPage, stored: &mut usize) -> Node {
 
 /// The wide node for these words and those beneath each of them, if there are any beneath and few enough of all. (The
 /// ordinary nodes that were made for those beneath stay, and nothing leads to them.)
-fn wide(words: &[u32; 256], beneath: impl Fn(u8) -> Option<[u32; 256]>, page: &EntryPage, stored: &mut usize) -> Option<Node> {
+fn wide(
+    words: &[u32; 256],
+    beneath: impl Fn(u8) -> Option<[u32; 256]>,
+    page: &EntryPage,
+    stored: &mut usize,
+) -> Option<Node> {
     (0..=255).find_map(&beneath)?;
     let all: Vec<u32> = (0..=255).flat_map(|byte| beneath(byte).unwrap_or([words[usize::from(byte)]; 256])).collect();
     let last = |value: &u16| all[usize::from(*value)] != all[usize::from(*value) + 1];
