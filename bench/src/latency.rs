@@ -24,7 +24,7 @@ struct Latency {
 #[derive(Serialize)]
 struct Share {
     contender: &'static str,
-    packets_a_second: f64,
+    packets_a_second: Summary,
     share_of_a_core: Summary,
 }
 
@@ -57,7 +57,7 @@ fn latency(
         for _ in 0..rounds {
             for (number, (medians, tails)) in found.iter_mut().enumerate() {
                 arrangement.take_latencies()?;
-                arrangement.pace(number, capacity * part, SPAN)?;
+                arrangement.load(number, capacity * part, SPAN)?;
                 let buckets = arrangement.take_latencies()?;
                 medians.push(quantile(&buckets, 0.5).context("no packets")?);
                 tails.push(quantile(&buckets, 0.99).context("no packets")?);
@@ -108,17 +108,21 @@ fn load(
     let parts = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9];
     let mut figures = Vec::new();
     for part in parts {
-        let mut shares = [Vec::new(), Vec::new()];
+        let mut found = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
         for _ in 0..rounds {
-            for (number, shares) in shares.iter_mut().enumerate() {
-                shares.push(arrangement.pace(number, capacity * part, SPAN)?);
+            for (number, (rates, shares)) in found.iter_mut().enumerate() {
+                let (rate, share) = arrangement.load(number, capacity * part, SPAN)?;
+                rates.push(rate);
+                shares.push(share);
             }
         }
-        for (number, shares) in shares.iter().enumerate() {
+        for (number, (rates, shares)) in found.iter().enumerate() {
+            let packets_a_second = Summary::of(rates).context("no rounds")?;
             let share_of_a_core = Summary::of(shares).context("no rounds")?;
             let contender = CONTENDERS[number].name();
-            println!("  {contender} at {:.0} %: {:.1} % of a core", part * 100.0, share_of_a_core.median * 100.0);
-            figures.push(Share { contender, packets_a_second: capacity * part, share_of_a_core });
+            let (rate, share) = (packets_a_second.median / 1e3, share_of_a_core.median * 100.0);
+            println!("  {contender} at {:.0} %: {rate:.0} thousand a second, {share:.1} % of a core", part * 100.0);
+            figures.push(Share { contender, packets_a_second, share_of_a_core });
         }
     }
     let mut lines: Vec<Series> = CONTENDERS
@@ -128,11 +132,11 @@ fn load(
             points: figures
                 .iter()
                 .filter(|share| share.contender == contender.name())
-                .map(|share| (share.packets_a_second / 1e6, share.share_of_a_core.median * 100.0))
+                .map(|share| (share.packets_a_second.median / 1e6, share.share_of_a_core.median * 100.0))
                 .collect(),
         })
         .collect();
-    let most = capacity * parts[parts.len() - 1] / 1e6;
+    let most = figures.iter().map(|share| share.packets_a_second.median / 1e6).fold(0.0, f64::max);
     lines.push(Series {
         label: "an engine that polls (by definition)".into(),
         points: vec![(0.0, 100.0), (most, 100.0)],

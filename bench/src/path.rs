@@ -8,7 +8,8 @@
 //! NAPI runs in the router's thread, as soft interrupt, for every contender alike.
 
 use crate::bpf::Object;
-use crate::{ethtool, source};
+use crate::source::{self, FRAME};
+use crate::ethtool;
 use anyhow::{Context, Result, bail};
 use aya::programs::ProgramFd;
 use std::fs;
@@ -16,7 +17,7 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use towpath_lab::{Lab, Node, Process};
+use towpath_lab::{Lab, Node, PacketSocket, Process};
 
 /// Core of the traffic source.
 pub const SOURCE_CORE: usize = 0;
@@ -69,6 +70,7 @@ pub struct Entry {
     pub contender: Contender,
     source: Node,
     object: Object,
+    feed: PacketSocket,
     _program: Option<Object>,
     sender: u32,
     port: String,
@@ -202,26 +204,33 @@ impl Arrangement {
         self.entries[number].send(packets)
     }
 
-    /// Sends through the numbered contender at `rate` packets a second for `span`, in small batches; the share of a
-    /// core that the router's thread took meanwhile.
-    pub fn pace(&mut self, number: usize, rate: f64, span: Duration) -> Result<f64> {
-        const TICK: Duration = Duration::from_micros(100);
-        let entry = &mut self.entries[number];
-        let (time, begin) = (cpu_time(entry.napi)?, Instant::now());
-        let mut sent = 0u64;
-        while begin.elapsed() < span {
-            let due = (begin.elapsed().as_secs_f64() * rate) as u64;
-            // Behind by more than a few ticks, the machine was elsewhere: bursts would measure that, not the router.
-            let packets = (due - sent).min((rate * TICK.as_secs_f64() * 4.0).ceil() as u64);
-            if packets > 0 {
-                entry.send(packets as u32)?;
-            }
-            sent = due;
+    /// Sends through the numbered contender at `rate` packets a second until `stop` says so.
+    pub fn pace(&self, number: usize, rate: f64, stop: impl Fn() -> bool) -> Result<()> {
+        const TICK: Duration = Duration::from_micros(50);
+        // A veth's ring holds 256 packets: a late tick must not become a burst that overflows it.
+        const MOST: f64 = 64.0;
+        pin(0, SOURCE_CORE)?;
+        let entry = &self.entries[number];
+        let (mut last, mut owed) = (Instant::now(), 0.0);
+        while !stop() {
             std::thread::sleep(TICK);
+            owed = (owed + rate * last.elapsed().as_secs_f64()).min(MOST);
+            last = Instant::now();
+            // The program at the feed's far end makes each of them the next frame of the sequence.
+            entry.feed.send_all(&vec![[0u8; FRAME]; owed as usize])?;
+            owed -= owed.floor();
         }
+        Ok(())
+    }
+
+    /// Does so for `span`: packets a second that the router took, and the share of a core that its thread needed.
+    pub fn load(&self, number: usize, rate: f64, span: Duration) -> Result<(f64, f64)> {
+        let entry = &self.entries[number];
+        let (taken, time, begin) = (entry.taken(&self.router)?, cpu_time(entry.napi)?, Instant::now());
+        self.pace(number, rate, || begin.elapsed() >= span)?;
         let took = begin.elapsed();
-        entry.settle(&self.router)?;
-        Ok((cpu_time(entry.napi)? - time) as f64 / took.as_nanos() as f64)
+        let taken = entry.settle(&self.router)? - taken;
+        Ok((taken as f64 / took.as_secs_f64(), (cpu_time(entry.napi)? - time) as f64 / took.as_nanos() as f64))
     }
 
     /// Takes the latencies noted so far: for each unit of 100 ns, packets.
@@ -276,11 +285,16 @@ impl Entry {
         router.sh(&format!(
             "ip address add 198.18.{number}.1/24 dev {port}; ip address add 2001:db8:{number}::1/64 dev {port} nodad"
         ))?;
+        source.sh("ip link add feed type veth peer name relay; ip link set feed up; ip link set relay up")?;
         let mut object = Object::load(variations as u32)?;
-        let sender = source.ifindex("out")?;
-        source.enter(|| object.set_out(sender))??;
+        let (sender, relay) = (source.ifindex("out")?, source.ifindex("relay")?);
+        source.enter(|| {
+            object.set_out(sender)?;
+            object.attach("source", relay)
+        })??;
+        let feed = source.packet_socket("feed")?;
         let program = Self::program(router, contender, &port)?;
-        Ok(Entry { contender, source, object, _program: program, sender, port, napi: 0, length: source::FRAME })
+        Ok(Entry { contender, source, object, feed, _program: program, sender, port, napi: 0, length: FRAME })
     }
 
     fn program(router: &Node, contender: Contender, port: &str) -> Result<Option<Object>> {

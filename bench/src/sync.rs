@@ -133,13 +133,7 @@ fn effect(contender: Contender) -> Result<(Summary, f64)> {
     let router = arrangement.router.clone();
     let stop = std::sync::atomic::AtomicBool::new(false);
     let given = std::thread::scope(|scope| {
-        let sender = scope.spawn(|| -> Result<()> {
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                arrangement.send(0, 64)?;
-                std::thread::sleep(Duration::from_micros(20));
-            }
-            Ok(())
-        });
+        let sender = scope.spawn(|| arrangement.pace(0, 100_000.0, || stop.load(std::sync::atomic::Ordering::Relaxed)));
         let given = change_often(&router, CHANGES);
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
