@@ -8,8 +8,8 @@
 //! NAPI runs in the router's thread, as soft interrupt, for every contender alike.
 
 use crate::bpf::Object;
-use crate::source::{self, FRAME};
 use crate::ethtool;
+use crate::source::{self, FRAME};
 use anyhow::{Context, Result, bail};
 use aya::programs::ProgramFd;
 use std::fs;

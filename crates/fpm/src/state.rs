@@ -438,7 +438,10 @@ impl State {
         match Rank::of(first.table)? {
             // Nothing in table local is forwarded.
             Rank::Local => {
-                return Some((Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)), true));
+                return Some((
+                    Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)),
+                    true,
+                ));
             }
             // Linux comes here only if table main has no answer at all.
             Rank::Default => return exception(Reason::UnsupportedRoute),

@@ -386,7 +386,6 @@ fn policies_queues_and_rules_hold_for_the_stream() {
                 reason: "policy-tc",
                 effect: Effect::Passes,
                 names: &["filter bpf", "eth0"],
-                ..SETTING
             },
             Setting {
                 name: "clsact, filter at egress",
@@ -396,7 +395,6 @@ fn policies_queues_and_rules_hold_for_the_stream() {
                 reason: "policy-tc",
                 effect: Effect::Passes,
                 names: &["filter bpf", "eth1"],
-                ..SETTING
             },
         ],
     );
@@ -424,7 +422,6 @@ fn sysctls_hold_for_the_stream() {
                 effect: Effect::Passes,
                 reason: "policy-sysctl",
                 names: &["accept_redirects", "eth1"],
-                ..SETTING
             },
             Setting {
                 name: "forwarding off on a port",
