@@ -1,8 +1,10 @@
 //! The measured arrangement: one router, one sink, and for each contender a source and a port of its own.
 //!
-//!     source ns (one a contender)      router ns                        sink ns
-//!     [out] ---- veth ---- [i<n>]  forwarding by contender n  [o] ---- veth ---- [in]
-//!     core 0               its NAPI: a thread on core 1                counts and drops
+//! ```text
+//! source ns (one a contender)      router ns                        sink ns
+//! [out] ---- veth ---- [i<n>]  forwarding by contender n  [o] ---- veth ---- [in]
+//! core 0               its NAPI: a thread on core 1                counts and drops
+//! ```
 //!
 //! All contenders use the same routes and neighbours of the same router, so only the forwarding differs. The sink's
 //! NAPI runs in the router's thread, as soft interrupt, for every contender alike.

@@ -219,7 +219,7 @@ fn explain_finds_the_port_by_which_linux_reaches_the_source() {
     let net = Net::new();
     let _daemon = net.up(&["eth0", "eth1"]);
     let explained = net.json(&["explain", RIGHT, LEFT]);
-    assert_eq!(explained["verdict"]["path"], "fast");
+    assert_eq!(explained["verdict"]["path"], "fast", "{explained}");
     assert_eq!(explained["verdict"]["port"], "eth0");
     assert!(explained["steps"][0]["found"].as_str().unwrap().contains("eth1"), "{explained}");
 }
