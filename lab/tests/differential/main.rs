@@ -114,7 +114,7 @@ fn another_configuration_is_found() -> Result<()> {
         "sysctl -qw net.ipv4.conf.eth1.route_localnet=1",
         "sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
         "sysctl -qw net.ipv4.conf.all.accept_source_route=1 net.ipv4.conf.eth0.accept_source_route=1",
-        "sysctl -qw net.ipv6.conf.eth2.forwarding=0",
+        "sysctl -qw net.ipv6.conf.all.forwarding=0",
     ];
     for change in changes {
         let mut pair = Pair::new("other", ["linux", "changed linux"], &PLAIN)?;
