@@ -210,7 +210,8 @@ mod tests {
         let path = server("bad");
         let talk = |bytes: &[u8]| {
             let mut stream = UnixStream::connect(&path).unwrap();
-            stream.write_all(bytes).unwrap();
+            // The server hangs up on a request that is too long before it has all of it.
+            let _ = stream.write_all(bytes);
             let _ = stream.shutdown(std::net::Shutdown::Write);
             let mut reply = String::new();
             let _ = stream.read_to_string(&mut reply);
