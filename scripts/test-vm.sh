@@ -17,8 +17,9 @@ for line in sys.stdin:
         print(os.path.dirname(m["manifest_path"]), m["executable"])'
 }
 
-# The guest translates instructions: fewer frames there, and no second run beside the first.
+# The guest translates instructions: fewer frames and rounds there, and no second run beside the first.
 export TOWPATH_DIFF_FRAMES=${TOWPATH_VM_DIFF_FRAMES:-10000}
+export TOWPATH_ROUNDS=${TOWPATH_ROUNDS:-1}
 export TOWPATH_BIN=${TOWPATH_BIN:-$PWD/target/release/towpath}
 # Nothing may be skipped for want of a kernel feature: supplying those is what this kernel is for.
 export TOWPATH_NO_SKIP=1
@@ -32,5 +33,5 @@ while read -r dir binary; do
     (cd "$dir" && exec "$binary" --test-threads=1 "$@") </dev/null || status=1
 done <<<"$LIST"
 exit $status'
-LIST=$list exec "${root[@]}" lab/vm --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-900}" \
+LIST=$list exec "${root[@]}" lab/vm --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
     --modules veth,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack -- bash -c "$script" vm "$@"
