@@ -21,6 +21,7 @@ for line in sys.stdin:
 export TOWPATH_DIFF_FRAMES=${TOWPATH_VM_DIFF_FRAMES:-10000}
 export TOWPATH_ROUNDS=${TOWPATH_ROUNDS:-1}
 export TOWPATH_BIN=${TOWPATH_BIN:-$PWD/target/release/towpath}
+# One test is left out: it tries the differential test's own harness, which needs no other kernel and many frames.
 # Nothing may be skipped for want of a kernel feature: supplying those is what this kernel is for.
 export TOWPATH_NO_SKIP=1
 root=()
@@ -30,7 +31,7 @@ list=$(binaries)
 script='status=0
 while read -r dir binary; do
     echo "     Running $(basename "$binary") in the virtual machine"
-    (cd "$dir" && exec "$binary" --test-threads=1 "$@") </dev/null || status=1
+    (cd "$dir" && exec "$binary" --test-threads=1 --skip another_configuration_is_found "$@") </dev/null || status=1
 done <<<"$LIST"
 exit $status'
 LIST=$list exec "${root[@]}" lab/vm --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
