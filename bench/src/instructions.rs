@@ -39,7 +39,7 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
         ])
         .arg(&this)
         .arg("--inside")
-        .env("TOWPATH", towpath_binary()?)
+        .env("TOWPATH_BIN", towpath_binary()?)
         .stderr(std::process::Stdio::inherit())
         .output()
         .context("start lab/vm (run the benchmarks in the project's folder)")?;

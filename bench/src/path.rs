@@ -358,16 +358,9 @@ impl Entry {
     }
 }
 
-/// The command under test: $TOWPATH, or the release build beside this program.
+/// The command under test, for command lines.
 pub fn towpath_binary() -> Result<String> {
-    if let Ok(path) = std::env::var("TOWPATH") {
-        return Ok(path);
-    }
-    let beside = std::env::current_exe()?.with_file_name("towpath");
-    if !beside.exists() {
-        bail!("{} does not exist: run 'cargo build --release' first", beside.display());
-    }
-    Ok(beside.to_string_lossy().into_owned())
+    Ok(towpath_lab::towpath_binary()?.to_string_lossy().into_owned())
 }
 
 /// Gives the interface's NAPI threads of their own and returns the id of the one that serves `SOURCE_CORE`'s packets.

@@ -47,8 +47,8 @@ impl Mode {
     }
 }
 
-/// Drivers that stop and restart their rings when the first program comes or the last goes (read in Linux 6.1:
-/// `ndo_bpf` leads to a close and open, a reset, or new channels), so that packets are lost for a moment.
+/// Drivers known to stop and restart their rings when the first program comes or the last goes, so that packets are lost
+/// for a moment. From experience, not from reading each: of a driver that is not listed it is said that it may.
 const RESETTING_DRIVERS: &[&str] = &[
     "atlantic",
     "bnxt_en",

@@ -26,8 +26,7 @@ pub enum Request {
         /// Up
         up: bool,
     },
-    /// The MTU changed. The program takes frames of several buffers, so there is nothing to reload; the engine reports
-    /// whether frames of this size can be transmitted to the port in one piece.
+    /// The MTU changed. The program takes frames of several buffers, so there is nothing to reload or to change.
     Mtu {
         /// Interface index
         ifindex: u32,
