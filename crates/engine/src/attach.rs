@@ -38,6 +38,14 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// As `Attached::mode` names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+
     /// `XDP_FLAGS_DRV_MODE`, `XDP_FLAGS_SKB_MODE`
     fn flags(self) -> u32 {
         match self {
@@ -88,7 +96,7 @@ fn plan(interface: &Interface, mode: Mode) -> Result<Plan> {
     let failed = |e| Error::io(format!("ask for offloads of {}", interface.name), e);
     let veth = interface.is_veth();
     // Not every driver answers: one that knows no such flag cuts no tags off.
-    let rx_vlan = !veth && mode == Mode::Native && interface.ethtool.rx_vlan().unwrap_or(false);
+    let rx_vlan = !veth && interface.ethtool.rx_vlan().unwrap_or(false);
     Ok(Plan { gro: veth && mode == Mode::Native && !interface.ethtool.gro().map_err(failed)?, rx_vlan })
 }
 
@@ -150,7 +158,7 @@ impl Attachment {
             interface.ethtool.set_rx_vlan(false).map_err(|e| failed("the receive VLAN offload", e))?;
             attachment.plan.rx_vlan = true;
         }
-        let link = sys::link_create(program, interface.index, mode.flags()).map_err(|e| explain(interface, e))?;
+        let link = sys::link_create(program, interface.index, mode.flags()).map_err(|e| explain(interface, mode, e))?;
         attachment.link = Some(link);
         Ok(attachment)
     }
@@ -230,7 +238,7 @@ fn rx_vlan_mark(index: u32) -> String {
     format!("rxvlan_{index}")
 }
 
-fn explain(interface: &Interface, source: io::Error) -> Error {
+fn explain(interface: &Interface, mode: Mode, source: io::Error) -> Error {
     let (port, driver) = (interface.name.clone(), interface.driver.clone());
     let hint = match source.raw_os_error() {
         Some(libc::EPERM) => {
@@ -253,5 +261,7 @@ fn explain(interface: &Interface, source: io::Error) -> Error {
         }
         _ => "",
     };
-    Error::Refused { port, driver, source, hint: hint.into() }
+    let instead =
+        if mode == Mode::Native { "; XDP's generic mode (--generic, slower) does without the driver" } else { "" };
+    Error::Refused { port, driver, source, hint: format!("{hint}{instead}") }
 }

@@ -210,5 +210,12 @@ fn mount_in(process: u32) -> Result<()> {
         return Ok(());
     }
     let error = io::Error::from_raw_os_error(libc::WEXITSTATUS(status));
-    Err(Error::no_bpffs(format!("mounting one at /sys/fs/bpf failed: {error}"), remedy))
+    let why = match error.raw_os_error() {
+        Some(libc::EPERM) => format!(
+            "mounting one at /sys/fs/bpf failed: {error}; it needs CAP_SYS_ADMIN (`ip netns exec` hides the one there \
+             may be from a process without it; `nsenter --net=/run/netns/NAME` does not)"
+        ),
+        _ => format!("mounting one at /sys/fs/bpf failed: {error}"),
+    };
+    Err(Error::no_bpffs(why, remedy))
 }

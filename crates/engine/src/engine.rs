@@ -118,8 +118,8 @@ impl Site {
         for (index, link) in links {
             core.ports.insert(index, Port { link, slot: slots.get(&index).copied() });
         }
-        core.switch_links()?;
-        core.pin_program()?;
+        core.switch_links(&core.program)?;
+        core.name_program()?;
         Ok(Engine::new(core))
     }
 
@@ -148,12 +148,16 @@ impl Site {
     /// After a crash between staging tables and giving them their names: staged tables that a program in a link uses
     /// are whole and in use, so they get the names; others are discarded.
     fn recover(&self, links: &[(u32, OwnedFd)]) -> Result<()> {
+        let programs = self.programs()?;
         let mut used = Vec::new();
         for (index, link) in links {
-            let maps = sys::link_info(link.as_fd())
-                .and_then(|info| sys::program_by_id(info.program_id))
-                .and_then(|program| sys::program_map_ids(program.as_fd()));
-            used.extend(maps.map_err(|e| Error::io(format!("ask for the tables in use on interface {index}"), e))?);
+            let failed = |e| Error::io(format!("ask for the tables in use on interface {index}"), e);
+            let id = sys::link_info(link.as_fd()).map_err(failed)?.program_id;
+            let program = programs.get(&id).ok_or_else(|| Error::Incomplete {
+                place: self.shown().display().to_string(),
+                why: format!("interface {index} runs a program (id {id}) that is not kept there"),
+            })?;
+            used.extend(sys::program_map_ids(program.as_fd()).map_err(failed)?);
         }
         for name in map_names() {
             let staged = staged_name(name);
@@ -164,6 +168,18 @@ impl Site {
             }
         }
         self.discard_staged()
+    }
+
+    /// Pinned programs by id: the one in use, and one that a crash kept from taking its place everywhere. (To open a
+    /// program by its id takes more capabilities than anything else here.)
+    fn programs(&self) -> Result<BTreeMap<u32, OwnedFd>> {
+        let mut programs = BTreeMap::new();
+        for name in [PROGRAM.to_owned(), staged_name(PROGRAM)] {
+            let Ok(program) = sys::get_pinned(&self.dir.pin(&name)) else { continue };
+            let info = sys::program_info(program.as_fd()).map_err(|e| Error::io(format!("ask about {name}"), e))?;
+            programs.insert(info.id, program);
+        }
+        Ok(programs)
     }
 
     fn discard_staged(&self) -> Result<()> {
@@ -227,9 +243,17 @@ impl Core {
         done.map_err(|e| Error::privileged(format!("enter port slot {slot} in the map of devices"), "CAP_NET_ADMIN", e))
     }
 
-    /// Puts the present program into every link.
-    fn switch_links(&self) -> Result<()> {
-        self.ports.iter().try_for_each(|(index, port)| self.switch(&self.program, *index, port))
+    /// Puts a program into every link. It is pinned before, so that whoever comes after a crash finds what runs.
+    fn switch_links(&self, program: &Program) -> Result<()> {
+        let (dir, staged) = (&self.site.dir, staged_name(PROGRAM));
+        dir.remove(&staged)?;
+        sys::pin(program.fd(), &dir.pin(&staged)).map_err(|e| Error::io("pin the program", e))?;
+        self.ports.iter().try_for_each(|(index, port)| self.switch(program, *index, port))
+    }
+
+    /// The program that `switch_links` put into every link takes the final name.
+    fn name_program(&self) -> Result<()> {
+        self.site.dir.rename(&staged_name(PROGRAM), PROGRAM)
     }
 
     fn switch(&self, program: &Program, index: u32, port: &Port) -> Result<()> {
@@ -242,21 +266,31 @@ impl Core {
         }
     }
 
-    fn pin_program(&self) -> Result<()> {
-        let (dir, staged) = (&self.site.dir, staged_name(PROGRAM));
-        dir.remove(&staged)?;
-        sys::pin(self.program.fd(), &dir.pin(&staged)).map_err(|e| Error::io("pin the program", e))?;
-        dir.rename(&staged, PROGRAM)
-    }
-
     /// New tables come into use: every port gets the program that knows them, then their pins the final names.
     fn commit(&mut self) -> Result<()> {
-        self.switch_links()?;
-        self.pin_program()?;
+        self.switch_links(&self.program)?;
+        self.name_program()?;
         self.region.commit(&self.site.dir)
     }
 
+    /// Takes the program off ports where a former process attached it in the other mode.
+    fn leave_other_mode(&mut self, requests: &[PortRequest]) -> Result<()> {
+        for index in requests
+            .iter()
+            .map(|request| request.ifindex)
+            .filter(|index| self.ports.contains_key(index))
+            .collect::<Vec<_>>()
+        {
+            let attached = Interface::query(index).ok().and_then(|interface| interface.xdp);
+            if attached.is_some_and(|attached| attached.mode != self.site.options.mode.name()) {
+                self.detach(index)?;
+            }
+        }
+        Ok(())
+    }
+
     fn attach(&mut self, requests: &[PortRequest]) -> Result<()> {
+        self.leave_other_mode(requests)?;
         let new: Vec<_> = requests.iter().filter(|request| !self.ports.contains_key(&request.ifindex)).collect();
         // Those that can fail come first: a veth takes any program.
         let mut interfaces = new.iter().map(|request| Interface::query(request.ifindex)).collect::<Result<Vec<_>>>()?;
@@ -327,12 +361,12 @@ impl Core {
             }
         };
         if !self.region.staged() {
-            self.ports.iter().try_for_each(|(index, port)| self.switch(&program, *index, port))?;
+            self.switch_links(&program)?;
         }
         self.program = program;
         self.region.install(&self.site.dir, grown)?;
         if !self.region.staged() {
-            self.pin_program()?;
+            self.name_program()?;
         }
         self.grace.wait()
     }
@@ -357,6 +391,11 @@ impl Engine {
     pub fn tables(&self) -> Tables {
         let maps = self.core().region.maps().clone();
         Tables { engine: self.clone(), maps }
+    }
+
+    /// See `Site::announce`.
+    pub fn announce(&self, ports: &[u32]) -> Result<Vec<Notice>> {
+        self.core().site.announce(ports)
     }
 
     /// Attaches to the ports that are not attached yet and enters all of them in the map of devices; new tables come

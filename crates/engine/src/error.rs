@@ -47,7 +47,7 @@ pub enum Error {
     NoPort(u32),
     /// The driver has no native XDP.
     #[error(
-        "{port}: its driver {driver} has no native XDP; leave the port out, or ask for generic mode (slower than Linux alone in most cases)"
+        "{port}: its driver {driver} has no native XDP; leave the port out, or ask for XDP's generic mode with --generic (slower)"
     )]
     NoNativeXdp {
         /// Interface name

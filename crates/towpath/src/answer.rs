@@ -8,7 +8,7 @@ use crate::words;
 use anyhow::{Context, Result, bail};
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
-use towpath_engine::{Mode, Notice};
+use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Via};
 use towpath_fpm::PortState;
 use towpath_tables::Reason;
@@ -33,6 +33,14 @@ impl Facts {
     pub fn new(mode: Mode) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         Self { mode, since, adopted: false, notices: Vec::new() }
+    }
+
+    /// Whether frames can be redirected to a port. In generic mode the stack sends them, by any device.
+    pub fn can_transmit(&self, ifindex: u32) -> towpath_engine::Result<TransmitSupport> {
+        match self.mode {
+            Mode::Native => towpath_engine::can_transmit(ifindex),
+            Mode::Generic => Ok(TransmitSupport::Full),
+        }
     }
 
     /// Tells the user, now and whenever the status is asked for.
@@ -131,8 +139,7 @@ impl Daemon {
             ifindex: Some(port.ifindex),
             mode: match (port.kind, self.facts.mode) {
                 (PortKind::Vlan { .. }, _) => "vlan",
-                (_, Mode::Native) => "native",
-                (_, Mode::Generic) => "generic",
+                (_, mode) => mode.name(),
             }
             .into(),
             driver: driver.ok(),

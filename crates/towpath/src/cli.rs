@@ -50,7 +50,7 @@ pub struct Up {
     /// What runs the packet path
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
-    /// Use XDP's generic mode on ports whose driver has no native one (slower than native, works everywhere)
+    /// Use XDP's generic mode, on every port: slower, but no driver needs to know of it
     #[arg(long)]
     pub generic: bool,
 }

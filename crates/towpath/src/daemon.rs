@@ -10,7 +10,7 @@ use crate::ports::Wanted;
 use crate::signals::Termination;
 use crate::source::{Running, Source, thread};
 use crate::{interfaces, notify};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -21,6 +21,7 @@ use towpath_fpc::{Message, Policy, Snapshot};
 use towpath_fpm::Fpm;
 use towpath_hitflags::{HitFlags, Netlink};
 use towpath_tables::backing::initial_elements;
+use towpath_tables::record::{PORT_PROBES, PORT_SLOTS};
 use towpath_tables::writer::TableWriter;
 
 /// Batches and questions that may wait; beyond that their senders do.
@@ -72,6 +73,18 @@ pub struct Daemon {
     pub policies: BTreeSet<Policy>,
 }
 
+/// A port that the tables have no place for.
+#[derive(thiserror::Error, Debug)]
+#[error(
+    "{port} (index {ifindex}): table ports is full for it: the {PORT_PROBES} slots from its index modulo {PORT_SLOTS} on \
+     are taken by other ports; leave one of those out, or let the interface have another index \
+     (ip link add ... index N, or move it to another namespace and back)"
+)]
+pub struct NoSlot {
+    port: String,
+    ifindex: u32,
+}
+
 /// Waits for the engine's programs in flight.
 pub type Grace = towpath_engine::GraceMethod;
 
@@ -111,9 +124,6 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     let site = Site::prepare(options)?;
     let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
     let mut facts = Facts::new(options.mode);
-    for notice in site.announce(&wanted.indices())? {
-        facts.notice(&notice);
-    }
     let (events, inbox) = sync_channel(INBOX);
     let stop = events.clone();
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
@@ -228,6 +238,9 @@ impl Daemon {
         self.wanted.choose(self.fpm.interfaces(), &self.engine);
         self.wanted.check(self.fpm.interfaces())?;
         let wanted = self.wanted.indices();
+        for notice in self.engine.announce(&wanted)? {
+            self.facts.notice(&notice);
+        }
         wanted.iter().for_each(|ifindex| self.fpm.serve(*ifindex, true));
         self.check_transmit(&wanted);
         loop {
@@ -235,15 +248,15 @@ impl Daemon {
             if self.wanted.indices().is_empty() {
                 bail!("there is no port that can be served: none has native XDP (see --generic)");
             }
-            let requests = self.requests(&self.wanted.indices())?;
-            match self.engine.attach(&requests) {
-                Ok(()) => break,
-                Err(error) => {
-                    // Without names, ports that cannot be served are left out.
-                    let ifindex = self.wanted.drop_port(&error).ok_or(error)?;
-                    self.fpm.serve(ifindex, false);
-                }
-            }
+            // Without names, ports that cannot be served are left out.
+            let ifindex = match self.requests() {
+                Ok(requests) => match self.engine.attach(&requests) {
+                    Ok(()) => break,
+                    Err(error) => self.wanted.drop_refused(&error).ok_or(error)?,
+                },
+                Err(error) => self.wanted.drop_port(error.ifindex, &error).ok_or(error)?,
+            };
+            self.fpm.serve(ifindex, false);
         }
         let wanted = self.wanted.indices();
         for left in self.engine.ports().into_iter().filter(|ifindex| !wanted.contains(ifindex)) {
@@ -255,12 +268,13 @@ impl Daemon {
         Ok(())
     }
 
-    fn requests(&self, ports: &[u32]) -> Result<Vec<PortRequest>> {
-        let slot = |ifindex: u32| {
-            let slot = self.slot(ifindex).with_context(|| format!("no place for port {ifindex} in the tables"))?;
-            Ok(PortRequest { ifindex, slot })
+    fn requests(&self) -> Result<Vec<PortRequest>, NoSlot> {
+        let slot = |(name, ifindex): (&str, Option<u32>)| {
+            let ifindex = ifindex?;
+            let request = self.slot(ifindex).map(|slot| PortRequest { ifindex, slot });
+            Some(request.ok_or_else(|| NoSlot { port: name.into(), ifindex }))
         };
-        ports.iter().map(|ifindex| slot(*ifindex)).collect()
+        self.wanted.iter().filter_map(slot).collect()
     }
 
     /// Slot of a port in the tables.

@@ -75,7 +75,7 @@ impl Daemon {
     /// Asks the engine whether it can transmit by the ports, and lets FPM know.
     pub fn check_transmit(&mut self, ports: &[u32]) {
         for &ifindex in ports.iter().filter(|ifindex| self.wanted.indices().contains(ifindex)) {
-            let (transmit, why) = match towpath_engine::can_transmit(ifindex) {
+            let (transmit, why) = match self.facts.can_transmit(ifindex) {
                 Ok(TransmitSupport::Full) => (Transmit::Any, None),
                 Ok(TransmitSupport::SingleBuffer) => (Transmit::SingleBuffer, None),
                 Ok(TransmitSupport::None(why)) => (Transmit::Nothing, Some(why)),

@@ -47,47 +47,52 @@ impl Wanted {
     }
 
     /// Fails if a port is something stacked on other interfaces, or no interface for packets at all.
-    pub fn check<'a>(&self, mut ports: impl Iterator<Item = &'a Port>) -> Result<()> {
+    pub fn check<'a>(&self, ports: impl Iterator<Item = &'a Port>) -> Result<()> {
         let wanted = self.indices();
-        let Some(port) = ports.find(|port| wanted.contains(&port.ifindex) && !is_device(port)) else { return Ok(()) };
-        match port.kind {
-            PortKind::Vlan { .. } => anyhow::bail!(
-                "{} is a VLAN sub-interface: it is served with the interface underneath; name that one",
-                port.name
-            ),
-            _ => anyhow::bail!("{} cannot be served: it has no driver of its own that receives packets", port.name),
+        let unservable = |port: &'a Port| Some((port, unservable(port.kind)?));
+        match ports.filter(|port| wanted.contains(&port.ifindex)).find_map(unservable) {
+            Some((port, why)) => anyhow::bail!("{} cannot be served: {why}", port.name),
+            None => Ok(()),
         }
     }
 
-    /// Without names: takes every interface with a driver of its own that has no master and no program of others.
+    /// Without names: takes every interface with a driver of its own that has no master and no program of others, and
+    /// says why it leaves the others.
     pub fn choose<'a>(&mut self, ports: impl Iterator<Item = &'a Port>, engine: &Engine) {
         if self.named {
             return;
         }
         let ours = engine.ports();
-        let free = |port: &&Port| {
-            ours.contains(&port.ifindex)
-                || Interface::query(port.ifindex).is_ok_and(|interface| interface.xdp.is_none())
-        };
-        let candidates = ports.filter(|port| is_device(port) && port.master == 0).filter(free);
-        self.ports = candidates.map(|port| Entry { name: port.name.clone(), ifindex: Some(port.ifindex) }).collect();
+        for port in ports {
+            match obstacle(port, &ours) {
+                None => self.ports.push(Entry { name: port.name.clone(), ifindex: Some(port.ifindex) }),
+                Some(why) => tracing::info!("left out: {}: {why}", port.name),
+            }
+        }
     }
 
-    /// Without names: leaves out the port that the engine could not serve; None if it must be served, or is unknown.
-    pub fn drop_port(&mut self, error: &Error) -> Option<u32> {
+    /// Without names: leaves out a port that cannot be served; None if it must be served, or is unknown.
+    pub fn drop_port(&mut self, ifindex: u32, why: &dyn std::error::Error) -> Option<u32> {
+        let place = self.ports.iter().position(|entry| !self.named && entry.ifindex == Some(ifindex))?;
+        tracing::info!("left out: {why}");
+        self.ports.remove(place).ifindex
+    }
+
+    /// As `drop_port`, for the port that the engine could not serve.
+    pub fn drop_refused(&mut self, error: &Error) -> Option<u32> {
         let (Error::NoNativeXdp { port, .. } | Error::Refused { port, .. } | Error::OtherProgram { port, .. }) = error
         else {
             return None;
         };
-        let place = self.ports.iter().position(|entry| !self.named && entry.name == *port)?;
-        tracing::info!("left out: {error}");
-        self.ports.remove(place).ifindex
+        let ifindex = self.ports.iter().find(|entry| entry.name == *port)?.ifindex?;
+        self.drop_port(ifindex, error)
     }
 
     /// An interface is described. True if it is one to serve that was not there before.
     pub fn appears(&mut self, port: &Port) -> bool {
         let known = self.ports.iter().any(|entry| entry.ifindex == Some(port.ifindex));
-        let absent = |entry: &&mut Entry| entry.ifindex.is_none() && entry.name == port.name && is_device(port);
+        let absent =
+            |entry: &&mut Entry| entry.ifindex.is_none() && entry.name == port.name && unservable(port.kind).is_none();
         match self.ports.iter_mut().find(absent) {
             Some(entry) if !known => {
                 entry.ifindex = Some(port.ifindex);
@@ -109,7 +114,32 @@ impl Wanted {
     }
 }
 
-/// Interfaces that can have a program, as opposed to those stacked on others.
-fn is_device(port: &Port) -> bool {
-    matches!(port.kind, PortKind::Ethernet | PortKind::Virtual)
+/// Why an interface that nobody named is not served.
+fn obstacle(port: &Port, ours: &[u32]) -> Option<String> {
+    if let Some(why) = unservable(port.kind) {
+        return Some(why.into());
+    }
+    if port.master != 0 {
+        return Some("enslaved".into());
+    }
+    if ours.contains(&port.ifindex) {
+        return None;
+    }
+    match Interface::query(port.ifindex) {
+        Ok(Interface { xdp: Some(other), .. }) => {
+            Some(format!("it carries the XDP program {} (id {}, {} mode)", other.name, other.id, other.mode))
+        }
+        Ok(_) => None,
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// Why no interface of a kind can have a program of its own: it is stacked on others, or none for packets at all.
+fn unservable(kind: PortKind) -> Option<&'static str> {
+    match kind {
+        PortKind::Vlan { .. } => Some("a VLAN sub-interface is served with the interface underneath it"),
+        PortKind::Loopback => Some("what comes in by it is this host's own"),
+        PortKind::Other => Some("it has no driver of its own that receives packets"),
+        PortKind::Ethernet | PortKind::Virtual => None,
+    }
 }

@@ -47,6 +47,47 @@ fn without_names_every_port_that_can_is_served() {
 }
 
 #[test]
+fn generic_mode_forwards_if_it_is_asked_for() {
+    let net = Net::new();
+    let clean = net.traces();
+    let modes = || net.ip("-d link").matches("xdpgeneric").count();
+    let native = net.up(&["eth0", "eth1"]);
+    assert_eq!(modes(), 0);
+    assert!(net.towpath(&["down"]).status.success());
+    drop(native);
+    // A veth so cannot transmit what is redirected in the driver; in generic mode it can.
+    for host in [&net.left, &net.right] {
+        host.run(["ethtool", "-K", "up0", "gro", "off"]).expect("switched");
+    }
+    for (destination, from) in [(RIGHT, LEFT), (RIGHT6, LEFT6)] {
+        let stream = Stream::start(&net, destination);
+        let mut daemon = net.up(&["--generic", "eth0", "eth1"]);
+        assert_eq!(modes(), 2);
+        assert_eq!(net.json(&["show", "ports"])["ports"][0]["mode"], "generic");
+        net.flows(200);
+        assert!(net.ping(&net.right, from), "replies come back");
+        assert_eq!(daemon.signal(libc::SIGTERM).code(), Some(0));
+        assert_eq!(net.traces(), clean);
+        stream.finish_complete();
+    }
+}
+
+#[test]
+fn a_restart_in_another_mode_changes_the_mode() {
+    let net = Net::new();
+    let stream = Stream::start(&net, RIGHT);
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    for (arguments, generic) in [(&["--generic", "eth0", "eth1"][..], 2), (&["eth0", "eth1"], 0)] {
+        daemon.signal(libc::SIGKILL);
+        daemon = net.up(arguments);
+        assert_eq!(net.json(&["status"])["adopted"], true);
+        assert_eq!(net.ip("-d link").matches("xdpgeneric").count(), generic);
+        net.flows(200);
+    }
+    stream.finish_complete();
+}
+
+#[test]
 fn programs_go_on_after_kill_and_a_new_daemon_reconciles_without_loss() {
     let net = Net::new();
     let stream = Stream::start(&net, RIGHT);

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Net, RIGHT};
+use common::{Net, RIGHT, Stream, eventually};
+use std::process::Command;
 
 /// `arguments` fail with all of `words` in the message, and leave no trace.
 fn refuses(net: &Net, arguments: &[&str], words: &[&str]) {
@@ -25,8 +26,50 @@ fn unknown_ports_are_named_with_their_nearest() {
 fn interfaces_that_cannot_be_ports_are_named() {
     let net = Net::new();
     net.ip("link add br0 type bridge");
+    net.ip("link add mac0 link eth1 type macvlan");
     refuses(&net, &["up", "eth0", "br0"], &["br0", "driver"]);
-    refuses(&net, &["up", "lo"], &["lo", "driver"]);
+    refuses(&net, &["up", "--generic", "br0"], &["br0", "driver"]);
+    refuses(&net, &["up", "mac0"], &["mac0", "driver"]);
+    refuses(&net, &["up", "lo"], &["lo", "this host"]);
+}
+
+/// A veth whose driver refuses native XDP: its peer has more transmit queues than it has receive queues.
+fn add_without_native(net: &Net) {
+    net.ip("link add eth2 numtxqueues 1 numrxqueues 1 type veth peer name far2 numtxqueues 4 numrxqueues 4");
+    net.ip("link set eth2 up");
+}
+
+#[test]
+fn a_port_without_native_xdp_is_refused_with_the_remedies() {
+    let net = Net::new();
+    add_without_native(&net);
+    refuses(&net, &["up", "eth0", "eth2", "eth1"], &["eth2", "veth", "ethtool -L", "--generic"]);
+    let _daemon = net.up(&["--generic", "eth0", "eth2", "eth1"]);
+    assert!(net.ip("-d link show eth2").contains("xdpgeneric"));
+}
+
+#[test]
+fn without_names_what_cannot_be_a_port_is_left_out_with_a_reason() {
+    let net = Net::new();
+    add_without_native(&net);
+    net.ip("link delete eth0");
+    net.connect_left();
+    net.ip("link add br0 type bridge");
+    net.ip("link add eth3 type veth peer name far3");
+    let _foreign = net.attach_foreign_program("eth3");
+    let mut daemon = net.up(&[]);
+    let log = daemon.log();
+    for (port, why) in [("lo", "this host"), ("br0", "driver"), ("eth2", "ethtool -L"), ("eth3", "XDP program")] {
+        let said = log.lines().any(|line| line.contains(&format!("left out: {port}: ")) && line.contains(why));
+        assert!(said, "{port}, {why}: {log}");
+    }
+    let ports = net.json(&["show", "ports"]);
+    let mut names: Vec<_> =
+        ports["ports"].as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["eth0", "eth1", "far2", "far3"]);
+    assert!(daemon.signal(libc::SIGTERM).success());
+    assert!(net.ip("-d link show eth3").contains("xdp"), "left alone");
 }
 
 #[test]
@@ -47,17 +90,115 @@ fn a_second_daemon_is_told_of_the_first() {
     assert!(net.json(&["status"])["in_sync"].as_bool().unwrap());
 }
 
+const TOWPATH: &str = env!("CARGO_BIN_EXE_towpath");
+
+/// The capabilities without which nothing works.
+const CAPABILITIES: [&str; 3] = ["bpf", "net_admin", "perfmon"];
+
+/// As setpriv writes it: only these.
+fn only<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    names.into_iter().fold("-all".into(), |all, name| format!("{all},+{name}"))
+}
+
+/// A command fails with all of `words` in its message, and leaves no trace.
+fn refuses_command(net: &Net, mut command: Command, words: &[&str]) {
+    let before = net.traces();
+    let output = command.output().expect("run");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for word in words {
+        assert!(message.contains(word), "{word:?} is missing in: {message}");
+    }
+    assert_eq!(net.traces(), before, "nothing changed");
+}
+
 #[test]
 fn missing_privileges_are_named() {
     let net = Net::new();
-    let binary = env!("CARGO_BIN_EXE_towpath");
-    for (dropped, named) in [("-net_admin", "CAP_NET_ADMIN"), ("-bpf", "CAP_BPF")] {
-        let output = net.output(&["setpriv", "--bounding-set", dropped, binary, "up", "eth0"]);
-        let message = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{message}");
-        assert!(message.contains(named), "{message}");
+    for missing in CAPABILITIES {
+        let others = only(CAPABILITIES.into_iter().filter(|name| *name != missing));
+        let command = net.with_only(&others, &["up", "eth0", "eth1"]);
+        refuses_command(&net, command, &[&format!("CAP_{}", missing.to_uppercase())]);
     }
-    assert!(!net.ip("-d link").contains("xdp"));
+}
+
+/// Where the kernel lists netfilter's hooks nothing else is needed; where it does not, BPF links must be listed, for
+/// which the kernel asks CAP_SYS_ADMIN.
+#[test]
+fn three_capabilities_are_enough_where_the_kernel_lists_netfilter_hooks() {
+    let net = Net::new();
+    let mut daemon = net.start(net.with_only(&only(CAPABILITIES), &["up", "eth0", "eth1"]));
+    let ready = eventually("an answer", || {
+        let log = daemon.log();
+        if log.contains("ready: ") { Some(true) } else { log.contains("towpath: ").then_some(false) }
+    });
+    if ready {
+        let stream = Stream::start(&net, RIGHT);
+        net.flows(100);
+        assert!(daemon.signal(libc::SIGTERM).success());
+        stream.finish_complete();
+    } else {
+        assert_eq!(daemon.wait().code(), Some(1));
+        let log = daemon.log();
+        assert!(log.contains("CAP_SYS_ADMIN") && log.contains("CONFIG_NETFILTER_NETLINK_HOOK"), "{log}");
+    }
+    assert_eq!(net.traces(), "[], 0 pins");
+}
+
+/// A command that runs in the router as process 1 of a machine of its own, as far as mounts and processes go.
+fn isolated(net: &Net, words: &[&str]) -> Command {
+    let mut command = net.router.command("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]).args(words);
+    command
+}
+
+#[test]
+fn a_bpffs_is_mounted_where_there_is_none() {
+    let net = Net::new();
+    let none = isolated(&net, &["grep", "-q", " bpf ", "/proc/mounts"]).status().expect("run");
+    assert_eq!(none.code(), Some(1), "there is no bpffs to begin with");
+    let mut daemon = net.start(isolated(&net, &[TOWPATH, "up", "eth0", "eth1"]));
+    daemon.await_log("ready: ");
+    let pid = daemon.pid();
+    let child = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", child.trim())).unwrap();
+    assert!(mounts.lines().any(|line| line.starts_with("bpf /sys/fs/bpf bpf ")), "{mounts}");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    assert!(net.towpath(&["status"]).status.success());
+    daemon.signal(libc::SIGKILL);
+    eventually("its programs go with its mounts", || (net.traces() == "[], 0 pins").then_some(()));
+    stream.finish_complete();
+}
+
+#[test]
+fn how_to_mount_a_bpffs_is_said_where_we_may_not() {
+    let net = Net::new();
+    let command = isolated(&net, &["setpriv", "--bounding-set=-sys_admin", TOWPATH, "up", "eth0", "eth1"]);
+    refuses_command(&net, command, &["BPF file system", "CAP_SYS_ADMIN", "mount -t bpf bpf /sys/fs/bpf"]);
+}
+
+/// Interfaces whose slots of the table of ports are the same four.
+const CROWD: [&str; 5] = ["c0", "c1", "c2", "c3", "c4"];
+
+fn add_crowd(net: &Net) {
+    for (name, index) in CROWD.iter().zip((600..).step_by(256)) {
+        net.ip(&format!("link add {name} index {index} type veth peer name far-{name}"));
+    }
+}
+
+#[test]
+fn ports_that_the_table_has_no_room_for_are_named() {
+    let net = Net::new();
+    add_crowd(&net);
+    let words = ["c4 (index 1624)", "table ports is full", "leave one of those out"];
+    refuses(&net, &[&["up", "eth0", "eth1"], &CROWD[..]].concat(), &words);
+    let daemon = net.up(&[]);
+    let log = daemon.log();
+    assert!(log.lines().any(|line| line.contains("left out: c") && line.contains("table ports is full")), "{log}");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    stream.finish_complete();
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::process::{ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -119,9 +119,24 @@ impl Net {
     pub fn up_with(&self, ports: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
         command.arg("up").args(ports).envs(environment.iter().copied());
-        let mut process = self.router.start(command).expect("started");
-        process.wait_for_output(DEADLINE, "ready: ").expect("a readiness notice");
-        Daemon(process)
+        let mut daemon = Daemon(self.router.start(command).expect("started"));
+        daemon.await_log("ready: ");
+        daemon
+    }
+
+    /// Starts a command (see `Node::command`, `with_only`) that goes on running.
+    pub fn start(&self, command: Command) -> Daemon {
+        Daemon(self.router.start(command).expect("started"))
+    }
+
+    /// `towpath` in the router's network with these capabilities only (as setpriv writes them), and with the mounts of
+    /// the machine, which `ip netns exec` would hide and not everyone may look for elsewhere.
+    pub fn with_only(&self, capabilities: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.router.netns()));
+        command.args(["setpriv", "--inh-caps=-all", &format!("--bounding-set={capabilities}")]);
+        command.arg(env!("CARGO_BIN_EXE_towpath")).args(arguments);
+        command
     }
 
     /// Attaches an XDP program of another party that passes everything; it goes with the descriptor.
@@ -202,6 +217,11 @@ impl Daemon {
         self.0.log()
     }
 
+    /// Waits until it has said this.
+    pub fn await_log(&mut self, text: &str) {
+        self.0.wait_for_output(DEADLINE, text).expect("words in the log");
+    }
+
     /// Sends a signal and waits for the end.
     pub fn signal(&mut self, signal: i32) -> ExitStatus {
         self.0.signal(signal);
@@ -228,6 +248,7 @@ impl Stream {
         };
         let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
         inbound.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+        enlarge_buffer(&inbound);
         let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
         outbound.connect(target).expect("connected");
         let stop = Arc::new(AtomicBool::new(false));
@@ -249,14 +270,28 @@ impl Stream {
     }
 }
 
-/// Sends numbers until told to stop, then the end mark; gives how many.
+/// Makes room for what comes while the receiver waits for a processor: a frame that was redirected counts as a page, of
+/// which the default holds not fifty.
+fn enlarge_buffer(socket: &UdpSocket) {
+    let bytes: libc::c_int = 64 << 20;
+    // SAFETY: the option is an integer, which outlives the call; the socket is open.
+    let result = unsafe {
+        let (value, length) = ((&raw const bytes).cast(), size_of_val(&bytes) as u32);
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, value, length)
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Sends numbers until told to stop, then the end mark; gives how many. A sender that had to wait for a processor does
+/// not make up for it: a burst may overflow a ring, which says nothing about the router.
 fn send_paced(socket: &UdpSocket, stop: &AtomicBool) -> u64 {
-    let start = Instant::now();
+    let mut due = Instant::now();
     let mut number = 0u64;
     while !stop.load(Ordering::Relaxed) {
         socket.send(&number.to_be_bytes()).expect("sent");
         number += 1;
-        std::thread::sleep(Duration::from_millis(number).saturating_sub(start.elapsed()));
+        due = (due + Duration::from_millis(1)).max(Instant::now());
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     std::thread::sleep(Duration::from_millis(50));
     socket.send(&u64::MAX.to_be_bytes()).expect("sent");

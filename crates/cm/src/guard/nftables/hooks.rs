@@ -48,7 +48,9 @@ impl Hooks {
         match list(netlink, pf::IPV4, 0) {
             Ok(_) => Ok(Self::Listed),
             Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                Ok(Self::Guessed(NetfilterLinks::default(), Ipvs::new()?))
+                let mut links = NetfilterLinks::default();
+                links.read().map_err(unlisted)?;
+                Ok(Self::Guessed(links, Ipvs::new()?))
             }
             Err(e) => Err(e),
         }
@@ -83,6 +85,18 @@ impl Hooks {
             }
         }
         Ok(findings)
+    }
+}
+
+/// BPF links are listed for CAP_SYS_ADMIN only. Without that list a BPF program in netfilter could not be told from none,
+/// and everything would have to be Linux's for ever: that is said at the start.
+fn unlisted(error: CmError) -> CmError {
+    match error {
+        CmError::Io { what, source } if source.raw_os_error() == Some(libc::EPERM) => {
+            let needs = "it needs CAP_SYS_ADMIN on a kernel built without CONFIG_NETFILTER_NETLINK_HOOK";
+            CmError::Io { what: format!("{what} ({needs})"), source }
+        }
+        other => other,
     }
 }
 

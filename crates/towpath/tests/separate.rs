@@ -1,0 +1,101 @@
+//! `towpath cm` and `towpath fpm` as processes of their own: each may die, and packets go on.
+
+mod common;
+
+use common::{Daemon, LEFT, Net, RIGHT, Stream, eventually};
+
+/// Starts `towpath fpm` with no more capabilities than it needs.
+fn start_fpm(net: &Net) -> Daemon {
+    net.start(net.with_only("-all,+bpf,+net_admin,+perfmon", &["fpm", "eth0", "eth1"]))
+}
+
+fn start_cm(net: &Net) -> Daemon {
+    let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+    command.arg("cm");
+    net.start(command)
+}
+
+fn in_sync(net: &Net) -> bool {
+    net.json(&["status"])["in_sync"].as_bool().expect("in_sync")
+}
+
+/// What would become of a packet to `destination`: `fast`, or the reason why it is Linux's.
+fn verdict(net: &Net, destination: &str) -> String {
+    let verdict = net.json(&["explain", LEFT, destination, "in", "eth0"])["verdict"].clone();
+    let word = if verdict["path"] == "fast" { &verdict["path"] } else { &verdict["reason"] };
+    word.as_str().expect("a word").to_string()
+}
+
+fn becomes(net: &Net, destination: &str, wanted: &str) {
+    eventually(&format!("{destination} becomes {wanted}"), || (verdict(net, destination) == wanted).then_some(()));
+}
+
+#[test]
+fn either_may_die_and_the_other_goes_on() {
+    let net = Net::new();
+    let clean = net.traces();
+    let mut fpm = start_fpm(&net);
+    let mut cm = start_cm(&net);
+    fpm.await_log("ready: 2 ports, ");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+
+    // Changes come through, and hits go back.
+    net.ip("route add 203.0.113.0/24 via 198.51.100.2");
+    becomes(&net, "203.0.113.1", "fast");
+    net.ip("route del 203.0.113.0/24");
+    becomes(&net, "203.0.113.1", "no-route");
+
+    cm.signal(libc::SIGKILL);
+    fpm.await_log("the cache manager has left");
+    eventually("the loss is known", || (!in_sync(&net)).then_some(()));
+    net.ip("route add 203.0.113.0/24 via 198.51.100.2");
+    net.flows(300);
+    assert_eq!(verdict(&net, "203.0.113.1"), "no-route", "the last state");
+    let mut cm = start_cm(&net);
+    becomes(&net, "203.0.113.1", "fast");
+    eventually("everything is described again", || in_sync(&net).then_some(()));
+    net.flows(100);
+
+    let (id, before) = (net.json(&["status"])["program"]["id"].clone(), net.forwarded());
+    fpm.signal(libc::SIGKILL);
+    cm.await_log("the fast path manager has left");
+    net.ip("route replace blackhole 203.0.113.0/24");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let mut fpm = start_fpm(&net);
+    fpm.await_log("ready: 2 ports, ");
+    let status = net.json(&["status"]);
+    assert_eq!(status["adopted"], true);
+    assert_ne!(status["program"]["id"], id);
+    let after = net.forwarded();
+    assert!(after >= before + 250, "forwarding went on while nobody was there: {before} before, {after} after");
+    becomes(&net, "203.0.113.1", "non-unicast-route");
+    net.flows(100);
+
+    // The tables are those from before: counters go on, and nothing is forgotten or lost.
+    assert!(net.towpath(&["down"]).status.success());
+    assert!(fpm.wait().success());
+    assert_eq!(net.traces(), clean);
+    stream.finish_complete();
+    drop(cm);
+}
+
+#[test]
+fn a_neighbour_in_use_stays_alive_through_the_socket() {
+    let net = Net::new();
+    for (name, value) in [("base_reachable_time_ms", "1000"), ("gc_stale_time", "1"), ("delay_first_probe_time", "1")] {
+        net.router.sysctl(&format!("net/ipv4/neigh/eth1/{name}"), value).expect("set");
+    }
+    let mut fpm = start_fpm(&net);
+    let _cm = start_cm(&net);
+    fpm.await_log("ready: 2 ports, ");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    let before = net.exceptions("no-neighbor");
+    // Several times what an unused entry lives.
+    net.flows(8000);
+    assert_eq!(net.exceptions("no-neighbor"), before);
+    let entry = net.ip("neigh show 198.51.100.2 dev eth1");
+    assert!(["REACHABLE", "DELAY", "PROBE", "STALE"].iter().any(|state| entry.contains(state)), "{entry}");
+    stream.finish_complete();
+}
