@@ -5,7 +5,7 @@ use crate::bpffs::{PinDir, netns_inode};
 use crate::error::{Error, Result};
 use crate::grace::GraceMethod;
 use crate::interface::Interface;
-use crate::netfpc::Request;
+use crate::netfpc::{PortFacts, Request};
 use crate::program::{Program, ProgramFacts};
 use crate::region::{Maps, Region, STAGED, entries_of, map_names, staged_name};
 use crate::{require, sys};
@@ -96,7 +96,7 @@ impl Site {
         });
         match made {
             Ok((region, program, links, grace)) => {
-                let ports = links.into_iter().map(|(index, link)| (index, Port { link, slot: None })).collect();
+                let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
                 Ok(Engine::new(Core { site: self, region, program, ports, grace }))
             }
             Err(e) => {
@@ -116,7 +116,7 @@ impl Site {
         let mut core = Core { site: self, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
         let slots = core.device_slots()?;
         for (index, link) in links {
-            core.ports.insert(index, Port { link, slot: slots.get(&index).copied() });
+            core.ports.insert(index, Port::new(link, slots.get(&index).copied()));
         }
         core.switch_links(&core.program)?;
         core.name_program()?;
@@ -201,6 +201,15 @@ struct Port {
     link: OwnedFd,
     /// Slot of the port table it transmits for
     slot: Option<u32>,
+    up: bool,
+    promiscuous: bool,
+}
+
+impl Port {
+    /// A port is taken to be up until something else is said.
+    fn new(link: OwnedFd, slot: Option<u32>) -> Self {
+        Self { link, slot, up: true, promiscuous: false }
+    }
 }
 
 #[derive(Debug)]
@@ -307,7 +316,7 @@ impl Core {
         }
         for (index, attachment) in attachments {
             let link = attachment.pin(&self.site.dir)?;
-            self.ports.insert(index, Port { link, slot: None });
+            self.ports.insert(index, Port::new(link, None));
         }
         for request in requests {
             if let Some(port) = self.ports.get_mut(&request.ifindex) {
@@ -337,6 +346,38 @@ impl Core {
         attach::release(&self.site.dir, index)?;
         self.ports.remove(&index);
         Ok(())
+    }
+
+    /// How a port's driver runs the program that is in the port's link; None if it does not.
+    fn mode_of(&self, index: u32, port: &Port) -> Result<Option<&'static str>> {
+        let link = sys::link_info(port.link.as_fd())
+            .map_err(|e| Error::io(format!("ask about the link of interface {index}"), e))?;
+        let there = Interface::query(index)?.xdp.filter(|there| link.ifindex == index && link.program_id == there.id);
+        Ok(there.map(|there| there.mode))
+    }
+
+    /// Attaches to a port again if its driver does not run the program any more.
+    fn verify(&mut self, index: u32) -> Result<()> {
+        let Some(port) = self.ports.get(&index) else { return Ok(()) };
+        if self.mode_of(index, port)?.is_some() {
+            return Ok(());
+        }
+        let attachment = Attachment::make(Interface::query(index)?, self.program.fd(), self.site.options.mode)?;
+        self.site.dir.remove(&attach::link_pin(index))?;
+        let link = attachment.pin(&self.site.dir)?;
+        if let Some(port) = self.ports.get_mut(&index) {
+            port.link = link;
+        }
+        Ok(())
+    }
+
+    fn set_up(&mut self, index: u32, up: bool) -> Result<()> {
+        let Some(port) = self.ports.get_mut(&index) else { return Ok(()) };
+        port.up = up;
+        match port.slot {
+            Some(slot) => self.set_device(slot, up.then_some(index)),
+            None => Ok(()),
+        }
     }
 
     /// See `Backing::grow`.
@@ -419,15 +460,23 @@ impl Engine {
         match request {
             Request::AddPort { ifindex, slot } => self.attach(&[PortRequest { ifindex, slot }]),
             Request::RemovePort { ifindex } => self.detach(ifindex),
-            Request::PortState { ifindex, up } => {
-                let core = self.core();
-                match core.ports.get(&ifindex).and_then(|port| port.slot) {
-                    Some(slot) => core.set_device(slot, up.then_some(ifindex)),
-                    None => Ok(()),
+            Request::PortState { ifindex, up } => self.core().set_up(ifindex, up),
+            Request::Mtu { ifindex, .. } => self.core().verify(ifindex),
+            Request::Promiscuous { ifindex, on } => {
+                if let Some(port) = self.core().ports.get_mut(&ifindex) {
+                    port.promiscuous = on;
                 }
+                Ok(())
             }
-            Request::Mtu { .. } | Request::Promiscuous { .. } => Ok(()),
         }
+    }
+
+    /// How a port is served; None if it is not.
+    pub fn port(&self, ifindex: u32) -> Option<PortFacts> {
+        let core = self.core();
+        let port = core.ports.get(&ifindex)?;
+        let mode = core.mode_of(ifindex, port).ok().flatten();
+        Some(PortFacts { mode, up: port.up, promiscuous: port.promiscuous })
     }
 
     /// Takes everything off: links, settings, pins. Packets are Linux's again when it returns.

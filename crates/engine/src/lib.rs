@@ -28,7 +28,7 @@ pub use engine::{Engine, Options, PortRequest, Site, Tables};
 pub use error::{Error, Result};
 pub use grace::GraceMethod;
 pub use interface::{Attached, Interface};
-pub use netfpc::Request;
+pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::possible_cpus;
 pub use transmit::{TransmitSupport, TransmitWatch, can_transmit};

@@ -26,19 +26,35 @@ pub enum Request {
         /// Up
         up: bool,
     },
-    /// The MTU changed. The program takes frames of several buffers, so there is nothing to reload or to change.
+    /// Linux changed the MTU. The program takes frames of several buffers and the tables say how much a way out takes,
+    /// so neither changes; but a driver makes its rings anew for another MTU, and what it then says about XDP may be
+    /// another thing. The engine makes sure that the program still runs there, and attaches it again if not. If the
+    /// driver refuses it with this MTU that is an error, Linux forwards what comes in, and the next change of the MTU
+    /// tries again. Whether the port can transmit is to be asked again (`can_transmit`).
     Mtu {
         /// Interface index
         ifindex: u32,
         /// Bytes of IP
         mtu: u32,
     },
-    /// Linux switched promiscuous mode. XDP sees what the device's filter lets through, which is what Linux sees;
-    /// the program itself compares MAC addresses.
+    /// Linux switched promiscuous mode. XDP sees what the device's filter lets through, which is what Linux sees, and
+    /// the program compares MAC addresses itself, so packets go the same ways; the port is known to see the frames of
+    /// others (`PortFacts`).
     Promiscuous {
         /// Interface index
         ifindex: u32,
         /// On
         on: bool,
     },
+}
+
+/// How the engine serves a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortFacts {
+    /// How the driver runs the program: native, generic; None if it does not
+    pub mode: Option<&'static str>,
+    /// Frames may be redirected to it
+    pub up: bool,
+    /// It receives the frames of others too
+    pub promiscuous: bool,
 }

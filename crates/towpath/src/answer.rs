@@ -133,20 +133,22 @@ impl Daemon {
     fn port(&self, state: &PortState) -> report::Port {
         let port = state.port;
         let driver = towpath_engine::Interface::query(port.ifindex).map(|interface| interface.driver);
-        let why_not = why_not(port, state.ready);
+        let served = self.engine.port(port.ifindex);
+        let mode = match port.kind {
+            PortKind::Vlan { .. } => "vlan",
+            _ => served.and_then(|served| served.mode).unwrap_or("none"),
+        };
+        let why_not = why_not(port, state.ready).or_else(|| (mode == "none").then(|| "without the program".into()));
         report::Port {
             name: port.name.clone(),
             ifindex: Some(port.ifindex),
-            mode: match (port.kind, self.facts.mode) {
-                (PortKind::Vlan { .. }, _) => "vlan",
-                (_, mode) => mode.name(),
-            }
-            .into(),
+            mode: mode.into(),
             driver: driver.ok(),
             ready: why_not.is_none(),
             why_not,
             mac: port.mac.map(|bytes: [u8; 6]| mac(Some(bytes.as_slice()))),
             mtu: Some(port.mtu),
+            promiscuous: Some(served.map_or(port.promiscuous, |served| served.promiscuous)),
             forwarding: Some(Forwarding { ipv4: port.family[0].forwarding, ipv6: port.family[1].forwarding }),
         }
     }
@@ -364,6 +366,7 @@ fn absent(name: &str, ifindex: Option<u32>) -> report::Port {
         why_not: Some(if ifindex.is_some() { "not in the tables" } else { "no such interface now" }.into()),
         mac: None,
         mtu: None,
+        promiscuous: None,
         forwarding: None,
     }
 }

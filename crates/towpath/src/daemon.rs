@@ -4,7 +4,7 @@
 use crate::answer::Facts;
 use crate::cli::{self, Up};
 use crate::control::{self, Request};
-use crate::follow::Keeper;
+use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::ports::Wanted;
 use crate::signals::Termination;
@@ -63,8 +63,8 @@ pub struct Daemon {
     pub running: bool,
     /// Ports that have come and are not attached yet
     pub arrivals: BTreeSet<u32>,
-    /// Whether the engine was told that a port is up
-    pub up: BTreeMap<u32, bool>,
+    /// What the engine was told of the ports' devices
+    pub told: BTreeMap<u32, Told>,
     /// Classes of objects that are being described anew
     pub resyncing: HashSet<Snapshot>,
     /// Ports that nothing can be redirected to, and why
@@ -146,7 +146,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         pending: None,
         running: false,
         arrivals: BTreeSet::new(),
-        up: BTreeMap::new(),
+        told: BTreeMap::new(),
         resyncing: HashSet::new(),
         cannot_transmit: BTreeMap::new(),
         policies: BTreeSet::new(),
@@ -262,6 +262,8 @@ impl Daemon {
         for left in self.engine.ports().into_iter().filter(|ifindex| !wanted.contains(ifindex)) {
             self.engine.detach(left)?;
         }
+        let ports: Vec<_> = self.fpm.interfaces().filter(|port| wanted.contains(&port.ifindex)).cloned().collect();
+        ports.iter().for_each(|port| self.tell_engine(port));
         // Ports that are each other's peers can transmit only now.
         self.check_transmit(&wanted);
         self.sync();

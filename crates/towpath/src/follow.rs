@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 use towpath_engine::{Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Feedback, Message, NeighbourKey, Policy};
+use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port};
 use towpath_fpm::Transmit;
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
 
@@ -36,7 +36,7 @@ impl Daemon {
     pub fn take(&mut self, messages: Vec<Message>) {
         for message in messages {
             match &message {
-                Message::Port(port) if self.running => self.port_described(port.ifindex, port.up && port.carrier, port),
+                Message::Port(port) if self.running => self.port_described(port),
                 Message::PortDelete(ifindex) if self.running => self.port_gone(*ifindex),
                 Message::SnapshotBegin(class) if self.resyncing.insert(*class) && self.running => {
                     tracing::debug!("reading again: {class:?}");
@@ -48,21 +48,43 @@ impl Daemon {
         }
     }
 
-    fn port_described(&mut self, ifindex: u32, up: bool, port: &towpath_fpc::Port) {
+    fn port_described(&mut self, port: &Port) {
+        let ifindex = port.ifindex;
         if self.wanted.appears(port) {
             tracing::info!("port {} has come back", port.name);
             self.fpm.serve(ifindex, true);
             self.check_transmit(&[ifindex]);
             self.arrivals.insert(ifindex);
         }
-        if self.wanted.indices().contains(&ifindex) && self.up.insert(ifindex, up) != Some(up) {
-            tracing::info!("port {} is {}", port.name, if up { "up" } else { "down" });
-            self.ask(Request::PortState { ifindex, up });
+        if self.wanted.indices().contains(&ifindex) && !self.arrivals.contains(&ifindex) {
+            self.tell_engine(port);
+        }
+    }
+
+    /// Lets the engine act on what Linux changed about a port's device.
+    pub fn tell_engine(&mut self, port: &Port) {
+        let (ifindex, name) = (port.ifindex, &port.name);
+        let now = Told { up: port.up && port.carrier, mtu: port.mtu, promiscuous: port.promiscuous };
+        // As the engine takes a port to be before it is told.
+        let before = self.told.insert(ifindex, now).unwrap_or(Told { up: true, mtu: now.mtu, promiscuous: false });
+        if now.up != before.up {
+            tracing::info!("port {name} is {}", if now.up { "up" } else { "down" });
+            self.ask(Request::PortState { ifindex, up: now.up });
+        }
+        if now.mtu != before.mtu {
+            tracing::info!("the MTU of port {name} is {}, and was {}", now.mtu, before.mtu);
+            self.ask(Request::Mtu { ifindex, mtu: now.mtu });
+            self.check_transmit(&[ifindex]);
+        }
+        if now.promiscuous != before.promiscuous {
+            let state = if now.promiscuous { "promiscuous" } else { "no longer promiscuous" };
+            tracing::info!("port {name} is {state}");
+            self.ask(Request::Promiscuous { ifindex, on: now.promiscuous });
         }
     }
 
     fn port_gone(&mut self, ifindex: u32) {
-        self.up.remove(&ifindex);
+        self.told.remove(&ifindex);
         self.cannot_transmit.remove(&ifindex);
         self.arrivals.remove(&ifindex);
         if self.wanted.vanishes(ifindex) {
@@ -101,6 +123,10 @@ impl Daemon {
             match self.slot(ifindex) {
                 Some(slot) => self.ask(Request::AddPort { ifindex, slot }),
                 None => tracing::warn!("no place for port with index {ifindex} in the tables"),
+            }
+            let port = self.fpm.interfaces().find(|port| port.ifindex == ifindex).cloned();
+            if let Some(port) = port {
+                self.tell_engine(&port);
             }
         }
     }
@@ -142,6 +168,14 @@ impl Daemon {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// What the engine was told of a port's device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Told {
+    up: bool,
+    mtu: u32,
+    promiscuous: bool,
 }
 
 /// Who tells Linux which neighbours are in use.

@@ -147,6 +147,7 @@ fn ports_text(ports: &[report::Port]) -> String {
         .iter()
         .map(|port| {
             let state = match &port.why_not {
+                None if port.promiscuous == Some(true) => "ready, promiscuous".to_string(),
                 None => "ready".to_string(),
                 Some(why) => format!("not ready: {why}"),
             };

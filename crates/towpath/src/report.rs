@@ -62,6 +62,8 @@ pub struct Port {
     pub mac: Option<String>,
     /// IP MTU in bytes
     pub mtu: Option<u32>,
+    /// It receives the frames of others too
+    pub promiscuous: Option<bool>,
     /// Linux forwards IPv4 and IPv6 that comes in here
     pub forwarding: Option<Forwarding>,
 }
