@@ -20,9 +20,9 @@ use towpath_tables::record::Family;
 const TABLE_MAIN: u32 = 254;
 const TABLE_LOCAL: u32 = 255;
 /// Messages handed over at once.
-const BATCH: usize = 1024;
+const BATCH: usize = 512;
 /// Notifications read before watchers and dumps get their turn again.
-const NOTIFICATIONS_PER_TURN: usize = 1024;
+const NOTIFICATIONS_PER_TURN: usize = 512;
 /// How often settings are read that nothing announces.
 const SETTINGS_INTERVAL: Duration = Duration::from_millis(50);
 /// What Linux removes silently is read again after this time, so that one reading serves several events.
@@ -31,6 +31,9 @@ const RESYNC_DELAY: Duration = Duration::from_millis(20);
 const RESYNC_REST: u32 = 4;
 /// Classes that change without notice when an interface stops or starts being usable.
 const SILENT: [Class; 3] = [Class::Nexthops, Class::Routes(Family::V4), Class::Routes(Family::V6)];
+
+/// How soon a receiver that lagged behind is tried again.
+const FULL_REST: Duration = Duration::from_millis(1);
 
 const TOKEN_STOP: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
@@ -123,7 +126,12 @@ impl Cm {
         self.read_everything();
         let mut busy = false;
         loop {
-            let timeout = if busy { Duration::ZERO } else { self.timeout() };
+            let full = sink.is_full()?;
+            if full {
+                // What is readable stays so, and would end every wait.
+                std::thread::sleep(FULL_REST);
+            }
+            let timeout = if busy || full { Duration::ZERO } else { self.timeout() };
             let ready = self.epoll.wait(timeout)?;
             if ready.contains(&TOKEN_STOP) {
                 return self.flush(sink);
@@ -134,13 +142,15 @@ impl Cm {
                     watched.wake();
                 }
             }
-            busy = self.notifications(sink)?;
+            busy = !full && self.notifications(sink)?;
             self.poll_settings();
-            self.poll_watchers();
+            self.poll_watchers(sink)?;
             self.flush(sink)?;
-            self.step_dump(sink, !busy)?;
-            self.begin_dump()?;
-            self.flush(sink)?;
+            if !full {
+                self.step_dump(sink, !busy)?;
+                self.begin_dump()?;
+                self.flush(sink)?;
+            }
         }
     }
 
@@ -177,16 +187,19 @@ impl Cm {
         }
     }
 
-    fn poll_watchers(&mut self) {
+    fn poll_watchers(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
         if !self.ports_complete {
-            return;
+            return Ok(());
         }
         let now = Instant::now();
         for watched in &mut self.watchers {
             if watched.due().is_some_and(|due| due <= now) {
-                self.out.extend(watched.poll(self.ports.index()));
+                let found = watched.poll(self.ports.index());
+                found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
+                self.out.extend(found.messages);
             }
         }
+        Ok(())
     }
 
     // Dumps.

@@ -4,10 +4,21 @@ use crate::error::CmError;
 use std::sync::mpsc::{Sender, SyncSender};
 use towpath_fpc::Message;
 
-/// Receives the messages in order, in batches: one batch per turn of the loop, or per 1024 messages.
+/// Receives the messages in order, in batches: one batch per turn of the loop, or per 512 messages.
 pub trait FpcSink {
     /// Takes a batch. May block; while it does, the kernel's socket buffers hold what happens.
     fn send(&mut self, batch: Vec<Message>) -> Result<(), CmError>;
+
+    /// Takes a `Message::Alarm`, ahead of the batches that the receiver has not taken yet if there is a way.
+    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
+        self.send(vec![alarm])
+    }
+
+    /// The receiver lags so far behind that another batch would have to wait. Meanwhile the cache manager leaves in the
+    /// kernel what it has not read, and only watches for policies.
+    fn is_full(&mut self) -> Result<bool, CmError> {
+        Ok(false)
+    }
 }
 
 impl<F: FnMut(Vec<Message>) -> Result<(), CmError>> FpcSink for F {

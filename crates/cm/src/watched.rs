@@ -2,16 +2,26 @@
 
 use crate::watch::{PortIndex, Watcher};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Message, Policy, Scope, Snapshot};
+use towpath_fpc::{Alarm, AlarmId, Message, Policy, Scope, Snapshot};
 use towpath_tables::{Reason, record::Family};
 
 /// How soon a watcher that failed is tried again.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// What a poll found out.
+#[derive(Default, Debug)]
+pub struct Found {
+    /// Policies that are new; this message may go ahead of others
+    pub alarm: Option<Message>,
+    /// The whole set as a snapshot, and the end of the alarm
+    pub messages: Vec<Message>,
+}
+
 /// A watcher, its last set, and when it must be polled.
 pub struct Watched {
     watcher: Box<dyn Watcher>,
     told: Option<Vec<Policy>>,
+    alarms: u64,
     due: Option<Instant>,
     failing: bool,
 }
@@ -19,7 +29,7 @@ pub struct Watched {
 impl Watched {
     /// A watcher that was not polled yet.
     pub fn new(watcher: Box<dyn Watcher>) -> Self {
-        Self { watcher, told: None, due: Some(Instant::now()), failing: false }
+        Self { watcher, told: None, alarms: 0, due: Some(Instant::now()), failing: false }
     }
 
     /// The watcher itself.
@@ -37,8 +47,8 @@ impl Watched {
         self.due = Some(Instant::now());
     }
 
-    /// Polls it and gives the messages that follow: none, or its whole set as a snapshot.
-    pub fn poll(&mut self, ports: &PortIndex) -> Vec<Message> {
+    /// Polls it and gives what follows: nothing, or its whole set and what of it is new.
+    pub fn poll(&mut self, ports: &PortIndex) -> Found {
         let set = match self.watcher.poll(ports) {
             Ok(set) => {
                 if self.failing {
@@ -71,16 +81,33 @@ impl Watched {
         vec![policy(Family::V4), policy(Family::V6)]
     }
 
-    fn tell(&mut self, mut set: Vec<Policy>) -> Vec<Message> {
+    fn tell(&mut self, mut set: Vec<Policy>) -> Found {
         set.sort();
         if self.told.as_ref() == Some(&set) {
-            return Vec::new();
+            return Found::default();
         }
-        let snapshot = Snapshot::Policies(self.watcher.source());
+        let source = self.watcher.source();
+        let known = self.told.as_deref().unwrap_or_default();
+        let new: Vec<_> = set.iter().filter(|policy| known.binary_search(policy).is_err()).cloned().collect();
+        let snapshot = Snapshot::Policies(source);
         let mut messages = vec![Message::SnapshotBegin(snapshot)];
         messages.extend(set.iter().cloned().map(Message::Policy));
         messages.push(Message::SnapshotEnd(snapshot));
         self.told = Some(set);
-        messages
+        if new.is_empty() {
+            return Found { alarm: None, messages };
+        }
+        self.alarms = monotonic().max(self.alarms + 1);
+        let id = AlarmId { source, number: self.alarms };
+        messages.push(Message::AlarmOver(id));
+        Found { alarm: Some(Message::Alarm(Alarm { id, policies: new })), messages }
     }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC: they rise also from one process to the next.
+fn monotonic() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours, which the call fills.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

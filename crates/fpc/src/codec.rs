@@ -190,6 +190,8 @@ packets! {
     27 => Message::NexthopDelete(u32);
     28 => Message::Policy(Policy);
     29 => Message::FamilySettings(FamilySettings);
+    30 => Message::Alarm(Alarm);
+    31 => Message::AlarmOver(AlarmId);
     64 => Feedback::Hits(Vec<NeighbourKey>);
     65 => Feedback::Resync(String);
 }
@@ -248,7 +250,7 @@ macro_rules! integers {
         }
     )*};
 }
-integers!(u8 u16 u32);
+integers!(u8 u16 u32 u64);
 
 impl Wire for bool {
     fn put(&self, out: &mut Vec<u8>) {
@@ -414,6 +416,8 @@ structs! {
     NexthopObject { id, kind }
     Policy { source, scope, reason, detail }
     FamilySettings { family, hash_policy }
+    AlarmId { source, number }
+    Alarm { id, policies }
 }
 
 /// Layouts of enums: a number, then the fields of the variant.

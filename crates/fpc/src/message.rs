@@ -36,6 +36,11 @@ pub enum Message {
     Policy(Policy),
     /// Settings of a whole network namespace and family.
     FamilySettings(FamilySettings),
+    /// Policies that were just found. This message may overtake any other: it goes ahead of what the receiver has not
+    /// taken yet. What it names holds, beside what snapshots say, until its `AlarmOver`.
+    Alarm(Alarm),
+    /// A snapshot before this message told what the alarms of this source up to this number told. It overtakes nothing.
+    AlarmOver(AlarmId),
 }
 
 /// One message from FPM back to CM.
@@ -336,6 +341,24 @@ pub enum Scope {
     Ingress(u32, Option<Family>),
     /// Packets that leave by the interface, of one family or (None) of both
     Egress(u32, Option<Family>),
+}
+
+/// What names an alarm.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct AlarmId {
+    /// Who found the policies
+    pub source: PolicySource,
+    /// Rises from alarm to alarm, also from one CM on this host to the next (nanoseconds of CLOCK_MONOTONIC)
+    pub number: u64,
+}
+
+/// Policies ahead of the snapshot that tells them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Alarm {
+    /// Which
+    pub id: AlarmId,
+    /// Those that are new
+    pub policies: Vec<Policy>,
 }
 
 /// Settings of the namespace for a family.

@@ -2,6 +2,7 @@
 
 use crate::Fpm;
 use crate::state::{Choice, Resolved, family_of};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use towpath_fpc::*;
 use towpath_tables::Reason;
@@ -143,9 +144,9 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.addresses.keys()
     }
 
-    /// Policies in force.
+    /// Policies in force, each once.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        self.state.policies.keys()
+        self.state.policies().collect::<BTreeSet<_>>().into_iter()
     }
 
     /// Next hops in the tables.

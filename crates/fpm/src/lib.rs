@@ -37,6 +37,19 @@ pub enum Transmit {
 pub struct Fpm<B, G> {
     state: State,
     mirror: Mirror<B, G>,
+    /// A publication is under way
+    unfinished: bool,
+}
+
+/// How far a publication has come.
+#[derive(Debug)]
+pub enum Progress {
+    /// There was nothing to do, or not everything awaited has been described
+    Nothing,
+    /// There is more to do
+    More,
+    /// The tables say what was applied
+    Done(Published),
 }
 
 /// The classes of objects that a complete description consists of.
@@ -54,7 +67,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// A manager for these tables, new (`TableWriter::create`) or taken over (`TableWriter::adopt`). It publishes
     /// nothing before it has seen the end of a snapshot of each of `awaited` (usually `all_classes()`).
     pub fn new(tables: TableWriter<B, G>, awaited: impl IntoIterator<Item = Snapshot>) -> Self {
-        Self { state: State::awaiting(awaited), mirror: Mirror::new(tables) }
+        Self { state: State::awaiting(awaited), mirror: Mirror::new(tables), unfinished: false }
     }
 
     /// Serves an interface and its VLAN sub-interfaces, or no longer. Takes effect with `publish`.
@@ -86,8 +99,29 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// Ends a batch: makes the tables say what was applied. None if there was nothing to do, or not everything awaited
     /// has been described.
     pub fn publish(&mut self) -> Option<Published> {
-        let due = self.is_complete() && (self.state.is_changed() || !self.mirror.is_filled());
-        due.then(|| self.mirror.sync(&mut self.state))
+        match self.publish_while(|| true) {
+            Progress::Done(published) => Some(published),
+            Progress::Nothing | Progress::More => None,
+        }
+    }
+
+    /// As `publish`, but with routes only as long as `go_on`, asked again and again, says so. Everything else takes
+    /// effect at once. Routes must not be applied before it is `Done`; alarms may.
+    pub fn publish_while(&mut self, go_on: impl FnMut() -> bool) -> Progress {
+        if !self.is_complete() || !(self.unfinished || self.state.is_changed() || !self.mirror.is_filled()) {
+            return Progress::Nothing;
+        }
+        let published = self.mirror.sync(&mut self.state, go_on);
+        self.unfinished = published.is_none();
+        published.map_or(Progress::More, Progress::Done)
+    }
+
+    /// Until everything awaited has been described, tables that were taken over stay as they are, but for this: what
+    /// a policy touches that is known by now goes to Linux with its whole family.
+    pub fn restrain(&mut self) {
+        if !self.is_complete() {
+            self.mirror.restrain(&self.state);
+        }
     }
 
     /// The neighbours that packets were sent to since the last call.

@@ -4,9 +4,9 @@
 use crate::Transmit;
 use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix};
+use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix, Scope};
 use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
@@ -46,8 +46,21 @@ pub(crate) struct Mirror<B, G> {
     hosts: BTreeMap<NeighbourKey, Leaf>,
     /// Interfaces that look-ups of a family pass over
     dead: HashSet<(u32, Family)>,
-    /// Whether routes were ever put into the tables
-    filled: bool,
+    /// How far the routes have been put into the tables for the first time
+    filled: Filled,
+    /// Prefixes to look at again
+    prefixes: VecDeque<Prefix>,
+    /// Slots of ports that have gone, to be freed once nothing leads there
+    gone: Vec<u32>,
+}
+
+/// Progress of putting in all routes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Filled {
+    /// Those of a family are being put in; the last prefix that was
+    UpTo(Family, Option<Prefix>),
+    /// All routes were put in once
+    All,
 }
 
 /// Identity of the next hop that stands for everything that is an exception for a reason.
@@ -75,37 +88,67 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             landed: HashMap::new(),
             hosts: BTreeMap::new(),
             dead: HashSet::new(),
-            filled: false,
+            filled: Filled::UpTo(Family::V4, None),
+            prefixes: VecDeque::new(),
+            gone: Vec::new(),
         }
     }
 
-    /// Makes the tables say what the state says.
-    pub fn sync(&mut self, state: &mut State) -> Published {
+    /// Makes the tables say what the state says: first everything but routes, at once; then routes, as long as
+    /// `go_on` says so. None if there is more to do, which the next call does.
+    pub fn sync(&mut self, state: &mut State, mut go_on: impl FnMut() -> bool) -> Option<Published> {
         let mut changes = state.take_changes();
-        let gone = self.place_ports(state, &mut changes);
-        self.update_nexthops(state, &changes);
-        let rescan = self.update_vias(state, &changes);
-        self.update_hosts(state, &changes);
-        if changes.config || !self.filled {
-            self.update_config(state);
+        if !changes.is_empty() || self.is_new() {
+            let gone = self.place_ports(state, &mut changes);
+            self.gone.extend(gone);
+            self.update_nexthops(state, &changes);
+            let rescan = self.update_vias(state, &changes);
+            self.update_hosts(state, &changes);
+            if changes.config || self.is_new() {
+                self.update_config(state);
+            }
+            self.prefixes.extend(changes.prefixes);
+            self.rescan(state, &rescan);
         }
-        if self.filled {
-            self.update_routes(state, &changes, &rescan);
-        } else {
-            self.fill(state);
+        if !self.fill(state, &mut go_on) {
+            return None;
         }
+        while let Some(prefix) = self.prefixes.pop_front() {
+            self.update_route(state, prefix);
+            if !go_on() {
+                return None;
+            }
+        }
+        // No route leads any more to what nobody uses now.
         self.reap(state);
-        let published = self.tables.publish();
-        gone.into_iter().for_each(|slot| self.tables.free_port(slot));
-        published
+        let published = self.tables.publish_while(go_on)?;
+        std::mem::take(&mut self.gone).into_iter().for_each(|slot| self.tables.free_port(slot));
+        Some(published)
+    }
+
+    /// Sends to Linux what any policy may touch, whatever of the family it is, until all is known.
+    pub fn restrain(&mut self, state: &State) {
+        for family in FAMILIES {
+            let touched = |scope: &Scope| match scope {
+                Scope::Family(of) => *of == family,
+                Scope::Ingress(_, of) | Scope::Egress(_, of) => of.is_none_or(|of| of == family),
+            };
+            if let Some(reason) = state.policy(touched) {
+                self.tables.set_policy(family, Some(reason));
+            }
+        }
+    }
+
+    /// Nothing was put into the tables yet.
+    fn is_new(&self) -> bool {
+        self.filled == Filled::UpTo(Family::V4, None)
     }
 
     pub fn is_filled(&self) -> bool {
-        self.filled
+        self.filled == Filled::All
     }
 
     fn update_config(&mut self, state: &State) {
-        use towpath_fpc::Scope;
         for family in FAMILIES {
             let policy = state.policy(|scope| matches!(scope, Scope::Family(of) if *of == family));
             self.tables.set_policy(family, policy);
@@ -119,7 +162,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Gives every port a slot and its settings; returns the slots to free once nothing leads there. What changed
     /// about an interface changed about the VLAN sub-interfaces over it, so `changes` grows by those.
     fn place_ports(&mut self, state: &State, changes: &mut Changes) -> Vec<u32> {
-        if !self.filled {
+        if self.is_new() {
             // Also ports of a writer that was here before and that are gone.
             changes.ports.extend(state.ports.keys().copied());
             self.slots.extend(self.tables.ports().map(|(slot, ifindex)| (ifindex, slot)));
@@ -525,24 +568,31 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     // ---- routes
 
-    /// Puts all routes in.
-    fn fill(&mut self, state: &State) {
-        for family in FAMILIES {
-            let mut last = None;
-            for (key, _) in state.routes.iter(family) {
-                if last.replace(key.prefix) != Some(key.prefix) {
-                    self.update_route(state, key.prefix);
+    /// Puts all routes in, once; false if it stopped before the end.
+    fn fill(&mut self, state: &State, go_on: &mut impl FnMut() -> bool) -> bool {
+        while let Filled::UpTo(family, last) = self.filled {
+            for prefix in state.routes.prefixes(family, last) {
+                self.update_route(state, prefix);
+                if !go_on() {
+                    self.filled = Filled::UpTo(family, Some(prefix));
+                    return false;
                 }
             }
+            self.filled = match family {
+                Family::V4 => Filled::UpTo(Family::V6, None),
+                Family::V6 => Filled::All,
+            };
+            if self.is_filled()
+                && let Err(error) = self.tables.reserve()
+            {
+                refused(error);
+            }
         }
-        self.filled = true;
-        if let Err(error) = self.tables.reserve() {
-            refused(error);
-        }
+        true
     }
 
-    fn update_routes(&mut self, state: &State, changes: &Changes, rescan: &Rescan) {
-        changes.prefixes.iter().for_each(|prefix| self.update_route(state, *prefix));
+    /// Finds the routes that must be looked at again on account of their vias.
+    fn rescan(&mut self, state: &State, rescan: &Rescan) {
         if rescan.revived.is_empty() {
             return;
         }
@@ -559,7 +609,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
                 before = Some((key.prefix, revived || rivals.is_some_and(|(_, rival)| rival)));
             }
             affected.dedup();
-            affected.into_iter().for_each(|prefix| self.update_route(state, prefix));
+            self.prefixes.extend(affected);
         }
     }
 

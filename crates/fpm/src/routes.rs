@@ -3,6 +3,7 @@
 use crate::via::ViaId;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::ops::Bound;
 use towpath_fpc::{Prefix, RouteKey};
 use towpath_tables::record::Family;
 
@@ -67,17 +68,25 @@ struct Fib<const BYTES: usize>(BTreeMap<Key<BYTES>, Candidate>);
 /// What `Fib` needs to know about addresses.
 trait Octets: Copy {
     fn ip(self) -> IpAddr;
+    /// None if the address is of the other family.
+    fn of(address: IpAddr) -> Option<Self>;
 }
 
 impl Octets for [u8; 4] {
     fn ip(self) -> IpAddr {
         self.into()
     }
+    fn of(address: IpAddr) -> Option<Self> {
+        if let IpAddr::V4(address) = address { Some(address.octets()) } else { None }
+    }
 }
 
 impl Octets for [u8; 16] {
     fn ip(self) -> IpAddr {
         self.into()
+    }
+    fn of(address: IpAddr) -> Option<Self> {
+        if let IpAddr::V6(address) = address { Some(address.octets()) } else { None }
     }
 }
 
@@ -89,6 +98,19 @@ where
         let first = Key { address, len, rank: Rank::Local, tos: 0, priority: 0 };
         let last = Key { rank: Rank::Default, tos: u8::MAX, priority: u32::MAX, ..first };
         self.0.range(first..=last).filter_map(|(key, candidate)| Some((key.name()?, *candidate)))
+    }
+
+    fn prefixes(&self, last: Option<Prefix>) -> impl Iterator<Item = Prefix> {
+        let behind = last.and_then(|last| Some((<[u8; BYTES]>::of(last.address())?, last.prefix_len())));
+        let behind =
+            behind.map(|(address, len)| Key { address, len, rank: Rank::Default, tos: u8::MAX, priority: u32::MAX });
+        let from = behind.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut before = None;
+        self.0.range((from, Bound::Unbounded)).filter_map(move |(key, _)| {
+            let prefix = (key.address, key.len);
+            let new = before.replace(prefix) != Some(prefix);
+            new.then(|| Prefix::new(key.address.ip(), key.len)).flatten()
+        })
     }
 
     fn iter(&self) -> impl Iterator<Item = (RouteKey, Candidate)> {
@@ -166,6 +188,14 @@ impl Routes {
         match family {
             Family::V4 => Box::new(self.v4.iter()),
             Family::V6 => Box::new(self.v6.iter()),
+        }
+    }
+
+    /// The prefixes of a family that have routes, in order, those behind `last` if there is one.
+    pub fn prefixes(&self, family: Family, last: Option<Prefix>) -> Box<dyn Iterator<Item = Prefix> + '_> {
+        match family {
+            Family::V4 => Box::new(self.v4.prefixes(last)),
+            Family::V6 => Box::new(self.v6.prefixes(last)),
         }
     }
 

@@ -49,7 +49,8 @@ pub(crate) struct State {
     pub objects: HashMap<u32, Marked<NexthopObject>>,
     pub routes: Routes,
     pub vias: Vias,
-    pub policies: BTreeMap<Policy, u8>,
+    policies: BTreeMap<Policy, u8>,
+    alarms: BTreeMap<AlarmId, Vec<Policy>>,
     pub hash_policy: [u8; 2],
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
     refused_sources: BTreeSet<Prefix>,
@@ -92,6 +93,8 @@ impl State {
             Message::Nexthop(object) => self.set_object(object),
             Message::NexthopDelete(id) => self.remove_object(id),
             Message::Policy(policy) => self.set_policy(policy),
+            Message::Alarm(alarm) => self.alarm(alarm),
+            Message::AlarmOver(id) => self.end_alarms(id),
             Message::FamilySettings(settings) => {
                 self.hash_policy[settings.family as usize] = settings.hash_policy;
                 self.changes.config = true;
@@ -286,6 +289,22 @@ impl State {
         }
     }
 
+    fn alarm(&mut self, alarm: Alarm) {
+        alarm.policies.iter().for_each(|policy| self.policy_changed(policy.scope));
+        self.alarms.insert(alarm.id, alarm.policies);
+    }
+
+    fn end_alarms(&mut self, last: AlarmId) {
+        let ended = |id: &AlarmId| id.source == last.source && *id <= last;
+        let over = self.alarms.extract_if(.., |id, _| ended(id)).flat_map(|(_, policies)| policies);
+        over.collect::<Vec<_>>().iter().for_each(|policy| self.policy_changed(policy.scope));
+    }
+
+    /// The policies in force: those of snapshots and those of alarms.
+    pub fn policies(&self) -> impl Iterator<Item = &Policy> {
+        self.policies.keys().chain(self.alarms.values().flatten())
+    }
+
     fn policy_changed(&mut self, scope: Scope) {
         match scope {
             Scope::Family(_) => self.changes.config = true,
@@ -326,7 +345,7 @@ impl State {
 
     /// The reason that counts (the lowest) among the policies that `applies` picks.
     pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Reason> {
-        self.policies.keys().filter(|policy| applies(&policy.scope)).map(|policy| policy.reason).min()
+        self.policies().filter(|policy| applies(&policy.scope)).map(|policy| policy.reason).min()
     }
 
     /// Why packets of a family that come in by a port are exceptions.

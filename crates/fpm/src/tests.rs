@@ -676,6 +676,80 @@ fn a_restarted_manager_takes_over_without_a_gap() {
     after.batch([Message::RouteDelete(key("10.0.0.0/8"))]).exception("10.1.1.1", Reason::NoRoute);
 }
 
+fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {
+    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into() };
+    Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies: vec![policy] })
+}
+
+fn alarm_over(source: PolicySource, number: u64) -> Message {
+    Message::AlarmOver(AlarmId { source, number })
+}
+
+#[test]
+fn an_alarm_holds_until_its_own_snapshot_has_come() {
+    let (egress, reason) = (Scope::Egress(2, None), Reason::PolicyTc);
+    let class = Snapshot::Policies(PolicySource::Tc);
+    let mut fixture = Fixture::new();
+    fixture
+        .batch([alarm(7, egress, reason)])
+        .exception(VIA_2, reason)
+        // Sent before the alarm, and come after it:
+        .snapshot(class, [])
+        .batch([alarm_over(PolicySource::Tc, 6), alarm_over(PolicySource::Capture, 9)])
+        .exception(VIA_2, reason);
+    assert_eq!(fixture.fpm.policies().count(), 1);
+    fixture.snapshot(class, [policy(egress, reason)]);
+    assert_eq!(fixture.fpm.policies().count(), 1, "the same policy twice");
+    fixture.batch([alarm_over(PolicySource::Tc, 7)]).exception(VIA_2, reason);
+    fixture.snapshot(class, []).expect(VIA_2, via_2());
+    assert_eq!(fixture.fpm.policies().count(), 0);
+    // The same once more, and a whole family this time.
+    fixture.batch([alarm(8, Scope::Family(Family::V4), reason)]);
+    assert_eq!(fixture.fpm.tables().view().config().policy[0].load(), 1 + reason as u32);
+    fixture.batch([alarm_over(PolicySource::Tc, 8)]);
+    assert_eq!(fixture.fpm.tables().view().config().policy[0].load(), 0);
+}
+
+#[test]
+fn an_alarm_holds_while_routes_are_being_published() {
+    let mut fixture = Fixture::new();
+    let many =
+        (0..1000).map(|n: u32| Message::Route(route(&format!("10.{}.{}.0/24", n / 256, n % 256), &[hop(1, None)])));
+    many.for_each(|message| fixture.fpm.apply(message));
+    assert!(matches!(fixture.fpm.publish_while(|| false), Progress::More));
+    fixture.fpm.apply(alarm(1, Scope::Ingress(1, Some(Family::V4)), Reason::PolicyTc));
+    fixture.fpm.apply(alarm(2, Scope::Egress(2, None), Reason::PolicyCapture));
+    assert!(matches!(fixture.fpm.publish_while(|| false), Progress::More));
+    fixture.exception(VIA_2, Reason::PolicyCapture).exception("10.3.231.1", Reason::NoRoute);
+    let slot = fixture.fpm.ports().find(|port| port.port.ifindex == 1).unwrap().slot;
+    let view = fixture.fpm.tables().view();
+    assert_eq!(view.ports()[slot as usize].ingress_policy[0].load(), 1 + Reason::PolicyTc as u32);
+    let mut slices = 0;
+    while matches!(fixture.fpm.publish_while(|| false), Progress::More) {
+        slices += 1;
+    }
+    assert!(slices > 900, "{slices}");
+    fixture.exception("10.3.231.1", Reason::NoNeighbour).exception(VIA_2, Reason::PolicyCapture);
+}
+
+#[test]
+fn policies_restrain_tables_taken_over_before_all_is_known() {
+    let before = Fixture::new();
+    let adopted = TableWriter::adopt(before.fpm.into_tables().into_backing(), NoReaders).unwrap();
+    let mut after = Fixture::unfinished(adopted);
+    let words = |fixture: &Fixture| [0, 1].map(|family| fixture.fpm.tables().view().config().policy[family].load());
+    after.fpm.restrain();
+    assert_eq!(words(&after), [0, 0]);
+    after.fpm.apply(alarm(1, Scope::Ingress(2, Some(Family::V6)), Reason::PolicyTc));
+    after.fpm.restrain();
+    assert_eq!(words(&after), [0, 1 + Reason::PolicyTc as u32], "not as precise as it will be");
+    after.complete();
+    assert_eq!(words(&after), [0, 0]);
+    let slot = after.fpm.ports().find(|port| port.port.ifindex == 2).unwrap().slot;
+    let view = after.fpm.tables().view();
+    assert_eq!(view.ports()[slot as usize].ingress_policy[1].load(), 1 + Reason::PolicyTc as u32);
+}
+
 #[test]
 fn hits_name_neighbours_once() {
     let fixture = Fixture::new();

@@ -5,7 +5,7 @@
 //! whatever the lengths; among equals the longest wins. A *host* (resolved neighbour) stands in for the deciding leaf
 //! of its address, and only for the leaf it names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::grace::Grace;
 use crate::lpm::{Leaf, Word};
@@ -164,8 +164,10 @@ pub struct Rib<const BYTES: usize> {
     /// By address and the leaf they stand in for
     hosts: BTreeMap<([u8; BYTES], Leaf), Leaf>,
     /// Slots whose piece may differ from the published one, and the same as a bitmap
-    dirty: Vec<u16>,
+    dirty: VecDeque<u16>,
     is_dirty: Vec<u64>,
+    /// Slots whose piece did not find room
+    refused: Vec<u16>,
     routes: usize,
 }
 
@@ -179,8 +181,9 @@ impl<const BYTES: usize> Rib<BYTES> {
             nodes: Vec::new(),
             free: Vec::new(),
             hosts: BTreeMap::new(),
-            dirty: Vec::new(),
+            dirty: VecDeque::new(),
             is_dirty: vec![0; SLOTS / 64],
+            refused: Vec::new(),
             routes: 0,
         };
         rib.mark_slots(0..SLOTS);
@@ -376,21 +379,46 @@ impl<const BYTES: usize> Rib<BYTES> {
     /// Publishes what changed: afterwards the tables say what this trie says, except that pieces without room lead to
     /// `TABLE_FULL`; those are tried again next time. Returns the number of root words that changed.
     pub fn publish<M: Memory, G: Grace>(&mut self, store: &mut Store<M, G>) -> usize {
+        let mut words = 0;
+        self.publish_while(store, &mut words, &mut || true);
+        self.retry();
+        words
+    }
+
+    /// Publishes what changed as long as `go_on` says so, and adds up in `words` how many root words changed; true if
+    /// nothing is left but what did not find room.
+    pub fn publish_while<M: Memory, G: Grace>(
+        &mut self,
+        store: &mut Store<M, G>,
+        words: &mut usize,
+        go_on: &mut impl FnMut() -> bool,
+    ) -> bool {
         let default = self.default_cover().word();
         let published = store.mem.root_default(self.root).expect("the root is in the table");
         // A new default comes before what it replaces goes; an old one goes after what replaces it has come.
         if default != Word::NONE && published != default.0 {
             store.mem.publish_default(self.root, default.0);
+            *words += 1;
         }
-        let mut changed = usize::from(published != default.0);
-        for slot in std::mem::take(&mut self.dirty) {
+        while let Some(slot) = self.dirty.pop_front() {
             self.is_dirty[usize::from(slot) / 64] &= !(1 << (slot % 64));
-            changed += usize::from(self.publish_slot(slot, store));
+            *words += usize::from(self.publish_slot(slot, store));
+            if !go_on() {
+                return false;
+            }
         }
         if default == Word::NONE && published != 0 {
             store.mem.publish_default(self.root, 0);
+            *words += 1;
         }
-        changed
+        true
+    }
+
+    /// Lets the next publication try again what did not find room.
+    pub fn retry(&mut self) {
+        for slot in std::mem::take(&mut self.refused) {
+            self.mark_slots(slot.into()..usize::from(slot) + 1);
+        }
     }
 
     fn publish_slot<M: Memory, G: Grace>(&mut self, slot: u16, store: &mut Store<M, G>) -> bool {
@@ -403,7 +431,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         } else if self.needs_build(child, cover) {
             let word = self.build(child, cover, 2, &mut Self::slot_address(slot.into()), old, false, store);
             if self.nodes[child as usize].state != State::Clean {
-                self.mark_slots(slot.into()..usize::from(slot) + 1);
+                self.refused.push(slot);
             }
             word
         } else {
@@ -626,7 +654,7 @@ impl<const BYTES: usize> Rib<BYTES> {
             let bit = 1 << (slot % 64);
             if self.is_dirty[slot / 64] & bit == 0 {
                 self.is_dirty[slot / 64] |= bit;
-                self.dirty.push(slot as u16);
+                self.dirty.push_back(slot as u16);
             }
         }
     }

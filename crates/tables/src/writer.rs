@@ -145,6 +145,8 @@ pub struct TableWriter<B, G> {
     unclaimed_groups: Vec<u32>,
     /// Adopted pieces that nobody can ask for
     leaving: Vec<Piece>,
+    /// Root words changed so far by a publication that is under way
+    words: Option<usize>,
 }
 
 impl<B: Backing, G: Grace> TableWriter<B, G> {
@@ -203,6 +205,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             unclaimed_nexthops: HashMap::new(),
             unclaimed_groups: Vec::new(),
             leaving: Vec::new(),
+            words: None,
         }
     }
 
@@ -545,12 +548,30 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Makes the tables say what was set.
     pub fn publish(&mut self) -> Published {
-        self.store.begin();
-        let words = self.routes.values_mut().map(|routes| routes!(routes, rib => rib.publish(&mut self.store))).sum();
+        self.publish_while(|| true).unwrap_or_default()
+    }
+
+    /// Makes the tables say what was set, as long as `go_on`, asked after each piece, says so; None if there is more to
+    /// do. What is freed is out of use only when all is done.
+    pub fn publish_while(&mut self, mut go_on: impl FnMut() -> bool) -> Option<Published> {
+        if self.words.is_none() {
+            self.store.begin();
+        }
+        let mut words = self.words.take().unwrap_or(0);
+        let mut done = true;
+        for routes in self.routes.values_mut() {
+            routes!(routes, rib => done = done && rib.publish_while(&mut self.store, &mut words, &mut go_on));
+        }
+        self.store.tidy();
+        if !done {
+            self.words = Some(words);
+            return None;
+        }
+        self.routes.values_mut().for_each(|routes| routes!(routes, rib => rib.retry()));
         self.release();
         self.store.tidy();
         let (nodes, full) = self.store.outcome();
-        Published { words, nodes, full }
+        Some(Published { words, nodes, full })
     }
 
     /// Sends to limbo what was freed, or adopted and never claimed; routes no longer lead there.

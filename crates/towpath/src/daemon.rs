@@ -8,12 +8,12 @@ use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::ports::Wanted;
 use crate::signals::Termination;
-use crate::source::{Running, Source, thread};
+use crate::source::{Inbound, Running, Source, thread};
 use crate::{interfaces, notify};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_engine::{Engine, Mode, Options, PortRequest, Site, Tables, TransmitWatch};
 use towpath_fpc::codec::Packet;
@@ -25,7 +25,7 @@ use towpath_tables::record::{PORT_PROBES, PORT_SLOTS};
 use towpath_tables::writer::TableWriter;
 
 /// Batches and questions that may wait; beyond that their senders do.
-const INBOX: usize = 64;
+const INBOX: usize = 8;
 /// How long the first description of everything may take to begin with; it is extended while messages come.
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(30);
 
@@ -33,6 +33,8 @@ const FIRST_SNAPSHOT: Duration = Duration::from_secs(30);
 pub enum Event {
     /// From the cache manager
     Messages(Vec<Message>),
+    /// There are alarms; this wakes the daemon up if it waits
+    Alarm,
     /// The messages before it have been applied when this is handled: say so, naming this sequence number
     Acknowledge(u32),
     /// The cache manager in this process has failed
@@ -57,6 +59,8 @@ pub struct Daemon {
     pub source: Running,
     pub hits: HitFlags<Keeper>,
     pub inbox: Receiver<Event>,
+    /// Alarms, which overtake what is in the inbox
+    pub alarms: Receiver<Message>,
     /// An event taken from the inbox that is still to be handled
     pub pending: Option<Event>,
     /// Ports are attached: what happens to them now must be acted on
@@ -125,9 +129,12 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
     let mut facts = Facts::new(options.mode);
     let (events, inbox) = sync_channel(INBOX);
+    let (alarmist, alarms) = channel();
     let stop = events.clone();
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
-    let source = remote.unwrap_or_else(|| Source::InProcess(wanted.names())).start(events.clone())?;
+    let source = remote
+        .unwrap_or_else(|| Source::InProcess(wanted.names()))
+        .start(Inbound { events: events.clone(), alarms: alarmist })?;
     let keeper = match &source.peer {
         Some(peer) => Keeper::Remote(peer.clone()),
         None => Keeper::Local(Netlink::open()?),
@@ -143,6 +150,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         source,
         hits,
         inbox,
+        alarms,
         pending: None,
         running: false,
         arrivals: BTreeSet::new(),
@@ -226,9 +234,11 @@ impl Daemon {
                 Ok(Event::Stop(_)) => return Ok(false),
                 Ok(Event::SourceEnded(error)) => bail!("cannot learn Linux's state: {error}"),
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
-                Ok(Event::SourceLost | Event::Request(..) | Event::Transmit(_)) => {}
+                Ok(Event::Alarm | Event::SourceLost | Event::Request(..) | Event::Transmit(_)) => {}
                 Err(_) => bail!("Linux's state was not told within {} s", FIRST_SNAPSHOT.as_secs()),
             }
+            self.take_alarms();
+            self.fpm.restrain();
         }
         Ok(true)
     }
@@ -305,6 +315,7 @@ impl Daemon {
             self.tick();
             match self.next(self.due().saturating_duration_since(Instant::now())) {
                 Ok(Event::Messages(messages)) => self.follow(messages),
+                Ok(Event::Alarm) => self.sync(),
                 Ok(Event::Request(Request::Stop, reply)) => {
                     let _ = reply.send(control::answer(Ok(true)));
                     return self.stop("towpath down");

@@ -4,15 +4,17 @@ use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
 use crate::source::Peer;
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use towpath_engine::{Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port};
-use towpath_fpm::Transmit;
+use towpath_fpm::{Progress, Transmit};
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
 
 /// Batches taken together before the tables are brought in line.
-const BATCHES: usize = 64;
+const BATCHES: usize = 8;
+/// Work on routes between two looks for alarms.
+const SLICE: Duration = Duration::from_millis(5);
 
 impl Daemon {
     /// Takes in a batch and those already waiting behind it, then brings the tables in line.
@@ -139,11 +141,28 @@ impl Daemon {
 
     /// Makes the tables say what Linux says.
     pub fn sync(&mut self) {
-        let published = self.fpm.publish();
-        for full in published.iter().flat_map(|published| &published.full) {
-            tracing::warn!("{full}; what does not fit goes to Linux");
+        loop {
+            self.take_alarms();
+            let end = Instant::now() + SLICE;
+            match self.fpm.publish_while(|| Instant::now() < end) {
+                Progress::More => {}
+                Progress::Nothing => break,
+                Progress::Done(published) => {
+                    for full in published.full {
+                        tracing::warn!("{full}; what does not fit goes to Linux");
+                    }
+                    break;
+                }
+            }
         }
         self.log_policies();
+    }
+
+    /// Tells FPM of policies that were just found. They hold with the next slice of `sync`.
+    pub fn take_alarms(&mut self) {
+        while let Ok(alarm) = self.alarms.try_recv() {
+            self.fpm.apply(alarm);
+        }
     }
 
     fn log_policies(&mut self) {

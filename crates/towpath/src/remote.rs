@@ -6,15 +6,18 @@ use anyhow::{Context, Result};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use towpath_cm::{Cm, CmError};
+use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Receiver, Sender, Sink};
+use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Sender, Sink, SinkError};
 use towpath_hitflags::{Netlink, Refresh};
 
 /// Between two tries to reach the `towpath fpm`.
 const RETRY: Duration = Duration::from_millis(500);
+/// Batches that may wait for the socket.
+const BATCHES: usize = 8;
 
 /// Serves one `towpath fpm` after another until the process is ended.
 pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
@@ -89,15 +92,80 @@ fn serve(connection: Connection) -> Result<()> {
 }
 
 fn describe(sender: &mut Sender, stopped: &UnixStream) -> Result<(), CmError> {
-    let mut sink = |messages: Vec<Message>| {
-        let sent = messages.into_iter().try_for_each(|message| sender.send(message)).and_then(|()| sender.flush());
-        sent.map_err(|error| CmError::Sink(error.to_string()))
-    };
-    Cm::new(towpath_cm::Options::default(), towpath_cm::guard::watchers()?)?.run(&mut sink, stopped.as_fd())
+    let (batches, waiting) = sync_channel(BATCHES);
+    let (alarmist, alarms) = channel();
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || write_out(sender, &waiting, &alarms));
+        let mut sink = Outlet { batches, alarms: alarmist, waiting: None };
+        let mut cm = Cm::new(towpath_cm::Options::default(), towpath_cm::guard::watchers()?)?;
+        let ended = cm.run(&mut sink, stopped.as_fd());
+        drop(sink);
+        let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        ended.and(written.map_err(|error| CmError::Sink(error.to_string())))
+    })
+}
+
+/// Messages on their way to the thread that writes them to the socket.
+struct Outlet {
+    batches: SyncSender<Vec<Message>>,
+    alarms: std::sync::mpsc::Sender<Message>,
+    /// What did not fit
+    waiting: Option<Vec<Message>>,
+}
+
+impl FpcSink for Outlet {
+    fn send(&mut self, messages: Vec<Message>) -> Result<(), CmError> {
+        self.waiting.get_or_insert_default().extend(messages);
+        self.is_full().map(drop)
+    }
+
+    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
+        self.alarms.send(alarm).map_err(|error| CmError::Sink(error.to_string()))?;
+        // Wakes the writer up if it waits; if it does not, it looks for alarms before each message.
+        let _ = self.batches.try_send(Vec::new());
+        Ok(())
+    }
+
+    fn is_full(&mut self) -> Result<bool, CmError> {
+        let Some(batch) = self.waiting.take() else { return Ok(false) };
+        match self.batches.try_send(batch) {
+            Ok(()) => Ok(false),
+            Err(TrySendError::Full(batch)) => {
+                self.waiting = Some(batch);
+                Ok(true)
+            }
+            Err(TrySendError::Disconnected(_)) => Err(CmError::Sink("the fast path manager has left".into())),
+        }
+    }
+}
+
+/// Writes batches to the socket, and alarms between their messages.
+fn write_out(
+    sender: &mut Sender,
+    batches: &Receiver<Vec<Message>>,
+    alarms: &Receiver<Message>,
+) -> Result<(), SinkError> {
+    for batch in batches {
+        send_alarms(sender, alarms)?;
+        for message in batch {
+            sender.send(message)?;
+            send_alarms(sender, alarms)?;
+        }
+        sender.flush()?;
+    }
+    Ok(())
+}
+
+fn send_alarms(sender: &mut Sender, alarms: &Receiver<Message>) -> Result<(), SinkError> {
+    while let Ok(alarm) = alarms.try_recv() {
+        sender.send(alarm)?;
+        sender.flush()?;
+    }
+    Ok(())
 }
 
 /// Does what the fast path manager asks, until it leaves.
-fn listen(mut receiver: Receiver, netlink: &mut Netlink, shared: &Shared) {
+fn listen(mut receiver: towpath_fpc::Receiver, netlink: &mut Netlink, shared: &Shared) {
     loop {
         match receiver.next() {
             Ok(Some(frame)) => match frame.packet {

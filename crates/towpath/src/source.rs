@@ -8,14 +8,65 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
-use towpath_cm::{Cm, CmError};
+use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Connection, Message, Sender};
 
 /// Frames of a socket that are worked on at once.
-const BATCH: usize = 1024;
+const BATCH: usize = 512;
+
+/// The ways into the daemon for a source.
+#[derive(Clone)]
+pub struct Inbound {
+    /// In turn
+    pub events: SyncSender<Event>,
+    /// Ahead of all that is in `events`; they are few, so nobody has to wait
+    pub alarms: std::sync::mpsc::Sender<Message>,
+}
+
+impl Inbound {
+    fn alarm(&self, alarm: Message) -> Result<()> {
+        self.alarms.send(alarm).ok().context("the daemon has ended")?;
+        // If the inbox is full the daemon is awake, and looks for alarms again and again.
+        let _ = self.events.try_send(Event::Alarm);
+        Ok(())
+    }
+}
+
+/// A CM's messages on their way into the inbox; what does not fit waits here, and CM leaves the rest in the kernel.
+struct Inlet {
+    inbound: Inbound,
+    waiting: Option<Event>,
+}
+
+impl FpcSink for Inlet {
+    fn send(&mut self, messages: Vec<Message>) -> Result<(), CmError> {
+        if let Some(Event::Messages(waiting)) = &mut self.waiting {
+            waiting.extend(messages);
+        } else {
+            self.waiting = Some(Event::Messages(messages));
+        }
+        self.is_full().map(drop)
+    }
+
+    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
+        self.inbound.alarm(alarm).map_err(|error| CmError::Sink(error.to_string()))
+    }
+
+    fn is_full(&mut self) -> Result<bool, CmError> {
+        let Some(event) = self.waiting.take() else { return Ok(false) };
+        match self.inbound.events.try_send(event) {
+            Ok(()) => Ok(false),
+            Err(TrySendError::Full(event)) => {
+                self.waiting = Some(event);
+                Ok(true)
+            }
+            Err(TrySendError::Disconnected(_)) => Err(CmError::Sink("it has ended".into())),
+        }
+    }
+}
 
 /// Which source to use.
 pub enum Source {
@@ -55,35 +106,33 @@ impl Peer {
 
 impl Source {
     /// Starts it; its messages go to `events`, and `Event::SourceEnded` if there will be no more.
-    pub fn start(self, events: SyncSender<Event>) -> Result<Running> {
+    pub fn start(self, inbound: Inbound) -> Result<Running> {
         match self {
-            Source::InProcess(serve) => start_cm(serve, events),
-            Source::Socket(path) => listen(&path, events),
+            Source::InProcess(serve) => start_cm(serve, inbound),
+            Source::Socket(path) => listen(&path, inbound),
         }
     }
 }
 
 /// A watcher stays in the thread that made it, so everything is made there.
-fn start_cm(serve: Option<Vec<String>>, events: SyncSender<Event>) -> Result<Running> {
+fn start_cm(serve: Option<Vec<String>>, inbound: Inbound) -> Result<Running> {
     let (stop, stopped) = UnixStream::pair().context("cannot make a socket pair")?;
     thread("cm", move || {
-        if let Err(error) = follow_linux(serve, &events, &stopped) {
-            let _ = events.send(Event::SourceEnded(error.to_string()));
+        if let Err(error) = follow_linux(serve, &inbound, &stopped) {
+            let _ = inbound.events.send(Event::SourceEnded(error.to_string()));
         }
     })?;
     Ok(Running { _stop: Some(stop), peer: None })
 }
 
-fn follow_linux(serve: Option<Vec<String>>, events: &SyncSender<Event>, stopped: &UnixStream) -> Result<(), CmError> {
+fn follow_linux(serve: Option<Vec<String>>, inbound: &Inbound, stopped: &UnixStream) -> Result<(), CmError> {
     let options = towpath_cm::Options { serve, ..towpath_cm::Options::default() };
-    let mut sink = |messages: Vec<Message>| {
-        events.send(Event::Messages(messages)).map_err(|_| CmError::Sink("it has ended".into()))
-    };
+    let mut sink = Inlet { inbound: inbound.clone(), waiting: None };
     Cm::new(options, towpath_cm::guard::watchers()?)?.run(&mut sink, stopped.as_fd())
 }
 
 /// One CM at a time; when it goes, the tables stay as they are until the next one describes everything anew.
-fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
+fn listen(path: &Path, inbound: Inbound) -> Result<Running> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))
@@ -92,13 +141,13 @@ fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
     let running = Running { _stop: None, peer: Some(peer.clone()) };
     thread("fpc", move || {
         for stream in listener.incoming() {
-            let end = stream.context("no connection").and_then(|stream| receive(stream, &events, &peer));
+            let end = stream.context("no connection").and_then(|stream| receive(stream, &inbound, &peer));
             peer.set(None);
             match end {
                 Ok(()) => tracing::warn!("the cache manager has left; the fast path keeps its last state"),
                 Err(error) => tracing::warn!("lost the cache manager: {error:#}; the fast path keeps its last state"),
             }
-            if events.send(Event::SourceLost).is_err() {
+            if inbound.events.send(Event::SourceLost).is_err() {
                 return;
             }
         }
@@ -106,7 +155,7 @@ fn listen(path: &Path, events: SyncSender<Event>) -> Result<Running> {
     Ok(running)
 }
 
-fn receive(stream: UnixStream, events: &SyncSender<Event>, peer: &Peer) -> Result<()> {
+fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
     let Connection { sender, mut receiver } = Connection::open(stream)?;
     tracing::info!("a cache manager has connected");
     peer.set(Some(sender));
@@ -121,13 +170,15 @@ fn receive(stream: UnixStream, events: &SyncSender<Event>, peer: &Peer) -> Resul
             if frame.report {
                 acknowledge = Some(frame.sequence);
             }
-            if let Packet::Message(message) = frame.packet {
-                messages.push(message);
+            match frame.packet {
+                Packet::Message(alarm @ Message::Alarm(_)) => inbound.alarm(alarm)?,
+                Packet::Message(message) => messages.push(message),
+                _ => {}
             }
         }
-        events.send(Event::Messages(messages)).context("the daemon has ended")?;
+        inbound.events.send(Event::Messages(messages)).context("the daemon has ended")?;
         if let Some(sequence) = acknowledge {
-            events.send(Event::Acknowledge(sequence)).context("the daemon has ended")?;
+            inbound.events.send(Event::Acknowledge(sequence)).context("the daemon has ended")?;
         }
     }
 }

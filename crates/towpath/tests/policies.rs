@@ -6,81 +6,16 @@
 
 mod common;
 
-use common::{DEADLINE, Net, RIGHT, RIGHT6, eventually};
-use std::collections::VecDeque;
-use std::net::UdpSocket;
+use common::{Beat, DEADLINE, Net, RIGHT, RIGHT6, eventually};
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// More than this after the command is a leak, whatever else the machine does.
 const LEAK: Duration = Duration::from_secs(1);
-/// Within this time a throttled stream delivers next to nothing, and a free one some ten packets.
-const WINDOW: Duration = Duration::from_millis(15);
-/// Arrivals that are remembered: what comes in some seconds.
-const REMEMBERED: usize = 4096;
 /// How often each setting is measured after it was tried once: three times, or as TOWPATH_ROUNDS says (the virtual
 /// machine is slow).
 fn rounds() -> usize {
     std::env::var("TOWPATH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3)
-}
-
-/// A stream of one packet each millisecond, and when they last arrived.
-struct Beat {
-    stop: Arc<AtomicBool>,
-    arrivals: Arc<Mutex<VecDeque<Instant>>>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Beat {
-    fn start(net: &Net, destination: &str) -> Self {
-        let (any, target) = match destination.contains(':') {
-            true => ("[::]:0", format!("[{destination}]:7000")),
-            false => ("0.0.0.0:0", format!("{destination}:7000")),
-        };
-        let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
-        inbound.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
-        let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
-        let stop = Arc::new(AtomicBool::new(false));
-        let arrivals = Arc::new(Mutex::new(VecDeque::new()));
-        let (stopped, noted) = (stop.clone(), arrivals.clone());
-        let receive = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                if inbound.recv(&mut [0; 8]).is_ok() {
-                    let mut noted = noted.lock().expect("arrivals");
-                    if noted.len() == REMEMBERED {
-                        noted.pop_front();
-                    }
-                    noted.push_back(Instant::now());
-                }
-            }
-        };
-        let stopped = stop.clone();
-        let send = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                // A refusal that comes back by ICMP is an error of the next call.
-                let _ = outbound.send_to(&[0; 8], &target);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        };
-        Self { stop, arrivals, threads: vec![std::thread::spawn(receive), std::thread::spawn(send)] }
-    }
-
-    /// When the last packet arrived that was no trickle: `dense` or more within `WINDOW`.
-    fn last(&self, dense: usize) -> Option<Instant> {
-        let arrivals = self.arrivals.lock().expect("arrivals");
-        let windows = (dense - 1..arrivals.len()).rev().map(|last| (arrivals[last + 1 - dense], arrivals[last]));
-        windows.into_iter().find(|(first, last)| *last - *first < WINDOW).map(|(_, last)| last)
-    }
-}
-
-impl Drop for Beat {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.threads.drain(..).for_each(|thread| drop(thread.join()));
-    }
 }
 
 /// What a setting does to the stream.

@@ -2,7 +2,7 @@
 
 #![allow(dead_code)]
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::PipeWriter;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -91,6 +91,7 @@ pub struct Replay {
     neighbours: HashSet<NeighbourKey>,
     routes: HashSet<RouteKey>,
     nexthops: HashSet<u32>,
+    alarms: BTreeSet<AlarmId>,
 }
 
 fn family(address: IpAddr) -> Family {
@@ -132,6 +133,8 @@ impl Replay {
             }
             Message::NexthopDelete(id) => drop(model.nexthops.remove(&id)),
             Message::Policy(policy) => model.policies.entry(policy.source).or_default().push(policy),
+            Message::Alarm(alarm) => drop(self.alarms.insert(alarm.id)),
+            Message::AlarmOver(id) => assert!(self.alarms.remove(&id), "{id:?} ends but was not told"),
             Message::FamilySettings(settings) => model.settings[settings.family as usize] = Some(settings.hash_policy),
         }
     }

@@ -4,11 +4,12 @@
 //!          .1 and ::1 are the router's
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use std::collections::VecDeque;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitStatus, Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use towpath_lab::{Lab, Node, Process, wait_for};
@@ -230,6 +231,67 @@ impl Daemon {
 
     pub fn wait(&mut self) -> ExitStatus {
         self.0.wait(DEADLINE).expect("an end")
+    }
+}
+
+/// Within this time a throttled stream delivers next to nothing, and a free one some ten packets.
+const WINDOW: Duration = Duration::from_millis(15);
+/// Arrivals that are remembered: what comes in some seconds.
+const REMEMBERED: usize = 4096;
+
+/// A stream of one packet each millisecond, and when they last arrived.
+pub struct Beat {
+    stop: Arc<AtomicBool>,
+    arrivals: Arc<Mutex<VecDeque<Instant>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Beat {
+    pub fn start(net: &Net, destination: &str) -> Self {
+        let (any, target) = match destination.contains(':') {
+            true => ("[::]:0", format!("[{destination}]:7000")),
+            false => ("0.0.0.0:0", format!("{destination}:7000")),
+        };
+        let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
+        inbound.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
+        let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
+        let stop = Arc::new(AtomicBool::new(false));
+        let arrivals = Arc::new(Mutex::new(VecDeque::new()));
+        let (stopped, noted) = (stop.clone(), arrivals.clone());
+        let receive = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                if inbound.recv(&mut [0; 8]).is_ok() {
+                    let mut noted = noted.lock().expect("arrivals");
+                    if noted.len() == REMEMBERED {
+                        noted.pop_front();
+                    }
+                    noted.push_back(Instant::now());
+                }
+            }
+        };
+        let stopped = stop.clone();
+        let send = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                // A refusal that comes back by ICMP is an error of the next call.
+                let _ = outbound.send_to(&[0; 8], &target);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        Self { stop, arrivals, threads: vec![std::thread::spawn(receive), std::thread::spawn(send)] }
+    }
+
+    /// When the last packet arrived that was no trickle: `dense` or more within `WINDOW`.
+    pub fn last(&self, dense: usize) -> Option<Instant> {
+        let arrivals = self.arrivals.lock().expect("arrivals");
+        let windows = (dense - 1..arrivals.len()).rev().map(|last| (arrivals[last + 1 - dense], arrivals[last]));
+        windows.into_iter().find(|(first, last)| *last - *first < WINDOW).map(|(_, last)| last)
+    }
+}
+
+impl Drop for Beat {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
     }
 }
 

@@ -1,0 +1,158 @@
+//! What holds while the daemon has its hands full: hundreds of thousands of routes come in by `ip -batch` as fast as
+//! the kernel takes them, while packets flow.
+
+mod common;
+
+use common::{Beat, Daemon, Net, RIGHT, Stream, eventually};
+use std::io::Write;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+use towpath_tables::mix;
+
+/// More than this after the command is a leak, whatever else the machine does.
+const LEAK: Duration = Duration::from_secs(1);
+/// Settings that drop the stream, and how they are taken back: announced ones and ones that must be polled.
+const SETTINGS: [(&str, &str, &str); 4] = [
+    (
+        "nftables",
+        "nft 'add table inet t; add chain inet t forward { type filter hook forward priority 0; policy drop; }'",
+        "nft delete table inet t",
+    ),
+    ("iptables-legacy", "iptables-legacy -A FORWARD -p udp -j DROP", "iptables-legacy -F"),
+    // Not by destination: the kernel looks up gateways by the rules, too.
+    ("rule", "ip rule add iif eth0 blackhole", "ip rule delete iif eth0 blackhole"),
+    ("XFRM", "ip xfrm policy add dir fwd src 0.0.0.0/0 dst 198.51.100.0/24 action block", "ip xfrm policy deleteall"),
+];
+
+/// Lines for `ip -batch` about so many routes of an internet-like mix, apart from the links' own.
+fn lines(verb: &str, count: usize, via: &str) -> String {
+    let links = [[192, 0, 2], [198, 51, 100]];
+    let routes = mix::ipv4(count, 1).into_iter().filter(|(octets, len)| {
+        let covers = |link: &[u8; 3]| {
+            let address = u32::from_be_bytes([link[0], link[1], link[2], 0]);
+            (address ^ u32::from_be_bytes(*octets)) >> (32 - u32::from(*len)) == 0
+        };
+        *len <= 24 && !links.iter().any(covers)
+    });
+    let line = |([a, b, c, d], len): ([u8; 4], u8)| format!("route {verb} {a}.{b}.{c}.{d}/{len} via {via}\n");
+    routes.map(line).collect()
+}
+
+/// Starts `ip -batch` on these lines.
+fn batch(net: &Net, lines: String) -> Child {
+    let mut child = net.router.command("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().expect("ip");
+    let mut input = child.stdin.take().expect("stdin");
+    std::thread::spawn(move || input.write_all(lines.as_bytes()));
+    child
+}
+
+fn routes(net: &Net) -> u64 {
+    net.json(&["status"])["routes"]["ipv4"].as_u64().expect("a count")
+}
+
+/// Sets each of `SETTINGS` again and again until `busy` ends; when the stream last arrived after each.
+fn set_while(net: &Net, beat: &Beat, mut busy: impl FnMut() -> bool) -> Vec<(&'static str, Duration)> {
+    let mut times = Vec::new();
+    for (name, set, unset) in SETTINGS.iter().cycle() {
+        eventually("the stream flows", || beat.last(1).filter(|last| last.elapsed() < Duration::from_millis(20)));
+        net.router.sh(set).expect(name);
+        let accepted = Instant::now();
+        std::thread::sleep(Duration::from_millis(300));
+        let last = beat.last(1).expect("arrivals");
+        let still_busy = busy();
+        net.router.sh(unset).expect(name);
+        if !still_busy {
+            break;
+        }
+        times.push((*name, last.saturating_duration_since(accepted)));
+    }
+    times
+}
+
+fn judge(what: &str, mut times: Vec<(&'static str, Duration)>) {
+    assert!(times.len() >= 3, "{what}: it was over too soon: {times:?}");
+    times.sort_by_key(|(_, time)| *time);
+    let (median, longest) = (times[times.len() / 2].1, times[times.len() - 1]);
+    println!("{what}: in force after {median:?} in the median, at most {longest:?}, of {}", times.len());
+    assert!(longest.1 < LEAK, "{what}: packets still passed: {times:?}");
+}
+
+fn loaded(count: usize) {
+    let net = Net::new();
+    let daemon = net.up(&["eth0", "eth1"]);
+    let beat = Beat::start(&net, RIGHT);
+    net.flows(50);
+    // Adding, changing: each a burst as fast as the kernel is.
+    for (what, lines) in [("added", lines("add", count, RIGHT)), ("changed", lines("replace", count, "192.0.2.2"))] {
+        let expected = lines.lines().count() as u64;
+        let mut child = batch(&net, lines);
+        let begin = Instant::now();
+        let times = set_while(&net, &beat, || child.try_wait().expect("ip").is_none());
+        assert!(child.wait().expect("ip").success());
+        println!("{expected} routes {what} in {:?}", begin.elapsed());
+        judge(&format!("while routes were {what}"), times);
+        eventually("all routes to be there", || (routes(&net) >= expected).then_some(()));
+    }
+    restarted(&net, daemon, &beat);
+}
+
+/// Policies hold while a new daemon reads all routes, and the programs of the one before still forward.
+fn restarted(net: &Net, mut daemon: Daemon, beat: &Beat) {
+    daemon.signal(libc::SIGKILL);
+    let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+    command.args(["up", "eth0", "eth1"]);
+    let mut process = net.router.start(command).expect("started");
+    std::thread::sleep(Duration::from_millis(150));
+    let times = set_while(net, beat, || !process.log().contains("ready: "));
+    println!("while a new daemon started: {times:?}");
+    assert!(times.iter().all(|(_, time)| *time < LEAK), "{times:?}");
+    process.wait_for_output(common::DEADLINE, "ready: ").expect("a readiness notice");
+}
+
+#[test]
+fn policies_overtake_routes() {
+    loaded(250_000);
+}
+
+#[test]
+#[ignore = "takes a minute; prints figures"]
+fn policies_overtake_a_million_routes() {
+    loaded(1_000_000);
+}
+
+/// The tables grow from nothing to their full size beneath a stream.
+fn grown(count: usize) {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let used = || {
+        let tables = net.json(&["status"])["tables"].clone();
+        let find = |name| tables.as_array().expect("tables").iter().find(|table| table["name"] == name).cloned();
+        find("nodes").expect("nodes")["capacity"].as_u64().expect("a number")
+    };
+    let (before, stream) = (used(), Stream::start(&net, RIGHT));
+    let lines = lines("add", count, RIGHT);
+    let expected = lines.lines().count() as u64;
+    assert!(batch(&net, lines).wait().expect("ip").success());
+    eventually("all routes to be there", || (routes(&net) >= expected).then_some(()));
+    let after = used();
+    println!("nodes grew from {before} to {after}");
+    assert!(after >= 4 * before, "{before} to {after}");
+    stream.finish_complete();
+    // Every route is found, and leads where it should.
+    for (octets, _) in mix::ipv4(count, 1).iter().step_by(count / 20) {
+        let destination = std::net::Ipv4Addr::from(*octets).to_string();
+        let explained = net.json(&["explain", common::LEFT, &destination, "in", "eth0"]);
+        assert_eq!(explained["verdict"]["path"], "fast", "{explained}");
+    }
+}
+
+#[test]
+fn tables_grow_under_traffic_without_loss() {
+    grown(100_000);
+}
+
+#[test]
+#[ignore = "takes a minute"]
+fn tables_grow_to_a_million_routes_under_traffic_without_loss() {
+    grown(1_000_000);
+}
