@@ -5,6 +5,7 @@ use crate::decode::{self, link::Link, nexthop, rtm};
 use crate::dump::{Class, Dump, Key};
 use crate::epoll::Epoll;
 use crate::error::CmError;
+use crate::guard::POLL;
 use crate::netlink::{self, Incoming, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLMSG_DONE, NLMSG_ERROR, Received, Rtnetlink};
 use crate::ports::Ports;
 use crate::routes::{Outcome, Shared};
@@ -23,8 +24,11 @@ const TABLE_LOCAL: u32 = 255;
 const BATCH: usize = 512;
 /// Notifications read before watchers and dumps get their turn again.
 const NOTIFICATIONS_PER_TURN: usize = 512;
-/// How often settings are read that nothing announces.
-const SETTINGS_INTERVAL: Duration = Duration::from_millis(50);
+/// How often the settings of interfaces are read that nothing announces, so that they are described as they are. What
+/// stands in the way of the fast path is found by the watchers, sooner.
+const SETTINGS_INTERVAL: Duration = Duration::from_millis(500);
+/// What is due so soon is done together with what is due now: one wake-up serves all that is polled.
+const TOGETHER: Duration = Duration::from_millis(10);
 /// What Linux removes silently is read again after this time, so that one reading serves several events.
 const RESYNC_DELAY: Duration = Duration::from_millis(20);
 /// Between two dumps of a class lies at least this multiple of the time the last one took.
@@ -68,6 +72,7 @@ pub struct Cm {
     ports: Ports,
     ports_complete: bool,
     settings_due: Instant,
+    hash_policy_due: Instant,
     shared: Shared,
     nexthops: HashSet<u32>,
     dump: Option<Dump>,
@@ -105,6 +110,7 @@ impl Cm {
             watchers,
             ports_complete: false,
             settings_due: Instant::now(),
+            hash_policy_due: Instant::now(),
             shared: Shared::default(),
             nexthops: HashSet::new(),
             dump: None,
@@ -143,8 +149,7 @@ impl Cm {
                 }
             }
             busy = !full && self.notifications(sink)?;
-            self.poll_settings();
-            self.poll_watchers(sink)?;
+            self.poll(sink)?;
             self.flush(sink)?;
             if !full {
                 self.step_dump(sink, !busy)?;
@@ -158,9 +163,8 @@ impl Cm {
         if self.dump.as_ref().is_some_and(|dump| dump.finished) {
             return Duration::ZERO;
         }
-        let watchers = self.watchers.iter().filter_map(Watched::due).filter(|_| self.ports_complete);
         let dumps = self.due.values().copied().filter(|_| self.dump.is_none());
-        let first = watchers.chain(dumps).fold(self.settings_due, Instant::min);
+        let first = dumps.fold(self.poll_due(), Instant::min);
         first.saturating_duration_since(Instant::now())
     }
 
@@ -178,22 +182,28 @@ impl Cm {
 
     // What must be polled.
 
-    fn poll_settings(&mut self) {
-        let now = Instant::now();
-        if now >= self.settings_due {
-            self.settings_due = now + SETTINGS_INTERVAL;
-            let messages = self.ports.poll_settings();
-            self.out.extend(messages);
-        }
+    /// When the first of it is due.
+    fn poll_due(&self) -> Instant {
+        let watchers = self.watchers.iter().filter_map(Watched::due).filter(|_| self.ports_complete);
+        watchers.fold(self.settings_due.min(self.hash_policy_due), Instant::min)
     }
 
-    fn poll_watchers(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
-        if !self.ports_complete {
+    fn poll(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
+        let now = Instant::now();
+        if self.poll_due() > now {
             return Ok(());
         }
-        let now = Instant::now();
-        for watched in &mut self.watchers {
-            if watched.due().is_some_and(|due| due <= now) {
+        let soon = now + TOGETHER;
+        if self.hash_policy_due <= soon {
+            self.hash_policy_due = now + POLL;
+            self.out.extend(self.ports.poll_hash_policy());
+        }
+        if self.settings_due <= soon {
+            self.settings_due = now + SETTINGS_INTERVAL;
+            self.out.extend(self.ports.poll_settings());
+        }
+        for watched in self.watchers.iter_mut().filter(|_| self.ports_complete) {
+            if watched.due().is_some_and(|due| due <= soon) {
                 let found = watched.poll(self.ports.index());
                 found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
                 self.out.extend(found.messages);
@@ -380,6 +390,7 @@ impl Cm {
                 }
                 self.ports.retell_hash_policy();
                 self.settings_due = Instant::now();
+                self.hash_policy_due = self.settings_due;
                 self.ports_complete = true;
                 self.ports_changed();
             }

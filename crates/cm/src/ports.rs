@@ -116,9 +116,9 @@ impl Ports {
         (always || before.as_ref() != Some(&port)).then_some(Message::Port(port))
     }
 
-    /// Reads the settings again that netlink does not announce, and gives the messages that follow.
+    /// Reads the interfaces' settings again that netlink does not announce, and gives the messages that follow. Changes
+    /// that must show at once are looked for by the watcher of sysctls.
     pub fn poll_settings(&mut self) -> Vec<Message> {
-        let mut messages = self.poll_hash_policy();
         let all = self.all.read();
         let everyone = all != self.all_values;
         self.all_values = all;
@@ -146,11 +146,11 @@ impl Ports {
         if everyone {
             changed = self.indices();
         }
-        messages.extend(changed.into_iter().filter_map(|ifindex| self.message(ifindex, false)));
-        messages
+        changed.into_iter().filter_map(|ifindex| self.message(ifindex, false)).collect()
     }
 
-    fn poll_hash_policy(&mut self) -> Vec<Message> {
+    /// Reads which fields choose among next hops, and gives the messages that follow.
+    pub fn poll_hash_policy(&mut self) -> Vec<Message> {
         let mut messages = Vec::new();
         for (family, (setting, known)) in FAMILIES.into_iter().zip(&mut self.hash_policy) {
             let hash_policy = setting.read().map(|value| value.clamp(0, 255) as u8);

@@ -11,7 +11,7 @@
 //! - `net.ipv6.conf.X.mtu` below the interface's: it limits forwarded IPv6 packets (ip6_output.c, addrconf.c)
 //! - `net.ipv4.conf.X.accept_redirects`, all and X, with forwarding: redirects change next hops (IN_DEV_RX_REDIRECTS)
 //! - `net.ipv4.conf.X.send_redirects` on, or `route_localnet` off, while the port is still described otherwise: only
-//!   while the change has not been taken over
+//!   while the change has not been taken over, which may take its time therefore
 //!
 //! Left alone: what netconf announces (forwarding, rp_filter, ignore_routes_with_linkdown, bc_forwarding, …); what
 //! concerns only exceptions (accept_local and log_martians: sources that are ours or martian; accept_source_route:
@@ -133,6 +133,27 @@ impl Redirects {
     fn read(&mut self) -> Result<[bool; 3], CmError> {
         Ok([self.accept.is_on()?, self.send.is_on()?, self.route_localnet.is_on()?])
     }
+
+    /// What stands in the way of a port. Only those are read that can make a difference beside `all` (in the order of
+    /// `read`) and what the port is described as, because of many ports none should be read without need.
+    fn findings(&mut self, port: &Port, all: [bool; 3]) -> Result<Vec<Finding>, CmError> {
+        let name = &port.name;
+        let family = Some(Family::V4);
+        let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
+        let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
+        let mut findings = Vec::new();
+        if port.family[0].forwarding && all[0] && self.accept.is_on()? {
+            let detail = format!("net.ipv4.conf.{name}.accept_redirects is on (all too) while forwarding");
+            findings.push(finding(egress, detail));
+        }
+        if !port.send_redirects && (all[1] || self.send.is_on()?) {
+            findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
+        }
+        if port.route_localnet && !all[2] && !self.route_localnet.is_on()? {
+            findings.push(finding(ingress, format!("net.ipv4.conf.{name}.route_localnet has just been turned off")));
+        }
+        Ok(findings)
+    }
 }
 
 struct PortNumbers {
@@ -174,7 +195,7 @@ impl Sysctl {
         self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
         for port in candidates(ports) {
             let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
-            findings.extend(port_v4(port, all, numbers.redirects.read()?));
+            findings.extend(numbers.redirects.findings(port, all)?);
             findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
         }
         Ok(findings)
@@ -224,26 +245,6 @@ impl Watcher for Sysctl {
         let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
         Ok(self.told.tell(findings))
     }
-}
-
-/// `all` and `own`: accept_redirects, send_redirects, route_localnet.
-fn port_v4(port: &Port, all: [bool; 3], own: [bool; 3]) -> Vec<Finding> {
-    let name = &port.name;
-    let (ingress, egress) =
-        (Scope::Ingress(port.ifindex, Some(Family::V4)), Scope::Egress(port.ifindex, Some(Family::V4)));
-    let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
-    let mut findings = Vec::new();
-    if port.family[0].forwarding && all[0] && own[0] {
-        let detail = format!("net.ipv4.conf.{name}.accept_redirects is on (all too) while forwarding");
-        findings.push(finding(egress, detail));
-    }
-    if (all[1] || own[1]) && !port.send_redirects {
-        findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
-    }
-    if !(all[2] || own[2]) && port.route_localnet {
-        findings.push(finding(ingress, format!("net.ipv4.conf.{name}.route_localnet has just been turned off")));
-    }
-    findings
 }
 
 fn port_v6(port: &Port, disabled: Option<u32>, mtu: Option<u32>) -> Vec<Finding> {
