@@ -7,6 +7,7 @@
 
 mod inspect;
 mod mirror;
+mod missing;
 mod routes;
 mod snapshot;
 mod state;
@@ -14,10 +15,12 @@ mod via;
 
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
 
+pub use missing::Waiting;
+
 use mirror::Mirror;
 use state::State;
 use towpath_fpc::{Message, NeighbourKey, PolicySource, Snapshot};
-use towpath_tables::backing::Backing;
+use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::record::Family;
 use towpath_tables::writer::{Published, TableWriter};
@@ -122,6 +125,34 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         if !self.is_complete() {
             self.mirror.restrain(&self.state);
         }
+    }
+
+    /// Has what found no room in the tables tried again with the next `publish`: some of it, more each time all that
+    /// was tried found room, so that little is tried in vain. To be called now and then, since neither freed places
+    /// nor memory that a table could grow into are announced. False if nothing is missing, or a publication is under
+    /// way.
+    pub fn retry(&mut self) -> bool {
+        if self.unfinished || !self.mirror.is_filled() || self.mirror.missing.is_empty() {
+            return false;
+        }
+        self.state.work_in_again(self.mirror.missing.take());
+        self.unfinished = true;
+        true
+    }
+
+    /// True if all that was last tried again found room, but more is missing.
+    pub fn finds_room(&self) -> bool {
+        self.mirror.missing.finds_room()
+    }
+
+    /// What waits for room, and is Linux's meanwhile.
+    pub fn waiting(&self) -> Waiting {
+        self.mirror.missing.waiting()
+    }
+
+    /// The tables that have no room for all they should hold, and why they do not grow.
+    pub fn full(&self) -> impl Iterator<Item = &GrowError> {
+        self.mirror.missing.full()
     }
 
     /// The neighbours that packets were sent to since the last call.

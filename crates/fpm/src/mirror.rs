@@ -2,6 +2,7 @@
 //! kept is which slots and indices stand for what.
 
 use crate::Transmit;
+use crate::missing::Missing;
 use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -32,6 +33,8 @@ struct Landed {
     group: Option<u32>,
     family: Family,
     members: Vec<NexthopIdentity>,
+    /// Some of it found no room
+    wanting: bool,
 }
 
 pub(crate) struct Mirror<B, G> {
@@ -52,6 +55,7 @@ pub(crate) struct Mirror<B, G> {
     prefixes: VecDeque<Prefix>,
     /// Slots of ports that have gone, to be freed once nothing leads there
     gone: Vec<u32>,
+    pub missing: Missing,
 }
 
 /// Progress of putting in all routes.
@@ -91,6 +95,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             filled: Filled::UpTo(Family::V4, None),
             prefixes: VecDeque::new(),
             gone: Vec::new(),
+            missing: Missing::default(),
         }
     }
 
@@ -122,6 +127,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         // No route leads any more to what nobody uses now.
         self.reap(state);
         let published = self.tables.publish_while(go_on)?;
+        self.missing.settle(&published.full);
         std::mem::take(&mut self.gone).into_iter().for_each(|slot| self.tables.free_port(slot));
         Some(published)
     }
@@ -171,6 +177,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         if changes.ports.is_empty() {
             return Vec::new();
         }
+        changes.ports.append(&mut self.missing.ports);
         changes.ports = state.with_uppers(&changes.ports);
         let mut chains: Vec<_> = state.ports.keys().filter_map(|ifindex| state.chain(*ifindex)).collect();
         chains.sort_by_key(Vec::len);
@@ -201,15 +208,18 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         if let Some(slot) = self.slots.get(&ifindex) {
             return Some(*slot);
         }
-        match chain.get(1) {
+        let slot = match chain.get(1) {
             // Without the port underneath there is no way in or out.
-            Some(lower) => self
-                .slots
-                .get(&lower.ifindex)
-                .copied()
-                .and_then(|_| self.tables.alloc_vlan_port(ifindex).map_err(refused).ok()),
-            None => self.tables.alloc_port(ifindex).map_err(refused).ok(),
-        }
+            Some(lower) if !self.slots.contains_key(&lower.ifindex) => return None,
+            Some(_) => self.tables.alloc_vlan_port(ifindex),
+            None => self.tables.alloc_port(ifindex),
+        };
+        slot.map_err(|error| self.port_refused(ifindex, error)).ok()
+    }
+
+    fn port_refused(&mut self, ifindex: u32, error: GrowError) {
+        self.missing.ports.insert(ifindex);
+        self.missing.refuse(error);
     }
 
     /// For each port the VLAN identifiers of its sub-interfaces and their slots. Of two with the same identifier (and
@@ -255,7 +265,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let vlans = match self.vlans.get(&ifindex) {
             Some(vlans) => *vlans,
             None => {
-                let vlans = self.tables.alloc_vlans().map_err(refused).ok()?;
+                let vlans = self.tables.alloc_vlans().map_err(|error| self.port_refused(ifindex, error)).ok()?;
                 self.vlans.insert(ifindex, vlans);
                 vlans
             }
@@ -353,7 +363,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// The index of a next hop; packets of `family` have one more way to it. None if the table is full.
     fn hold(&mut self, state: &State, identity: NexthopIdentity, family: Family) -> Option<u32> {
         if !self.nexthops.contains_key(&identity) {
-            let index = self.tables.alloc_nexthop(identity).map_err(refused).ok()?;
+            let index = self.tables.alloc_nexthop(identity).map_err(|error| self.missing.refuse(error)).ok()?;
             self.nexthops.insert(identity, Placed { index, users: [0; 2] });
         }
         let placed = self.nexthops.get_mut(&identity)?;
@@ -388,6 +398,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Frees what found no user.
     fn reap(&mut self, state: &mut State) {
         for id in state.vias.reap() {
+            self.missing.vias.remove(&id);
             if let Some(landed) = self.landed.remove(&id) {
                 self.lift(state, landed);
             }
@@ -427,6 +438,11 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             },
         };
         let leaf = landed.leaf;
+        if landed.wanting {
+            self.missing.vias.insert(id);
+        } else {
+            self.missing.vias.remove(&id);
+        }
         if let Some(mut old) = old {
             if old.group == landed.group {
                 old.group = None;
@@ -438,13 +454,14 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn landed_exception(&mut self, state: &State, reason: Reason, family: Family) -> Landed {
-        Landed { leaf: self.special(state, reason), group: None, family, members: Vec::new() }
+        let leaf = self.special(state, reason);
+        Landed { leaf, group: None, family, members: Vec::new(), wanting: leaf == TABLE_FULL }
     }
 
     fn landed_hop(&mut self, state: &State, identity: NexthopIdentity, family: Family) -> Landed {
         match self.hold(state, identity, family).and_then(Leaf::nexthop) {
-            Some(leaf) => Landed { leaf, group: None, family, members: vec![identity] },
-            None => Landed { leaf: TABLE_FULL, group: None, family, members: Vec::new() },
+            Some(leaf) => Landed { leaf, group: None, family, members: vec![identity], wanting: false },
+            None => Landed { leaf: TABLE_FULL, group: None, family, members: Vec::new(), wanting: true },
         }
     }
 
@@ -464,10 +481,11 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
                 self.tables.set_group(group, &shares);
                 Some(group)
             }
-            None => self.tables.alloc_group(&shares).map_err(refused).ok(),
+            None => self.tables.alloc_group(&shares).map_err(|error| self.missing.refuse(error)).ok(),
         };
         let leaf = group.and_then(Leaf::group).unwrap_or(TABLE_FULL);
-        Landed { leaf, group, family: via.family, members }
+        let wanting = group.is_none() || shares.iter().any(|(index, _)| *index == TABLE_FULL.word().0);
+        Landed { leaf, group, family: via.family, members, wanting }
     }
 
     /// Gives back what a via held.
@@ -487,6 +505,12 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             let changed = if dead { self.dead.insert((ifindex, family)) } else { self.dead.remove(&(ifindex, family)) };
             if changed {
                 turned.insert((ifindex, family));
+            }
+        }
+        for id in &changes.vias {
+            let Some(before) = self.landed.get(id).map(|landed| landed.leaf) else { continue };
+            if self.reland(state, *id) != before {
+                rescan.moved.insert(*id);
             }
         }
         if turned.is_empty() && changes.objects.is_empty() {
@@ -528,6 +552,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             );
         }
         for key in keys {
+            self.missing.neighbours.remove(&key);
             let wanted =
                 self.slots.contains_key(&key.ifindex) && is_host(key.address) && usable_lladdr(state, &key).is_some();
             match (wanted, self.hosts.get(&key).copied()) {
@@ -550,7 +575,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             }
             self.hosts.insert(key, under);
         } else {
-            // No room: the packets stay exceptions, and a later change of the neighbour tries again.
+            // No room: the packets stay exceptions.
+            self.missing.neighbours.insert(key);
             under.into_iter().for_each(|_| self.release(state, glean(key.ifindex), family));
             leaf.into_iter().for_each(|_| self.release(state, own, family));
         }
@@ -585,7 +611,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             if self.is_filled()
                 && let Err(error) = self.tables.reserve()
             {
-                refused(error);
+                tracing::debug!(%error, "routes are made room for step by step");
             }
         }
         true
@@ -593,7 +619,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     /// Finds the routes that must be looked at again on account of their vias.
     fn rescan(&mut self, state: &State, rescan: &Rescan) {
-        if rescan.revived.is_empty() {
+        if rescan.revived.is_empty() && rescan.moved.is_empty() {
             return;
         }
         for family in FAMILIES {
@@ -615,11 +641,18 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     fn update_route(&mut self, state: &State, prefix: Prefix) {
         let (root, address, len) = (MAIN_ROOT[prefix.family() as usize], prefix.address(), prefix.prefix_len());
+        self.missing.prefixes.remove(&prefix);
         let done = match state.choose(prefix) {
             None => self.tables.route_remove(root, address, len),
             Some((choice, shadow)) => {
                 let leaf = match choice {
-                    Choice::Exception(reason) => self.special(state, reason),
+                    Choice::Exception(reason) => {
+                        let leaf = self.special(state, reason);
+                        if leaf == TABLE_FULL {
+                            self.missing.prefixes.insert(prefix);
+                        }
+                        leaf
+                    }
                     Choice::Via(id) => self.land(state, id),
                 };
                 self.tables.route_set(root, address, len, Entry { leaf, shadow })
@@ -638,11 +671,6 @@ struct Rescan {
     moved: HashSet<ViaId>,
     /// They may have come alive or died: routes that have rivals for their prefix
     revived: HashSet<ViaId>,
-}
-
-fn refused(error: GrowError) -> GrowError {
-    tracing::warn!(%error, "what does not fit stays with Linux");
-    error
 }
 
 fn host(key: &NeighbourKey) -> NexthopIdentity {

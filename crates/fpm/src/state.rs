@@ -23,6 +23,8 @@ pub(crate) struct Changes {
     pub neighbours: HashSet<NeighbourKey>,
     pub objects: HashSet<u32>,
     pub prefixes: Vec<Prefix>,
+    /// Vias to land anew
+    pub vias: HashSet<ViaId>,
     /// Policies of a family, own addresses, hash policy
     pub config: bool,
 }
@@ -33,6 +35,7 @@ impl Changes {
             && self.neighbours.is_empty()
             && self.objects.is_empty()
             && self.prefixes.is_empty()
+            && self.vias.is_empty()
             && !self.config
     }
 }
@@ -105,6 +108,14 @@ impl State {
     /// What changed since the last call.
     pub fn take_changes(&mut self) -> Changes {
         std::mem::take(&mut self.changes)
+    }
+
+    /// Has what found no room worked in again with what changed since.
+    pub fn work_in_again(&mut self, missing: Changes) {
+        self.changes.ports.extend(missing.ports);
+        self.changes.neighbours.extend(missing.neighbours);
+        self.changes.prefixes.extend(missing.prefixes);
+        self.changes.vias.extend(missing.vias);
     }
 
     pub fn is_changed(&self) -> bool {

@@ -14,7 +14,7 @@ use towpath_tables::backing::{HeapBacking, View, initial_elements};
 use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::{Action, NexthopValue};
-use towpath_tables::record::{TableId, port_flags};
+use towpath_tables::record::{NO_VLANS, TableId, port_flags};
 use towpath_tables::writer::MAIN_ROOT;
 
 type TestFpm = Fpm<HeapBacking, NoReaders>;
@@ -788,6 +788,202 @@ fn explain_names_what_decides() {
     let local = fixture.fpm.explain(ip("192.0.2.1"));
     assert!(local.found.unwrap().host && local.prefixes[0].decides);
     assert_eq!(local.nexthops[0].0.identity.gateway, Some(ip("192.0.2.1")));
+}
+
+/// A fixture whose tables have just `spare` next hops, groups and tables of VLANs more than it needs.
+fn confined(spare: usize) -> Fixture {
+    use TableId::*;
+    let usage = Fixture::new().fpm.tables().usage();
+    let limits = [Nexthops, NexthopKeys, Groups, Vlans]
+        .into_iter()
+        .fold(initial_elements(1), |limits, table| limits.with(table, usage[table as usize].used + spare));
+    let backing = HeapBacking::with_limits(limits, limits);
+    let mut fixture = Fixture::unfinished(TableWriter::create(backing, NoReaders).unwrap());
+    fixture.complete();
+    fixture
+}
+
+impl Fixture {
+    /// Checks what waits for room, and which tables are full because of that.
+    #[track_caller]
+    fn waits(&mut self, waiting: Waiting, full: &[TableId]) -> &mut Self {
+        assert_eq!(self.fpm.waiting(), waiting);
+        assert_eq!(self.fpm.full().map(|full| full.table).collect::<Vec<_>>(), full);
+        self
+    }
+
+    /// Tries again as often as that helps, which must be possible exactly if something waits.
+    #[track_caller]
+    fn retry(&mut self) -> &mut Self {
+        let waiting = self.fpm.waiting() != Waiting::default();
+        assert_eq!(self.fpm.retry(), waiting);
+        while self.fpm.publish().is_some() && self.fpm.finds_room() {
+            assert!(self.fpm.retry());
+        }
+        self
+    }
+}
+
+const NOTHING: Waiting = Waiting { ports: 0, vias: 0, neighbours: 0, prefixes: 0 };
+
+#[test]
+fn next_hops_wait_for_room() {
+    let gateways = ["198.51.100.8", "198.51.100.9"];
+    let mut fixture = confined(1);
+    fixture.retry().waits(NOTHING, &[]);
+    fixture
+        .batch([neighbour(2, gateways[0], Some(8)), neighbour(2, gateways[1], Some(9))])
+        .batch([
+            Message::Route(route("11.0.0.0/8", &[hop(2, Some(gateways[0]))])),
+            Message::Route(route("12.0.0.0/8", &[hop(2, Some(gateways[1]))])),
+            Message::Route(Route { kind: 6, ..route("13.0.0.0/8", &[]) }),
+        ])
+        .expect("11.0.0.1", forward(2, 2, 1500, 8, &[]))
+        .exception("12.0.0.1", Reason::TableFull)
+        .exception("13.0.0.1", Reason::TableFull)
+        .exception(gateways[1], Reason::NoNeighbour);
+    let all = Waiting { vias: 1, neighbours: 1, prefixes: 1, ..NOTHING };
+    fixture.waits(all, &[TableId::Nexthops]);
+    assert!(fixture.fpm.publish().is_none(), "nothing has changed");
+    fixture
+        .retry()
+        .waits(all, &[TableId::Nexthops])
+        // Something goes: its place is for one of those that wait, which here are two for the same next hop.
+        .batch([Message::RouteDelete(key("13.0.0.0/8"))])
+        .waits(Waiting { prefixes: 0, ..all }, &[TableId::Nexthops])
+        .batch([
+            Message::RouteDelete(key("11.0.0.0/8")),
+            Message::NeighbourDelete(NeighbourKey { ifindex: 2, address: ip(gateways[0]) }),
+        ])
+        .exception("12.0.0.1", Reason::TableFull)
+        .retry()
+        .waits(NOTHING, &[])
+        .expect("12.0.0.1", forward(2, 2, 1500, 9, &[]))
+        .expect(gateways[1], forward(2, 2, 1500, 9, &[]))
+        .retry();
+    // What waits and goes itself is not waited for any more.
+    fixture
+        .batch([
+            neighbour(2, gateways[0], Some(8)),
+            Message::Route(route("11.0.0.0/8", &[hop(2, Some(gateways[0]))])),
+            Message::Route(Route { kind: 6, ..route("13.0.0.0/8", &[]) }),
+        ])
+        .waits(all, &[TableId::Nexthops])
+        .batch([
+            Message::RouteDelete(key("11.0.0.0/8")),
+            Message::RouteDelete(key("13.0.0.0/8")),
+            neighbour(2, gateways[0], None),
+        ])
+        .waits(NOTHING, &[])
+        .retry();
+}
+
+#[test]
+fn an_exception_waits_for_its_own_reason() {
+    let mut fixture = confined(0);
+    fixture
+        .batch([Message::Route(Route { kind: 6, ..route("13.0.0.0/8", &[]) })])
+        .exception("13.0.0.1", Reason::TableFull)
+        .waits(Waiting { prefixes: 1, ..NOTHING }, &[TableId::Nexthops])
+        .batch([neighbour(1, "192.0.2.1", None)])
+        .retry()
+        .waits(NOTHING, &[])
+        .exception("13.0.0.1", Reason::NonUnicastRoute);
+}
+
+#[test]
+fn groups_and_their_members_wait_for_room() {
+    let hops = |ifindex, gateway| [hop(1, Some("192.0.2.1")), hop(ifindex, Some(gateway))];
+    let both = [forward(1, 1, 1500, 0x11, &[]), via_2()];
+    let mut fixture = confined(1);
+    fixture
+        .batch([
+            Message::Route(route("11.0.0.0/8", &hops(2, "198.51.100.1"))),
+            Message::Route(route("12.0.0.0/8", &hops(2, "198.51.100.9"))),
+        ])
+        .waits(Waiting { vias: 1, ..NOTHING }, &[TableId::Groups])
+        .exception("12.0.0.1", Reason::TableFull);
+    assert_eq!(outcomes(&fixture.fpm, "11.0.0.1"), both.iter().cloned().collect());
+    fixture.batch([Message::RouteDelete(key("11.0.0.0/8"))]).retry().waits(NOTHING, &[]);
+    // Its second member is known, not resolved.
+    let members = [both[0].clone(), Outcome::Exception(Reason::NoNeighbour)];
+    assert_eq!(outcomes(&fixture.fpm, "12.0.0.1"), members.into());
+    // Now the next hops are full. The new group finds room when the old one has gone, its third member does not.
+    let third = [hop(1, Some("192.0.2.1")), hop(2, Some("198.51.100.9")), hop(2, Some("198.51.100.7"))];
+    fixture
+        .batch([Message::Route(route("12.0.0.0/8", &third))])
+        .waits(Waiting { vias: 1, ..NOTHING }, &[TableId::Nexthops, TableId::Groups])
+        .retry()
+        .waits(Waiting { vias: 1, ..NOTHING }, &[TableId::Nexthops]);
+    let members: BTreeSet<_> = outcomes(&fixture.fpm, "12.0.0.1");
+    assert!(members.contains(&both[0]) && members.contains(&Outcome::Exception(Reason::TableFull)), "{members:?}");
+}
+
+#[test]
+fn ports_wait_for_a_slot() {
+    let crowd: Vec<u32> = (0..5).map(|n| 40 + 256 * n).collect();
+    let last = *crowd.last().unwrap();
+    let header = [mac(0x31), mac(last as u8)].concat();
+    let by_last = || Outcome::Forward { port: last, device: last, mtu: 1500, header: header.clone() };
+    // Trying again gives them one, and so does whatever else happens to a port.
+    let again: [fn(&mut Fixture); 2] =
+        [|fixture| _ = fixture.retry(), |fixture| _ = fixture.batch([Message::Port(Port { mtu: 1400, ..port(1) })])];
+    for again in again {
+        let mut fixture = Fixture::new();
+        crowd.iter().for_each(|ifindex| fixture.fpm.serve(*ifindex, true));
+        fixture
+            .batch(crowd.iter().map(|ifindex| Message::Port(port(*ifindex))))
+            .batch([
+                neighbour(last, "198.18.0.1", Some(0x31)),
+                Message::Route(route("198.18.0.0/24", &[hop(last, None)])),
+                Message::Route(route("11.0.0.0/8", &[hop(last, Some("198.18.0.1"))])),
+            ])
+            .exception("11.0.0.1", Reason::EgressNotServed)
+            .waits(Waiting { ports: 1, ..NOTHING }, &[TableId::Ports])
+            .retry()
+            .waits(Waiting { ports: 1, ..NOTHING }, &[TableId::Ports])
+            .batch([Message::PortDelete(crowd[0])]);
+        again(&mut fixture);
+        fixture.waits(NOTHING, &[]).expect("11.0.0.1", by_last()).expect("198.18.0.1", by_last());
+    }
+}
+
+#[test]
+fn vlan_tables_wait_for_room() {
+    let mut fixture = confined(1);
+    let vlans = |fixture: &Fixture, ifindex: u32| {
+        let slot = fixture.fpm.ports().find(|port| port.port.ifindex == ifindex).unwrap().slot;
+        fixture.fpm.tables().view().ports()[slot as usize].vlans.load()
+    };
+    fixture
+        .batch([Message::Port(vlan(10, 1, 0x8100, 7)), Message::Port(vlan(11, 2, 0x8100, 7))])
+        .waits(Waiting { ports: 1, ..NOTHING }, &[TableId::Vlans]);
+    assert_eq!((vlans(&fixture, 1), vlans(&fixture, 2)), (0, NO_VLANS));
+    fixture.batch([Message::PortDelete(10)]).retry().waits(NOTHING, &[]);
+    assert_eq!((vlans(&fixture, 1), vlans(&fixture, 2)), (NO_VLANS, 0));
+}
+
+#[test]
+fn in_vain_little_is_tried_and_with_room_everything() {
+    let many = |count: u32| {
+        (0..count).map(|n| std::net::Ipv4Addr::from_bits(0xc633_6400 + 100 + n).to_string()).collect::<Vec<_>>()
+    };
+    let mut fixture = confined(50);
+    let (first, second) = (many(50), many(100).split_off(50));
+    fixture
+        .batch(first.iter().map(|address| neighbour(2, address, Some(1))))
+        .waits(NOTHING, &[])
+        .batch(second.iter().map(|address| neighbour(2, address, Some(2))))
+        .waits(Waiting { neighbours: 50, ..NOTHING }, &[TableId::Nexthops])
+        .batch(first.iter().take(30).map(|address| neighbour(2, address, None)))
+        .retry()
+        .waits(Waiting { neighbours: 20, ..NOTHING }, &[TableId::Nexthops])
+        .batch(first.iter().skip(30).map(|address| neighbour(2, address, None)))
+        .retry()
+        .waits(NOTHING, &[]);
+    for address in &second {
+        fixture.expect(address, forward(2, 2, 1500, 2, &[]));
+    }
 }
 
 /// What a million routes cost here, and how fast changes are taken. Run with `--ignored --nocapture` to see figures.

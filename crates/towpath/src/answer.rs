@@ -104,7 +104,8 @@ impl Daemon {
     fn notices(&self) -> Vec<String> {
         let cannot = self.cannot_transmit.iter();
         let cannot = cannot.map(|(i, why)| format!("what leaves by {} goes to Linux: {why}", self.interface(*i)));
-        self.facts.notices.iter().cloned().chain(cannot).collect()
+        let full = self.fpm.full().map(|full| words::shortage(full, self.fpm.waiting()));
+        self.facts.notices.iter().cloned().chain(cannot).chain(full).collect()
     }
 
     /// Routes known, by family.

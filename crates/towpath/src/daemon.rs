@@ -21,7 +21,7 @@ use towpath_fpc::{Message, Policy, Snapshot};
 use towpath_fpm::Fpm;
 use towpath_hitflags::{HitFlags, Netlink};
 use towpath_tables::backing::initial_elements;
-use towpath_tables::record::{PORT_PROBES, PORT_SLOTS};
+use towpath_tables::record::{PORT_PROBES, PORT_SLOTS, TableId};
 use towpath_tables::writer::TableWriter;
 
 /// Batches and questions that may wait; beyond that their senders do.
@@ -75,6 +75,8 @@ pub struct Daemon {
     pub cannot_transmit: BTreeMap<u32, String>,
     /// Those last seen, for the log
     pub policies: BTreeSet<Policy>,
+    /// Tables that were full when last looked at, for the log
+    pub shortages: BTreeSet<TableId>,
 }
 
 /// A port that the tables have no place for.
@@ -158,6 +160,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         resyncing: HashSet::new(),
         cannot_transmit: BTreeMap::new(),
         policies: BTreeSet::new(),
+        shortages: BTreeSet::new(),
     };
     if !daemon.first_snapshot()? {
         daemon.engine.teardown()?;

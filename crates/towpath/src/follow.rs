@@ -3,6 +3,7 @@
 use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
 use crate::source::Peer;
+use crate::words;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use towpath_engine::{Request, TransmitSupport};
@@ -10,6 +11,7 @@ use towpath_fpc::codec::Packet;
 use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port};
 use towpath_fpm::{Progress, Transmit};
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
+use towpath_tables::record::TableId;
 
 /// Batches taken together before the tables are brought in line.
 const BATCHES: usize = 8;
@@ -119,13 +121,28 @@ impl Daemon {
         }
     }
 
-    /// Attaches to ports that have come back, now that the tables know them.
-    fn serve_arrivals(&mut self) {
-        for ifindex in std::mem::take(&mut self.arrivals) {
-            match self.slot(ifindex) {
-                Some(slot) => self.ask(Request::AddPort { ifindex, slot }),
-                None => tracing::warn!("no place for port with index {ifindex} in the tables"),
+    /// Tries again what found no room.
+    fn retry(&mut self) {
+        const TIMES: usize = 4;
+        for _ in 0..TIMES {
+            if !self.fpm.retry() {
+                return;
             }
+            self.sync();
+            self.serve_arrivals();
+            if !self.fpm.finds_room() {
+                return;
+            }
+        }
+    }
+
+    /// Attaches to ports that have come back, as soon as the tables have a place for them.
+    fn serve_arrivals(&mut self) {
+        let placed: Vec<_> =
+            self.arrivals.iter().filter_map(|ifindex| Some((*ifindex, self.slot(*ifindex)?))).collect();
+        for (ifindex, slot) in placed {
+            self.arrivals.remove(&ifindex);
+            self.ask(Request::AddPort { ifindex, slot });
             let port = self.fpm.interfaces().find(|port| port.ifindex == ifindex).cloned();
             if let Some(port) = port {
                 self.tell_engine(&port);
@@ -146,15 +163,10 @@ impl Daemon {
             let end = Instant::now() + SLICE;
             match self.fpm.publish_while(|| Instant::now() < end) {
                 Progress::More => {}
-                Progress::Nothing => break,
-                Progress::Done(published) => {
-                    for full in published.full {
-                        tracing::warn!("{full}; what does not fit goes to Linux");
-                    }
-                    break;
-                }
+                Progress::Nothing | Progress::Done(_) => break,
             }
         }
+        self.log_shortages();
         self.log_policies();
     }
 
@@ -163,6 +175,17 @@ impl Daemon {
         while let Ok(alarm) = self.alarms.try_recv() {
             self.fpm.apply(alarm);
         }
+    }
+
+    fn log_shortages(&mut self) {
+        let now: BTreeSet<TableId> = self.fpm.full().map(|full| full.table).collect();
+        for full in self.fpm.full().filter(|full| !self.shortages.contains(&full.table)) {
+            tracing::warn!("{}", words::shortage(full, self.fpm.waiting()));
+        }
+        for table in self.shortages.difference(&now) {
+            tracing::info!("table {} has room for everything again", table.name());
+        }
+        self.shortages = now;
     }
 
     fn log_policies(&mut self) {
@@ -181,8 +204,11 @@ impl Daemon {
         self.hits.due()
     }
 
-    /// Keeps neighbours in use alive in Linux, once a period.
+    /// Keeps neighbours in use alive in Linux, and tries again what found no room, once a period.
     pub fn tick(&mut self) {
+        if Instant::now() >= self.hits.due() {
+            self.retry();
+        }
         if let Err(error) = self.hits.poll(Instant::now(), || self.fpm.take_hits()) {
             tracing::warn!("{error}");
         }

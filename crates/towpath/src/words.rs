@@ -2,7 +2,28 @@
 
 use crate::report;
 use towpath_fpc::{Policy, PolicySource, Route, Scope};
-use towpath_tables::record::Family;
+use towpath_fpm::Waiting;
+use towpath_tables::backing::GrowError;
+use towpath_tables::record::{Family, TableId};
+
+/// A full table: which, why, what it means and what to do about it.
+pub fn shortage(full: &GrowError, waiting: Waiting) -> String {
+    let counts = [
+        (waiting.ports, "ports"),
+        (waiting.vias, "ways of routes"),
+        (waiting.neighbours, "neighbours"),
+        (waiting.prefixes, "prefixes"),
+    ];
+    let counts: Vec<_> =
+        counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    let waiting = if counts.is_empty() { String::new() } else { format!(" ({} wait for room)", counts.join(", ")) };
+    let remedy = match full.table {
+        TableId::Ports => "serve fewer ports, or give interfaces other indices (ip link add ... index N)",
+        TableId::Vlans => "free memory, or serve fewer ports with VLAN sub-interfaces",
+        _ => "free memory, or let Linux have fewer routes, next hops or neighbours",
+    };
+    format!("{full}; what does not fit goes to Linux{waiting} and is tried again every second; {remedy}")
+}
 
 /// RTPROT_* (linux/rtnetlink.h; names of /etc/iproute2/rt_protos)
 pub fn protocol(number: u8) -> String {
@@ -124,4 +145,21 @@ pub fn route(route: &Route) -> String {
     let metric = if key.priority == 0 { String::new() } else { format!(", metric {}", key.priority) };
     let kind = if route.kind == 1 { String::new() } else { format!("{} ", route_kind(route.kind)) };
     format!("{kind}{} of table {}{metric}, protocol {}", key.prefix, table(key.table), protocol(route.protocol))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_table_is_named_with_its_remedy() {
+        let full = |table| GrowError { table, elements: 2048, cause: "Cannot allocate memory (os error 12)".into() };
+        let waiting = Waiting { vias: 3, neighbours: 1, ..Waiting::default() };
+        let text = shortage(&full(TableId::Nexthops), waiting);
+        for word in ["nexthops", "2048", "Cannot allocate", "3 ways of routes, 1 neighbours wait", "free memory"] {
+            assert!(text.contains(word), "{word:?} is missing in: {text}");
+        }
+        let text = shortage(&full(TableId::Ports), Waiting::default());
+        assert!(text.contains("serve fewer ports") && !text.contains("wait for room"), "{text}");
+    }
 }

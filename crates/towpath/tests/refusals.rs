@@ -202,6 +202,34 @@ fn ports_that_the_table_has_no_room_for_are_named() {
 }
 
 #[test]
+fn a_port_that_comes_back_waits_for_room_and_gets_it() {
+    let net = Net::new();
+    add_crowd(&net);
+    let _daemon = net.up(&["eth0", "eth1", "c0", "c1", "c2", "c3"]);
+    let notice = || {
+        let status = net.json(&["status"]);
+        let notices = status["notices"].as_array().expect("notices").iter();
+        notices.filter_map(|notice| notice.as_str()).find(|notice| notice.contains("table ports")).map(str::to_string)
+    };
+    assert_eq!(notice(), None);
+    net.ip("link delete eth1");
+    net.ip("link delete c4");
+    net.connect_right_by_index(1624);
+    let notice_now = eventually("the status says so", notice);
+    for word in ["1 ports wait", "serve fewer ports", "goes to Linux"] {
+        assert!(notice_now.contains(word), "{word:?} is missing in: {notice_now}");
+    }
+    assert!(!net.ip("-d link show eth1").contains("xdp"));
+    eventually("Linux forwards", || net.ping(&net.left, RIGHT).then_some(()));
+    net.ip("link delete c0");
+    eventually("there is room", || notice().is_none().then_some(()));
+    eventually("the program is attached", || net.ip("-d link show eth1").contains("xdp").then_some(()));
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    stream.finish_complete();
+}
+
+#[test]
 fn the_user_engine_is_not_in_this_build() {
     let net = Net::new();
     refuses(&net, &["up", "--engine", "user", "eth0"], &["user", "--engine xdp"]);

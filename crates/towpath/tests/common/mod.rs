@@ -65,6 +65,22 @@ impl Net {
 
     fn connect(&self, host: &Node, port: &str, v4: &str, v6: &str) {
         self.lab.link((&self.router, port), (host, "up0")).expect("a link");
+        self.address(host, port, v4, v6);
+    }
+
+    /// As `connect_right`, over an interface of this index.
+    pub fn connect_right_by_index(&self, index: u32) {
+        self.ip(&format!("link add eth1 index {index} type veth peer name up0 netns {}", self.right.netns()));
+        for (node, device) in [(&self.router, "eth1"), (&self.right, "up0")] {
+            node.run(["ip", "link", "set", device, "up"]).expect("up");
+        }
+        for (node, device) in [(&self.router, "eth1"), (&self.right, "up0")] {
+            node.run(["ethtool", "-K", device, "gro", "on", "tx", "off", "txvlan", "off"]).expect("as in a lab");
+        }
+        self.address(&self.right, "eth1", "198.51.100", "2001:db8:2");
+    }
+
+    fn address(&self, host: &Node, port: &str, v4: &str, v6: &str) {
         for (node, device, number) in [(&self.router, port, 1), (host, "up0", 2)] {
             node.sh(&format!("ip address add {v4}.{number}/24 dev {device}")).expect("an address");
             node.sh(&format!("ip address add {v6}::{number}/64 dev {device} nodad")).expect("an address");
