@@ -1,4 +1,5 @@
-//! SIGINT and SIGTERM as an event of the daemon's loop.
+//! SIGINT, SIGTERM and SIGHUP as an event of the daemon's loop. A terminal that closes ends the daemon as Ctrl-C does:
+//! without it, programs would go on forwarding by what was true then.
 
 use anyhow::{Context, Result};
 
@@ -14,6 +15,10 @@ impl Termination {
             libc::sigemptyset(&mut set);
             libc::sigaddset(&mut set, libc::SIGINT);
             libc::sigaddset(&mut set, libc::SIGTERM);
+            // nohup(1) asks to ignore it; to wait for a signal would undo that.
+            if !is_ignored(libc::SIGHUP) {
+                libc::sigaddset(&mut set, libc::SIGHUP);
+            }
             (set, libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()))
         };
         if error != 0 {
@@ -27,6 +32,18 @@ impl Termination {
         let mut signal = 0;
         // SAFETY: the set was initialised by `block`, and `signal` outlives the call.
         while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
-        if signal == libc::SIGINT { "SIGINT" } else { "SIGTERM" }
+        match signal {
+            libc::SIGINT => "SIGINT",
+            libc::SIGHUP => "SIGHUP",
+            _ => "SIGTERM",
+        }
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: sigaction is plain data, for which zeroes are valid, and is only filled in.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
     }
 }

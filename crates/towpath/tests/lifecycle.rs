@@ -26,14 +26,30 @@ fn up_forwards_fast_and_down_gives_back_to_linux_without_loss() {
 fn interrupts_end_it_cleanly() {
     let net = Net::new();
     let clean = net.traces();
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         let stream = Stream::start(&net, RIGHT);
         let mut daemon = net.up(&["eth0", "eth1"]);
         net.flows(100);
         assert_eq!(daemon.signal(signal).code(), Some(0));
         assert_eq!(net.traces(), clean);
+        assert!(net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6), "Linux forwards again");
         stream.finish_complete();
     }
+}
+
+#[test]
+fn it_outlives_its_terminal_if_asked_to() {
+    let net = Net::new();
+    let mut command = net.router.command("nohup");
+    command.args([env!("CARGO_BIN_EXE_towpath"), "up", "eth0", "eth1"]);
+    let mut daemon = net.start(command);
+    daemon.await_log("ready: ");
+    daemon.send(libc::SIGHUP);
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    assert!(net.json(&["status"])["in_sync"].as_bool().unwrap());
+    assert_eq!(daemon.signal(libc::SIGTERM).code(), Some(0));
+    stream.finish_complete();
 }
 
 #[test]

@@ -239,9 +239,13 @@ impl Daemon {
         self.0.wait_for_output(DEADLINE, text).expect("words in the log");
     }
 
+    pub fn send(&mut self, signal: i32) {
+        self.0.signal(signal);
+    }
+
     /// Sends a signal and waits for the end.
     pub fn signal(&mut self, signal: i32) -> ExitStatus {
-        self.0.signal(signal);
+        self.send(signal);
         self.wait()
     }
 
