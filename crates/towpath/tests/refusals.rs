@@ -132,6 +132,7 @@ fn three_capabilities_are_enough_where_the_kernel_lists_netfilter_hooks() {
         let log = daemon.log();
         if log.contains("ready: ") { Some(true) } else { log.contains("towpath: ").then_some(false) }
     });
+    println!("the kernel lists netfilter's hooks: {ready}");
     if ready {
         let stream = Stream::start(&net, RIGHT);
         net.flows(100);
