@@ -5,11 +5,14 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+const PROG_LOAD: libc::c_long = 5;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const LINK_GET_FD_BY_ID: libc::c_long = 30;
 const LINK_GET_NEXT_ID: libc::c_long = 31;
 const LINK_TYPE_NETFILTER: u32 = 10;
+const PROG_TYPE_NETFILTER: u32 = 32;
+const ATTACH_NETFILTER: u32 = 45;
 
 /// bpf(2) with one of the forms of its attribute; gives what the call returns.
 fn bpf<T>(command: libc::c_long, attribute: &mut T) -> io::Result<libc::c_long> {
@@ -17,6 +20,46 @@ fn bpf<T>(command: libc::c_long, attribute: &mut T) -> io::Result<libc::c_long> 
     // the caller's, who keeps what they point to alive.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attribute), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Whether the kernel knows BPF programs for netfilter at all (since 6.4), found out by loading one that accepts. What is
+/// neither yes nor no is taken to be yes.
+pub fn has_netfilter_programs() -> bool {
+    /// The part of bpf_attr for BPF_PROG_LOAD up to the attach type.
+    #[repr(C)]
+    struct Attribute {
+        kind: u32,
+        count: u32,
+        code: u64,
+        license: u64,
+        log: [u32; 4],
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        ifindex: u32,
+        attach_type: u32,
+    }
+    const ACCEPT: [u64; 2] = [0x1_0000_00b7, 0x95]; // r0 = NF_ACCEPT; exit
+    let mut attribute = Attribute {
+        kind: PROG_TYPE_NETFILTER,
+        count: ACCEPT.len() as u32,
+        code: ACCEPT.as_ptr().expose_provenance() as u64,
+        license: c"Dual MIT/GPL".as_ptr().expose_provenance() as u64,
+        log: [0; 4],
+        kernel_version: 0,
+        flags: 0,
+        name: *b"towpath_probe\0\0\0",
+        ifindex: 0,
+        attach_type: ATTACH_NETFILTER,
+    };
+    match bpf(PROG_LOAD, &mut attribute) {
+        Ok(fd) => {
+            // SAFETY: the call has just made this descriptor, and nothing else owns it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+            true
+        }
+        Err(e) => e.raw_os_error() != Some(libc::EINVAL),
+    }
 }
 
 /// A BPF program in a netfilter hook (Linux 6.4). The kernel does not tell of which namespace.
@@ -156,5 +199,18 @@ pub fn tcx_programs(ifindex: u32, place: Tcx) -> Result<Option<u32>, CmError> {
             Some(libc::EINVAL | libc::E2BIG) => Ok(None),
             _ => Err(CmError::io(format!("tcx programs on interface {ifindex}"), e)),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn netfilter_programs_are_there_since_linux_6_4() {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release.split(['.', '-']).map(|part| part.trim().parse::<u32>().unwrap_or(0));
+        let version = (numbers.next().unwrap(), numbers.next().unwrap());
+        assert_eq!(has_netfilter_programs(), version >= (6, 4), "{release}");
     }
 }

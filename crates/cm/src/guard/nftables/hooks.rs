@@ -39,7 +39,7 @@ pub enum Hooks {
     /// The kernel lists its hooks
     Listed,
     /// It does not: what can hang there is asked for one by one
-    Guessed(NetfilterLinks, Ipvs),
+    Guessed(Option<NetfilterLinks>, Ipvs),
 }
 
 impl Hooks {
@@ -48,8 +48,8 @@ impl Hooks {
         match list(netlink, pf::IPV4, 0) {
             Ok(_) => Ok(Self::Listed),
             Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                let mut links = NetfilterLinks::default();
-                links.read().map_err(unlisted)?;
+                let mut links = bpf::has_netfilter_programs().then(NetfilterLinks::default);
+                links.as_mut().map(NetfilterLinks::read).transpose().map_err(unlisted)?;
                 Ok(Self::Guessed(links, Ipvs::new()?))
             }
             Err(e) => Err(e),
@@ -70,7 +70,8 @@ impl Hooks {
                 }
             }
             Self::Guessed(links, ipvs) => {
-                for bpf::NetfilterLink { id, pf, hook } in links.read()? {
+                let links = links.as_mut().map(NetfilterLinks::read).transpose()?.unwrap_or_default();
+                for bpf::NetfilterLink { id, pf, hook } in links {
                     let Some((_, name)) = FORWARD_PATH.iter().find(|(h, _)| *h == hook) else { continue };
                     let detail = format!("BPF link {id} in netfilter's {name} hook (of some namespace)");
                     findings.extend(
