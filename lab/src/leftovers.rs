@@ -1,9 +1,11 @@
 //! Names of what labs make, and removal of what a killed process could not remove itself.
 
+use crate::wait_for;
 use anyhow::{Context, Result};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const PREFIX: &str = "towpath-lab";
 /// Where iproute2 keeps named network namespaces.
@@ -29,10 +31,7 @@ pub fn remove() -> Result<()> {
 pub fn remove_namespace(name: &str) -> Result<()> {
     let path = Path::new(NETNS).join(name);
     let Ok(inode) = fs::metadata(&path).map(|m| m.ino()) else { return Ok(()) };
-    for pid in processes_in(inode) {
-        // SAFETY: kill takes plain integers. The process lives in a namespace that this lab made.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-    }
+    let ended = end_processes_in(inode).with_context(|| format!("in the network namespace {name}"));
     for folder in towpath_state(inode) {
         let _ = fs::remove_dir_all(folder);
     }
@@ -43,7 +42,7 @@ pub fn remove_namespace(name: &str) -> Result<()> {
         "cannot remove the network namespace {name}: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    ended
 }
 
 /// Where an instance of Towpath for the namespace keeps pins and its control socket; they outlive it on purpose.
@@ -57,11 +56,29 @@ fn orphaned(name: &str) -> bool {
     pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
-fn processes_in(inode: u64) -> impl Iterator<Item = i32> {
-    let own = std::process::id() as i32;
+/// Kills them until none is left: one may have started another meanwhile.
+fn end_processes_in(inode: u64) -> Result<()> {
+    wait_for(Duration::from_secs(10), "every process to end", || {
+        let mut none = true;
+        for pid in processes_in(inode) {
+            none = false;
+            // SAFETY: kill takes plain integers. The process lives in a namespace that this lab made.
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+        }
+        none.then_some(())
+    })
+}
+
+fn processes_in(inode: u64) -> impl Iterator<Item = u32> {
+    let own = std::process::id();
     entries(Path::new("/proc"))
         .filter_map(|name| name.parse().ok())
-        .filter(move |pid| *pid != own && fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == inode))
+        .filter(move |pid| *pid != own && is_in(*pid, inode))
+}
+
+/// Whether the process lives in the network namespace. A dead one that nobody has asked about lives nowhere.
+pub fn is_in(pid: u32, inode: u64) -> bool {
+    fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == inode)
 }
 
 fn entries(folder: &Path) -> impl Iterator<Item = String> + use<> {

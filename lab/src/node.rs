@@ -3,14 +3,17 @@
 use crate::leftovers::{self, NETNS};
 use crate::packet::PacketSocket;
 use crate::process::Process;
+use crate::wait_for;
 use anyhow::{Context, Result, bail};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// A network namespace; clones are the same one. It is removed with its [`crate::Lab`].
 #[derive(Clone)]
@@ -96,10 +99,17 @@ impl Node {
         self.start(command)
     }
 
-    /// Starts a prepared command (from [`Node::command`]) as [`Node::spawn`] does.
+    /// Starts a prepared command (from [`Node::command`]) as [`Node::spawn`] does. It has entered the namespace, by
+    /// which a closing lab finds it, when this returns.
     pub fn start(&self, command: Command) -> Result<Process> {
         let number = self.inner.processes.fetch_add(1, Ordering::Relaxed);
-        Process::start(command, self.folder(&format!("{number}.log")))
+        let mut process = Process::start(command, self.folder(&format!("{number}.log")))?;
+        let what = format!("process {} to enter node {}", process.pid(), self.name());
+        let inode = self.inner.file.metadata()?.ino();
+        wait_for(Duration::from_secs(10), &what, || {
+            (leftovers::is_in(process.pid(), inode) || !matches!(process.ended(), Ok(None))).then_some(())
+        })?;
+        Ok(process)
     }
 
     /// Path of a file or folder of this node in the lab's folder.
