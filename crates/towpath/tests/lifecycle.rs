@@ -114,7 +114,7 @@ fn programs_go_on_after_kill_and_a_new_daemon_reconciles_without_loss() {
     // Changes that nobody is there to follow.
     net.ip("route add 203.0.113.0/24 via 198.51.100.2");
     net.ip("route add blackhole 203.0.113.128/25");
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    stream.advance(300);
     let again = net.up(&["eth0", "eth1"]);
     let after = net.forwarded();
     assert!(after >= before + 250, "forwarding went on while no daemon was there: {before} before, {after} after");

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -315,11 +315,13 @@ impl Drop for Beat {
     }
 }
 
-/// A paced stream of numbered packets from left to right, one each millisecond.
+/// A paced stream of numbered packets from left to right, at most one each millisecond.
 pub struct Stream {
     stop: Arc<AtomicBool>,
-    sender: JoinHandle<u64>,
+    sent: Arc<AtomicU64>,
+    sender: JoinHandle<()>,
     receiver: JoinHandle<Vec<bool>>,
+    inbound: UdpSocket,
 }
 
 impl Stream {
@@ -329,26 +331,41 @@ impl Stream {
             false => ("0.0.0.0:0", format!("{destination}:7000")),
         };
         let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
-        inbound.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+        inbound.set_read_timeout(Some(DEADLINE)).expect("timeout");
         enlarge_buffer(&inbound);
         let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
         outbound.connect(target).expect("connected");
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, count) = (stop.clone(), sent.clone());
+        let receiving = inbound.try_clone().expect("a second descriptor");
         Self {
             stop,
-            sender: std::thread::spawn(move || send_paced(&outbound, &stopped)),
-            receiver: std::thread::spawn(move || receive_all(&inbound)),
+            sent,
+            sender: std::thread::spawn(move || send_paced(&outbound, &stopped, &count)),
+            receiver: std::thread::spawn(move || receive_all(&receiving)),
+            inbound,
         }
+    }
+
+    /// Waits until this many more packets have been sent.
+    pub fn advance(&self, more: u64) {
+        let before = self.sent.load(Ordering::Relaxed);
+        eventually("the stream goes on", || (self.sent.load(Ordering::Relaxed) >= before + more).then_some(()));
     }
 
     /// Ends the stream; nothing of it may have been lost.
     pub fn finish_complete(self) {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().expect("sender");
+        self.sender.join().expect("sender");
         let seen = self.receiver.join().expect("receiver");
+        let sent = self.sent.load(Ordering::Relaxed);
         let lost: Vec<_> = (0..sent as usize).filter(|number| !seen.get(*number).copied().unwrap_or(false)).collect();
-        assert!(sent > 0 && lost.is_empty(), "{} of {sent} lost: {lost:?}", lost.len());
+        let late = dropped(&self.inbound);
+        assert!(
+            sent > 0 && lost.is_empty(),
+            "{} of {sent} lost, {late} of all that came because the receiver was too slow: {lost:?}",
+            lost.len()
+        );
     }
 }
 
@@ -364,20 +381,34 @@ fn enlarge_buffer(socket: &UdpSocket) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Sends numbers until told to stop, then the end mark; gives how many. A sender that had to wait for a processor does
-/// not make up for it: a burst may overflow a ring, which says nothing about the router.
-fn send_paced(socket: &UdpSocket, stop: &AtomicBool) -> u64 {
+/// Packets that came and found no room in the socket.
+fn dropped(socket: &UdpSocket) -> u32 {
+    const SO_MEMINFO: i32 = 55;
+    const SK_MEMINFO_DROPS: usize = 8;
+    let mut info = [0u32; 9];
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: pointer and length describe `info`, which lives across the call.
+    let ret = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_MEMINFO, info.as_mut_ptr().cast(), &raw mut length)
+    };
+    assert_eq!(ret, 0, "{}", std::io::Error::last_os_error());
+    info[SK_MEMINFO_DROPS]
+}
+
+/// Sends numbers until told to stop, then the end mark. A sender that had to wait for a processor does not make up for
+/// it: a burst may overflow a ring, which says nothing about the router.
+fn send_paced(socket: &UdpSocket, stop: &AtomicBool, sent: &AtomicU64) {
     let mut due = Instant::now();
     let mut number = 0u64;
     while !stop.load(Ordering::Relaxed) {
         socket.send(&number.to_be_bytes()).expect("sent");
         number += 1;
+        sent.store(number, Ordering::Relaxed);
         due = (due + Duration::from_millis(1)).max(Instant::now());
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     std::thread::sleep(Duration::from_millis(50));
     socket.send(&u64::MAX.to_be_bytes()).expect("sent");
-    number
 }
 
 /// Receives until the end mark, or silence; gives which numbers came.
