@@ -4,9 +4,10 @@ use crate::error::{Error, Result};
 use crate::ethtool::Ethtool;
 use crate::netlink::Socket;
 use crate::sys;
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkMessage, LinkXdp, XdpAttached};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -58,28 +59,47 @@ impl Interface {
     }
 }
 
+/// Frames that each veth of this thread's network namespace has dropped instead of transmitting.
+pub fn dropped_by_veths() -> Result<BTreeMap<u32, u64>> {
+    let mut request = LinkMessage::default();
+    request.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]));
+    let links = ask(request, NLM_F_DUMP).map_err(|e| Error::io("ask for the veths' statistics", e))?;
+    let dropped = |link: &LinkMessage| {
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => Some((link.header.index, stats.tx_dropped)),
+            _ => None,
+        })
+    };
+    Ok(links.iter().filter_map(dropped).collect())
+}
+
 fn get_link(index: u32) -> Result<LinkMessage> {
     let mut request = LinkMessage::default();
     request.header.index = index;
+    let links = ask(request, 0).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENODEV) => Error::NoPort(index),
+        _ => Error::io(format!("ask for interface {index}"), e),
+    })?;
+    links.into_iter().next().ok_or(Error::NoPort(index))
+}
+
+/// Asks rtnetlink for interfaces.
+fn ask(request: LinkMessage, flags: u16) -> io::Result<Vec<LinkMessage>> {
     let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(request));
-    message.header.flags = NLM_F_REQUEST;
-    let what = || format!("ask for interface {index}");
-    let mut socket = Socket::open(netlink_sys::protocols::NETLINK_ROUTE).map_err(|e| Error::io(what(), e))?;
+    message.header.flags = NLM_F_REQUEST | flags;
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
-    let answer = socket.request(&bytes).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENODEV) => Error::NoPort(index),
-        _ => Error::io(what(), e),
-    })?;
+    let answer = Socket::open(netlink_sys::protocols::NETLINK_ROUTE)?.request(&bytes)?;
+    let mut links = Vec::new();
     for bytes in answer {
         let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes)
-            .map_err(|e| Error::io(what(), io::Error::new(io::ErrorKind::InvalidData, e)))?;
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) = message.payload {
-            return Ok(link);
+            links.push(link);
         }
     }
-    Err(Error::NoPort(index))
+    Ok(links)
 }
 
 fn attached(link: &LinkMessage) -> Option<Attached> {

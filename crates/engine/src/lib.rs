@@ -16,6 +16,7 @@ mod grace;
 mod interface;
 mod netfpc;
 mod netlink;
+mod probe;
 mod program;
 mod region;
 mod require;

@@ -51,7 +51,7 @@ impl Program {
             .get(&(program.section_index, program.address))
             .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
         let mut log = vec![0u8; LOG_BYTES];
-        sys::prog_load(NAME, &program.license, &function.instructions, &mut log)
+        sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &function.instructions, &mut log)
             .map(Self)
             .map_err(|e| rejected(e, &log))
     }

@@ -15,8 +15,14 @@ use std::path::Path;
 pub const MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_XDP_HAS_FRAGS`: the program handles frames of several buffers (since 5.18).
 const XDP_HAS_FRAGS: u32 = 1 << 5;
-/// `BPF_XDP` of `enum bpf_attach_type`.
-const ATTACH_XDP: u32 = 37;
+/// What an XDP program is for (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug)]
+pub enum AttachType {
+    /// `BPF_XDP_DEVMAP`: for an entry of a map of devices
+    Devmap = 33,
+    /// `BPF_XDP`: for an interface
+    Xdp = 37,
+}
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: a test run whose verdicts are carried out (since 5.18).
 const TEST_LIVE_FRAMES: u32 = 1 << 1;
 
@@ -86,12 +92,18 @@ const _: () = assert!(size_of::<bpf_insn>() == size_of::<u64>());
 
 /// Loads an XDP program that handles frames of several buffers. If the kernel refuses it, the verifier's words are in
 /// `log`. They are asked for only then, since writing them takes longer than verifying.
-pub fn prog_load<I: Instruction>(name: &str, license: &CStr, code: &[I], log: &mut [u8]) -> io::Result<OwnedFd> {
+pub fn prog_load<I: Instruction>(
+    name: &str,
+    license: &CStr,
+    attach: AttachType,
+    code: &[I],
+    log: &mut [u8],
+) -> io::Result<OwnedFd> {
     let mut attr = attr();
     // SAFETY: the members written are those of BPF_PROG_LOAD; code, license and log outlive the calls.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
     load.prog_type = bpf_prog_type::BPF_PROG_TYPE_XDP as u32;
-    load.expected_attach_type = ATTACH_XDP;
+    load.expected_attach_type = attach as u32;
     load.prog_flags = XDP_HAS_FRAGS;
     load.insns = code.as_ptr() as u64;
     load.insn_cnt = code.len() as u32;
@@ -178,7 +190,7 @@ pub fn link_create(program: BorrowedFd<'_>, ifindex: u32, flags: u32) -> io::Res
     attr.link_create.__bindgen_anon_2.target_ifindex = ifindex;
     // SAFETY: plain integers of the BPF_LINK_CREATE member.
     let create = unsafe { &mut attr.link_create };
-    create.attach_type = ATTACH_XDP;
+    create.attach_type = AttachType::Xdp as u32;
     create.flags = flags;
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }

@@ -4,17 +4,16 @@
 //! From 6.3 on each device says so itself (netdev generic netlink, Documentation/netlink/specs/netdev.yaml) and
 //! announces changes. A veth gains the ability when its *peer* has a NAPI context, that is an XDP program or GRO
 //! (drivers/net/veth.c, `veth_xdp_xmit`); since the flag is only looked at when the veth itself comes up and when the
-//! peer, up, changes GRO, it may lag behind, but the flag is what redirection obeys. Before 6.3 a veth is asked by sending a frame through it (Ethernet
-//! frame of the local experimental EtherType, addressed to the port itself, which receivers discard) and looking at
-//! the counter of frames it took; other drivers are known by name. And before 6.3 the kernel redirects no frame of
-//! several buffers to any device (net/core/filter.c 6.1, `xdp_do_redirect`).
+//! peer, up, changes GRO, it may lag behind, but the flag is what redirection obeys. Before 6.3 a veth is asked by an
+//! attempt (see `probe`), and other drivers are known by name. And before 6.3 the kernel redirects no frame of several
+//! buffers to any device (net/core/filter.c 6.1, `xdp_do_redirect`).
 
 use crate::error::{Error, Result};
-use crate::interface::Interface;
+use crate::interface::{self, Interface};
 use crate::netlink::{HEADER, Socket, attributes, word16, word32, word64};
-use crate::sys;
+use crate::probe;
+use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// Whether frames can be redirected to a port.
@@ -66,38 +65,53 @@ pub fn can_transmit(ifindex: u32) -> Result<TransmitSupport> {
     let failed = |e| Error::io(format!("find out whether {} can transmit redirected frames", interface.name), e);
     match Netdev::open().map_err(failed)? {
         Some(mut netdev) => Ok(judge(&interface, netdev.features(ifindex).map_err(failed)?)),
-        None if interface.is_veth() => probe_veth(&interface).map_err(failed),
+        None if interface.is_veth() => match probe::takes_frames(&interface).map_err(failed)? {
+            true => Ok(TransmitSupport::SingleBuffer),
+            false => Ok(TransmitSupport::None(why_not(&interface))),
+        },
         None => Ok(by_driver(&interface.driver)),
     }
 }
 
-/// Announces changes of what `can_transmit` says. Before 6.3 nothing is announced: then every wait ends in time and
-/// the caller asks again.
-pub struct TransmitWatch(Option<Netdev>);
+/// Tells when what `can_transmit` says may have changed. Before 6.3 nothing is announced: then it shows in the frames
+/// that a veth drops that it can no longer transmit, but a veth that could not has to be asked again.
+pub struct TransmitWatch(Sign);
+
+enum Sign {
+    Announced(Netdev),
+    /// Frames that each veth has dropped so far
+    Dropped(BTreeMap<u32, u64>),
+}
 
 impl TransmitWatch {
-    /// Starts to listen in this thread's network namespace.
+    /// Starts to look in this thread's network namespace.
     pub fn open() -> Result<Self> {
         let failed = |e| Error::io("listen for changes of XDP features", e);
-        let mut netdev = Netdev::open().map_err(failed)?;
-        if let Some(netdev) = &mut netdev {
-            netdev.listen().map_err(failed)?;
-        }
-        Ok(Self(netdev))
+        let Some(mut netdev) = Netdev::open().map_err(failed)? else {
+            return Ok(Self(Sign::Dropped(interface::dropped_by_veths()?)));
+        };
+        netdev.listen().map_err(failed)?;
+        Ok(Self(Sign::Announced(netdev)))
     }
 
     /// True if the kernel announces changes.
     pub fn announces(&self) -> bool {
-        self.0.is_some()
+        matches!(self.0, Sign::Announced(_))
     }
 
     /// Interfaces whose abilities may have changed; empty if `timeout` passed.
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<u32>> {
         match &mut self.0 {
-            Some(netdev) => netdev.changed(timeout).map_err(|e| Error::io("wait for changes of XDP features", e)),
-            None => {
+            Sign::Announced(netdev) => {
+                netdev.changed(timeout).map_err(|e| Error::io("wait for changes of XDP features", e))
+            }
+            Sign::Dropped(before) => {
                 std::thread::sleep(timeout);
-                Ok(Vec::new())
+                let now = interface::dropped_by_veths()?;
+                let more = |(ifindex, count): (&u32, &u64)| (before.get(ifindex)? != count).then_some(*ifindex);
+                let changed = now.iter().filter_map(more).collect();
+                *before = now;
+                Ok(changed)
             }
         }
     }
@@ -136,31 +150,6 @@ fn by_driver(driver: &str) -> TransmitSupport {
             "driver {driver} is not known to transmit redirected frames, and this kernel does not say (it does from 6.3 on)"
         ))
     }
-}
-
-/// `r1 = ifindex; r2 = 0; call bpf_redirect; exit`
-fn redirect_to(ifindex: u32) -> [u64; 4] {
-    [0x01b7 | u64::from(ifindex) << 32, 0x02b7, 0x85 | 23 << 32, 0x95]
-}
-
-fn probe_veth(interface: &Interface) -> io::Result<TransmitSupport> {
-    let program = sys::prog_load("towpath_probe", c"Dual MIT/GPL", &redirect_to(interface.index), &mut [])?;
-    let mut frame = [0u8; 60];
-    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
-    let before = frames_taken(interface)?;
-    sys::run_live(program.as_fd(), &frame, interface.index)?;
-    let taken = frames_taken(interface)? != before;
-    Ok(if taken { TransmitSupport::SingleBuffer } else { TransmitSupport::None(why_not(interface)) })
-}
-
-/// Redirected frames the veth has passed on so far.
-fn frames_taken(interface: &Interface) -> io::Result<u64> {
-    let statistics = interface.ethtool.statistics()?;
-    Ok(statistics
-        .iter()
-        .filter(|(name, _)| name.starts_with("tx_queue_") && name.ends_with("_xdp_xmit"))
-        .map(|(_, n)| n)
-        .sum())
 }
 
 /// The generic netlink family `netdev`.

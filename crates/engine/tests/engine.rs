@@ -298,6 +298,7 @@ fn a_veth_transmits_only_while_its_peer_can_receive() -> Result {
     let mut watch = rig.on_router(TransmitWatch::open)?;
     let support = || rig.on_router(|| can_transmit(egress));
     let able = [TransmitSupport::Full, TransmitSupport::SingleBuffer];
+    let wire = rig.sink.packet_socket("eth0")?;
     assert!(able.contains(&support()?), "{:?}", support()?);
     rig.sink.run(["ethtool", "-K", "eth0", "gro", "off"])?;
     assert!(matches!(support()?, TransmitSupport::None(why) if why.contains("gro on")));
@@ -309,6 +310,15 @@ fn a_veth_transmits_only_while_its_peer_can_receive() -> Result {
     rig.sink.run(["ethtool", "-K", "eth0", "gro", "on"])?;
     assert!(able.contains(&support()?), "{:?}", support()?);
     println!("{:?}, changes announced: {}", support()?, watch.announces());
+    // A frame sent now comes behind whatever the questions may have sent.
+    let frame = |kind| [[0; 12].as_slice(), &[0x88, kind], &[0; 46]].concat();
+    rig.router.packet_socket("eth1")?.send(&frame(0xb6))?;
+    let mut seen = Vec::new();
+    wait_for(LIMIT, "the last frame", || {
+        seen.extend(wire.drain().ok()?.into_iter().map(|frame| frame.bytes));
+        seen.contains(&frame(0xb6)).then_some(())
+    })?;
+    assert!(!seen.iter().any(|bytes| bytes.starts_with(&frame(0xb5)[..14])), "nothing is sent to find out");
     Ok(())
 }
 

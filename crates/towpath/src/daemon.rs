@@ -173,8 +173,8 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     Ok(Some(daemon))
 }
 
-/// Follows whether ports can transmit what is redirected to them. Where the kernel announces nothing, all are asked
-/// again now and then.
+/// Follows whether ports can transmit what is redirected to them. Where the kernel announces nothing, those that cannot
+/// are asked again now and then.
 fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(1);
     let mut watch = TransmitWatch::open()?;
@@ -182,9 +182,6 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
         loop {
             let changed = match watch.wait(PATIENCE) {
                 Ok(changed) if watch.announces() && changed.is_empty() => continue,
-                Ok(_) if !watch.announces() => {
-                    interfaces::all().map_or(Vec::new(), |all| all.into_iter().map(|(_, i)| i).collect())
-                }
                 Ok(changed) => changed,
                 Err(error) => return tracing::warn!("{error}"),
             };
@@ -327,7 +324,8 @@ impl Daemon {
                     let _ = reply.send(self.answer(request));
                 }
                 Ok(Event::Stop(signal)) => return self.stop(signal),
-                Ok(Event::Transmit(ports)) => {
+                Ok(Event::Transmit(mut ports)) => {
+                    ports.extend(self.cannot_transmit.keys());
                     self.check_transmit(&ports);
                     self.sync();
                 }

@@ -73,6 +73,7 @@ impl Daemon {
         let before = self.told.insert(ifindex, now).unwrap_or(Told { up: true, mtu: now.mtu, promiscuous: false });
         if now.up != before.up {
             tracing::info!("port {name} is {}", if now.up { "up" } else { "down" });
+            self.check_transmit(&[ifindex]);
             self.ask(Request::PortState { ifindex, up: now.up });
         }
         if now.mtu != before.mtu {

@@ -29,13 +29,8 @@ pub fn sorted(mut outputs: Outputs) -> Outputs {
 }
 
 /// What a router says of itself when it likes: ARP, and multicast of the link's scope from its own address (MLD,
-/// neighbour and router discovery). And Towpath's own probe, all zeros but for the local experimental EtherType, by which
-/// it finds out on kernels before 6.3 whether a veth can transmit what XDP redirects.
+/// neighbour and router discovery).
 fn unprompted(bytes: &[u8]) -> bool {
-    let probe = bytes.get(12..14) == Some(&[0x88, 0xb5]);
-    if probe && bytes[..12].iter().chain(&bytes[14..]).all(|b| *b == 0) {
-        return true;
-    }
     let own = |source: &[u8]| source[..2] == [0xfe, 0x80] || source.iter().all(|b| *b == 0);
     match bytes.get(12..14) {
         Some([8, 6]) => true,

@@ -355,17 +355,23 @@ impl Stream {
 
     /// Ends the stream; nothing of it may have been lost.
     pub fn finish_complete(self) {
+        let late = self.inbound.try_clone().expect("a second descriptor");
+        let (sent, lost) = self.finish();
+        assert!(
+            sent > 0 && lost.is_empty(),
+            "{} of {sent} lost, {} of all that came because the receiver was too slow: {lost:?}",
+            lost.len(),
+            dropped(&late)
+        );
+    }
+
+    /// Ends the stream; how many packets it had, and those lost.
+    pub fn finish(self) -> (u64, Vec<u64>) {
         self.stop.store(true, Ordering::Relaxed);
         self.sender.join().expect("sender");
         let seen = self.receiver.join().expect("receiver");
         let sent = self.sent.load(Ordering::Relaxed);
-        let lost: Vec<_> = (0..sent as usize).filter(|number| !seen.get(*number).copied().unwrap_or(false)).collect();
-        let late = dropped(&self.inbound);
-        assert!(
-            sent > 0 && lost.is_empty(),
-            "{} of {sent} lost, {late} of all that came because the receiver was too slow: {lost:?}",
-            lost.len()
-        );
+        (sent, (0..sent).filter(|number| !seen.get(*number as usize).copied().unwrap_or(false)).collect())
     }
 }
 
