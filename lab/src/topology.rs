@@ -53,10 +53,12 @@ impl Lab {
         for (node, port) in [a, b] {
             // gro on: frames redirected by XDP into one end arrive only where the other end polls (NAPI).
             // tx off: a sender would leave transport checksums partial, which no real link carries.
-            // txvlan off: tags would travel beside the frame, where an XDP program does not see them.
+            // txvlan off, and the same for 802.1ad: tags would travel beside the frame, where an XDP program does not see
+            // them.
             // Not before both are up: a veth that is down does not tell its peer (drivers/net/veth.c, 6.18), which then
             // does not count as able to transmit redirected frames.
-            node.run(["ethtool", "-K", port, "gro", "on", "tx", "off", "txvlan", "off"])?;
+            let settings = ["gro", "on", "tx", "off", "txvlan", "off", "tx-vlan-stag-hw-insert", "off"];
+            node.run(["ethtool", "-K", port].iter().chain(&settings))?;
         }
         for (node, port) in [a, b] {
             let what = format!("{port} of node {} to be up", node.name());

@@ -7,7 +7,7 @@
 //! A driver that cuts VLAN tags off into the descriptor hides them from XDP, so that offload is switched off while the
 //! program is there. A veth has no such switch: a tag that the host at its other end leaves to its device
 //! (`tx-vlan-offload`, which a VLAN interface on top of a veth uses) travels beside the frame, unseen. Where tagged and
-//! untagged traffic meet on a veth, that end wants `ethtool -K PEER txvlan off`.
+//! untagged traffic meet on a veth, that end wants `ethtool -K PEER txvlan off tx-vlan-stag-hw-insert off`.
 
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};

@@ -306,7 +306,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             return NexthopValue::exception(Reason::EgressNotServed);
         };
         let route_mtu = if identity.mtu == 0 { u32::MAX } else { identity.mtu };
-        let mtu = chain[0].mtu.min(route_mtu);
+        let mtu = chain[0].mtu.min(route_mtu).min(redirectable(&chain));
         let action = self.action(state, identity, users, &chain);
         NexthopValue { action, port, device, mtu }
     }
@@ -697,6 +697,14 @@ fn usable_lladdr(state: &State, key: &NeighbourKey) -> Option<[u8; 6]> {
 /// Whether a port takes part: its own settings and those of what is underneath.
 fn is_ready(chain: &[&Port]) -> bool {
     chain.iter().all(|port| port.master == 0 && port.mac.is_some())
+}
+
+/// The largest packet that the kernel redirects to the device underneath, with its tags: a frame may be longer than the
+/// device's MTU by the Ethernet header and one tag (`xdp_ok_fwd_dev` in include/linux/filter.h, 6.1 and 6.18).
+fn redirectable(chain: &[&Port]) -> u32 {
+    const TAG: u32 = 4;
+    let tags = tags(chain).len() as u32;
+    chain.last().map_or(0, |device| device.mtu.saturating_add(TAG).saturating_sub(tags * TAG))
 }
 
 /// The VLAN tags that packets leave with, from the outside in.

@@ -367,7 +367,12 @@ fn vlans_are_ports_over_their_ports() {
         let word = view.vlans()[below.vlans.load() as usize].slots[id / 2].load();
         assert_eq!(word >> (16 * (id % 2)) & 0xffff, 1 + slot_of[&ifindex]);
     }
-    // What is underneath decides too: its state, its policies.
+    // What is underneath decides too: its MTU (the kernel redirects no frame with two tags of full size), its state, its
+    // policies.
+    fixture
+        .batch([Message::Port(Port { mtu: 1498, ..port(1) })])
+        .expect("10.4.9.9", forward(4, 1, 1496, 0x41, outer))
+        .expect("10.5.9.9", forward(5, 1, 1494, 0x51, both));
     fixture.batch([Message::Port(Port { up: false, ..port(1) })]).exception("10.5.9.9", Reason::NexthopDown);
     fixture
         .batch([Message::Port(port(1)), policy(Scope::Egress(1, None), Reason::PolicyTc)])

@@ -188,6 +188,8 @@ impl Reference {
             }
         }
         let mtu = if mtu == 0 { chain[0].mtu } else { chain[0].mtu.min(mtu) };
+        // As a frame it must not be longer than a tagged one of the device's MTU.
+        let mtu = mtu.min(chain.last().unwrap().mtu + 18 - (header.len() as u32 + 2));
         Outcome::Forward { port: hop.ifindex, device: chain.last().unwrap().ifindex, mtu, header }
     }
 }
