@@ -28,11 +28,14 @@ root=()
 [ "$(id -u)" = 0 ] || root=(sudo -E)
 
 list=$(binaries)
-script='status=0
+script='status=0 times=()
 while read -r dir binary; do
-    echo "     Running $(basename "$binary") in the virtual machine"
+    name=$(basename "${binary%-*}") start=$SECONDS
+    echo "     Running $name in the virtual machine"
     (cd "$dir" && exec "$binary" --test-threads=1 --skip another_configuration_is_found "$@") </dev/null || status=1
+    times+=("$((SECONDS - start)) $name")
 done <<<"$LIST"
+printf "%s\n" "${times[@]}" | sort -rn | while read -r seconds name; do echo "vm: $seconds s for $name"; done
 exit $status'
 LIST=$list exec "${root[@]}" lab/vm --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
     --modules veth,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack -- bash -c "$script" vm "$@"
