@@ -160,11 +160,12 @@ impl Arrangement {
 
     /// Waits until Towpath, if it takes part, has these routes (it is asked for the last of them).
     pub fn wait_in_sync(&self, routes: &[(IpAddr, u8)]) -> Result<()> {
-        let (Some(_), Some((prefix, _))) = (&self._towpath, routes.last()) else { return Ok(()) };
+        let port = self.entries.iter().find(|entry| entry.contender == Contender::Towpath).map(|entry| &entry.port);
+        let (Some(port), Some((prefix, _))) = (port, routes.last()) else { return Ok(()) };
         let source = if prefix.is_ipv6() { "2001:db8:fffe::2" } else { "198.51.100.2" };
         let (binary, prefix) = (towpath_binary()?, prefix.to_string());
         towpath_lab::wait_for(Duration::from_secs(60), "Towpath to have the routes", || {
-            let text = self.router.run([&binary, "explain", source, &prefix, "--json"]).ok()?;
+            let text = self.router.run([&binary, "explain", source, &prefix, "in", port, "--json"]).ok()?;
             let answer: serde_json::Value = serde_json::from_str(&text).ok()?;
             (answer["verdict"]["path"] == "fast").then_some(())
         })
