@@ -102,15 +102,8 @@ fn tables_grow_while_packets_flow() -> Result {
     let engine = rig.engine(&sizes()?)?;
     attach(&rig, &engine)?;
     let mut tables = engine.tables();
-    let growing = [
-        TableId::Vlans,
-        TableId::Roots,
-        TableId::Nodes,
-        TableId::Entries,
-        TableId::Nexthops,
-        TableId::NexthopKeys,
-        TableId::Groups,
-    ];
+    let growing =
+        [TableId::Vlans, TableId::Roots, TableId::Nodes, TableId::Nexthops, TableId::NexthopKeys, TableId::Groups];
     tables.view().groups()[3].buckets[9].store(77);
     let first = engine.program()?.id;
     rig.without_loss(|| {

@@ -3,9 +3,7 @@
 use crate::Tables;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
-use towpath_tables::record::{
-    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, Node, PORT_SLOTS, Port, PortStats, Root, VlanTable, port_flags,
-};
+use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, VlanTable, port_flags};
 
 /// The tables that the packet path reads, and the counters of all CPUs.
 #[derive(Clone, Copy)]
@@ -18,10 +16,8 @@ pub struct Slices<'t> {
     pub vlans: &'t [VlanTable],
     /// Route tables
     pub roots: &'t [Root],
-    /// Their nodes
-    pub nodes: &'t [Node],
-    /// The nodes' words
-    pub entries: &'t [EntryPage],
+    /// Their nodes' lines
+    pub nodes: &'t [Line],
     /// Next hops
     pub nexthops: &'t [Nexthop],
     /// Next-hop groups
@@ -39,12 +35,8 @@ impl LpmRead for Slices<'_> {
     fn root_default(&self, root: u32) -> Option<u32> {
         self.roots.get(root as usize).map(|root| order::load(&root.default))
     }
-    fn node(&self, index: u32) -> Option<&Node> {
+    fn line(&self, index: u32) -> Option<&Line> {
         self.nodes.get(index as usize)
-    }
-    fn entry(&self, index: u32) -> Option<u32> {
-        let page = self.entries.get(index as usize / ENTRIES_PER_PAGE)?;
-        page.words.get(index as usize % ENTRIES_PER_PAGE).map(order::load)
     }
 }
 

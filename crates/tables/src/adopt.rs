@@ -43,7 +43,7 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
     }
     let mut scan = Scan {
         view,
-        nodes: vec![false; view.elements(TableId::Nodes)],
+        lines: vec![false; view.elements(TableId::Nodes)],
         nexthops: vec![false; view.nexthops().len().min(view.nexthop_keys().len())],
         groups: vec![false; view.groups().len()],
         used: InUse::default(),
@@ -83,7 +83,7 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
 
 struct Scan<'a> {
     view: &'a View<'a>,
-    nodes: Vec<bool>,
+    lines: Vec<bool>,
     nexthops: Vec<bool>,
     groups: Vec<bool>,
     used: InUse,
@@ -118,36 +118,30 @@ impl Scan<'_> {
     }
 
     fn node(&mut self, index: u32, wide: bool, levels: usize) -> Result<(), AdoptError> {
-        let Some(node) = self.view.node_of(index).filter(|_| index != 0) else {
+        let Some(first) = self.view.line_of(index).filter(|_| index != 0) else {
             return damaged(format!("a route leads to node {index}, which is not there"));
         };
-        if std::mem::replace(&mut self.nodes[index as usize], true) {
-            return damaged(format!("node {index} is part of two routes' ways"));
-        }
-        let (bytes, stored, base) = if wide {
-            (2, wide_count(node.as_wide()), node.as_wide().base)
+        let (bytes, head, stored) = if wide {
+            (2, WIDE_HEAD, wide_count(first.as_wide()))
         } else {
-            (1, stored_count(node), node.base)
+            (1, NODE_HEAD, stored_count(first.as_node()))
         };
-        let sound = if wide { levels.is_multiple_of(2) && is_sound_wide(node.as_wide()) } else { is_sound(node) };
+        let sound =
+            if wide { levels.is_multiple_of(2) && is_sound_wide(first.as_wide()) } else { is_sound(first.as_node()) };
         if !sound {
             return damaged(format!("node {index} contradicts itself"));
         }
-        let inline = !wide && base == BASE_INLINE;
-        self.used.nodes.push(index);
-        if !inline {
-            self.used.runs.push((base, stored));
+        let end = head as u32 + stored;
+        let lines = end.div_ceil(LINE_WORDS as u32);
+        let Some(taken) = self.lines.get_mut(index as usize..index as usize + lines as usize) else {
+            return damaged(format!("node {index} does not end inside the table"));
+        };
+        if taken.iter_mut().any(|line| std::mem::replace(line, true)) {
+            return damaged(format!("node {index} is part of two routes' ways"));
         }
-        for rank in 0..stored {
-            let word = if inline {
-                Some(node.inline[rank as usize])
-            } else {
-                base.checked_add(rank).and_then(|i| crate::lpm::LpmRead::entry(self.view, i))
-            };
-            match word {
-                Some(word) => self.word(Word(word), levels - bytes)?,
-                None => return damaged(format!("node {index} has entries outside the table")),
-            }
+        self.used.nodes.push((index, lines));
+        for word in (head as u32..end).filter_map(|position| crate::lpm::stored(self.view, index, position)) {
+            self.word(word, levels - bytes)?;
         }
         Ok(())
     }
@@ -158,8 +152,7 @@ fn is_sound(node: &Node) -> bool {
     for (quarter, bits) in node.bitmap.iter().enumerate() {
         counts[quarter + 1] = counts[quarter] + bits.count_ones();
     }
-    let inline = stored_count(node) as usize <= INLINE_ENTRIES;
-    node.bitmap[0] & 1 != 0 && node.counts.map(u32::from) == counts[..4] && (node.base == BASE_INLINE) == inline
+    node.bitmap[0] & 1 != 0 && node.counts.map(u32::from) == counts[..4]
 }
 
 /// Ends ascend, and nothing follows the last one.
@@ -178,7 +171,7 @@ mod tests {
         let sound = |first: u64, second: u64| {
             let mut ends = [u64::MAX; WIDE_ENDS / 4];
             (ends[0], ends[1]) = (first, second);
-            is_sound_wide(&Wide { ends, base: 0, reserved: 0 })
+            is_sound_wide(&Wide { ends, words: [0; 2] })
         };
         assert!(sound(0xffff_ffff_ffff_0000, u64::MAX));
         assert!(sound(0x0004_0003_0002_0001, 0xffff_ffff_fffe_0005));

@@ -7,9 +7,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use crate::lpm::LpmRead;
 use crate::order;
-use crate::record::{
-    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, NexthopKey, Node, Port, PortStats, Root, TableId, VlanTable,
-};
+use crate::record::{Config, Group, Line, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable};
 
 /// Alignment of every table: one cache line, which no record exceeds.
 pub const TABLE_ALIGN: usize = 64;
@@ -40,7 +38,6 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::Vlans, 16)
         .with(TableId::Roots, 2)
         .with(TableId::Nodes, 1024)
-        .with(TableId::Entries, 64)
         .with(TableId::Nexthops, 1024)
         .with(TableId::NexthopKeys, 1024)
         .with(TableId::Groups, 64)
@@ -152,8 +149,6 @@ impl<'a> View<'a> {
         vlans: VlanTable = Vlans;
         /// Route tables' top levels
         roots: Root = Roots;
-        /// Pages of entries
-        entry_pages: EntryPage = Entries;
         /// Next hops
         nexthops: Nexthop = Nexthops;
         /// What the next hops are, index by index
@@ -164,35 +159,28 @@ impl<'a> View<'a> {
         stats: PortStats = Stats;
     }
 
-    fn node_ptr(&self, index: u32) -> Option<NonNull<Node>> {
+    fn lines_ptr(&self, index: u32, count: usize) -> Option<NonNull<Line>> {
         let raw = &self.tables[TableId::Nodes as usize];
-        // SAFETY: the index was compared with the number of nodes there are.
-        ((index as usize) < raw.elements).then(|| unsafe { raw.base.cast::<Node>().add(index as usize) })
+        // SAFETY: the index was compared with the number of lines there are.
+        (index as usize + count <= raw.elements).then(|| unsafe { raw.base.cast::<Line>().add(index as usize) })
     }
 
-    /// A node that a published word leads to.
+    /// A line of a node that a published word leads to.
     #[inline(always)]
-    pub fn node_of(&self, index: u32) -> Option<&'a Node> {
-        // SAFETY: the node lies in the table; the index came from a published word, so it does not change before a
+    pub fn line_of(&self, index: u32) -> Option<&'a Line> {
+        // SAFETY: the line lies in the table; the index came from a published word, so it does not change before a
         // grace period has passed for this reader.
-        self.node_ptr(index).map(|node| unsafe { node.as_ref() })
+        self.lines_ptr(index, 1).map(|line| unsafe { line.as_ref() })
     }
 
-    /// Writes a node that no reader can reach; false if there is no such node.
+    /// Writes the lines of a node that no reader can reach; false if they are not all in the table.
     ///
     /// # Safety
     /// Nothing published leads to the node, and no reader that could still look at it is under way.
-    pub(crate) unsafe fn write_node(&self, index: u32, node: &Node) -> bool {
+    pub(crate) unsafe fn write_lines(&self, index: u32, lines: &[Line]) -> bool {
         // SAFETY: inside the table, and by the promise above not shared.
-        self.node_ptr(index).map(|slot| unsafe { slot.write(*node) }).is_some()
-    }
-
-    /// Writes consecutive entries; false if they are not all in the table.
-    pub(crate) fn write_entries(&self, base: u32, words: &[u32]) -> bool {
-        let pages = self.entry_pages();
-        (base as usize..).zip(words).all(|(index, word)| {
-            pages.get(index / ENTRIES_PER_PAGE).map(|page| page.words[index % ENTRIES_PER_PAGE].store(*word)).is_some()
-        })
+        let copy = |slot: NonNull<Line>| unsafe { slot.as_ptr().copy_from_nonoverlapping(lines.as_ptr(), lines.len()) };
+        self.lines_ptr(index, lines.len()).map(copy).is_some()
     }
 }
 
@@ -208,14 +196,8 @@ impl LpmRead for View<'_> {
     }
 
     #[inline(always)]
-    fn node(&self, index: u32) -> Option<&Node> {
-        self.node_of(index)
-    }
-
-    #[inline(always)]
-    fn entry(&self, index: u32) -> Option<u32> {
-        let page = self.entry_pages().get(index as usize / ENTRIES_PER_PAGE)?;
-        Some(page.words[index as usize % ENTRIES_PER_PAGE].load())
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.line_of(index)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
 //! cannot panic and walks at most one node per address byte after the second, or one wide node per two.
 
-use crate::record::{BASE_INLINE, Node, Wide};
+use crate::record::{LINE_WORDS, Line, NODE_HEAD, Node, WIDE_HEAD, Wide};
 
 const NODE: u32 = 1 << 31;
 const GROUP: u32 = 1 << 30;
@@ -112,10 +112,8 @@ pub trait LpmRead {
     fn root_word(&self, root: u32, slot: u16) -> Option<u32>;
     /// `Root::default`
     fn root_default(&self, root: u32) -> Option<u32>;
-    /// A node; a wide one in a node's form
-    fn node(&self, index: u32) -> Option<&Node>;
-    /// A stored word, counted through all pages
-    fn entry(&self, index: u32) -> Option<u32>;
+    /// A line of a node
+    fn line(&self, index: u32) -> Option<&Line>;
 }
 
 /// The leaf for an address (network byte order; 4 or 16 bytes), or `Word::NONE` if there is no route.
@@ -126,14 +124,13 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
     for pair in rest.chunks_exact(2) {
         let &[high, low] = pair else { return Err(Internal) };
         let Kind::Node(index) = word.kind() else { break };
-        let node = mem.node(index).ok_or(Internal)?;
         if word.is_wide() {
-            word = Word(wide_step(mem, node.as_wide(), u16::from_be_bytes([high, low])).ok_or(Internal)?);
+            word = wide_step(mem, index, u16::from_be_bytes([high, low])).ok_or(Internal)?;
             continue;
         }
-        word = Word(step(mem, node, high).ok_or(Internal)?);
+        word = step(mem, index, high).ok_or(Internal)?;
         let Kind::Node(index) = word.kind() else { break };
-        word = Word(step(mem, mem.node(index).ok_or(Internal)?, low).ok_or(Internal)?);
+        word = step(mem, index, low).ok_or(Internal)?;
     }
     match word.kind() {
         Kind::Node(_) => Err(Internal),
@@ -144,21 +141,35 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
 
 /// The word for `byte` in a node: the last stored one at or before it.
 #[inline(always)]
-fn step(mem: &impl LpmRead, node: &Node, byte: u8) -> Option<u32> {
-    let quarter = usize::from(byte >> 6);
-    let upto = node.bitmap.get(quarter)? & (u64::MAX >> (63 - (byte & 63)));
-    let rank = (u32::from(*node.counts.get(quarter)?) + upto.count_ones()).wrapping_sub(1);
-    if node.base == BASE_INLINE {
-        node.inline.get(rank as usize).copied()
-    } else {
-        mem.entry(node.base.wrapping_add(rank))
-    }
+fn step(mem: &impl LpmRead, index: u32, byte: u8) -> Option<Word> {
+    stored(mem, index, NODE_HEAD as u32 + rank(mem.line(index)?.as_node(), byte)?)
 }
 
-/// The word for two bytes in a wide node: its rank is the number of runs that end before `value`. Two ends are compared
-/// at once, each in half a word, without a branch.
+/// The word for two bytes in a wide node.
 #[inline(always)]
-fn wide_step(mem: &impl LpmRead, node: &Wide, value: u16) -> Option<u32> {
+fn wide_step(mem: &impl LpmRead, index: u32, value: u16) -> Option<Word> {
+    stored(mem, index, WIDE_HEAD as u32 + wide_rank(mem.line(index)?.as_wide(), value))
+}
+
+/// The word at a position of a node, counted from its beginning.
+#[inline(always)]
+pub fn stored(mem: &impl LpmRead, node: u32, position: u32) -> Option<Word> {
+    const WORDS: u32 = LINE_WORDS as u32;
+    let line = mem.line(node.wrapping_add(position / WORDS))?;
+    line.words.get((position % WORDS) as usize).map(|word| Word(*word))
+}
+
+/// Words stored before the one for `byte`.
+#[inline(always)]
+fn rank(node: &Node, byte: u8) -> Option<u32> {
+    let quarter = usize::from(byte >> 6);
+    let upto = node.bitmap.get(quarter)? & (u64::MAX >> (63 - (byte & 63)));
+    Some((u32::from(*node.counts.get(quarter)?) + upto.count_ones()).wrapping_sub(1))
+}
+
+/// Runs that end before `value`. Two ends are compared at once, each in half a word, without a branch.
+#[inline(always)]
+fn wide_rank(node: &Wide, value: u16) -> u32 {
     const HALVES: u64 = 1 << 32 | 1;
     const ENDS: u64 = 0xffff * HALVES;
     // In each half, bit 16 of `value + 0xffff - end` is set exactly if value > end.
@@ -168,19 +179,16 @@ fn wide_step(mem: &impl LpmRead, node: &Wide, value: u16) -> Option<u32> {
         before += (value - (four & ENDS)) >> 16 & HALVES;
         before += (value - (four >> 16 & ENDS)) >> 16 & HALVES;
     }
-    mem.entry(node.base.wrapping_add((before as u32).wrapping_add((before >> 32) as u32)))
+    (before as u32).wrapping_add((before >> 32) as u32)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{INLINE_ENTRIES, WIDE_ENDS};
+    use crate::record::WIDE_ENDS;
 
-    /// One root slot (0x0a00) leading to nodes[1]; everything else is empty.
-    struct Fixture {
-        nodes: Vec<Node>,
-        entries: Vec<u32>,
-    }
+    /// One root slot (0x0a00) leading to the node at line 1; everything else is empty.
+    struct Fixture(Vec<Line>);
 
     impl LpmRead for Fixture {
         fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
@@ -189,36 +197,41 @@ mod tests {
         fn root_default(&self, root: u32) -> Option<u32> {
             (root == 0).then_some(9)
         }
-        fn node(&self, index: u32) -> Option<&Node> {
-            self.nodes.get(index as usize)
-        }
-        fn entry(&self, index: u32) -> Option<u32> {
-            self.entries.get(index as usize).copied()
+        fn line(&self, index: u32) -> Option<&Line> {
+            self.0.get(index as usize)
         }
     }
 
-    fn node(bits: &[u8], base: u32, inline: [u32; INLINE_ENTRIES]) -> Node {
-        let mut node = Node { bitmap: [0; 4], base, counts: [0; 4], inline };
-        for bit in bits {
-            node.bitmap[usize::from(bit >> 6)] |= 1 << (bit & 63);
+    /// The lines of a node that has these words from these values on.
+    fn node(runs: &[(u8, u32)]) -> Vec<Line> {
+        let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; 7] };
+        for (value, _) in runs {
+            node.bitmap[usize::from(value >> 6)] |= 1 << (value & 63);
         }
         for quarter in 1..4 {
             node.counts[quarter] = node.counts[quarter - 1] + node.bitmap[quarter - 1].count_ones() as u8;
         }
-        node
+        with_words(node.to_line(), NODE_HEAD, &runs.iter().map(|run| run.1).collect::<Vec<_>>())
+    }
+
+    fn with_words(first: Line, head: usize, words: &[u32]) -> Vec<Line> {
+        let mut all = first.words[..head].to_vec();
+        all.extend(words);
+        all.resize(all.len().next_multiple_of(LINE_WORDS), 0);
+        all.chunks_exact(LINE_WORDS).map(|words| Line { words: words.try_into().unwrap() }).collect()
     }
 
     fn fixture() -> Fixture {
-        let unused = node(&[0], BASE_INLINE, [0; 6]);
-        // 10.0.0/24: default; 10.0.1/24: next hop 2; 10.0.2 to 10.0.199: node 2; from 10.0.200: group 3
-        let first = node(&[0, 1, 2, 200], BASE_INLINE, [0, 2, Word::node(2).0, GROUP | 3, 0, 0]);
-        // stored in entries from 8 on: values 0, 63, 64, 127, 128, 191, 192, 255
-        let second = node(&[0, 63, 64, 127, 128, 191, 192, 255], 8, [0; 6]);
-        Fixture { nodes: vec![unused, first, second], entries: (0..16).map(|i| 100 + i).collect() }
+        // 10.0.0/24: default; 10.0.1/24: next hop 2; 10.0.2 to 10.0.199: the node at line 2; from 10.0.200: group 3
+        let first = node(&[(0, 0), (1, 2), (2, Word::node(2).0), (200, GROUP | 3)]);
+        // Eight words, one more than the first line holds
+        let second = node(&[0, 63, 64, 127, 128, 191, 192, 255].map(|value| (value, 100 + u32::from(value))));
+        assert_eq!((first.len(), second.len()), (1, 2));
+        Fixture([vec![Line::ZERO], first, second].concat())
     }
 
     #[test]
-    fn walks_inline_and_stored_words() {
+    fn walks_words_in_and_behind_the_first_line() {
         let mem = fixture();
         let at = |a: [u8; 4]| lookup(&mem, 0, &a).map(Word::kind);
         assert_eq!(at([11, 0, 0, 1]), Ok(Kind::Nexthop(9)), "empty slot: default");
@@ -226,11 +239,10 @@ mod tests {
         assert_eq!(at([10, 0, 1, 1]), Ok(Kind::Nexthop(2)));
         assert_eq!(at([10, 0, 200, 1]), Ok(Kind::Group(3)));
         assert_eq!(at([10, 0, 255, 255]), Ok(Kind::Group(3)));
-        for (last, stored) in
-            [(0, 0), (62, 0), (63, 1), (64, 2), (126, 2), (127, 3), (128, 4), (191, 5), (192, 6), (254, 6), (255, 7)]
-        {
-            assert_eq!(at([10, 0, 2, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
-            assert_eq!(at([10, 0, 199, last]), Ok(Kind::Nexthop(108 + stored)), "last byte {last}");
+        let last = [(0, 0), (62, 0), (63, 63), (64, 64), (126, 64), (127, 127), (128, 128), (191, 191), (192, 192)];
+        for (last, stored) in last.into_iter().chain([(254, 192), (255, 255)]) {
+            assert_eq!(at([10, 0, 2, last]), Ok(Kind::Nexthop(100 + stored)), "last byte {last}");
+            assert_eq!(at([10, 0, 199, last]), Ok(Kind::Nexthop(100 + stored)), "last byte {last}");
         }
     }
 
@@ -240,17 +252,18 @@ mod tests {
         for ends in (0..=WIDE_ENDS as u16).flat_map(|count| {
             [(0..count).map(|n| n * 2341).collect::<Vec<_>>(), (0..count).map(|n| 0xffff - count + n).collect()]
         }) {
-            let mut wide = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base: 3, reserved: 0 };
+            let mut wide = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; 2] };
             for (at, end) in ends.iter().enumerate() {
                 wide.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
             }
-            let mem = Fixture { nodes: vec![wide.to_node()], entries: (0..40).map(|i| 100 + i).collect() };
+            let words: Vec<u32> = (100..).take(ends.len() + 1).collect();
+            let mem = Fixture([vec![Line::ZERO], with_words(wide.to_line(), WIDE_HEAD, &words)].concat());
             let near = ends.iter().flat_map(|&end| [end.saturating_sub(1), end, end + 1]);
             for value in near.chain([0, 1, 0x00ff, 0x0100, 0x7fff, 0x8000, 0xfffe, 0xffff]) {
                 let rank = ends.iter().filter(|&&end| end < value).count() as u32;
-                assert_eq!(wide_step(&mem, mem.nodes[0].as_wide(), value), Some(103 + rank), "{value} among {ends:?}");
+                assert_eq!(wide_step(&mem, 1, value), Some(Word(100 + rank)), "{value} among {ends:?}");
             }
-            assert_eq!(mem.nodes[0].as_wide().ends().collect::<Vec<_>>(), ends);
+            assert_eq!(mem.0[1].as_wide().ends().collect::<Vec<_>>(), ends);
         }
     }
 
@@ -258,13 +271,10 @@ mod tests {
     fn indices_out_of_range_are_reported() {
         let mem = fixture();
         assert_eq!(lookup(&mem, 1, &[10, 0, 0, 1]), Err(Internal), "root");
-        let mem = Fixture { nodes: vec![mem.nodes[0]], ..fixture() };
-        assert_eq!(lookup(&mem, 0, &[10, 0, 0, 1]), Err(Internal), "node");
-        let mem = Fixture { entries: vec![1; 8], ..fixture() };
-        assert_eq!(lookup(&mem, 0, &[10, 0, 2, 0]), Err(Internal), "entry");
-        let mut mem = fixture();
-        mem.nodes[2] = node(&[0], BASE_INLINE, [Word::node(2).0; 6]);
-        assert_eq!(lookup(&mem, 0, &[10, 0, 2, 0]), Err(Internal), "a walk longer than the address");
+        assert_eq!(lookup(&Fixture(mem.0[..1].to_vec()), 0, &[10, 0, 0, 1]), Err(Internal), "node");
+        assert_eq!(lookup(&Fixture(mem.0[..3].to_vec()), 0, &[10, 0, 2, 255]), Err(Internal), "second line");
+        let longer = [mem.0[..2].to_vec(), node(&[(0, Word::node(2).0)])].concat();
+        assert_eq!(lookup(&Fixture(longer), 0, &[10, 0, 2, 0]), Err(Internal), "a walk longer than the address");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Which slots of the tables are free. Slots given back while readers may still look at them wait in limbo until a
 //! grace period has passed.
 
-use crate::record::ENTRIES_PER_PAGE;
+use crate::record::NODE_LINES;
 
 /// Free single slots of a table.
 #[derive(Debug)]
@@ -49,84 +49,73 @@ impl Slots {
     }
 }
 
-/// Runs of entries are handed out in units of this many words.
-pub const RUN_UNIT: u32 = 8;
-/// Units of the longest run: a node stores at most 256 words.
-const MAX_UNITS: usize = 256 / RUN_UNIT as usize;
-
-/// Units that a run of `words` takes.
-pub fn run_units(words: u32) -> u32 {
-    words.div_ceil(RUN_UNIT)
-}
-
-/// Free runs of entries.
+/// Free runs of lines, for nodes.
 #[derive(Debug)]
 pub struct Runs {
-    /// First units of free runs, by their length in units
-    free: [Vec<u32>; MAX_UNITS + 1],
-    /// Everything from this unit on is free
+    /// First lines of free runs, by their length
+    free: [Vec<u32>; NODE_LINES + 1],
+    /// Everything from this line on is free
     next: u32,
     used: usize,
     /// Something was given back since the free runs were last merged
     mergeable: bool,
 }
 
+/// Line 0 is never used.
+const FIRST_LINE: u32 = 1;
+
 impl Default for Runs {
     fn default() -> Self {
-        Self { free: [const { Vec::new() }; MAX_UNITS + 1], next: 0, used: 0, mergeable: false }
+        Self { free: [const { Vec::new() }; NODE_LINES + 1], next: FIRST_LINE, used: 0, mergeable: false }
     }
 }
 
 impl Runs {
-    /// Exactly the given runs (first word, number of words) are taken; None if two overlap or one is not as `take`
-    /// would have given it.
+    /// Exactly the given runs (first line, number of lines) are taken; None if two overlap or one is not as `take` would
+    /// have given it.
     pub fn with_used(mut used: Vec<(u32, u32)>) -> Option<Self> {
         used.sort_unstable();
         let mut runs = Self::default();
-        for (base, words) in used {
-            let (start, units) = (base / RUN_UNIT, run_units(words));
-            if base % RUN_UNIT != 0 || start < runs.next || units == 0 || units as usize > MAX_UNITS {
+        for (start, lines) in used {
+            if start < runs.next || lines == 0 || lines as usize > NODE_LINES {
                 return None;
             }
             runs.add_free(runs.next, start);
-            runs.next = start + units;
-            runs.used += units as usize;
+            runs.next = start + lines;
+            runs.used += lines as usize;
         }
         Some(runs)
     }
 
-    /// Takes a run for `words` words in a table of `pages` pages; returns its first word.
-    pub fn take(&mut self, words: u32, pages: usize) -> Option<u32> {
-        let units = run_units(words) as usize;
-        let start = self.find(units, pages).or_else(|| {
+    /// Takes a run of `lines` lines in a table of `capacity`; returns its first line.
+    pub fn take(&mut self, lines: usize, capacity: u32) -> Option<u32> {
+        let start = self.find(lines, capacity).or_else(|| {
             self.merge();
-            self.find(units, pages)
+            self.find(lines, capacity)
         })?;
-        self.used += units;
-        Some(start * RUN_UNIT)
+        self.used += lines;
+        Some(start)
     }
 
-    fn find(&mut self, units: usize, pages: usize) -> Option<u32> {
-        if let Some(start) = self.free[units].pop() {
+    fn find(&mut self, lines: usize, capacity: u32) -> Option<u32> {
+        if let Some(start) = self.free[lines].pop() {
             return Some(start);
         }
-        let end = (pages * ENTRIES_PER_PAGE / RUN_UNIT as usize) as u64;
-        if u64::from(self.next) + units as u64 <= end {
+        if u64::from(self.next) + lines as u64 <= u64::from(capacity) {
             let start = self.next;
-            self.next += units as u32;
+            self.next += lines as u32;
             return Some(start);
         }
-        let larger = (units + 1..=MAX_UNITS).find(|&n| !self.free[n].is_empty())?;
+        let larger = (lines + 1..=NODE_LINES).find(|&n| !self.free[n].is_empty())?;
         let start = self.free[larger].pop()?;
-        self.free[larger - units].push(start + units as u32);
+        self.free[larger - lines].push(start + lines as u32);
         Some(start)
     }
 
     /// Gives a run back.
-    pub fn give(&mut self, base: u32, words: u32) {
-        let units = run_units(words) as usize;
-        self.free[units].push(base / RUN_UNIT);
-        self.used -= units;
+    pub fn give(&mut self, start: u32, lines: u32) {
+        self.free[lines as usize].push(start);
+        self.used -= lines as usize;
         self.mergeable = true;
     }
 
@@ -136,8 +125,8 @@ impl Runs {
             return;
         }
         let mut all: Vec<(u32, u32)> = Vec::new();
-        for (units, starts) in self.free.iter_mut().enumerate() {
-            all.extend(starts.drain(..).map(|start| (start, start + units as u32)));
+        for (lines, starts) in self.free.iter_mut().enumerate() {
+            all.extend(starts.drain(..).map(|start| (start, start + lines as u32)));
         }
         all.sort_unstable();
         let mut area: Option<(u32, u32)> = None;
@@ -158,18 +147,18 @@ impl Runs {
         }
     }
 
-    /// Files an area of free units as runs.
+    /// Files an area of free lines as runs.
     fn add_free(&mut self, mut start: u32, end: u32) {
         while start < end {
-            let units = (end - start).min(MAX_UNITS as u32);
-            self.free[units as usize].push(start);
-            start += units;
+            let lines = (end - start).min(NODE_LINES as u32);
+            self.free[lines as usize].push(start);
+            start += lines;
         }
     }
 
-    /// Words taken, rounded up to whole units.
-    pub fn used_words(&self) -> usize {
-        self.used * RUN_UNIT as usize
+    /// Lines taken.
+    pub fn used(&self) -> usize {
+        self.used
     }
 }
 
@@ -195,34 +184,35 @@ mod tests {
         /// Runs handed out never overlap, never leave the table, and after everything is given back the table can be
         /// filled to the brim.
         #[test]
-        fn runs_never_overlap(steps in prop::collection::vec((any::<bool>(), 1u32..=256, any::<prop::sample::Index>()), 1..200)) {
+        fn runs_never_overlap(steps in prop::collection::vec((any::<bool>(), 1..=NODE_LINES, any::<prop::sample::Index>()), 1..200)) {
+            const CAPACITY: u32 = 128;
             let mut runs = Runs::default();
             let mut taken: Vec<(u32, u32)> = Vec::new();
-            for (take, words, which) in steps {
+            for (take, lines, which) in steps {
                 if take {
-                    if let Some(base) = runs.take(words, 2) {
-                        let end = base + run_units(words) * RUN_UNIT;
-                        prop_assert!(end as usize <= 2 * ENTRIES_PER_PAGE);
+                    if let Some(start) = runs.take(lines, CAPACITY) {
+                        let end = start + lines as u32;
+                        prop_assert!(start >= FIRST_LINE && end <= CAPACITY);
                         for &(other, length) in &taken {
-                            prop_assert!(end <= other || other + run_units(length) * RUN_UNIT <= base);
+                            prop_assert!(end <= other || other + length <= start);
                         }
-                        taken.push((base, words));
+                        taken.push((start, lines as u32));
                     }
                 } else if !taken.is_empty() {
-                    let (base, words) = taken.swap_remove(which.index(taken.len()));
-                    runs.give(base, words);
+                    let (start, lines) = taken.swap_remove(which.index(taken.len()));
+                    runs.give(start, lines);
                 }
                 let adopted = Runs::with_used(taken.clone()).expect("runs as handed out");
-                prop_assert_eq!(adopted.used_words(), runs.used_words());
+                prop_assert_eq!(adopted.used(), runs.used());
             }
-            for (base, words) in taken.drain(..) {
-                runs.give(base, words);
+            for (start, lines) in taken.drain(..) {
+                runs.give(start, lines);
             }
-            prop_assert_eq!(runs.used_words(), 0);
-            for _ in 0..2 * ENTRIES_PER_PAGE / RUN_UNIT as usize {
-                prop_assert!(runs.take(RUN_UNIT, 2).is_some());
+            prop_assert_eq!(runs.used(), 0);
+            for _ in FIRST_LINE..CAPACITY {
+                prop_assert!(runs.take(1, CAPACITY).is_some());
             }
-            prop_assert!(runs.take(1, 2).is_none());
+            prop_assert!(runs.take(1, CAPACITY).is_none());
         }
     }
 }

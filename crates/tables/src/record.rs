@@ -2,13 +2,13 @@
 //! machine's byte order unless a field says otherwise. The XDP program, the user engine and the manager all use these
 //! definitions; nothing else in the project describes the layout.
 //!
-//! Fields that change while readers look are words (`W32`, `W64`: relaxed atomics). A `Node` and a run of entries are
-//! immutable once published and may be read as they are.
+//! Fields that change while readers look are words (`W32`, `W64`: relaxed atomics). The lines of
+//! nodes are immutable once published and may be read as they are.
 
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -139,33 +139,63 @@ pub struct Root {
 }
 const _: () = assert!(size_of::<Root>() == 65536 * 4 + 64);
 
-/// Words that fit into a node itself.
-pub const INLINE_ENTRIES: usize = 6;
-/// `Node::base` of a node whose words are inline.
-pub const BASE_INLINE: u32 = u32::MAX;
+/// Words of a line.
+pub const LINE_WORDS: usize = 16;
 
-/// Eight bits of an address: 256 words, of which only those that differ from their left neighbour are stored.
-/// One cache line. Immutable once published.
+/// One cache line of the table of nodes. A node takes one line or several in a row: what finds the word for a value (see
+/// `Node` and `Wide`), and right behind it, up to the end of the last line, the words. Immutable once published. So a
+/// look-up meets one place in memory for each node.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Line {
+    /// Its words
+    pub words: [u32; LINE_WORDS],
+}
+const _: () = assert!(size_of::<Line>() == 64);
+
+impl Line {
+    /// A line of zeros.
+    pub const ZERO: Line = Line { words: [0; LINE_WORDS] };
+
+    /// The line read as the first one of a node.
+    #[inline(always)]
+    pub fn as_node(&self) -> &Node {
+        // SAFETY: both are plain integers of the same size and alignment, without padding.
+        unsafe { &*(&raw const *self).cast() }
+    }
+
+    /// The line read as the first one of a wide node.
+    #[inline(always)]
+    pub fn as_wide(&self) -> &Wide {
+        // SAFETY: as for `as_node`.
+        unsafe { &*(&raw const *self).cast() }
+    }
+}
+
+/// Position of the first stored word in a node, in words.
+pub const NODE_HEAD: usize = 9;
+/// Lines of the largest node.
+pub const NODE_LINES: usize = (NODE_HEAD + 256).div_ceil(LINE_WORDS);
+
+/// Eight bits of an address: 256 words, of which only those that differ from their left neighbour are stored. The first
+/// line of the node.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Node {
     /// Bit b is set if the word for value b differs from that of b - 1; bit 0 is always set
     pub bitmap: [u64; 4],
-    /// First stored word in `Entries`, or `BASE_INLINE`
-    pub base: u32,
     /// Number of set bits before each quarter of the bitmap (at most 192)
     pub counts: [u8; 4],
-    /// The stored words, if there are at most `INLINE_ENTRIES`; otherwise zero
-    pub inline: [u32; INLINE_ENTRIES],
+    /// The first stored words; the others follow in the next lines
+    pub words: [u32; LINE_WORDS - NODE_HEAD],
 }
-const _: () = assert!(size_of::<Node>() == 64);
+const _: () = assert!(size_of::<Node>() == 64 && core::mem::offset_of!(Node, words) == NODE_HEAD * 4);
 
 impl Node {
-    /// The slot read as a wide node, which it is if the word that leads to it says so.
-    #[inline(always)]
-    pub fn as_wide(&self) -> &Wide {
-        // SAFETY: both are plain integers of the same size and alignment, without padding.
-        unsafe { &*(&raw const *self).cast() }
+    /// The line.
+    pub fn to_line(self) -> Line {
+        // SAFETY: as for `Line::as_node`.
+        unsafe { core::mem::transmute(self) }
     }
 }
 
@@ -175,20 +205,20 @@ pub const WIDE_ENDS: usize = 28;
 pub const WIDE_RUNS: usize = WIDE_ENDS + 1;
 /// Stands for an end that is not there; no run but the last one ends here.
 pub const NO_END: u16 = u16::MAX;
+/// Position of the first stored word in a wide node, in words.
+pub const WIDE_HEAD: usize = WIDE_ENDS / 2;
 
-/// Sixteen bits of an address that have few different words: each stands for a run of values. Takes the slot of a
-/// `Node`, and what leads to it is marked (see `lpm`). Its words lie in `Entries`. Immutable once published.
+/// Sixteen bits of an address that have few different words: each stands for a run of values. The first line of the
+/// node; what leads to it is marked (see `lpm`).
 #[repr(C, align(64))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Wide {
     /// Last value of each run but the last one, ascending, then `NO_END`; four to a word, the first in its lowest bits
     pub ends: [u64; WIDE_ENDS / 4],
-    /// First stored word in `Entries`
-    pub base: u32,
-    /// Reserved, zero
-    pub reserved: u32,
+    /// The first stored words; the others follow in the next lines
+    pub words: [u32; LINE_WORDS - WIDE_HEAD],
 }
-const _: () = assert!(size_of::<Wide>() == size_of::<Node>() && align_of::<Wide>() == align_of::<Node>());
+const _: () = assert!(size_of::<Wide>() == 64 && core::mem::offset_of!(Wide, words) == WIDE_HEAD * 4);
 
 impl Wide {
     /// Last values of the runs but the last one.
@@ -199,21 +229,11 @@ impl Wide {
             .take_while(|end| *end != NO_END)
     }
 
-    /// The slot's contents.
-    pub fn to_node(self) -> Node {
-        // SAFETY: as for `Node::as_wide`.
+    /// The line.
+    pub fn to_line(self) -> Line {
+        // SAFETY: as for `Line::as_node`.
         unsafe { core::mem::transmute(self) }
     }
-}
-
-/// Entries (stored words of nodes) come in pages, because a BPF array rounds its element size up to 8 bytes.
-pub const ENTRIES_PER_PAGE: usize = 1024;
-
-/// One page of entries.
-#[repr(C, align(64))]
-pub struct EntryPage {
-    /// Words, see `lpm`
-    pub words: [W32; ENTRIES_PER_PAGE],
 }
 
 /// What a next hop does with a packet: low byte of `Nexthop::state`.
@@ -307,29 +327,26 @@ pub enum TableId {
     Vlans = 2,
     /// `Root`
     Roots = 3,
-    /// `Node` or `Wide`; node 0 is never used
+    /// `Line`; a node is named by its first one, and line 0 is never used
     Nodes = 4,
-    /// `EntryPage`
-    Entries = 5,
     /// `Nexthop`; 0 is never used
-    Nexthops = 6,
+    Nexthops = 5,
     /// `NexthopKey`, as many as next hops
-    NexthopKeys = 7,
+    NexthopKeys = 6,
     /// `Group`
-    Groups = 8,
+    Groups = 7,
     /// `PortStats`
-    Stats = 9,
+    Stats = 8,
 }
 
 impl TableId {
     /// Every table.
-    pub const ALL: [TableId; 10] = [
+    pub const ALL: [TableId; 9] = [
         TableId::Config,
         TableId::Ports,
         TableId::Vlans,
         TableId::Roots,
         TableId::Nodes,
-        TableId::Entries,
         TableId::Nexthops,
         TableId::NexthopKeys,
         TableId::Groups,
@@ -344,7 +361,6 @@ impl TableId {
             TableId::Vlans => "vlans",
             TableId::Roots => "roots",
             TableId::Nodes => "nodes",
-            TableId::Entries => "entries",
             TableId::Nexthops => "nexthops",
             TableId::NexthopKeys => "nexthop_keys",
             TableId::Groups => "groups",
@@ -369,8 +385,7 @@ impl TableId {
             TableId::Ports => size_of::<Port>(),
             TableId::Vlans => size_of::<VlanTable>(),
             TableId::Roots => size_of::<Root>(),
-            TableId::Nodes => size_of::<Node>(),
-            TableId::Entries => size_of::<EntryPage>(),
+            TableId::Nodes => size_of::<Line>(),
             TableId::Nexthops => size_of::<Nexthop>(),
             TableId::NexthopKeys => size_of::<NexthopKey>(),
             TableId::Groups => size_of::<Group>(),

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::grace::Grace;
 use crate::lpm::{Leaf, Word};
-use crate::store::{Memory, Published, Store, TABLE_FULL, WideRuns, Words, footprint, stored_footprint, wide_runs};
+use crate::store::{Memory, Published, Store, TABLE_FULL, WideRuns, Words, footprint, wide_footprint, wide_runs};
 
 /// A prefix of an address of `BYTES` bytes; bits beyond its length are zero.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -311,9 +311,9 @@ impl<const BYTES: usize> Rib<BYTES> {
         Some(Match { leaf: *host.unwrap_or(&leaf), prefix_len, shadow: cover.shadow(), host: host.is_some() })
     }
 
-    /// Nodes and words of entries that publishing all this takes in empty tables.
-    pub fn required(&self) -> (usize, usize) {
-        let mut total = (0, 0);
+    /// Lines of nodes that publishing all this takes in empty tables.
+    pub fn required(&self) -> usize {
+        let mut total = 0;
         for (slot, &child) in self.slots.iter().enumerate().filter(|(_, child)| **child != NO_NODE) {
             let mut address = Self::slot_address(slot);
             self.count(child, self.slot_cover(slot), 2, &mut address, &mut total);
@@ -323,14 +323,7 @@ impl<const BYTES: usize> Rib<BYTES> {
 
     /// Adds up what 16 bits from a node on take; returns a word that differs from those of its neighbours as the published
     /// one will.
-    fn count(
-        &self,
-        index: u32,
-        cover: Cover,
-        depth: usize,
-        address: &mut [u8; BYTES],
-        total: &mut (usize, usize),
-    ) -> Word {
+    fn count(&self, index: u32, cover: Cover, depth: usize, address: &mut [u8; BYTES], total: &mut usize) -> Word {
         let node = &self.nodes[index as usize];
         let covers = node.paint(cover);
         let mut words = covers.map(Cover::word);
@@ -339,13 +332,12 @@ impl<const BYTES: usize> Rib<BYTES> {
             address[depth] = byte;
             parts.push((byte, child, self.count_part(child, covers[usize::from(byte)], depth + 1, address, total)));
         }
-        let mut add = |(nodes, entries)| {
-            total.0 += nodes;
-            total.1 += entries;
-            nodes > 0
+        let mut add = |lines: usize| {
+            *total += lines;
+            lines > 0
         };
         if let Some(runs) = wide_runs(&words, parts.iter().map(|(byte, _, part)| (*byte, *part))) {
-            add(stored_footprint(runs.len()));
+            add(wide_footprint(runs.len()));
             return Word::node(index);
         }
         for (byte, child, part) in parts {
@@ -361,7 +353,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         cover: Cover,
         depth: usize,
         address: &mut [u8; BYTES],
-        total: &mut (usize, usize),
+        total: &mut usize,
     ) -> Words {
         let node = &self.nodes[index as usize];
         let covers = node.paint(cover);

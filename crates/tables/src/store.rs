@@ -1,21 +1,21 @@
-//! Nodes and entries in the tables: allocated, written, taken out of use, reused after a grace period. Nothing here
+//! Nodes in the tables: allocated, written, taken out of use, reused after a grace period. Nothing here
 //! changes a piece that readers can reach.
 
 use crate::backing::{Backing, GrowError};
 use crate::grace::Grace;
-use crate::lpm::{INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
+use crate::lpm::{self, INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
 use crate::order;
 use crate::pool::{Runs, Slots};
-use crate::record::{BASE_INLINE, ENTRIES_PER_PAGE, INLINE_ENTRIES, NO_END, Node, TableId, WIDE_ENDS, WIDE_RUNS, Wide};
+use crate::record::{
+    LINE_WORDS, Line, NO_END, NODE_HEAD, NODE_LINES, Node, TableId, WIDE_ENDS, WIDE_HEAD, WIDE_RUNS, Wide,
+};
 
 /// The memory that routes are published in.
 pub trait Memory: LpmRead {
     /// Elements of a table.
     fn elements(&self, table: TableId) -> usize;
-    /// Writes a node that no reader can reach.
-    fn write_node(&mut self, index: u32, node: &Node);
-    /// Writes consecutive entries that no reader can reach.
-    fn write_entries(&mut self, base: u32, words: &[u32]);
+    /// Writes consecutive lines that no reader can reach.
+    fn write_lines(&mut self, index: u32, lines: &[Line]);
     /// Publishes a word of a root: `order::publish`.
     fn publish_root(&mut self, root: u32, slot: u16, word: u32);
     /// Publishes the leaf of the default route.
@@ -31,11 +31,8 @@ impl<B: Backing> LpmRead for B {
     fn root_default(&self, root: u32) -> Option<u32> {
         self.view().root_default(root)
     }
-    fn node(&self, index: u32) -> Option<&Node> {
-        self.view().node_of(index)
-    }
-    fn entry(&self, index: u32) -> Option<u32> {
-        self.view().entry(index)
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.view().line_of(index)
     }
 }
 
@@ -43,14 +40,11 @@ impl<B: Backing> Memory for B {
     fn elements(&self, table: TableId) -> usize {
         self.view().elements(table)
     }
-    fn write_node(&mut self, index: u32, node: &Node) {
-        // SAFETY: the one caller, `Store::add`, has just taken the slot from the free ones, where it came only after
-        // a grace period.
-        let written = unsafe { self.view().write_node(index, node) };
+    fn write_lines(&mut self, index: u32, lines: &[Line]) {
+        // SAFETY: the one caller, `Store::write`, has just taken the lines from the free ones, where they came only
+        // after a grace period.
+        let written = unsafe { self.view().write_lines(index, lines) };
         assert!(written, "node {index} was allocated outside the table");
-    }
-    fn write_entries(&mut self, base: u32, words: &[u32]) {
-        assert!(self.view().write_entries(base, words), "entries at {base} were allocated outside the table");
     }
     fn publish_root(&mut self, root: u32, slot: u16, word: u32) {
         order::publish(&self.view().roots()[root as usize].direct[usize::from(slot)], word);
@@ -66,10 +60,8 @@ impl<B: Backing> Memory for B {
 /// Something that was taken out of use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Piece {
-    /// A node
-    Node(u32),
-    /// First word and number of words of a run of entries
-    Run(u32, u32),
+    /// First line and number of lines of a node
+    Node(u32, u32),
     /// A next hop
     Nexthop(u32),
     /// A group
@@ -88,8 +80,7 @@ pub struct Store<M, G> {
     /// The memory
     pub mem: M,
     grace: G,
-    nodes: Slots,
-    runs: Runs,
+    nodes: Runs,
     pub(crate) nexthops: Slots,
     pub(crate) groups: Slots,
     pub(crate) vlans: Slots,
@@ -107,8 +98,8 @@ pub struct Store<M, G> {
 /// What a look through everything published found in use.
 #[derive(Default, Debug)]
 pub(crate) struct InUse {
-    pub nodes: Vec<u32>,
-    pub runs: Vec<(u32, u32)>,
+    /// First line and number of lines
+    pub nodes: Vec<(u32, u32)>,
     pub nexthops: Vec<u32>,
     pub groups: Vec<u32>,
     pub vlans: Vec<u32>,
@@ -133,7 +124,6 @@ pub(crate) enum Published {
 pub const TABLE_FULL: Leaf = Leaf::nexthop(1).unwrap();
 /// First next hop that is free at the beginning.
 pub(crate) const FIRST_NEXTHOP: u32 = 2;
-const FIRST_NODE: u32 = 1;
 
 impl<M: Memory, G: Grace> Store<M, G> {
     /// Memory in which nothing is published yet.
@@ -143,20 +133,14 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Memory in which exactly this is in use; None if pieces overlap.
     pub(crate) fn with_used(mem: M, grace: G, mut used: InUse) -> Option<Self> {
-        for list in [&mut used.nodes, &mut used.nexthops, &mut used.groups, &mut used.vlans, &mut used.roots] {
-            list.sort_unstable();
-        }
-        if used.nodes.windows(2).any(|pair| pair[0] == pair[1]) {
-            return None;
-        }
         for list in [&mut used.nexthops, &mut used.groups, &mut used.vlans, &mut used.roots] {
+            list.sort_unstable();
             list.dedup();
         }
         Some(Self {
             mem,
             grace,
-            nodes: Slots::with_used(FIRST_NODE, used.nodes),
-            runs: Runs::with_used(used.runs)?,
+            nodes: Runs::with_used(used.nodes)?,
             nexthops: Slots::with_used(FIRST_NEXTHOP, used.nexthops.into_iter().filter(|&i| i >= FIRST_NEXTHOP)),
             groups: Slots::with_used(0, used.groups),
             vlans: Slots::with_used(0, used.vlans),
@@ -179,22 +163,16 @@ impl<M: Memory, G: Grace> Store<M, G> {
         (self.written, core::mem::take(&mut self.full))
     }
 
-    /// Elements in use, as far as they are handed out one by one; for entries the pages they would fill.
+    /// Elements in use, as far as they are handed out.
     pub fn used(&self, table: TableId) -> Option<usize> {
         Some(match table {
             TableId::Nodes => self.nodes.used(),
-            TableId::Entries => self.runs.used_words().div_ceil(ENTRIES_PER_PAGE),
             TableId::Nexthops | TableId::NexthopKeys => self.nexthops.used() + FIRST_NEXTHOP as usize,
             TableId::Groups => self.groups.used(),
             TableId::Vlans => self.vlans.used(),
             TableId::Roots => self.roots.used(),
             _ => return None,
         })
-    }
-
-    /// Words of entries in use.
-    pub fn used_entries(&self) -> usize {
-        self.runs.used_words()
     }
 
     /// Pieces that wait for a grace period.
@@ -237,8 +215,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     fn give(&mut self, piece: Piece) {
         match piece {
-            Piece::Node(index) => self.nodes.give(index),
-            Piece::Run(base, words) => self.runs.give(base, words),
+            Piece::Node(index, lines) => self.nodes.give(index, lines),
             Piece::Nexthop(index) => self.nexthops.give(index),
             Piece::Group(index) => self.groups.give(index),
             Piece::Vlans(index) => self.vlans.give(index),
@@ -273,45 +250,22 @@ impl<M: Memory, G: Grace> Store<M, G> {
         self.mem.grow(table, elements).map_err(|error| self.full.push(error)).is_ok()
     }
 
-    fn take_node(&mut self) -> Option<u32> {
-        self.allocate(TableId::Nodes, |store, room| store.nodes.take(room.min(INDEX_LIMIT as usize) as u32))
-    }
-
-    fn take_run(&mut self, words: u32) -> Option<u32> {
-        const MOST_PAGES: usize = BASE_INLINE as usize / ENTRIES_PER_PAGE;
-        self.allocate(TableId::Entries, |store, room| store.runs.take(words, room.min(MOST_PAGES)))
-    }
-
     /// Writes a node with these words; None if there is no room.
     pub(crate) fn add(&mut self, words: &Words) -> Option<Word> {
-        let (mut node, stored, count) = compress(words);
-        if count <= INLINE_ENTRIES {
-            return self.write(&node, BASE_INLINE, &[]).map(Word::node);
-        }
-        node.base = self.take_run(count as u32)?;
-        self.write(&node, node.base, &stored[..count]).map(Word::node)
+        self.write(&compress(words)).map(Word::node)
     }
 
     /// Writes a wide node with these words, of which there must be at least two and at most `WIDE_RUNS`; None if there
     /// is no room.
     pub(crate) fn add_wide(&mut self, runs: &[(u16, Word)]) -> Option<Word> {
-        let words: Vec<u32> = runs.iter().map(|(_, word)| word.0).collect();
-        let base = self.take_run(words.len() as u32)?;
-        self.write(&wide(runs, base).to_node(), base, &words).map(Word::wide)
+        self.write(&wide(runs)).map(Word::wide)
     }
 
-    /// Writes a node and its run of entries, which is given back if there is no room for the node.
-    fn write(&mut self, node: &Node, base: u32, stored: &[u32]) -> Option<u32> {
-        let Some(index) = self.take_node() else {
-            if !stored.is_empty() {
-                self.runs.give(base, stored.len() as u32);
-            }
-            return None;
-        };
-        if !stored.is_empty() {
-            self.mem.write_entries(base, stored);
-        }
-        self.mem.write_node(index, node);
+    fn write(&mut self, piece: &Lines) -> Option<u32> {
+        let lines = piece.lines();
+        let limit = |room: usize| room.min(INDEX_LIMIT as usize) as u32;
+        let index = self.allocate(TableId::Nodes, |store, room| store.nodes.take(lines.len(), limit(room)))?;
+        self.mem.write_lines(index, lines);
         self.written += 1;
         Some(index)
     }
@@ -320,9 +274,9 @@ impl<M: Memory, G: Grace> Store<M, G> {
     pub(crate) fn published(&self, word: Word) -> Published {
         match word.kind() {
             Kind::Node(index) if word.is_wide() => {
-                let node = *self.node(index).as_wide();
-                let starts = core::iter::once(0).chain(node.ends().map(|end| end + 1));
-                Published::Wide(starts.zip(node.base..).map(|(start, entry)| (start, self.entry(entry))).collect())
+                let starts = core::iter::once(0).chain(self.line(index).as_wide().ends().map(|end| end + 1));
+                let words = (WIDE_HEAD as u32..).map(|position| self.stored(index, position));
+                Published::Wide(starts.zip(words).collect())
             }
             _ => Published::Bytes(Box::new(self.expand(word))),
         }
@@ -336,58 +290,74 @@ impl<M: Memory, G: Grace> Store<M, G> {
         }
     }
 
-    fn node(&self, index: u32) -> &Node {
-        self.mem.node(index).expect("published words lead to nodes in the table")
+    fn line(&self, index: u32) -> &Line {
+        self.mem.line(index).expect("published words lead to nodes in the table")
     }
 
-    fn entry(&self, index: u32) -> Word {
-        Word(self.mem.entry(index).expect("published nodes' entries lie in the table"))
+    fn stored(&self, node: u32, position: u32) -> Word {
+        lpm::stored(&self.mem, node, position).expect("published nodes lie in the table")
     }
 
     /// The 256 words that a word stands for; it does not lead to a wide node.
     pub(crate) fn expand(&self, word: Word) -> Words {
         let Kind::Node(index) = word.kind() else { return [word; 256] };
-        let node = *self.node(index);
+        let bitmap = self.line(index).as_node().bitmap;
         let mut words = [Word::NONE; 256];
-        let mut rank = 0;
+        let mut position = NODE_HEAD as u32;
         for (value, slot) in words.iter_mut().enumerate() {
-            rank += (node.bitmap[value / 64] >> (value % 64) & 1) as u32;
-            *slot = self.stored(&node, rank - 1);
+            position += (bitmap[value / 64] >> (value % 64) & 1) as u32;
+            *slot = self.stored(index, position - 1);
         }
         words
     }
 
-    fn stored(&self, node: &Node, rank: u32) -> Word {
-        if node.base == BASE_INLINE { Word(node.inline[rank as usize]) } else { self.entry(node.base + rank) }
+    /// Positions of the words that a node stores.
+    fn positions(&self, word: Word, index: u32) -> core::ops::Range<u32> {
+        let line = self.line(index);
+        let (head, count) = if word.is_wide() {
+            (WIDE_HEAD, wide_count(line.as_wide()))
+        } else {
+            (NODE_HEAD, stored_count(line.as_node()))
+        };
+        head as u32..head as u32 + count
     }
 
-    /// Retires the node that a word leads to, if it does, and its entries, but nothing that its words lead to.
+    /// Retires the node that a word leads to, if it does, but nothing that its words lead to.
     pub(crate) fn retire_node(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
-        let node = self.node(index);
-        let (base, count) = if word.is_wide() {
-            (node.as_wide().base, wide_count(node.as_wide()))
-        } else {
-            (node.base, stored_count(node))
-        };
-        self.retire(Piece::Node(index));
-        if word.is_wide() || base != BASE_INLINE {
-            self.retire(Piece::Run(base, count));
-        }
+        let lines = self.positions(word, index).end.div_ceil(LINE_WORDS as u32);
+        self.retire(Piece::Node(index, lines));
     }
 
     /// Retires everything that a word leads to.
     pub(crate) fn retire_tree(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
-        let node = *self.node(index);
-        if word.is_wide() {
-            (node.as_wide().base..)
-                .take(wide_count(node.as_wide()) as usize)
-                .for_each(|entry| self.retire_tree(self.entry(entry)));
-        } else {
-            (0..stored_count(&node)).for_each(|rank| self.retire_tree(self.stored(&node, rank)));
-        }
+        self.positions(word, index).for_each(|position| self.retire_tree(self.stored(index, position)));
         self.retire_node(word);
+    }
+}
+
+/// The lines of a node under construction.
+pub(crate) struct Lines {
+    words: [Line; NODE_LINES],
+    /// Words so far
+    len: usize,
+}
+
+impl Lines {
+    fn new(first: Line, head: usize) -> Self {
+        let mut words = [Line::ZERO; NODE_LINES];
+        words[0] = first;
+        Self { words, len: head }
+    }
+
+    fn push(&mut self, word: Word) {
+        self.words[self.len / LINE_WORDS].words[self.len % LINE_WORDS] = word.0;
+        self.len += 1;
+    }
+
+    fn lines(&self) -> &[Line] {
+        &self.words[..self.len.div_ceil(LINE_WORDS)]
     }
 }
 
@@ -396,14 +366,16 @@ pub(crate) fn wide_count(node: &Wide) -> u32 {
     node.ends().count() as u32 + 1
 }
 
-/// The wide node for these words, stored from `base` on.
-fn wide(runs: &[(u16, Word)], base: u32) -> Wide {
-    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base, reserved: 0 };
+/// The wide node for these words.
+fn wide(runs: &[(u16, Word)]) -> Lines {
+    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; LINE_WORDS - WIDE_HEAD] };
     for (at, (start, _)) in runs[1..].iter().enumerate() {
         let end = start - 1;
         node.ends[at / 4] ^= u64::from(end ^ NO_END) << (at % 4 * 16);
     }
-    node
+    let mut lines = Lines::new(node.to_line(), WIDE_HEAD);
+    runs.iter().for_each(|run| lines.push(run.1));
+    lines
 }
 
 /// The words for the values of 16 bits that begin with `byte`.
@@ -450,37 +422,32 @@ pub(crate) fn stored_count(node: &Node) -> u32 {
     node.bitmap.iter().map(|quarter| quarter.count_ones()).sum()
 }
 
-/// The node for 256 words (inline if they fit), and what it has to store.
-fn compress(words: &Words) -> (Node, [u32; 256], usize) {
-    let mut node = Node { bitmap: [0; 4], base: BASE_INLINE, counts: [0; 4], inline: [0; INLINE_ENTRIES] };
-    let mut stored = [0; 256];
-    let mut count = 0;
+/// The node for 256 words.
+fn compress(words: &Words) -> Lines {
+    let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; LINE_WORDS - NODE_HEAD] };
+    let mut lines = Lines::new(Line::ZERO, NODE_HEAD);
     for (value, word) in words.iter().enumerate() {
         if value % 64 == 0 {
-            node.counts[value / 64] = count as u8;
+            node.counts[value / 64] = (lines.len - NODE_HEAD) as u8;
         }
         if value == 0 || words[value - 1] != *word {
             node.bitmap[value / 64] |= 1 << (value % 64);
-            stored[count] = word.0;
-            count += 1;
+            lines.push(*word);
         }
     }
-    if count <= INLINE_ENTRIES {
-        node.inline[..count].copy_from_slice(&stored[..count]);
-    }
-    (node, stored, count)
+    lines.words[0].words[..NODE_HEAD].copy_from_slice(&node.to_line().words[..NODE_HEAD]);
+    lines
 }
 
-/// Nodes and words of entries that 256 words take, without what they lead to.
-pub(crate) fn footprint(words: &Words) -> (usize, usize) {
+/// Lines that 256 words take, without what they lead to.
+pub(crate) fn footprint(words: &Words) -> usize {
     match 1 + words.windows(2).filter(|pair| pair[0] != pair[1]).count() {
-        1 => (0, 0),
-        count if count <= INLINE_ENTRIES => (1, 0),
-        count => stored_footprint(count),
+        1 => 0,
+        count => (NODE_HEAD + count).div_ceil(LINE_WORDS),
     }
 }
 
-/// Nodes and words of entries that a node with so many words in entries takes.
-pub(crate) fn stored_footprint(count: usize) -> (usize, usize) {
-    (1, (crate::pool::run_units(count as u32) * crate::pool::RUN_UNIT) as usize)
+/// Lines that a wide node with so many words takes.
+pub(crate) fn wide_footprint(count: usize) -> usize {
+    (WIDE_HEAD + count).div_ceil(LINE_WORDS)
 }

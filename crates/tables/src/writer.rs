@@ -521,16 +521,9 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Makes room at once for all routes set so far and a quarter more, instead of growing step by step.
     pub fn reserve(&mut self) -> Result<(), GrowError> {
-        let (mut nodes, mut entries) = (0, 0);
-        for routes in self.routes.values() {
-            let required = routes!(routes, rib => rib.required());
-            nodes += required.0;
-            entries += required.1;
-        }
-        let published = (self.store.used(TableId::Nodes).unwrap_or(0), self.store.used_entries());
-        let room = |needed: usize, used: usize| (needed + needed / 4).max(used + needed / 4);
-        self.grow_to(TableId::Nodes, room(nodes, published.0) + 1)?;
-        self.grow_to(TableId::Entries, room(entries, published.1).div_ceil(ENTRIES_PER_PAGE) + 1)
+        let needed: usize = self.routes.values().map(|routes| routes!(routes, rib => rib.required())).sum();
+        let published = self.store.used(TableId::Nodes).unwrap_or(0);
+        self.grow_to(TableId::Nodes, (needed + needed / 4).max(published + needed / 4) + 1)
     }
 
     fn grow_to(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {

@@ -28,8 +28,7 @@ fn value(n: u8) -> NexthopValue {
 /// length: a reader knows which leaves an address can have.
 #[test]
 fn readers_never_miss_a_route_or_see_a_torn_record() {
-    let tables =
-        Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 4096).with(TableId::Entries, 1024)));
+    let tables = Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 1 << 16)));
     let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
     let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
 

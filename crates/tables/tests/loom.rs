@@ -10,7 +10,7 @@ use towpath_tables::backing::GrowError;
 use towpath_tables::grace::{self, Grace, NoReaders, Workers};
 use towpath_tables::lpm::{Kind, Leaf, LpmRead, lookup};
 use towpath_tables::order::{Shared, change, consistent, load, publish};
-use towpath_tables::record::{BASE_INLINE, INLINE_ENTRIES, Node, TableId};
+use towpath_tables::record::{Line, TableId};
 use towpath_tables::rib::{Entry, Prefix, Rib};
 use towpath_tables::store::{Memory, Store};
 
@@ -46,25 +46,20 @@ impl Shared<u32> for Word {
 /// The slot that has routes; the others stay empty and need no atomics.
 const SLOT: u16 = 0x0a00;
 
-/// Tables with one root slot and hardly any nodes. Entries are cells, so that loom sees a reader that looks at one
-/// while it is rewritten.
+/// Tables with one root slot and hardly any lines, which are cells, so that loom sees a reader that looks at one while it
+/// is rewritten.
 struct Tables {
     slot: Word,
-    nodes: Vec<UnsafeCell<Node>>,
-    entries: Vec<UnsafeCell<u32>>,
+    lines: Vec<UnsafeCell<Line>>,
 }
 
 #[derive(Clone)]
 struct Model(Arc<Tables>);
 
 impl Model {
-    fn new(nodes: usize, entries: usize) -> Self {
-        let node = Node { bitmap: [1, 0, 0, 0], base: BASE_INLINE, counts: [0; 4], inline: [0; INLINE_ENTRIES] };
-        Self(Arc::new(Tables {
-            slot: Word::new(0),
-            nodes: (0..nodes).map(|_| UnsafeCell::new(node)).collect(),
-            entries: (0..entries).map(|_| UnsafeCell::new(0)).collect(),
-        }))
+    fn new(lines: usize) -> Self {
+        let lines = (0..lines).map(|_| UnsafeCell::new(Line::ZERO)).collect();
+        Self(Arc::new(Tables { slot: Word::new(0), lines }))
     }
 }
 
@@ -75,28 +70,20 @@ impl LpmRead for Model {
     fn root_default(&self, _: u32) -> Option<u32> {
         Some(0)
     }
-    fn node(&self, index: u32) -> Option<&Node> {
+    fn line(&self, index: u32) -> Option<&Line> {
         // SAFETY: loom reports the access if it conflicts with a write.
-        Some(self.0.nodes.get(index as usize)?.with(|node| unsafe { &*node }))
-    }
-    fn entry(&self, index: u32) -> Option<u32> {
-        // SAFETY: as for `node`.
-        Some(self.0.entries.get(index as usize)?.with(|entry| unsafe { *entry }))
+        Some(self.0.lines.get(index as usize)?.with(|line| unsafe { &*line }))
     }
 }
 
 impl Memory for Model {
     fn elements(&self, table: TableId) -> usize {
-        if table == TableId::Nodes { self.0.nodes.len() } else { 1 }
+        if table == TableId::Nodes { self.0.lines.len() } else { 1 }
     }
-    fn write_node(&mut self, index: u32, node: &Node) {
-        // SAFETY: loom reports the access if it conflicts with a read.
-        self.0.nodes[index as usize].with_mut(|slot| unsafe { *slot = *node });
-    }
-    fn write_entries(&mut self, base: u32, words: &[u32]) {
-        for (entry, word) in self.0.entries[base as usize..].iter().zip(words) {
-            // SAFETY: as for `write_node`.
-            entry.with_mut(|slot| unsafe { *slot = *word });
+    fn write_lines(&mut self, index: u32, lines: &[Line]) {
+        for (slot, line) in self.0.lines[index as usize..].iter().zip(lines) {
+            // SAFETY: loom reports the access if it conflicts with a read.
+            slot.with_mut(|slot| unsafe { *slot = *line });
         }
     }
     fn publish_root(&mut self, _: u32, slot: u16, word: u32) {
@@ -113,19 +100,26 @@ impl Memory for Model {
 
 const PROBE: [u8; 4] = [10, 0, 1, 1];
 
-/// The nodes of a model: with their words in themselves, with words in entries, or wide.
+/// The nodes of a model: of one line, of two, or wide.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
-    Inline,
-    Stored,
+    Short,
+    Long,
     Wide,
+}
+
+impl Form {
+    /// Lines that `routes` takes.
+    fn lines(self) -> usize {
+        if self == Form::Short { 1 } else { 2 }
+    }
 }
 
 /// 10.0.1.0/24 to this next hop, and beside it enough for a node of this form.
 fn routes(rib: &mut Rib<4>, nexthop: u32, form: Form) {
     let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), shadow: false };
     rib.set(Prefix::new(PROBE, 24).unwrap(), entry(nexthop));
-    for third in (3..9).filter(|_| form == Form::Stored) {
+    for third in (3..9).filter(|_| form == Form::Long) {
         rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(90));
     }
     if form == Form::Wide {
@@ -133,8 +127,9 @@ fn routes(rib: &mut Rib<4>, nexthop: u32, form: Form) {
     }
 }
 
-fn start<G: Grace>(nodes: usize, form: Form, grace: impl FnOnce() -> G) -> (Model, Rib<4>, Store<Model, G>) {
-    let model = Model::new(nodes, 64);
+/// A model with room for so many versions of the routes; the first is published.
+fn start<G: Grace>(versions: usize, form: Form, grace: impl FnOnce() -> G) -> (Model, Rib<4>, Store<Model, G>) {
+    let model = Model::new(1 + versions * form.lines());
     let mut store = Store::new(model.clone(), grace());
     let mut rib = Rib::new(0);
     routes(&mut rib, 2, form);
@@ -145,7 +140,7 @@ fn start<G: Grace>(nodes: usize, form: Form, grace: impl FnOnce() -> G) -> (Mode
 
 fn publication(form: Form) {
     loom::model(move || {
-        let (model, mut rib, mut store) = start(4, form, || NoReaders);
+        let (model, mut rib, mut store) = start(3, form, || NoReaders);
         let reader = thread::spawn(move || lookup(&model, 0, &PROBE).unwrap().kind());
         routes(&mut rib, 3, form);
         rib.publish(&mut store);
@@ -156,12 +151,12 @@ fn publication(form: Form) {
 
 #[test]
 fn a_reader_sees_the_old_or_the_new_route() {
-    publication(Form::Inline);
+    publication(Form::Short);
 }
 
 #[test]
-fn a_reader_sees_the_old_or_the_new_route_with_stored_words() {
-    publication(Form::Stored);
+fn a_reader_sees_the_old_or_the_new_route_with_a_long_node() {
+    publication(Form::Long);
 }
 
 #[test]
@@ -173,7 +168,7 @@ fn a_reader_sees_the_old_or_the_new_route_with_a_wide_node() {
 fn reuse<G: Grace + 'static>(form: Form, make: fn(Arc<Word>) -> G) {
     loom::model(move || {
         let word = Arc::new(Word::new(0));
-        let (model, mut rib, mut store) = start(3, form, || make(word.clone()));
+        let (model, mut rib, mut store) = start(2, form, || make(word.clone()));
         let reader = thread::spawn(move || {
             for _ in 0..2 {
                 grace::enter(&*word);
@@ -187,19 +182,19 @@ fn reuse<G: Grace + 'static>(form: Form, make: fn(Arc<Word>) -> G) {
             rib.publish(&mut store);
             store.reclaim();
         }
-        assert_eq!(store.used(TableId::Nodes), Some(1));
+        assert_eq!(store.used(TableId::Nodes), Some(form.lines()));
         reader.join().unwrap();
     });
 }
 
 #[test]
-fn pieces_are_reused_only_after_grace() {
-    reuse(Form::Inline, |word| Workers([word]));
+fn nodes_are_reused_only_after_grace() {
+    reuse(Form::Short, |word| Workers([word]));
 }
 
 #[test]
-fn stored_words_are_reused_only_after_grace() {
-    reuse(Form::Stored, |word| Workers([word]));
+fn long_nodes_are_reused_only_after_grace() {
+    reuse(Form::Long, |word| Workers([word]));
 }
 
 #[test]
@@ -210,7 +205,7 @@ fn wide_nodes_are_reused_only_after_grace() {
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn without_grace_the_model_fails() {
-    reuse(Form::Inline, |_| NoReaders);
+    reuse(Form::Short, |_| NoReaders);
 }
 
 #[test]

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
 use towpath_tables::grace::NoReaders;
-use towpath_tables::lpm::{Kind, Leaf, LpmRead, Word, lookup};
-use towpath_tables::record::TableId;
+use towpath_tables::lpm::{Kind, Leaf, LpmRead, Word, lookup, stored};
+use towpath_tables::record::{TableId, WIDE_HEAD};
 use towpath_tables::rib::{Entry, Prefix, Rib};
 use towpath_tables::store::{Store, TABLE_FULL};
 
@@ -179,18 +179,13 @@ impl<const N: usize> Subject<N> {
 
     fn check_nothing_leaked(&self) {
         assert_eq!(self.store.used(TableId::Nodes), Some(0), "nodes");
-        assert_eq!(self.store.used_entries(), 0, "entries");
         assert_eq!(self.store.limbo(), 0, "limbo");
-        assert_eq!(self.rib.required(), (0, 0), "nodes of the trie");
+        assert_eq!(self.rib.required(), 0, "nodes of the trie");
     }
 }
 
 fn small() -> PerTable {
-    initial_elements(1)
-        .with(TableId::Roots, 1)
-        .with(TableId::Nodes, 4)
-        .with(TableId::Entries, 1)
-        .with(TableId::Nexthops, 16)
+    initial_elements(1).with(TableId::Roots, 1).with(TableId::Nodes, 4).with(TableId::Nexthops, 16)
 }
 
 fn history<const N: usize>(steps: &[Step<N>]) {
@@ -209,8 +204,8 @@ fn history<const N: usize>(steps: &[Step<N>]) {
         if matches!(step, Step::Publish | Step::Restart) {
             subject.check(false);
             subject.store.reclaim();
-            let used = (subject.store.used(TableId::Nodes).unwrap(), subject.store.used_entries());
-            assert_eq!(subject.rib.required(), used, "what is required is what is used");
+            let used = subject.store.used(TableId::Nodes);
+            assert_eq!(Some(subject.rib.required()), used, "what is required is what is used");
         }
     }
     subject.apply(&Step::Publish);
@@ -220,7 +215,7 @@ fn history<const N: usize>(steps: &[Step<N>]) {
 }
 
 fn cramped_history<const N: usize>(steps: &[Step<N>], nodes: usize) {
-    let limits = PerTable([usize::MAX; 10]).with(TableId::Nodes, nodes).with(TableId::Entries, 1);
+    let limits = PerTable([usize::MAX; TableId::ALL.len()]).with(TableId::Nodes, nodes);
     let mut subject = Subject::<N>::new(HeapBacking::with_limits(small(), limits));
     for step in steps {
         if matches!(step, Step::Restart) {
@@ -280,8 +275,8 @@ proptest! {
 }
 
 #[test]
-fn a_table_of_routes_under_one_slot_runs_out_of_entries() {
-    let limits = PerTable([usize::MAX; 10]).with(TableId::Entries, 1);
+fn routes_under_one_slot_fill_the_table() {
+    let limits = PerTable([usize::MAX; TableId::ALL.len()]).with(TableId::Nodes, 72);
     let mut subject = Subject::<4>::new(HeapBacking::with_limits(small(), limits));
     for third in 0..8 {
         for last in 0..=255 {
@@ -291,7 +286,7 @@ fn a_table_of_routes_under_one_slot_runs_out_of_entries() {
     subject.apply(&Step::Publish);
     subject.check(true);
     let full = subject.probes.iter().filter(|a| lookup(&subject.store.mem, 0, a) == Ok(TABLE_FULL.word())).count();
-    assert!(full > 0, "1024 words of entries cannot hold 8 nodes of 256");
+    assert!(full > 0, "72 lines cannot hold 8 nodes of 17");
     for third in 4..8 {
         for last in 0..=255 {
             let prefix = Prefix::new([10, 0, third, last], 32).unwrap();
@@ -325,8 +320,7 @@ fn words_too_many_for_a_wide_node_go_to_ordinary_ones_and_come_back() {
         let Kind::Node(index) = first.kind() else { panic!("{first:?}") };
         assert!(first.is_wide(), "one route of 32 bits and more beneath it");
         // Values below 0d:b8, then 0d:b8 itself.
-        let entry = subject.store.mem.node(index).unwrap().as_wide().base + 1;
-        Word(subject.store.mem.entry(entry).unwrap()).is_wide()
+        stored(&subject.store.mem, index, WIDE_HEAD as u32 + 1).unwrap().is_wide()
     };
     subject.apply(&Step::Set(beneath, 128, 5, false));
     let check = |subject: &mut Subject<16>, routes: u8| {
@@ -335,8 +329,8 @@ fn words_too_many_for_a_wide_node_go_to_ordinary_ones_and_come_back() {
         // Two words to a route, and one more
         assert_eq!(is_wide(subject), routes <= 14, "{routes} routes");
         subject.store.reclaim();
-        let used = (subject.store.used(TableId::Nodes).unwrap(), subject.store.used_entries());
-        assert_eq!(subject.rib.required(), used, "{routes} routes");
+        let used = subject.store.used(TableId::Nodes);
+        assert_eq!(Some(subject.rib.required()), used, "{routes} routes");
         subject.restart();
         assert_eq!(
             subject.rib.publish(&mut subject.store),

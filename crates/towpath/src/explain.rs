@@ -12,7 +12,7 @@ use towpath_tables::Reason;
 use towpath_tables::backing::View;
 use towpath_tables::lpm::{self, Kind, LpmRead};
 use towpath_tables::nexthop::NexthopIdentity;
-use towpath_tables::record::{Config, Family, Group, Nexthop, Node, Port, PortStats, VlanTable};
+use towpath_tables::record::{Config, Family, Group, Line, Nexthop, Port, PortStats, VlanTable};
 
 /// Room before the frame, as drivers leave it.
 const HEADROOM: usize = 256;
@@ -67,11 +67,8 @@ impl LpmRead for Reader<'_> {
     fn root_default(&self, root: u32) -> Option<u32> {
         self.0.root_default(root)
     }
-    fn node(&self, index: u32) -> Option<&Node> {
-        self.0.node(index)
-    }
-    fn entry(&self, index: u32) -> Option<u32> {
-        self.0.entry(index)
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.0.line(index)
     }
 }
 

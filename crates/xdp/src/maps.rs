@@ -11,8 +11,7 @@ use aya_ebpf::maps::{Array, DevMap};
 use towpath_pipeline::Tables;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::record::{
-    Config, ENTRIES_PER_PAGE, EntryPage, Group, Nexthop, NexthopKey, Node, PORT_SLOTS, Port, PortStats, Root, TableId,
-    VlanTable,
+    Config, Group, Line, Nexthop, NexthopKey, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 
@@ -45,8 +44,7 @@ const fn same(a: &str, b: &str) -> bool {
 tables! {
     VLANS: VlanTable, Vlans, "vlans";
     ROOTS: Root, Roots, "roots";
-    NODES: Node, Nodes, "nodes";
-    ENTRIES: EntryPage, Entries, "entries";
+    NODES: Line, Nodes, "nodes";
     NEXTHOPS: Nexthop, Nexthops, "nexthops";
     NEXTHOP_KEYS: NexthopKey, NexthopKeys, "nexthop_keys";
     GROUPS: Group, Groups, "groups";
@@ -101,15 +99,8 @@ impl LpmRead for Maps {
     }
 
     #[inline(always)]
-    fn node(&self, index: u32) -> Option<&Node> {
+    fn line(&self, index: u32) -> Option<&Line> {
         NODES.get(index)
-    }
-
-    #[inline(always)]
-    fn entry(&self, index: u32) -> Option<u32> {
-        let index = index as usize;
-        let page = ENTRIES.get((index / ENTRIES_PER_PAGE) as u32)?;
-        page.words.get(index % ENTRIES_PER_PAGE).map(W32::load)
     }
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
-    BASE_INLINE, Config, EntryPage, Group, INLINE_ENTRIES, NO_VLANS, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
-    PortStats, Root, TableId, VlanTable, WIDE_ENDS, WIDE_RUNS, Wide, port_flags::*,
+    Config, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats,
+    Root, TableId, VlanTable, WIDE_ENDS, WIDE_HEAD, WIDE_RUNS, Wide, port_flags::*,
 };
 use towpath_tables::word::W32;
 use towpath_tables::{REASONS, Reason};
@@ -57,8 +57,7 @@ pub struct World {
     ports: Vec<Port>,
     vlans: Vec<VlanTable>,
     roots: Vec<Root>,
-    nodes: Vec<Node>,
-    entries: Vec<EntryPage>,
+    nodes: Vec<Line>,
     nexthops: Vec<Nexthop>,
     groups: Vec<Group>,
     stats: Vec<PortStats>,
@@ -100,7 +99,6 @@ impl World {
             vlans: zeroed(2),
             roots: zeroed(3),
             nodes: zeroed(NODES),
-            entries: zeroed(1),
             nexthops: zeroed(NEXTHOPS),
             groups: zeroed(2),
             stats: zeroed(PORT_SLOTS as usize),
@@ -286,23 +284,19 @@ impl World {
     /// Writes all nodes anew.
     fn render(&mut self) {
         let mut nodes = self.routes.clone();
-        let mut stored = 0;
+        let mut next = 1;
         // The longest come first, so that each node's words are complete when it is written.
         let mut keys: Vec<_> = self.routes.keys().cloned().collect();
         keys.sort_by_key(|(_, prefix)| std::cmp::Reverse(prefix.len()));
-        for ((root, prefix), index) in keys.into_iter().zip(1..) {
+        for (root, prefix) in keys {
             let words = nodes[&(root, prefix.clone())];
             let beneath = |byte: u8| nodes.get(&(root, [prefix.as_slice(), &[byte]].concat())).copied();
-            let word = match wide(&words, beneath, &self.entries[0], &mut stored).filter(|_| prefix.len() % 2 == 0) {
-                Some(node) => {
-                    self.nodes[index as usize] = node;
-                    Word::wide(index)
-                }
-                None => {
-                    self.nodes[index as usize] = compress(&words, &self.entries[0], &mut stored);
-                    Word::node(index)
-                }
+            let (word, lines) = match wide(&words, beneath).filter(|_| prefix.len() % 2 == 0) {
+                Some(lines) => (Word::wide(next), lines),
+                None => (Word::node(next), compress(&words)),
             };
+            self.nodes[next as usize..][..lines.len()].copy_from_slice(&lines);
+            next += lines.len() as u32;
             match prefix.as_slice() {
                 [high, low] => self.direct(root, *high, *low).store(word.0),
                 [above @ .., last] => {
@@ -322,7 +316,6 @@ impl World {
             vlans: &self.vlans,
             roots: &self.roots,
             nodes: &self.nodes,
-            entries: &self.entries,
             nexthops: &self.nexthops,
             groups: &self.groups,
             stats: &self.stats,
@@ -338,7 +331,6 @@ impl World {
             TableId::Vlans => bytes(&self.vlans),
             TableId::Roots => bytes(&self.roots),
             TableId::Nodes => bytes(&self.nodes),
-            TableId::Entries => bytes(&self.entries),
             TableId::Nexthops => bytes(&self.nexthops),
             TableId::NexthopKeys => &[],
             TableId::Groups => bytes(&self.groups),
@@ -359,9 +351,9 @@ impl Default for World {
     }
 }
 
-/// The node that holds these words; what is not inline goes into `page` from `stored` on.
-fn compress(words: &[u32; 256], page: &EntryPage, stored: &mut usize) -> Node {
-    let mut node = Node { bitmap: [0; 4], base: BASE_INLINE, counts: [0; 4], inline: [0; INLINE_ENTRIES] };
+/// The lines of the node that holds these words.
+fn compress(words: &[u32; 256]) -> Vec<Line> {
+    let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; LINE_WORDS - NODE_HEAD] };
     let mut runs = Vec::new();
     for (value, word) in words.iter().enumerate() {
         if runs.last() != Some(word) {
@@ -372,42 +364,33 @@ fn compress(words: &[u32; 256], page: &EntryPage, stored: &mut usize) -> Node {
     for quarter in 1..4 {
         node.counts[quarter] = node.counts[quarter - 1] + node.bitmap[quarter - 1].count_ones() as u8;
     }
-    if let Some(inline) = node.inline.get_mut(..runs.len()) {
-        inline.copy_from_slice(&runs);
-    } else {
-        node.base = *stored as u32;
-        for run in runs {
-            page.words[*stored].store(run);
-            *stored += 1;
-        }
-    }
-    node
+    lines(&node.to_line().words[..NODE_HEAD], &runs)
 }
 
-/// The wide node for these words and those beneath each of them, if there are any beneath and few enough of all. (The
-/// ordinary nodes that were made for those beneath stay, and nothing leads to them.)
-fn wide(
-    words: &[u32; 256],
-    beneath: impl Fn(u8) -> Option<[u32; 256]>,
-    page: &EntryPage,
-    stored: &mut usize,
-) -> Option<Node> {
+/// Lines with these words one after the other.
+fn lines(head: &[u32], words: &[u32]) -> Vec<Line> {
+    let all = [head, words].concat();
+    let line = |words: &[u32]| Line { words: std::array::from_fn(|at| words.get(at).copied().unwrap_or_default()) };
+    all.chunks(LINE_WORDS).map(line).collect()
+}
+
+/// The lines of the wide node for these words and those beneath each of them, if there are any beneath and few enough of
+/// all. (The ordinary nodes that were made for those beneath stay, and nothing leads to them.)
+fn wide(words: &[u32; 256], beneath: impl Fn(u8) -> Option<[u32; 256]>) -> Option<Vec<Line>> {
     (0..=255).find_map(&beneath)?;
     let all: Vec<u32> = (0..=255).flat_map(|byte| beneath(byte).unwrap_or([words[usize::from(byte)]; 256])).collect();
     let last = |value: &u16| all[usize::from(*value)] != all[usize::from(*value) + 1];
-    let ends: Vec<u16> = (0..u16::MAX).filter(last).collect();
+    let mut ends: Vec<u16> = (0..u16::MAX).filter(last).collect();
     if ends.len() >= WIDE_RUNS {
         return None;
     }
-    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], base: *stored as u32, reserved: 0 };
-    for (at, end) in ends.iter().chain([&u16::MAX]).enumerate() {
-        if let Some(four) = node.ends.get_mut(at / 4) {
-            *four &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
-        }
-        page.words[*stored].store(all[usize::from(*end)]);
-        *stored += 1;
+    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; LINE_WORDS - WIDE_HEAD] };
+    for (at, end) in ends.iter().enumerate() {
+        node.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
     }
-    Some(node.to_node())
+    ends.push(u16::MAX);
+    let stored: Vec<u32> = ends.iter().map(|end| all[usize::from(*end)]).collect();
+    Some(lines(&node.to_line().words[..WIDE_HEAD], &stored))
 }
 
 /// The leaf of a next hop
