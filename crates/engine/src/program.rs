@@ -3,13 +3,17 @@
 use crate::error::{Error, Result};
 use crate::sys;
 use aya_obj::Object;
+use aya_obj::generated::bpf_insn;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use towpath_tables::record::TableId;
 
 /// Name of the program in the object.
 const NAME: &str = "towpath";
+/// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
+const LOAD_64: u8 = 0x18;
 /// Lines of the verifier's log that an error shows; the last ones say what is wrong.
 const LOG_LINES: usize = 40;
 
@@ -50,8 +54,10 @@ impl Program {
             .functions
             .get(&(program.section_index, program.address))
             .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
+        let mut code = function.instructions.clone();
+        set_lengths(&mut code, &fds)?;
         let mut log = vec![0u8; LOG_BYTES];
-        sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &function.instructions, &mut log)
+        sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &code, &mut log)
             .map(Self)
             .map_err(|e| rejected(e, &log))
     }
@@ -91,12 +97,28 @@ fn relocate(object: &mut Object, fds: &HashMap<&'static str, OwnedFd>) -> Result
     object.relocate_calls(&text).map_err(|e| failed(&e))
 }
 
+/// Puts the tables' lengths where their marks are: the verifier then knows them, and how far the program may reach.
+fn set_lengths(code: &mut [bpf_insn], fds: &HashMap<&'static str, OwnedFd>) -> Result<()> {
+    for at in 0..code.len().saturating_sub(1) {
+        let mark = (code[at + 1].imm as u32 as u64) << 32 | u64::from(code[at].imm as u32);
+        let Some(id) = TableId::from_length_mark(mark).filter(|_| code[at].code == LOAD_64 && code[at].src_reg() == 0)
+        else {
+            continue;
+        };
+        let fd = fds.get(id.section()).ok_or_else(|| Error::Object(format!("asks for table {}", id.name())))?;
+        let info = sys::map_info(fd.as_fd()).map_err(|e| Error::io(format!("ask about table {}", id.name()), e))?;
+        (code[at].imm, code[at + 1].imm) = ((info.value_size as usize / id.element_size()) as i32, 0);
+    }
+    Ok(())
+}
+
 fn rejected(error: io::Error, log: &[u8]) -> Error {
     if error.raw_os_error() == Some(libc::EPERM) {
         return Error::privileged("load the XDP program", "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON", error);
     }
-    let log = String::from_utf8_lossy(log);
-    let lines: Vec<&str> = log.trim_end_matches('\0').lines().collect();
+    // What stands behind the first zero is left from paths that were found safe.
+    let log = String::from_utf8_lossy(log.split(|byte| *byte == 0).next().unwrap_or_default());
+    let lines: Vec<&str> = log.lines().collect();
     Error::Program { why: error.to_string(), log: lines[lines.len().saturating_sub(LOG_LINES)..].join("\n") }
 }
 

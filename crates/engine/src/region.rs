@@ -50,10 +50,10 @@ impl Table {
 
     fn create(id: TableId, entries: u32) -> Result<Self> {
         let name = id.name();
-        let (value_size, max_entries) = shape(id, entries);
-        let spec =
-            MapSpec { kind: bpf_map_type::BPF_MAP_TYPE_ARRAY, name, value_size, max_entries, flags: sys::MMAPABLE };
-        let what = || format!("create table {name} of {entries} times {value_size} bytes");
+        let kind = bpf_map_type::BPF_MAP_TYPE_ARRAY;
+        let what = || format!("create table {name} of {entries} times {} bytes", id.element_size());
+        // The kernel gives the address of global data only for maps of one element.
+        let spec = MapSpec { kind, name, value_size: bytes_of(id, entries)?, max_entries: 1, flags: sys::MMAPABLE };
         let fd = sys::map_create(spec, None).map_err(|e| Error::privileged(what(), "CAP_BPF", e))?;
         Self::map(id, fd, entries)
     }
@@ -61,15 +61,12 @@ impl Table {
     /// Takes a map that exists; it must be one for this table.
     fn open(id: TableId, fd: OwnedFd) -> Result<Self> {
         let info = sys::map_info(fd.as_fd()).map_err(|e| Error::io(format!("ask about table {}", id.name()), e))?;
-        let records = if id.global().is_some() { info.value_size / id.element_size() as u32 } else { info.max_entries };
-        if (info.value_size, info.max_entries) != shape(id, records) || info.map_flags & sys::MMAPABLE == 0 {
-            return Err(Error::io(
-                format!("take over table {}", id.name()),
-                io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    format!("elements of {} bytes, wanted {}", info.value_size, id.element_size()),
-                ),
-            ));
+        let (records, rest) = (info.value_size / id.element_size() as u32, info.value_size % id.element_size() as u32);
+        if rest != 0 || info.max_entries != 1 || info.map_flags & sys::MMAPABLE == 0 {
+            let why = format!("{} elements of {} bytes", info.max_entries, info.value_size);
+            let why = format!("{why}, wanted one of records of {} bytes", id.element_size());
+            let cause = io::Error::new(io::ErrorKind::InvalidData, why);
+            return Err(Error::io(format!("take over table {}", id.name()), cause));
         }
         Self::map(id, fd, records)
     }
@@ -88,11 +85,19 @@ impl Table {
     }
 }
 
-/// Value size and number of elements of the map that holds `records` records of a table. The kernel gives the address of
-/// global data only for maps of one element.
-fn shape(id: TableId, records: u32) -> (u32, u32) {
-    let size = id.element_size() as u32;
-    if id.global().is_some() { (size * records, 1) } else { (size, records) }
+/// The verifier lets no program reach further than this into global data (BPF_MAX_VAR_OFF, include/linux/bpf_verifier.h,
+/// Linux 6.1 to 6.18).
+const MOST_BYTES: u64 = (1 << 29) - 1;
+
+/// Size of a table in its map.
+fn bytes_of(id: TableId, records: u32) -> Result<u32> {
+    let bytes = u64::from(records) * id.element_size() as u64;
+    if bytes > MOST_BYTES {
+        let cause = format!("it would take {bytes} bytes, and the verifier allows {MOST_BYTES}");
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, cause);
+        return Err(Error::io(format!("create table {} of {records} elements", id.name()), cause));
+    }
+    Ok(bytes as u32)
 }
 
 /// Every table; one that grew lives on for those who still look at it.
@@ -173,8 +178,8 @@ impl Region {
             (name, dir.pin(&if staged { staged_name(name) } else { name.to_owned() }))
         };
         let tables = TableId::ALL.into_iter().map(|id| {
-            let (name, pin) = path(id.name(), self.staged || grown == Some(id));
-            (id.global().unwrap_or(name), pin)
+            let (_, pin) = path(id.name(), self.staged || grown == Some(id));
+            (id.section(), pin)
         });
         tables.chain([path(DEVICES, self.staged)]).collect()
     }

@@ -1,26 +1,25 @@
 //! The XDP program, as BPF_PROG_TEST_RUN runs it in the kernel, against the packet path's table of cases and against
 //! the native build. Needs CAP_BPF and CAP_NET_ADMIN; no interface but loopback is used.
 
-use aya::maps::Map;
-use aya::programs::Xdp;
-use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
-use std::borrow::Cow;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use towpath_engine::{Engine, Options, Site};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
+use towpath_tables::backing::PerTable;
 use towpath_tables::record::{TableId, port_flags};
-
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/towpath-xdp.o"));
 
 /// Bytes in a test run's first buffer (net/bpf/test_run.c, bpf_prog_test_run_xdp): a page without the room before
 /// and the shared info behind.
 const FIRST: usize = 4096 - 256 - 320;
 const HEADROOM: usize = 256;
-const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_PROG_LOAD: i32 = 5;
+const BPF_OBJ_GET: i32 = 7;
 const BPF_PROG_TEST_RUN: i32 = 10;
+const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 /// A device map serves only programs that agree on this with the first that used it.
 const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
 const XDP_PASS: u32 = 2;
@@ -58,104 +57,99 @@ struct Element {
     flags: u64,
 }
 
-fn bpf<T>(command: i32, attr: &mut T) -> std::io::Result<()> {
+fn bpf<T>(command: i32, attr: &mut T) -> std::io::Result<i32> {
     // SAFETY: `attr` is laid out as the command wants it, and what its pointers name outlives the call.
     match unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
+        -1 => Err(std::io::Error::last_os_error()),
+        result => Ok(result as i32),
     }
 }
 
-/// A table's map: mapped, or for global data (whose map aya makes, and does not make mappable) its descriptor.
+/// `bpf` for commands that return a new descriptor.
+fn bpf_fd<T>(command: i32, attr: &mut T) -> std::io::Result<OwnedFd> {
+    // SAFETY: the descriptor is new, and nobody else's.
+    bpf(command, attr).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn object_get(path: &CStr) -> std::io::Result<OwnedFd> {
+    bpf_fd(BPF_OBJ_GET, &mut [path.as_ptr() as u64, 0])
+}
+
+fn program_get(id: u32) -> std::io::Result<OwnedFd> {
+    bpf_fd(BPF_PROG_GET_FD_BY_ID, &mut [id, 0, 0, 0])
+}
+
+/// A table's map, in this process's memory.
 struct Mapping {
     id: TableId,
-    memory: Option<*mut u8>,
-    fd: RawFd,
+    memory: *mut u8,
     len: usize,
 }
 
 impl Mapping {
-    fn new(id: TableId, fd: RawFd, len: usize) -> Self {
-        if id.global().is_some() {
-            return Self { id, memory: None, fd, len };
-        }
+    fn new(id: TableId, map: &OwnedFd, len: usize) -> Self {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
         // SAFETY: a new mapping of the whole map.
-        let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0) };
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, map.as_raw_fd(), 0) };
         assert_ne!(memory, libc::MAP_FAILED, "map {}: {}", id.name(), std::io::Error::last_os_error());
-        Self { id, memory: Some(memory.cast()), fd, len }
+        Self { id, memory: memory.cast(), len }
     }
 
     fn write(&self, bytes: &[u8]) {
         assert_eq!(bytes.len(), self.len, "map {}", self.id.name());
-        match self.memory {
-            // SAFETY: as long as the mapping; the program does not run meanwhile.
-            Some(memory) => unsafe { memory.copy_from_nonoverlapping(bytes.as_ptr(), self.len) },
-            None => self.element(BPF_MAP_UPDATE_ELEM, bytes.as_ptr() as u64),
-        }
+        // SAFETY: as long as the mapping; the program does not run meanwhile.
+        unsafe { self.memory.copy_from_nonoverlapping(bytes.as_ptr(), self.len) }
     }
 
-    fn read(&self) -> Cow<'_, [u8]> {
-        match self.memory {
-            // SAFETY: as for `write`.
-            Some(memory) => Cow::Borrowed(unsafe { std::slice::from_raw_parts(memory, self.len) }),
-            None => {
-                let mut bytes = vec![0; self.len];
-                self.element(BPF_MAP_LOOKUP_ELEM, bytes.as_mut_ptr() as u64);
-                Cow::Owned(bytes)
-            }
-        }
-    }
-
-    fn element(&self, command: i32, value: u64) {
-        let key = 0u32;
-        let key = std::ptr::from_ref(&key) as u64;
-        let mut element = Element { map_fd: self.fd as u32, padding: 0, key, value, flags: 0 };
-        bpf(command, &mut element).unwrap_or_else(|error| panic!("map {}: {error}", self.id.name()));
+    fn read(&self) -> &[u8] {
+        // SAFETY: as for `write`.
+        unsafe { std::slice::from_raw_parts(self.memory, self.len) }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory {
-            // SAFETY: made by `new`, and nothing refers to it any more.
-            unsafe { libc::munmap(memory.cast(), self.len) };
-        }
+        // SAFETY: made by `new`, and nothing refers to it any more.
+        unsafe { libc::munmap(self.memory.cast(), self.len) };
     }
 }
 
-/// The loaded program and its maps, as large as a `World`.
+/// The engine of a network namespace of its own, with tables as large as those of a `World`.
 struct Program {
-    _ebpf: Ebpf,
-    fd: RawFd,
-    devices: RawFd,
+    engine: Engine,
+    fd: OwnedFd,
+    devices: OwnedFd,
     known: Vec<u32>,
     mappings: Vec<Mapping>,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if let Err(error) = self.engine.teardown() {
+            eprintln!("{error}");
+        }
+    }
 }
 
 impl Program {
     fn load() -> Self {
         pin_to_first_cpu();
+        // SAFETY: gives this thread a network namespace of its own, and changes nothing else.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", std::io::Error::last_os_error());
         let world = World::new();
-        let tables: Vec<_> = TableId::ALL.into_iter().filter(|id| !world.table(*id).is_empty()).collect();
-        let mut loader = EbpfLoader::new();
-        for id in tables.iter().filter(|id| id.global().is_none()) {
-            loader.map_max_entries(id.name(), (world.table(*id).len() / id.element_size()) as u32);
-        }
-        let mut ebpf = loader.load(OBJECT).expect("the object is well-formed");
-        let program: &mut Xdp = ebpf.program_mut("towpath").expect("there is one").try_into().expect("it is XDP");
-        program.load().expect("the verifier accepts it");
-        let fd = program.fd().expect("it is loaded").as_fd().as_raw_fd();
-        let map = |name: &str| match ebpf.map(name).unwrap_or_else(|| panic!("no map {name}")) {
-            Map::Array(data) | Map::DevMap(data) => data.fd().as_fd().as_raw_fd(),
-            _ => panic!("map {name} is of another type"),
+        let len = |id: TableId| world.table(id).len();
+        let sizes = TableId::ALL.map(|id| (len(id) / id.element_size()).max(1));
+        let engine = Site::prepare(Options::default()).and_then(|site| site.create(&PerTable(sizes)));
+        let engine = engine.expect("an engine");
+        let pinned = |name: &str| {
+            let path = engine.shown().join(format!("{name}_new")).into_os_string().into_vec();
+            object_get(&CString::new(path).expect("no zero bytes")).unwrap_or_else(|error| panic!("{name}: {error}"))
         };
-        let mappings = tables
-            .into_iter()
-            .map(|id| Mapping::new(id, map(id.global().unwrap_or(id.name())), world.table(id).len()))
-            .collect();
-        let devices = map("devices");
-        Self { fd, devices, known: Vec::new(), mappings, _ebpf: ebpf }
+        let tables = TableId::ALL.into_iter().filter(|id| len(*id) > 0);
+        let mappings = tables.map(|id| Mapping::new(id, &pinned(id.name()), len(id))).collect();
+        let (devices, id) = (pinned("devices"), engine.program().expect("facts").id);
+        let fd = program_get(id).unwrap_or_else(|error| panic!("program {id}: {error}"));
+        Self { engine, fd, devices, known: Vec::new(), mappings }
     }
 
     /// Makes the maps what the router's tables are. All receivers are the loopback interface.
@@ -177,14 +171,14 @@ impl Program {
         // linux/bpf.h, bpf_devmap_val: an interface, and no program
         let value = [ifindex, 0];
         let (key, value) = (std::ptr::from_ref(&slot) as u64, std::ptr::from_ref(&value) as u64);
-        let mut element = Element { map_fd: self.devices as u32, padding: 0, key, value, flags: 0 };
+        let mut element = Element { map_fd: self.devices.as_raw_fd() as u32, padding: 0, key, value, flags: 0 };
         bpf(BPF_MAP_UPDATE_ELEM, &mut element).expect("a device map's element can be set");
     }
 
     /// Runs the program on a frame: its verdict and the frame afterwards.
     fn run(&self, frame: &[u8]) -> (u32, Vec<u8>) {
         let mut out = vec![0; frame.len() + 64];
-        let mut attr = TestRun { prog_fd: self.fd as u32, ..attr(frame, &mut out, 1) };
+        let mut attr = TestRun { prog_fd: self.fd.as_raw_fd() as u32, ..attr(frame, &mut out, 1) };
         bpf(BPF_PROG_TEST_RUN, &mut attr).expect("a test run");
         out.truncate(attr.data_size_out as usize);
         (attr.retval, out)
@@ -192,7 +186,7 @@ impl Program {
 
     /// The first table that is not what the router's is.
     fn difference(&self, world: &World) -> Option<&'static str> {
-        self.mappings.iter().find(|m| *m.read() != *world.table(m.id)).map(|m| m.id.name())
+        self.mappings.iter().find(|m| m.read() != world.table(m.id)).map(|m| m.id.name())
     }
 }
 
@@ -251,18 +245,18 @@ fn every_case_in_the_kernel() {
 #[test]
 fn verifier_figures() {
     let program = Program::load();
-    let xdp: &Xdp = program._ebpf.program("towpath").expect("there is one").try_into().expect("it is XDP");
-    let info = xdp.info().expect("a loaded program has info");
+    let facts = program.engine.program().expect("facts");
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!(
-        "kernel {}: {:?} instructions verified, {:?} bytes of BPF, {} of machine code",
+        "kernel {}: {} instructions verified, {} of BPF, {} bytes of machine code",
         kernel.trim(),
-        info.verified_instruction_count(),
-        info.size_translated(),
-        info.size_jitted()
+        facts.verified_instructions,
+        facts.instructions,
+        facts.jited_bytes
     );
+    assert!(facts.verified_instructions > 1000, "the verifier says how much it did");
     // Linux gives up at a million.
-    assert!(info.verified_instruction_count().is_none_or(|count| count < 500_000), "half of the verifier's patience");
+    assert!(facts.verified_instructions < 500_000, "half of the verifier's patience");
 }
 
 /// xorshift64* (Vigna 2016): short, and the same everywhere.
@@ -374,10 +368,7 @@ fn random_frames_in_the_kernel_and_natively() {
             assert_eq!(outcome.0, action, "seed {seed}, frame {number}: natively {verdict:?}: {frame:02x?}");
             assert_eq!(outcome.1, packet.bytes(), "seed {seed}, frame {number}: {verdict:?}: {frame:02x?}");
             let stats = program.mappings.iter().find(|m| m.id == TableId::Stats).expect("there is one");
-            assert!(
-                *stats.read() == *world.table(TableId::Stats),
-                "seed {seed}, frame {number}: counters: {frame:02x?}"
-            );
+            assert!(stats.read() == world.table(TableId::Stats), "seed {seed}, frame {number}: counters: {frame:02x?}");
         }
         assert_eq!(program.difference(world), None, "seed {seed}");
     }
@@ -428,12 +419,8 @@ fn bare_redirect(devices: RawFd) -> OwnedFd {
         kern_version: 0,
         prog_flags: BPF_F_XDP_HAS_FRAGS,
     };
-    // SAFETY: `attr` and what it names outlive the call, which returns a new descriptor.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw mut attr, size_of::<ProgLoad>());
-        assert!(fd >= 0, "bare redirect: {}: {}", std::io::Error::last_os_error(), String::from_utf8_lossy(&log));
-        OwnedFd::from_raw_fd(fd as RawFd)
-    }
+    bpf_fd(BPF_PROG_LOAD, &mut attr)
+        .unwrap_or_else(|error| panic!("bare redirect: {error}: {}", String::from_utf8_lossy(&log)))
 }
 
 /// 10th percentile and median of many runs, in nanoseconds per packet. A run is short enough that a packet which
@@ -461,16 +448,16 @@ fn cost_of_a_packet() {
     let [a, b, c, d, e, f] = cases::world::mac(cases::world::IN);
     world.nexthop(cases::world::HOP).l2[0].store(u64::from_ne_bytes([a, b, c, d, e, f, 2, 0]));
     program.configure(&world);
-    let bare = bare_redirect(program.devices);
+    let bare = bare_redirect(program.devices.as_raw_fd());
     let find = |name: &str| cases::all().into_iter().find(|case| case.name == name).expect("a case of this name").frame;
     let ipv4 = find("IPv4, longest life");
     let mut ipv6 = find("IPv6, padding 0");
     ipv6[21] = 255;
     for (name, program, frame) in [
         ("bare redirect", bare.as_raw_fd(), &ipv4),
-        ("IPv4", program.fd, &ipv4),
-        ("IPv6", program.fd, &ipv6),
-        ("L2 multicast", program.fd, &find("IPv4, multicast frame")),
+        ("IPv4", program.fd.as_raw_fd(), &ipv4),
+        ("IPv6", program.fd.as_raw_fd(), &ipv6),
+        ("L2 multicast", program.fd.as_raw_fd(), &find("IPv4, multicast frame")),
     ] {
         let (floor, median) = cost(program, frame);
         println!("{name}: {floor} ns at the 10th percentile, {median} ns in the median");

@@ -15,6 +15,8 @@ pub struct Entry<'t> {
     pub slot: u32,
     /// Its record
     pub port: &'t Port,
+    /// Its flags, read once
+    pub flags: u32,
 }
 
 /// What the first stage found out about a frame.
@@ -40,10 +42,15 @@ impl<'t> Entry<'t> {
             let slot = ifindex.wrapping_add(probe) % PORT_SLOTS;
             let port = tables.port(slot)?;
             if port.ifindex.load() == ifindex {
-                return Some(Self { slot, port });
+                return Some(Self::new(slot, port));
             }
         }
         None
+    }
+
+    #[inline(always)]
+    fn new(slot: u32, port: &'t Port) -> Self {
+        Self { slot, port, flags: port.flags.load() }
     }
 
     /// Goes on to the VLAN sub-interface that a tag names.
@@ -54,15 +61,16 @@ impl<'t> Entry<'t> {
             index => tables.vlan_table(index).ok_or(Reason::Internal)?,
         };
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
-        // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: leave the check in.
-        let pair = table.slots.get(black_box(usize::from(id / 2))).ok_or(Reason::Internal)?.load();
+        // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: say it again.
+        let place = black_box(usize::from(id / 2)) % table.slots.len();
+        let pair = table.slots.get(place).ok_or(Reason::Internal)?.load();
         let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
         let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
         let port = tables.port(slot).ok_or(Reason::Internal)?;
         if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
             return Err(Reason::UnsupportedEncap);
         }
-        *self = Self { slot, port };
+        *self = Self::new(slot, port);
         self.ready()
     }
 
@@ -73,7 +81,7 @@ impl<'t> Entry<'t> {
 
     #[inline(always)]
     fn has(&self, flags: u32) -> Result<(), Reason> {
-        if self.port.flags.load() & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
+        if self.flags & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
     }
 
     #[inline(always)]
@@ -125,9 +133,8 @@ fn parse_packet<N: Network, F: Frame>(
     let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
     let frame_len = frame.total_len();
     let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
-    let flags = entry.port.flags.load();
-    header.check_scopes(flags)?;
-    if flags & port_flags::PARTIAL_CSUM != 0 {
+    header.check_scopes(entry.flags)?;
+    if entry.flags & port_flags::PARTIAL_CSUM != 0 {
         partial::check(frame, header, offset, packet_len)?;
     }
     let several = frame_len != frame.first_len();

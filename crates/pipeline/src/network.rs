@@ -89,6 +89,9 @@ impl Network for Ipv4 {
     #[inline(always)]
     fn check_scopes(&self, flags: u32) -> Result<(), Reason> {
         let (source, destination) = (u32::from_be_bytes(self.source), u32::from_be_bytes(self.destination));
+        if is_plain(source) && is_plain(destination) {
+            return Ok(());
+        }
         let loopback_ok = flags & port_flags::ROUTE_LOCALNET != 0;
         if is_multicast(destination) {
             return Err(Reason::Multicast);
@@ -165,6 +168,13 @@ impl Network for Ipv4 {
     fn flow_extra(&self) -> u64 {
         0
     }
+}
+
+/// 1.0.0.0 to 223.255.255.255 without 127.0.0.0/8: nothing special about it.
+#[inline(always)]
+fn is_plain(address: u32) -> bool {
+    let first = address >> 24;
+    first.wrapping_sub(1) < 223 && first != 127
 }
 
 #[inline(always)]

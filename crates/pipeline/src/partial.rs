@@ -27,12 +27,12 @@ pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_
     let complete = match header.protocol() {
         protocol::TCP if len >= size_of::<Tcp>() => {
             let tcp = frame.get::<Tcp>(place).ok_or(Reason::Truncated)?;
-            tcp.checksum.get() != seed(header, len)
+            !is_seed(header, len, tcp.checksum.get())
         }
         protocol::UDP if len >= size_of::<Udp>() => {
             let udp = frame.get::<Udp>(place).ok_or(Reason::Truncated)?;
             let checksum = udp.checksum.get();
-            checksum != 0 && checksum != seed(header, len) && !ENCAPSULATIONS.contains(&udp.ports.destination.get())
+            checksum != 0 && !is_seed(header, len, checksum) && !ENCAPSULATIONS.contains(&udp.ports.destination.get())
         }
         protocol::SCTP if len >= size_of::<Sctp>() => {
             frame.get::<Sctp>(place).ok_or(Reason::Truncated)?.checksum.get() != 0
@@ -46,8 +46,8 @@ pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_
     if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
 }
 
-/// What a sender leaves in the checksum field.
+/// Whether this is what a sender leaves in the checksum field.
 #[inline(always)]
-fn seed<N: Network>(header: &N, len: usize) -> u16 {
-    header.address_sum().number(header.protocol().into()).number(len as u16).fold()
+fn is_seed<N: Network>(header: &N, len: usize, checksum: u16) -> bool {
+    header.address_sum().number(header.protocol().into()).number(len as u16).folds_to(checksum)
 }

@@ -104,7 +104,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     if header.hops_left() <= 1 {
         return Err(Reason::TtlExpired);
     }
-    if hop.port == entry.slot && N::redirects(entry.port.flags.load()) {
+    if hop.port == entry.slot && N::redirects(entry.flags) {
         return Err(Reason::Redirect);
     }
     if parsed.packet_len > hop.mtu as usize {

@@ -13,7 +13,7 @@ const SAMPLES: usize = 16;
 
 #[inline(always)]
 pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<(), Reason> {
-    let filtered = entry.port.flags.load() & (port_flags::RP_STRICT | port_flags::RP_LOOSE) != 0;
+    let filtered = entry.flags & (port_flags::RP_STRICT | port_flags::RP_LOOSE) != 0;
     if !filtered && !is_suspect(tables, source)? {
         return Ok(());
     }
@@ -35,7 +35,7 @@ fn is_suspect<T: Tables>(tables: &T, source: [u8; 4]) -> Result<bool, Reason> {
 /// Judges the route back to the source.
 #[inline(always)]
 fn check_route<T: Tables>(tables: &T, entry: &Entry, word: Word, filtered: bool) -> Result<(), Reason> {
-    let strict = entry.port.flags.load() & port_flags::RP_STRICT != 0;
+    let strict = entry.flags & port_flags::RP_STRICT != 0;
     match word.kind() {
         Kind::Nexthop(index) => match way_back(tables, index)? {
             Way::Ours => Err(Reason::MartianSource),

@@ -368,14 +368,30 @@ impl TableId {
         }
     }
 
-    /// For tables that XDP programs see as global data: the section. Such a table's map has one element, which holds
-    /// all records.
-    pub const fn global(self) -> Option<&'static str> {
+    /// The section of global data as which XDP programs see the table: its map has one element, which holds all records.
+    pub const fn section(self) -> &'static str {
         match self {
-            TableId::Config => Some(".bss.config"),
-            TableId::Ports => Some(".bss.ports"),
-            _ => None,
+            TableId::Config => ".bss.config",
+            TableId::Ports => ".bss.ports",
+            TableId::Vlans => ".bss.vlans",
+            TableId::Roots => ".bss.roots",
+            TableId::Nodes => ".bss.nodes",
+            TableId::Nexthops => ".bss.nexthops",
+            TableId::NexthopKeys => ".bss.nexthop_keys",
+            TableId::Groups => ".bss.groups",
+            TableId::Stats => ".bss.stats",
         }
+    }
+
+    /// What stands in an XDP program for the number of the table's records, until whoever loads the program puts the
+    /// number there.
+    pub const fn length_mark(self) -> u64 {
+        (MAGIC as u64) << 32 | self as u64
+    }
+
+    /// The table whose length this stands for.
+    pub fn from_length_mark(mark: u64) -> Option<TableId> {
+        TableId::ALL.into_iter().find(|id| id.length_mark() == mark)
     }
 
     /// Bytes of one element; always a multiple of 8, so a BPF array has no gaps between elements.

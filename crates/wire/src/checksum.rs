@@ -32,6 +32,15 @@ impl Sum {
         let sum = (sum & 0xffff) + (sum >> 16);
         sum as u16
     }
+
+    /// Whether this is what the sum folds to; cheaper than folding it. At most 65536 words were added.
+    #[inline(always)]
+    pub fn folds_to(self, folded: u16) -> bool {
+        // At most three times 0xffff, which folding takes off until no more than that is left.
+        let sum = (self.0 & 0xffff) + (self.0 >> 16 & 0xffff) + (self.0 >> 32);
+        let rest = sum.wrapping_sub(folded.into());
+        rest == 0 || (rest == 0xffff || rest == 0x1fffe) && folded != 0
+    }
 }
 
 #[cfg(test)]
@@ -51,5 +60,16 @@ mod tests {
         assert_eq!(Sum::default().words(&ones).fold(), 0xffff);
         assert_eq!(Sum::default().words(&ones).number(1).fold(), 1u16.to_be());
         assert_eq!(Sum::default().fold(), 0);
+    }
+
+    #[test]
+    fn a_sum_folds_to_one_number_only() {
+        let edges = [0, 1, 2, 0xfffe, 0xffff, 0x1_0000, 0x1_fffe, 0x1_ffff, 0xffff_fffe, 0xffff_ffff];
+        for low in edges {
+            for sum in (0..=5).map(|carries| Sum(carries << 32 | low)).chain([Sum(0xffff << 32 | low)]) {
+                let mut same = (0..=u16::MAX).filter(|folded| sum.folds_to(*folded));
+                assert_eq!((same.next(), same.next()), (Some(sum.fold()), None), "{sum:x?}");
+            }
+        }
     }
 }

@@ -43,7 +43,7 @@ impl Ipv4 {
     #[inline(always)]
     pub fn checksum_ok(&self) -> bool {
         let words: &[native_endian::U32; 5] = zerocopy::transmute_ref!(self);
-        Sum::default().words(words).fold() == 0xffff
+        Sum::default().words(words).folds_to(0xffff)
     }
 
     /// Sets the checksum over these 20 bytes.

@@ -1,33 +1,27 @@
-//! The tables as BPF maps. Names are those of `TableId`; sizes are set by whoever loads the program.
-//!
-//! Tables of a fixed size are global data instead, each in a section of its own, for which the loader gives the table's
-//! map (one element that holds all records): their addresses are constants to the program, so reading them takes no
-//! look-up and leaves all registers as they are.
+//! The tables as global data, each in a section of its own, for which whoever loads the program gives the table's map
+//! (one element that holds all records): addresses are constants to the program, so reading a record takes no look-up in
+//! a map, no call, and leaves all registers as they are. Lengths are constants too, put into the code when it is loaded.
 
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, DevMap};
+use aya_ebpf::maps::DevMap;
 use towpath_pipeline::Tables;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{
-    Config, Group, Line, Nexthop, NexthopKey, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable,
-};
+use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable};
 use towpath_tables::word::W32;
 
-/// Maps may be mapped into the daemon (linux/bpf.h, BPF_F_MMAPABLE).
-const MMAPABLE: u32 = 1 << 10;
+/// Where a table begins. What the compiler knows of it is less than what is there.
+#[repr(C)]
+struct Table(u64);
 
 macro_rules! tables {
-    ($($map:ident: $record:ty, $id:ident, $name:literal;)*) => {
-        $(
-            #[map(name = $name)]
-            #[used]
-            static $map: Array<$record> = Array::with_max_entries(1, MMAPABLE);
-            const _: () = assert!(same(TableId::$id.name(), $name) && TableId::$id.element_size() == size_of::<$record>());
-        )*
-        const _: () = assert!(TableId::ALL.len() == [$($name),*].len() + GLOBALS);
-    };
+    ($($table:ident = $id:ident: $section:literal;)*) => { $(
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = $section)]
+        static $table: Table = Table(0);
+        const _: () = assert!(same(TableId::$id.section(), $section));
+    )* };
 }
 
 const fn same(a: &str, b: &str) -> bool {
@@ -42,13 +36,14 @@ const fn same(a: &str, b: &str) -> bool {
 }
 
 tables! {
-    VLANS: VlanTable, Vlans, "vlans";
-    ROOTS: Root, Roots, "roots";
-    NODES: Line, Nodes, "nodes";
-    NEXTHOPS: Nexthop, Nexthops, "nexthops";
-    NEXTHOP_KEYS: NexthopKey, NexthopKeys, "nexthop_keys";
-    GROUPS: Group, Groups, "groups";
-    STATS: PortStats, Stats, "stats";
+    CONFIG = Config: ".bss.config";
+    PORTS = Ports: ".bss.ports";
+    VLANS = Vlans: ".bss.vlans";
+    ROOTS = Roots: ".bss.roots";
+    NODES = Nodes: ".bss.nodes";
+    NEXTHOPS = Nexthops: ".bss.nexthops";
+    GROUPS = Groups: ".bss.groups";
+    STATS = Stats: ".bss.stats";
 }
 
 /// The number itself, of which the compiler no longer knows anything.
@@ -64,21 +59,47 @@ fn opaque(number: usize) -> usize {
 #[cfg(not(target_arch = "bpf"))]
 use core::hint::black_box as opaque;
 
-/// How many tables are global data.
-const GLOBALS: usize = 2;
+/// Loads a 64-bit constant of which the compiler knows nothing.
+macro_rules! constant {
+    ($($operand:tt)*) => {{
+        let value: usize;
+        // SAFETY: sets a register.
+        #[cfg(target_arch = "bpf")]
+        unsafe {
+            core::arch::asm!("{0} = {1} ll", out(reg) value, $($operand)*, options(pure, nomem, nostack))
+        };
+        #[cfg(not(target_arch = "bpf"))]
+        {
+            value = 0;
+        }
+        value
+    }};
+}
 
-// SAFETY: both are words of integers, for which zero is valid. Read by volatile loads only, so the compiler cannot take
-// the zeros for their contents.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".bss.config")]
-static CONFIG: Config = unsafe { core::mem::zeroed() };
-const _: () = assert!(same(TableId::Config.global().unwrap(), ".bss.config"));
+/// A record of a table; the length is the one that is put there when the program is loaded.
+macro_rules! record {
+    ($table:ident[$index:expr]: $record:ty, $id:ident) => {{
+        const _: () = assert!(TableId::$id.element_size() == size_of::<$record>());
+        // SAFETY: the table holds records of this type, as many as the number in place of the mark says.
+        unsafe { record::<$record>(constant!(sym $table), constant!(const TableId::$id.length_mark()), $index) }
+    }};
+}
 
-// SAFETY: as for `CONFIG`.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".bss.ports")]
-static PORTS: [Port; PORT_SLOTS as usize] = unsafe { core::mem::zeroed() };
-const _: () = assert!(same(TableId::Ports.global().unwrap(), ".bss.ports"));
+/// A record. The comparison is made with the very register that is added to the address: the verifier does not follow
+/// copies that a compiler might use (Linux 6.1 forgets even more).
+///
+/// # Safety
+/// At `first`, which is not 0, there are `length` records.
+#[inline(always)]
+unsafe fn record<T>(first: usize, length: usize, index: u32) -> Option<&'static T> {
+    let index = opaque(index as usize);
+    let first = first as *const T;
+    // SAFETY: by the promise.
+    unsafe {
+        core::hint::assert_unchecked(!first.is_null());
+        if index < length { Some(&*first.add(index)) } else { None }
+    }
+}
 
 /// The interface of each port, by slot: whom frames are redirected to.
 #[map(name = "devices")]
@@ -90,47 +111,54 @@ pub struct Maps;
 impl LpmRead for Maps {
     #[inline(always)]
     fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
-        ROOTS.get(root)?.direct.get(usize::from(slot)).map(W32::load)
+        record!(ROOTS[root]: Root, Roots)?.direct.get(usize::from(slot)).map(W32::load)
     }
 
     #[inline(always)]
     fn root_default(&self, root: u32) -> Option<u32> {
-        Some(ROOTS.get(root)?.default.load())
+        Some(record!(ROOTS[root]: Root, Roots)?.default.load())
     }
 
     #[inline(always)]
     fn line(&self, index: u32) -> Option<&Line> {
-        NODES.get(index)
+        record!(NODES[index]: Line, Nodes)
     }
 }
 
 impl Tables for Maps {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
-        Some(&CONFIG)
+        let config = constant!(sym CONFIG) as *const Config;
+        // SAFETY: this table is one such record.
+        unsafe {
+            core::hint::assert_unchecked(!config.is_null());
+            Some(&*config)
+        }
     }
 
     #[inline(always)]
     fn port(&self, slot: u32) -> Option<&Port> {
-        let slot = slot as usize;
-        // The verifier must see the bound on the very register that is added to the address; Linux 6.1 forgets it when
-        // the compiler compares one copy and uses another.
-        if slot < PORTS.len() { PORTS.get(opaque(slot) % PORTS.len()) } else { None }
+        let first = constant!(sym PORTS) as *const Port;
+        // SAFETY: this table has always so many records; the remainder says it to the verifier.
+        (slot < PORT_SLOTS).then(|| unsafe {
+            core::hint::assert_unchecked(!first.is_null());
+            &*first.add(opaque(slot as usize) % PORT_SLOTS as usize)
+        })
     }
 
     #[inline(always)]
     fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
-        VLANS.get(index)
+        record!(VLANS[index]: VlanTable, Vlans)
     }
 
     #[inline(always)]
     fn nexthop(&self, index: u32) -> Option<&Nexthop> {
-        NEXTHOPS.get(index)
+        record!(NEXTHOPS[index]: Nexthop, Nexthops)
     }
 
     #[inline(always)]
     fn group(&self, index: u32) -> Option<&Group> {
-        GROUPS.get(index)
+        record!(GROUPS[index]: Group, Groups)
     }
 
     #[inline(always)]
@@ -141,7 +169,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
-        STATS.get(cpu * PORT_SLOTS + slot)
+        record!(STATS[cpu * PORT_SLOTS + slot]: PortStats, Stats)
     }
 
     /// Names the receiver for the verdict XDP_REDIRECT that is to follow.
