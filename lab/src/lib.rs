@@ -24,6 +24,7 @@ mod leftovers;
 mod node;
 pub mod packet;
 mod process;
+mod routes;
 mod topology;
 mod towpath;
 
@@ -31,6 +32,7 @@ pub use frr::Frr;
 pub use node::Node;
 pub use packet::{Frame, PacketSocket};
 pub use process::Process;
+pub use routes::RouteSocket;
 pub use topology::Lab;
 pub use towpath::{Towpath, towpath_binary};
 

@@ -3,6 +3,7 @@
 use crate::leftovers::{self, NETNS};
 use crate::packet::PacketSocket;
 use crate::process::Process;
+use crate::routes::RouteSocket;
 use crate::wait_for;
 use anyhow::{Context, Result, bail};
 use std::ffi::{OsStr, OsString};
@@ -187,6 +188,11 @@ impl Node {
     pub fn packet_socket(&self, port: &str) -> Result<PacketSocket> {
         let index = self.ifindex(port)?;
         self.enter(|| PacketSocket::open(index))?.with_context(|| format!("on {port} of node {}", self.name()))
+    }
+
+    /// A socket that changes the node's routes.
+    pub fn route_socket(&self) -> Result<RouteSocket> {
+        self.enter(RouteSocket::open)?
     }
 
     /// Ends what runs in the namespace and removes it.
