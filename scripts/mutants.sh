@@ -16,7 +16,6 @@ checksum-kept      | crates/wire/src/ipv4.rs        | s/self\.checksum\.set\(\(s
 checksum-no-carry  | crates/wire/src/ipv4.rs        | s/u32::from\(sum >= 0xffff\)/0/
 checksum-ignored   | crates/pipeline/src/network.rs | s/!self\.checksum_ok\(\)/false/
 mtu-plus-one       | crates/pipeline/src/route.rs   | s/packet_len > hop\.mtu as usize/packet_len > hop.mtu as usize + 1/
-mtu-minus-one      | crates/pipeline/src/route.rs   | s/packet_len > hop\.mtu as usize/packet_len > hop.mtu as usize - 1/
 padding-kept       | crates/pipeline/src/rewrite.rs | s/if padding != 0 \&\&/if padding > 65535 \&\&/
 ihl-ignored        | crates/pipeline/src/network.rs | s/self\.version_ihl != Ipv4::PLAIN/self.version_ihl >> 4 != 4/
 version6-ignored   | crates/pipeline/src/network.rs | s/self\.version\(\) != 6/false/

@@ -11,7 +11,7 @@ mkdir -p $logs
 export TOWPATH_BIN=$PWD/target/release/towpath
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
-steps=(build fmt clippy unit loom miri lab vm)
+steps=(build fmt clippy unit loom miri lab vm instructions)
 step_build() { cargo build --release; }
 step_fmt() { cargo fmt --all --check && cargo fmt --manifest-path crates/xdp/Cargo.toml --check; }
 # The BPF crate by itself: linted together with the others, it would get their features. (In release, where a panic
@@ -25,9 +25,14 @@ step_loom() { scripts/loom.sh; }
 step_miri() { scripts/miri.sh; }
 step_lab() { cargo test -p towpath-lab --no-fail-fast -- --nocapture; }
 step_vm() { scripts/test-vm.sh; }
+# Instructions a packet, counted in the virtual machine: a regression bound that does not depend on the machine's speed.
+step_instructions() {
+    cargo build --release -q -p towpath -p towpath-bench &&
+        target/release/towpath-bench instructions --judge --report out/test/instructions.html
+}
 
 # Lines worth seeing while a step runs.
-course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|SKIP|Miri )|^error|panicked at'; }
+course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|SKIP|Miri |  .*(met|MISSED)$)|^error|panicked at'; }
 
 # Sums of passed and failed tests over a log's "test result" lines; nothing if there are none.
 totals() {

@@ -19,6 +19,9 @@ struct Arguments {
     /// Where the report goes; the figures go beside it as JSON
     #[arg(long, default_value = "out/bench.html")]
     report: PathBuf,
+    /// End with status 1 if an aim is missed
+    #[arg(long)]
+    judge: bool,
     /// What `instructions` starts inside the virtual machine
     #[arg(long, hide = true)]
     inside: bool,
@@ -68,5 +71,7 @@ fn main() -> Result<()> {
     let figures = serde_json::json!({ "goals": findings.goals, "figures": findings.figures });
     std::fs::write(arguments.report.with_extension("json"), serde_json::to_string_pretty(&figures)?)?;
     println!("report: {}", arguments.report.display());
+    let missed = findings.goals.iter().filter(|goal| !goal.met).count();
+    anyhow::ensure!(!arguments.judge || missed == 0, "{missed} aims missed");
     Ok(())
 }

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use aya::programs::ProgramFd;
 use std::fs;
 use std::io::Write;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use towpath_lab::{Lab, Node, PacketSocket, Process};
@@ -83,7 +83,7 @@ pub struct Entry {
 /// Windows tried before giving up.
 const TRIES: usize = 20;
 /// Gateways' MAC addresses but for the last byte, which is the gateway's number; the sink takes all.
-const GATEWAY_MAC: &str = "02:00:00:00:02";
+pub const GATEWAY_MAC: &str = "02:00:00:00:02";
 const PORT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
 /// Gateways on the sink's side.
 pub const GATEWAYS: usize = 4;
@@ -158,10 +158,27 @@ impl Arrangement {
         self.entries.iter_mut().try_for_each(|entry| entry.set_destinations(destinations, stamped))
     }
 
+    /// What every source sends from now on: this IPv4 packet, in a frame of this VLAN.
+    pub fn set_tagged(&mut self, destination: Ipv4Addr, vlan: u16) -> Result<()> {
+        let template = source::template(PORT_MAC, "198.51.100.2".parse()?);
+        let frame = source::tagged(&template, destination, vlan);
+        self.entries.iter_mut().try_for_each(|entry| {
+            entry.length = frame.len();
+            entry.object.set_source(&frame, 0, false, &[[0; 2]])
+        })
+    }
+
     /// Waits until Towpath, if it takes part, has these routes (it is asked for the last of them).
     pub fn wait_in_sync(&self, routes: &[(IpAddr, u8)]) -> Result<()> {
-        let port = self.entries.iter().find(|entry| entry.contender == Contender::Towpath).map(|entry| &entry.port);
-        let (Some(port), Some((prefix, _))) = (port, routes.last()) else { return Ok(()) };
+        match self.entries.iter().find(|entry| entry.contender == Contender::Towpath) {
+            Some(entry) => self.wait_for_route(routes, &entry.port),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for packets that enter by the port or VLAN sub-interface of this name.
+    pub fn wait_for_route(&self, routes: &[(IpAddr, u8)], port: &str) -> Result<()> {
+        let Some((prefix, _)) = routes.last() else { return Ok(()) };
         let source = if prefix.is_ipv6() { "2001:db8:fffe::2" } else { "198.51.100.2" };
         let (binary, prefix) = (towpath_binary()?, prefix.to_string());
         towpath_lab::wait_for(Duration::from_secs(60), "Towpath to have the routes", || {
@@ -173,13 +190,19 @@ impl Arrangement {
 
     /// Fails unless Towpath, if it takes part, forwarded what it was sent (by its own counters).
     pub fn assert_fast_path(&self) -> Result<()> {
+        self.assert_fast_path_by(None)
+    }
+
+    /// The same where packets enter by a VLAN sub-interface.
+    pub fn assert_fast_path_by(&self, vlan: Option<&str>) -> Result<()> {
         let Some(entry) = self.entries.iter().find(|entry| entry.contender == Contender::Towpath) else {
             return Ok(());
         };
         let text = self.router.run([&towpath_binary()?, "show", "stats", "--json"])?;
         let stats: serde_json::Value = serde_json::from_str(&text)?;
         let ports = stats["ports"].as_array().context("show stats has no ports")?;
-        let port = ports.iter().find(|port| port["port"] == entry.port.as_str()).context("the port is not shown")?;
+        let port =
+            ports.iter().find(|port| port["port"] == vlan.unwrap_or(&entry.port)).context("the port is not shown")?;
         let (fast, taken) = (port["rx_packets"].as_u64().unwrap_or(0), entry.taken(&self.router)?);
         if fast * 100 < taken * 99 {
             bail!("Towpath forwarded only {fast} of {taken} packets");

@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result};
 use aya::programs::ProgramFd;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Frames are this long, without FCS.
@@ -76,6 +76,22 @@ fn checksum(bytes: &[u8]) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     !(sum as u16)
+}
+
+/// The IPv4 frame to a destination behind a tag (802.1Q) for this VLAN.
+pub fn tagged(template: &[u8; 64], destination: Ipv4Addr, vlan: u16) -> [u8; 64] {
+    let [word, _] = variation(template, destination.into());
+    let bytes = word.to_ne_bytes();
+    let mut plain = *template;
+    plain[30..34].copy_from_slice(&bytes[..4]);
+    plain[24..26].copy_from_slice(&bytes[4..6]);
+    plain[40..42].copy_from_slice(&bytes[6..8]);
+    let mut frame = [0; 64];
+    frame[..12].copy_from_slice(&plain[..12]);
+    frame[12..14].copy_from_slice(&[0x81, 0x00]);
+    frame[14..16].copy_from_slice(&vlan.to_be_bytes());
+    frame[16..].copy_from_slice(&plain[12..FRAME]);
+    frame
 }
 
 /// Sends `packets` frames by running the source program that often; returns when all were handed to the device.

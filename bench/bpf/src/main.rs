@@ -20,7 +20,7 @@ pub struct Source {
     pub template: [u32; 16],
     /// Number of variations less one (a power of two less one)
     pub mask: u32,
-    /// 4 or 6, plus `STAMPED`
+    /// 4 or 6, plus `STAMPED`; 0: the template is all there is to the frame
     pub family: u32,
     /// Packets sent
     pub sent: u64,
@@ -60,7 +60,12 @@ pub fn source(ctx: XdpContext) -> u32 {
         let Some(variation) = VARIATIONS.get_ptr((*source).sent as u32 & (*source).mask) else {
             return xdp_action::XDP_ABORTED;
         };
-        if (*source).family & 0xff == 4 {
+        if (*source).family == 0 {
+            if frame.add(64) as usize > ctx.data_end() {
+                return xdp_action::XDP_ABORTED;
+            }
+            words.add(15).write_unaligned((*source).template[15]);
+        } else if (*source).family & 0xff == 4 {
             (frame.add(30) as *mut u32).write_unaligned((*variation).0[0] as u32);
             (frame.add(24) as *mut u16).write_unaligned(((*variation).0[0] >> 32) as u16);
             (frame.add(40) as *mut u16).write_unaligned(((*variation).0[0] >> 48) as u16);
