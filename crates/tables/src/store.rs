@@ -74,6 +74,9 @@ pub enum Piece {
 
 /// Pieces in limbo beyond which waiting for a grace period is cheaper than growing.
 const LIMBO_LIMIT: usize = 1024;
+/// Pieces in limbo beyond which they are made free though there is room. A grace period takes milliseconds, and a hundred
+/// thousand changes a second leave as many pieces: fewer, and the writer would do nothing but wait.
+const LIMBO_MOST: usize = 1 << 15;
 
 /// The tables' memory and what is free in it.
 pub struct Store<M, G> {
@@ -203,7 +206,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Waits for a grace period if so much is in limbo that it is worth while.
     pub(crate) fn tidy(&mut self) {
-        if self.limbo.len() >= LIMBO_LIMIT {
+        if self.limbo.len() >= LIMBO_MOST {
             self.reclaim();
         }
     }
