@@ -32,7 +32,7 @@ mac-kept           | crates/pipeline/src/rewrite.rs | s/^( *)\*frame\.get_mut::<
 redirect-missed    | crates/pipeline/src/route.rs   | s/hop\.port == entry\.slot \&\&/false \&\&/
 strict-as-loose    | crates/pipeline/src/source.rs  | s/Way::Unicast\(port\) if !strict \|\| port == entry\.slot/Way::Unicast(_)/
 loose-ignored      | crates/pipeline/src/source.rs  | s/Kind::None if filtered => Err\(Reason::RpFilter\),//
-short-length       | crates/pipeline/src/network.rs | s/if len < size_of::<Self>\(\)/if false/
+total-length       | crates/pipeline/src/network.rs | s/if len > available \{/if len > available + 9 {/
 vlan-id-ignored    | crates/pipeline/src/ingress.rs | s/filter\(\|_\| id != 0\)/filter(|_| true)/; s/port\.vlan\.load\(\) != .*\{/false {/ | vlan
 tag-kept           | crates/pipeline/src/rewrite.rs | s/parsed\.offset as i32 - size_of::<L>\(\) as i32/0/ | vlan
 END

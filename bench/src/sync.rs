@@ -93,7 +93,9 @@ pub fn changes(findings: &mut Findings, report: &mut Report) -> Result<()> {
     println!("effect of route changes, 1,000 a second");
     let (linux, rate) = effect(Contender::Linux)?;
     let (towpath, _) = effect(Contender::Towpath)?;
-    println!("  Linux {linux:?}\n  Towpath {towpath:?}");
+    for (who, found) in [("Linux", &linux), ("Towpath", &towpath)] {
+        println!("  {who}: median {:.2} ms, 10th percentile {:.2}, 90th {:.2}", found.median, found.floor, found.high);
+    }
     findings.goal(
         "route change: Towpath after Linux, ms in the median",
         towpath.median - linux.median,
