@@ -70,7 +70,7 @@ run_step() {
     ok=${ok:-0} bad=${bad:-0}
     if [ "$bad" != 0 ]; then
         broken+=("$step")
-        grep -E -A 12 '^test .* FAILED|panicked at|^error' "$log" | tail -n 80
+        grep -E -A 12 '^Error: |^test .* FAILED|panicked at|^error' "$log" | tail -n 120
     fi
     passed=$((passed + ok)) failed=$((failed + bad))
     echo "== $step: $ok passed, $bad failed, $((SECONDS - started)) s ($log)"

@@ -1,7 +1,7 @@
 //! Two routers side by side: the same frames into both, and what comes out compared.
 
 use crate::generate::{Case, Generator, depends_on_time, marker_batch, markers};
-use crate::normalise::{Outputs, Redirected, normalise, sorted};
+use crate::normalise::{Limited, Outputs, normalise, sorted};
 use crate::random::Random;
 use crate::router::{PORTS, Profile, Router};
 use anyhow::{Result, bail};
@@ -21,7 +21,7 @@ const GRACE: Duration = Duration::from_millis(200);
 /// Two routers of equal configuration.
 pub struct Pair {
     pub routers: [Router; 2],
-    redirected: [Redirected; 2],
+    limited: [Limited; 2],
     batch: u32,
     /// Forwarded frames that nothing but routes decided over (each a fast path's own), by the first router.
     pub plain_forwarded: u64,
@@ -42,7 +42,7 @@ impl Pair {
         for router in &routers {
             router.settle()?;
         }
-        Ok(Pair { routers, redirected: Default::default(), batch: 0, plain_forwarded: 0, received: 0, _lab: lab })
+        Ok(Pair { routers, limited: Default::default(), batch: 0, plain_forwarded: 0, received: 0, _lab: lab })
     }
 
     /// Sends `count` frames from `seed`, and stops at the first difference.
@@ -70,17 +70,17 @@ impl Pair {
         self.collect_markers(&mut raw)?;
         let deadline = Instant::now() + grace;
         loop {
-            let mut redirected = self.redirected.clone();
-            let normal = [normalise(&raw[0], &mut redirected[0]), normalise(&raw[1], &mut redirected[1])];
+            let mut limited = self.limited.clone();
+            let normal = [normalise(&raw[0], &mut limited[0]), normalise(&raw[1], &mut limited[1])];
             let outputs = if ordered { normal } else { normal.map(sorted) };
             if outputs[0] == outputs[1] {
-                self.redirected = redirected;
+                self.limited = limited;
                 self.received += outputs[0].iter().map(|frames| frames.len() as u64).sum::<u64>();
                 self.plain_forwarded += forwarded_plainly(cases, &outputs[0]);
                 return Ok(None);
             }
             if Instant::now() >= deadline {
-                self.redirected = redirected;
+                self.limited = limited;
                 return Ok(Some(Difference { cases: cases.to_vec(), outputs }));
             }
             std::thread::sleep(Duration::from_millis(1));

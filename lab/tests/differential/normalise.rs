@@ -9,16 +9,32 @@ use towpath_lab::packet::checksum;
 /// What came out of each port.
 pub type Outputs = [Vec<Frame>; PORTS];
 
-/// Destinations to which a router has sent a redirect. Linux sends the first one always and further ones at
-/// intervals, so only the first can be compared.
-pub type Redirected = HashSet<Vec<u8>>;
+/// To whom a router has sent what Linux sends at a limited rate: the first is always sent, further ones depend on the
+/// time, so only the first can be compared.
+#[derive(Clone, Default)]
+pub struct Limited {
+    /// whom (IPv4) or what destination (IPv6) Linux counts redirects for
+    redirected: HashSet<Vec<u8>>,
+    /// who was told of an IPv4 route that forbids (ip_error() in net/ipv4/route.c; its rate is not a namespace's own)
+    refused: HashSet<Vec<u8>>,
+}
+
+impl Limited {
+    /// Whether this frame can be compared: it is not limited, or it is the first of its kind.
+    fn compares(&mut self, bytes: &[u8]) -> bool {
+        if let Some(target) = redirect_target(bytes) {
+            return self.redirected.insert(target);
+        }
+        // A redirect spends what a later refusal to the same host would need, but not the other way round.
+        refused(bytes).is_none_or(|host| !self.redirected.contains(&host) && self.refused.insert(host))
+    }
+}
 
 /// Outputs without markers and without what depends on the time.
-pub fn normalise(raw: &Outputs, redirected: &mut Redirected) -> Outputs {
+pub fn normalise(raw: &Outputs, limited: &mut Limited) -> Outputs {
     std::array::from_fn(|port| {
         let frames = raw[port].iter().filter(|f| marker_batch(&f.bytes).is_none() && !unprompted(&f.bytes));
-        let frames = frames.filter(|f| redirect_target(&f.bytes).is_none_or(|target| redirected.insert(target)));
-        frames.cloned().map(without_identification).collect()
+        frames.filter(|f| limited.compares(&f.bytes)).cloned().map(without_identification).collect()
     })
 }
 
@@ -41,26 +57,51 @@ fn unprompted(bytes: &[u8]) -> bool {
 
 /// For a redirect, whom (IPv4) or what destination (IPv6) Linux counts it for.
 fn redirect_target(bytes: &[u8]) -> Option<Vec<u8>> {
-    match bytes.get(12..14)? {
-        [8, 0] if bytes.get(23) == Some(&1) && bytes.get(34) == Some(&5) && is_router_v4(bytes.get(26..30)?) => {
-            Some(bytes[30..34].to_vec())
-        }
-        [0x86, 0xdd] if bytes.get(20) == Some(&58) && bytes.get(54) == Some(&137) => Some(bytes.get(78..94)?.to_vec()),
-        _ => None,
+    if bytes.get(12..14)? == [0x86, 0xdd] {
+        let redirect = bytes.get(20) == Some(&58) && bytes.get(54) == Some(&137);
+        return redirect.then(|| bytes.get(78..94).map(<[u8]>::to_vec))?;
     }
+    let (host, message) = icmp_error(bytes)?;
+    (message[0] == 5).then_some(host)
+}
+
+/// For the news that a route forbids (net or host unreachable, prohibited), to whom it goes.
+fn refused(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (host, message) = icmp_error(bytes)?;
+    matches!(message, [3, 0 | 1 | 13]).then_some(host)
+}
+
+/// Of an IPv4 ICMP message from the router: to whom, and its type and code.
+fn icmp_error(bytes: &[u8]) -> Option<(Vec<u8>, [u8; 2])> {
+    let packet = from_router(bytes)?;
+    let message = packet.get(header_length(packet)..)?;
+    (packet[9] == 1).then(|| Some((packet[16..20].to_vec(), message.get(..2)?.try_into().ok()?)))?
+}
+
+/// The IPv4 packet in this frame, if its source is the router.
+fn from_router(bytes: &[u8]) -> Option<&[u8]> {
+    let packet = bytes.get(start_of_ipv4(bytes)?..)?;
+    is_router_v4(packet.get(12..16)?).then_some(packet).filter(|packet| packet.len() >= 20)
+}
+
+fn start_of_ipv4(bytes: &[u8]) -> Option<usize> {
+    let at = if bytes.get(12..14)? == [0x81, 0] { 18 } else { 14 };
+    (bytes.get(at - 2..at)? == [8, 0]).then_some(at)
+}
+
+fn header_length(packet: &[u8]) -> usize {
+    usize::from(packet[0] & 15) * 4
 }
 
 /// The router's own IPv4 packets carry identifications from a counter that runs with the time; and the header's
 /// checksum with them, which must be right nevertheless.
 fn without_identification(mut frame: Frame) -> Frame {
-    let bytes = &mut frame.bytes;
-    let at = if bytes.get(12..14) == Some(&[0x81, 0]) { 18 } else { 14 };
-    if bytes.get(at - 2..at) == Some(&[8, 0]) && bytes.len() >= at + 20 {
-        let header = at + usize::from(bytes[at] & 15) * 4;
-        if is_router_v4(&bytes[at + 12..at + 16]) && header <= bytes.len() && checksum(&bytes[at..header]) == 0 {
-            bytes[at + 4..at + 6].fill(0);
-            bytes[at + 10..at + 12].fill(0);
-        }
+    let own = from_router(&frame.bytes).and_then(|packet| packet.get(..header_length(packet)));
+    if own.is_some_and(|header| checksum(header) == 0)
+        && let Some(at) = start_of_ipv4(&frame.bytes)
+    {
+        frame.bytes[at + 4..at + 6].fill(0);
+        frame.bytes[at + 10..at + 12].fill(0);
     }
     frame
 }
