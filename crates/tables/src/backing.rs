@@ -37,7 +37,7 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::Ports, PORTS)
         .with(TableId::Vlans, 16)
         .with(TableId::Roots, 2)
-        .with(TableId::Nodes, 1024)
+        .with(TableId::Nodes, 1 << 14)
         .with(TableId::Nexthops, 1024)
         .with(TableId::NexthopKeys, 1024)
         .with(TableId::Groups, 64)
