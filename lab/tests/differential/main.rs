@@ -11,8 +11,11 @@ mod router;
 
 use anyhow::{Context, Result, bail};
 use compare::Pair;
-use router::{PORTS, Profile};
-use towpath_lab::{Lab, Towpath, supported};
+use normalise::{is_redirect, without_identification};
+use router::{HOST_MACS, PORTS, Profile, ROUTER_MACS, Router};
+use std::time::{Duration, Instant};
+use towpath_lab::packet::udp;
+use towpath_lab::{Frame, Lab, Towpath, supported};
 
 const PLAIN: Profile = Profile { name: "plain", rp_filter: [0; PORTS], send_redirects: true, vlans: false };
 const FILTERED: Profile = Profile { name: "filtered", rp_filter: [1, 2, 1], send_redirects: false, vlans: false };
@@ -81,6 +84,38 @@ fn towpath_agrees_with_linux_about_reverse_paths() -> Result<()> {
 #[test]
 fn towpath_agrees_with_linux_about_vlans() -> Result<()> {
     if vlans_supported() { towpath_agrees(&TAGGED, &["eth0", "eth1", "eth2"]) } else { Ok(()) }
+}
+
+/// Redirects of IPv6, which nowhere else are compared (see `normalise`), and those of IPv4.
+#[test]
+fn towpath_agrees_with_linux_about_redirects() -> Result<()> {
+    let pair = Pair::new("diff-redirects", ["linux", "towpath"], &PLAIN)?;
+    let towpath = Towpath::up(&pair.routers[1].node, &["eth0", "eth1", "eth2"])?;
+    for (source, destination) in [("198.51.100.10", "198.18.0.7"), ("2001:db8::10", "2001:db8:1::10")] {
+        let frame = udp((HOST_MACS[1], ROUTER_MACS[1]), (source.parse()?, destination.parse()?), (7, 9), b"elsewhere");
+        let linux = first_redirect(&pair.routers[0], 1, &frame)?;
+        assert_eq!(first_redirect(&pair.routers[1], 1, &frame)?, linux, "to {source}");
+    }
+    let exceptions = towpath.json(&["show", "exceptions"])?;
+    let exceptions = exceptions["exceptions"].as_array().context("no list of exceptions")?;
+    let seen: Vec<_> = exceptions.iter().filter(|e| e["packets"] != 0).map(|e| (&e["reason"], &e["packets"])).collect();
+    assert_eq!(format!("{seen:?}"), "[(String(\"redirect\"), Number(2))]");
+    Ok(())
+}
+
+/// Sends one frame; the redirect that it causes.
+fn first_redirect(router: &Router, port: usize, frame: &[u8]) -> Result<Frame> {
+    router.send(port, &[frame])?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < deadline {
+        let mut outputs = Default::default();
+        router.collect(&mut outputs)?;
+        if let Some(redirect) = outputs.into_iter().flatten().find(|f| is_redirect(&f.bytes)) {
+            return Ok(without_identification(redirect));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bail!("{} sends no redirect", router.name)
 }
 
 fn vlans_supported() -> bool {

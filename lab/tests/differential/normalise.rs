@@ -13,7 +13,6 @@ pub type Outputs = [Vec<Frame>; PORTS];
 /// time, so only the first can be compared.
 #[derive(Clone, Default)]
 pub struct Limited {
-    /// whom (IPv4) or what destination (IPv6) Linux counts redirects for
     redirected: HashSet<Vec<u8>>,
     /// who was told of an IPv4 route that forbids (ip_error() in net/ipv4/route.c; its rate is not a namespace's own)
     refused: HashSet<Vec<u8>>,
@@ -22,8 +21,8 @@ pub struct Limited {
 impl Limited {
     /// Whether this frame can be compared: it is not limited, or it is the first of its kind.
     fn compares(&mut self, bytes: &[u8]) -> bool {
-        if let Some(target) = redirect_target(bytes) {
-            return self.redirected.insert(target);
+        if let Some(host) = redirected(bytes) {
+            return self.redirected.insert(host);
         }
         // A redirect spends what a later refusal to the same host would need, but not the other way round.
         refused(bytes).is_none_or(|host| !self.redirected.contains(&host) && self.refused.insert(host))
@@ -45,24 +44,29 @@ pub fn sorted(mut outputs: Outputs) -> Outputs {
 }
 
 /// What a router says of itself when it likes: ARP, and multicast of the link's scope from its own address (MLD,
-/// neighbour and router discovery).
+/// neighbour and router discovery); and redirects of IPv6, which are counted before Linux knows whether it may send
+/// them, so that not even the first is certain.
 fn unprompted(bytes: &[u8]) -> bool {
     let own = |source: &[u8]| source[..2] == [0xfe, 0x80] || source.iter().all(|b| *b == 0);
     match bytes.get(12..14) {
         Some([8, 6]) => true,
-        Some([0x86, 0xdd]) => bytes.len() >= 54 && bytes[38..40] == [0xff, 2] && own(&bytes[22..38]),
+        Some([0x86, 0xdd]) if bytes.len() >= 55 && own(&bytes[22..38]) => {
+            bytes[38..40] == [0xff, 2] || is_redirect(bytes)
+        }
         _ => false,
     }
 }
 
-/// For a redirect, whom (IPv4) or what destination (IPv6) Linux counts it for.
-fn redirect_target(bytes: &[u8]) -> Option<Vec<u8>> {
-    if bytes.get(12..14)? == [0x86, 0xdd] {
-        let redirect = bytes.get(20) == Some(&58) && bytes.get(54) == Some(&137);
-        return redirect.then(|| bytes.get(78..94).map(<[u8]>::to_vec))?;
-    }
-    let (host, message) = icmp_error(bytes)?;
-    (message[0] == 5).then_some(host)
+/// A redirect, of either family.
+pub fn is_redirect(bytes: &[u8]) -> bool {
+    redirected(bytes).is_some()
+        || bytes.get(12..14) == Some(&[0x86, 0xdd]) && bytes.get(20) == Some(&58) && bytes.get(54) == Some(&137)
+}
+
+/// For a redirect of IPv4, to whom it goes.
+fn redirected(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (host, [kind, _]) = icmp_error(bytes)?;
+    (kind == 5).then_some(host)
 }
 
 /// For the news that a route forbids (net or host unreachable, prohibited), to whom it goes.
@@ -95,7 +99,7 @@ fn header_length(packet: &[u8]) -> usize {
 
 /// The router's own IPv4 packets carry identifications from a counter that runs with the time; and the header's
 /// checksum with them, which must be right nevertheless.
-fn without_identification(mut frame: Frame) -> Frame {
+pub fn without_identification(mut frame: Frame) -> Frame {
     let own = from_router(&frame.bytes).and_then(|packet| packet.get(..header_length(packet)));
     if own.is_some_and(|header| checksum(header) == 0)
         && let Some(at) = start_of_ipv4(&frame.bytes)
