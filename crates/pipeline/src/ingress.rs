@@ -10,6 +10,7 @@ use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 
 /// The port that a frame entered by.
+#[derive(Clone, Copy)]
 pub struct Entry<'t> {
     /// Its slot
     pub slot: u32,

@@ -5,17 +5,22 @@
 //! every exception is counted on the port that the packet entered by (the VLAN sub-interface, once the tags named
 //! one). A packet of a port that is in no slot is left alone and counted nowhere.
 //!
-//! Three stages, for engines that run each over a batch: [`parse`] (ports, tags, headers), [`route`] (sources,
-//! look-up, next hop) and [`rewrite`]; [`process`] runs them one after another.
+//! Three stages: [`parse`] (ports, tags, headers), [`route`] (sources, look-up, next hop) and [`rewrite`]; [`process`] runs
+//! them one after another. Engines that run each over a batch [`prefetch`] between the first and the others
+//! ([`finish`]).
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+pub mod cache;
 mod hash;
 mod ingress;
+#[cfg(any(test, feature = "std"))]
+pub mod mapped;
 mod network;
 mod partial;
 mod rewrite;
 mod route;
 pub mod slices;
+mod slot_set;
 mod source;
 mod stats;
 
@@ -26,7 +31,8 @@ pub mod packet;
 
 pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
-pub use route::{Hop, route};
+pub use route::{Hop, prefetch, route};
+pub use slot_set::SlotSet;
 pub use stats::{count_exception, count_forward};
 
 use towpath_tables::Reason;
@@ -99,9 +105,16 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 #[inline(always)]
 fn forward<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
     let parsed = parse(frame, tables, entry)?;
-    let hop = route(frame, tables, entry, &parsed)?;
-    rewrite(frame, &parsed, &hop)?;
+    finish(frame, tables, entry, &parsed)
+}
+
+/// The second and the last stage of a frame that is to be counted if it is forwarded: the slot of the interface that
+/// transmits it.
+#[inline(always)]
+pub fn finish<F: Frame, T: Tables>(frame: &mut F, tables: &T, entry: &Entry, parsed: &Parsed) -> Result<u32, Reason> {
+    let hop = route(frame, tables, entry, parsed)?;
+    rewrite(frame, parsed, &hop)?;
     hop.mark_hit();
-    count_forward(tables, entry.slot, &parsed, &hop);
+    count_forward(tables, entry.slot, parsed, &hop);
     Ok(hop.device)
 }

@@ -40,6 +40,8 @@ pub trait Network: View {
     fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason>;
     /// The route to the destination
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal>;
+    /// Asks for the memory that `lookup` reads after `reads` others.
+    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32);
     /// Whether Linux may send a redirect for a packet that leaves by the port that it entered by
     fn redirects(flags: u32) -> bool;
     /// Time to live or hop limit
@@ -116,6 +118,11 @@ impl Network for Ipv4 {
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(tables, root, &self.destination)
+    }
+
+    #[inline(always)]
+    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32) {
+        lpm::prefetch(tables, root, &self.destination, reads);
     }
 
     #[inline(always)]
@@ -233,6 +240,11 @@ impl Network for Ipv6 {
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(tables, root, &self.destination)
+    }
+
+    #[inline(always)]
+    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32) {
+        lpm::prefetch(tables, root, &self.destination, reads);
     }
 
     /// ip6_forward asks no sysctl.

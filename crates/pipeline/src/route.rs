@@ -63,6 +63,23 @@ impl<'t> Hop<'t> {
     }
 }
 
+/// Asks for the memory that `route` will read after `reads` other places of the route table; for batches, in which every
+/// packet's memory comes while the others are worked on.
+#[inline(always)]
+pub fn prefetch<F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed, reads: u32) {
+    match parsed.family {
+        Family::V4 => prefetch_packet::<Ipv4, F, T>(frame, tables, entry, parsed, reads),
+        Family::V6 => prefetch_packet::<Ipv6, F, T>(frame, tables, entry, parsed, reads),
+    }
+}
+
+#[inline(always)]
+fn prefetch_packet<N: Network, F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed, reads: u32) {
+    if let Some(header) = frame.get::<N>(parsed.offset) {
+        header.prefetch(tables, entry.port.root[N::FAMILY as usize].load(), reads);
+    }
+}
+
 /// Finds the next hop and checks that Linux would forward the packet there without a word.
 #[inline(always)]
 pub fn route<'t, F: Frame, T: Tables>(

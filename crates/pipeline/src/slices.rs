@@ -1,6 +1,7 @@
-//! The tables as slices of records: mapped memory, or vectors in tests.
+//! The tables as slices of records that nobody writes but by words: vectors in tests.
 
-use crate::Tables;
+use crate::cache::prefetch;
+use crate::{SlotSet, Tables};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, VlanTable, port_flags};
@@ -26,43 +27,69 @@ pub struct Slices<'t> {
     pub stats: &'t [PortStats],
     /// Whose counters to write
     pub cpu: u32,
+    /// Interfaces to which this reader can hand frames
+    pub transmitters: SlotSet,
 }
 
 impl LpmRead for Slices<'_> {
+    #[inline(always)]
     fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
         self.roots.get(root as usize)?.direct.get(usize::from(slot)).map(order::load)
     }
+    #[inline(always)]
     fn root_default(&self, root: u32) -> Option<u32> {
         self.roots.get(root as usize).map(|root| order::load(&root.default))
     }
+    #[inline(always)]
     fn line(&self, index: u32) -> Option<&Line> {
         self.nodes.get(index as usize)
+    }
+    #[inline(always)]
+    fn prefetch_root_word(&self, root: u32, slot: u16) {
+        if let Some(root) = self.roots.get(root as usize) {
+            prefetch(&root.direct[usize::from(slot)]);
+        }
+    }
+    #[inline(always)]
+    fn prefetch_line(&self, index: u32) {
+        if let Some(line) = self.nodes.get(index as usize) {
+            prefetch(line);
+        }
     }
 }
 
 impl Tables for Slices<'_> {
+    #[inline(always)]
     fn config(&self) -> Option<&Config> {
         Some(self.config)
     }
+    #[inline(always)]
     fn port(&self, slot: u32) -> Option<&Port> {
         self.ports.get(slot as usize)
     }
+    #[inline(always)]
     fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
         self.vlans.get(index as usize)
     }
+    #[inline(always)]
     fn nexthop(&self, index: u32) -> Option<&Nexthop> {
         self.nexthops.get(index as usize)
     }
+    #[inline(always)]
     fn group(&self, index: u32) -> Option<&Group> {
         self.groups.get(index as usize)
     }
+    #[inline(always)]
     fn cpu(&self) -> u32 {
         self.cpu
     }
+    #[inline(always)]
     fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
         self.stats.get(cpu as usize * PORT_SLOTS as usize + slot as usize)
     }
+    #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {
-        self.port(slot).is_some_and(|port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0)
+        self.transmitters.contains(slot)
+            && self.port(slot).is_some_and(|port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0)
     }
 }

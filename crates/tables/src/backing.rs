@@ -114,6 +114,7 @@ unsafe impl Sync for View<'_> {}
 macro_rules! slices {
     ($($(#[$doc:meta])* $name:ident: $record:ty = $table:ident;)*) => { $(
         $(#[$doc])*
+        #[inline(always)]
         pub fn $name(&self) -> &'a [$record] {
             let raw = &self.tables[TableId::$table as usize];
             // SAFETY: `new` was promised records of this type, which consist of atomic words, for the lifetime 'a.
@@ -137,6 +138,7 @@ impl<'a> View<'a> {
     }
 
     /// The region's configuration.
+    #[inline(always)]
     pub fn config(&self) -> &'a Config {
         // SAFETY: `new` was promised one.
         unsafe { self.tables[TableId::Config as usize].base.cast().as_ref() }
@@ -159,6 +161,7 @@ impl<'a> View<'a> {
         stats: PortStats = Stats;
     }
 
+    #[inline(always)]
     fn lines_ptr(&self, index: u32, count: usize) -> Option<NonNull<Line>> {
         let raw = &self.tables[TableId::Nodes as usize];
         // SAFETY: the index was compared with the number of lines there are.

@@ -1,6 +1,8 @@
 //! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
 //! cannot panic and walks at most one node per address byte after the second, or one wide node per two.
 
+use core::cell::Cell;
+
 use crate::record::{LINE_WORDS, Line, NODE_HEAD, Node, WIDE_HEAD, Wide};
 
 const NODE: u32 = 1 << 31;
@@ -114,6 +116,12 @@ pub trait LpmRead {
     fn root_default(&self, root: u32) -> Option<u32>;
     /// A line of a node
     fn line(&self, index: u32) -> Option<&Line>;
+    /// Asks for the memory that `root_word` will read, where that can be done.
+    #[inline(always)]
+    fn prefetch_root_word(&self, _root: u32, _slot: u16) {}
+    /// Asks for the memory of a line, where that can be done.
+    #[inline(always)]
+    fn prefetch_line(&self, _index: u32) {}
 }
 
 /// The leaf for an address (network byte order; 4 or 16 bytes), or `Word::NONE` if there is no route.
@@ -136,6 +144,51 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
         Kind::Node(_) => Err(Internal),
         Kind::None => mem.root_default(root).map(Word).ok_or(Internal),
         _ => Ok(word),
+    }
+}
+
+/// Asks for the memory that the look-up of this address reads after `reads` others, which are best in the cache by now;
+/// nothing if it reads no more than that. For engines that look several addresses up at once, all a step each in turn.
+#[inline(always)]
+pub fn prefetch<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES], reads: u32) {
+    // Where the look-up ends is no matter here.
+    let _ = lookup(&Ahead { mem, reads: Cell::new(reads) }, root, addr);
+}
+
+/// Memory in which the look-up gets only so far; what it would read next is asked for.
+struct Ahead<'m, M> {
+    mem: &'m M,
+    reads: Cell<u32>,
+}
+
+impl<M: LpmRead> Ahead<'_, M> {
+    #[inline(always)]
+    fn read<T>(&self, read: impl FnOnce() -> Option<T>, prefetch: impl FnOnce()) -> Option<T> {
+        match self.reads.get() {
+            0 => {
+                prefetch();
+                None
+            }
+            reads => {
+                self.reads.set(reads - 1);
+                read()
+            }
+        }
+    }
+}
+
+impl<M: LpmRead> LpmRead for Ahead<'_, M> {
+    #[inline(always)]
+    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+        self.read(|| self.mem.root_word(root, slot), || self.mem.prefetch_root_word(root, slot))
+    }
+    #[inline(always)]
+    fn root_default(&self, _root: u32) -> Option<u32> {
+        None
+    }
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.read(|| self.mem.line(index), || self.mem.prefetch_line(index))
     }
 }
 
@@ -264,6 +317,47 @@ mod tests {
                 assert_eq!(wide_step(&mem, 1, value), Some(Word(100 + rank)), "{value} among {ends:?}");
             }
             assert_eq!(mem.0[1].as_wide().ends().collect::<Vec<_>>(), ends);
+        }
+    }
+
+    /// Notes what is read of a fixture, and what is asked for.
+    struct Log(Fixture, std::cell::RefCell<Vec<(&'static str, u32)>>);
+
+    impl LpmRead for Log {
+        fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+            self.1.borrow_mut().push(("read slot", slot.into()));
+            self.0.root_word(root, slot)
+        }
+        fn root_default(&self, root: u32) -> Option<u32> {
+            self.0.root_default(root)
+        }
+        fn line(&self, index: u32) -> Option<&Line> {
+            self.1.borrow_mut().push(("read line", index));
+            self.0.line(index)
+        }
+        fn prefetch_root_word(&self, _: u32, slot: u16) {
+            self.1.borrow_mut().push(("ask for slot", slot.into()));
+        }
+        fn prefetch_line(&self, index: u32) {
+            self.1.borrow_mut().push(("ask for line", index));
+        }
+    }
+
+    #[test]
+    fn prefetching_asks_for_what_the_look_up_reads_next() {
+        for address in [[11, 0, 0, 1], [10, 0, 1, 1], [10, 0, 2, 64], [10, 0, 2, 255]] {
+            let log = Log(fixture(), Default::default());
+            lookup(&log, 0, &address).unwrap();
+            let all = log.1.take();
+            for reads in 0..=all.len() {
+                prefetch(&log, 0, &address, reads as u32);
+                let asked = all.get(reads).map(|(what, place)| (what.strip_prefix("read").unwrap(), *place));
+                let got = log.1.take();
+                assert_eq!(got[..reads], all[..reads], "{address:?}, after {reads}");
+                let got: Vec<_> =
+                    got[reads..].iter().map(|(what, place)| (what.strip_prefix("ask for").unwrap(), *place)).collect();
+                assert_eq!(got, Vec::from_iter(asked), "{address:?}, after {reads}");
+            }
         }
     }
 

@@ -6,13 +6,14 @@ use crate::frame::{Link, build};
 use crate::report::{Explanation, Step, Verdict};
 use std::net::IpAddr;
 use towpath_fpc::{Policy, Scope};
+use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
-use towpath_pipeline::{Entry, Parsed, Tables, parse, rewrite, route};
+use towpath_pipeline::{Entry, Parsed, SlotSet, parse, rewrite, route};
 use towpath_tables::Reason;
 use towpath_tables::backing::View;
-use towpath_tables::lpm::{self, Kind, LpmRead};
+use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::NexthopIdentity;
-use towpath_tables::record::{Config, Family, Group, Line, Nexthop, Port, PortStats, VlanTable};
+use towpath_tables::record::{Family, Port};
 
 /// Room before the frame, as drivers leave it.
 const HEADROOM: usize = 256;
@@ -52,58 +53,22 @@ pub struct Ingress {
 /// Says what becomes of the packet.
 pub fn explain(packet: &Packet, ingress: &Ingress, view: View<'_>, names: &dyn Names) -> Explanation {
     let frame = build(packet, &Link { mac: ingress.mac, tags: ingress.tags.clone() });
-    let walk = Walk { packet, ingress, view, tables: Reader(view), names, steps: Vec::new() };
+    let walk = Walk {
+        packet,
+        ingress,
+        view,
+        tables: Mapped { view, counters: None, transmitters: SlotSet::ALL },
+        names,
+        steps: Vec::new(),
+    };
     walk.run(&frame)
-}
-
-/// The tables for the pipeline, to be read only: no counter is found, so none is written.
-#[derive(Clone, Copy)]
-struct Reader<'a>(View<'a>);
-
-impl LpmRead for Reader<'_> {
-    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
-        self.0.root_word(root, slot)
-    }
-    fn root_default(&self, root: u32) -> Option<u32> {
-        self.0.root_default(root)
-    }
-    fn line(&self, index: u32) -> Option<&Line> {
-        self.0.line(index)
-    }
-}
-
-impl Tables for Reader<'_> {
-    fn config(&self) -> Option<&Config> {
-        Some(self.0.config())
-    }
-    fn port(&self, slot: u32) -> Option<&Port> {
-        self.0.ports().get(slot as usize)
-    }
-    fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
-        self.0.vlans().get(index as usize)
-    }
-    fn nexthop(&self, index: u32) -> Option<&Nexthop> {
-        self.0.nexthops().get(index as usize)
-    }
-    fn group(&self, index: u32) -> Option<&Group> {
-        self.0.groups().get(index as usize)
-    }
-    fn cpu(&self) -> u32 {
-        0
-    }
-    fn stats(&self, _cpu: u32, _slot: u32) -> Option<&PortStats> {
-        None
-    }
-    fn transmitter(&self, slot: u32) -> bool {
-        self.port(slot).is_some_and(|port| port.ifindex.load() != 0)
-    }
 }
 
 struct Walk<'a> {
     packet: &'a Packet,
     ingress: &'a Ingress,
     view: View<'a>,
-    tables: Reader<'a>,
+    tables: Mapped<'a>,
     names: &'a dyn Names,
     steps: Vec<Step>,
 }

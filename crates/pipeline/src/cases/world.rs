@@ -1,5 +1,6 @@
 //! A small router in memory: the tables that the cases start from.
 
+use crate::SlotSet;
 use crate::slices::Slices;
 use std::collections::BTreeMap;
 use towpath_tables::filter::local_filter_bit;
@@ -320,6 +321,7 @@ impl World {
             groups: &self.groups,
             stats: &self.stats,
             cpu: 0,
+            transmitters: SlotSet::ALL,
         }
     }
 
