@@ -33,7 +33,7 @@ pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
 pub use route::{Hop, prefetch, route};
 pub use slot_set::SlotSet;
-pub use stats::{count_exception, count_forward};
+pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_lost};
 
 use towpath_tables::Reason;
 use towpath_tables::lpm::LpmRead;

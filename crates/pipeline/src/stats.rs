@@ -30,6 +30,22 @@ pub fn count_forward<T: Tables>(tables: &T, slot: u32, parsed: &Parsed, hop: &Ho
     }
 }
 
+/// Counts packets that were forwarded by the interface in `slot` and found no room in its ring.
+#[inline(always)]
+pub fn count_tx_lost<T: Tables>(tables: &T, slot: u32, packets: u64) {
+    if let Some(stats) = tables.stats(tables.cpu(), slot) {
+        add(&stats.tx_lost, packets);
+    }
+}
+
+/// Counts exceptions of the interface in `slot` that could not be handed to Linux.
+#[inline(always)]
+pub fn count_exceptions_lost<T: Tables>(tables: &T, slot: u32, packets: u64) {
+    if let Some(stats) = tables.stats(tables.cpu(), slot) {
+        add(&stats.exceptions_lost, packets);
+    }
+}
+
 #[inline(always)]
 fn add(counter: &W64, amount: u64) {
     counter.store(counter.load().wrapping_add(amount));

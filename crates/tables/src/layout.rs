@@ -60,6 +60,8 @@ pub const fn layout_hash() -> u32 {
         offset_of!(PortStats, rx_bytes),
         offset_of!(PortStats, tx_packets),
         offset_of!(PortStats, tx_bytes),
+        offset_of!(PortStats, tx_lost),
+        offset_of!(PortStats, exceptions_lost),
         offset_of!(PortStats, exceptions),
         crate::reason::REASONS,
     ];

@@ -308,8 +308,13 @@ pub struct PortStats {
     pub tx_packets: W64,
     /// See `tx_packets`
     pub tx_bytes: W64,
+    /// Packets counted in `tx_packets` that found no room in the port's transmit ring (user engine; what a driver drops
+    /// after an XDP redirect is in the interface's own statistics)
+    pub tx_lost: W64,
+    /// Exceptions that could not be handed to Linux (user engine)
+    pub exceptions_lost: W64,
     /// Reserved, zero
-    pub reserved: [W64; 4],
+    pub reserved: [W64; 2],
     /// Exceptions of packets that entered here, by `Reason`
     pub exceptions: [W64; crate::reason::REASONS],
 }

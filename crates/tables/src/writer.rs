@@ -88,6 +88,10 @@ pub struct PortTotals {
     pub tx_packets: u64,
     /// Their bytes
     pub tx_bytes: u64,
+    /// Those of `tx_packets` that were lost for want of room in the transmit ring (user engine)
+    pub tx_lost: u64,
+    /// Those of `exceptions` that could not be handed over (user engine)
+    pub exceptions_lost: u64,
     /// Packets that entered here and were handed to Linux, by `Reason`
     pub exceptions: [u64; REASONS],
 }
@@ -283,10 +287,9 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             cause: format!("no slot is left for interface {ifindex}, and ports cannot move while programs use them"),
         })?;
         for stats in self.stats_of(slot) {
-            for counter in [&stats.rx_packets, &stats.rx_bytes, &stats.tx_packets, &stats.tx_bytes] {
-                counter.store(0);
-            }
-            stats.exceptions.iter().for_each(|counter| counter.store(0));
+            let lost = [&stats.tx_lost, &stats.exceptions_lost];
+            let fast = [&stats.rx_packets, &stats.rx_bytes, &stats.tx_packets, &stats.tx_bytes];
+            fast.into_iter().chain(lost).chain(&stats.exceptions).for_each(|counter| counter.store(0));
         }
         let port = &view.ports()[slot as usize];
         port.vlans.store(NO_VLANS);
@@ -659,12 +662,22 @@ fn shares(members: &[(u32, u32)]) -> BTreeMap<u32, usize> {
 
 /// A port's counters, for readers without a writer.
 pub fn port_totals(view: &View<'_>, slot: u32) -> PortTotals {
-    let mut totals = PortTotals { rx_packets: 0, rx_bytes: 0, tx_packets: 0, tx_bytes: 0, exceptions: [0; REASONS] };
+    let mut totals = PortTotals {
+        rx_packets: 0,
+        rx_bytes: 0,
+        tx_packets: 0,
+        tx_bytes: 0,
+        tx_lost: 0,
+        exceptions_lost: 0,
+        exceptions: [0; REASONS],
+    };
     for stats in view.stats().iter().skip(slot as usize).step_by(view.ports().len().max(1)) {
         totals.rx_packets += stats.rx_packets.load();
         totals.rx_bytes += stats.rx_bytes.load();
         totals.tx_packets += stats.tx_packets.load();
         totals.tx_bytes += stats.tx_bytes.load();
+        totals.tx_lost += stats.tx_lost.load();
+        totals.exceptions_lost += stats.exceptions_lost.load();
         totals.exceptions.iter_mut().zip(&stats.exceptions).for_each(|(sum, counter)| *sum += counter.load());
     }
     totals

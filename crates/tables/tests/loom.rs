@@ -228,3 +228,41 @@ fn a_next_hop_is_seen_whole_or_not_at_all() {
         assert_eq!(consistent(&record[0], || record[1].load()), Some(3));
     });
 }
+
+/// A worker is told that there is new memory in place of the old one, which is taken away once the worker was waited for.
+/// So user engines take new tables, and leave ports.
+fn replacement(wait: fn(Arc<Word>)) {
+    loom::model(move || {
+        let (word, told) = (Arc::new(Word::new(0)), Arc::new(Word::new(0)));
+        let old = Arc::new(UnsafeCell::new(Line::ZERO));
+        let worker = {
+            let (word, told, old) = (word.clone(), told.clone(), old.clone());
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    grace::enter(&*word);
+                    if told.load() == 0 {
+                        // SAFETY: loom reports the access if it conflicts with a write.
+                        old.with(|old| assert_eq!(unsafe { *old }, Line::ZERO));
+                    }
+                    grace::leave(&*word);
+                }
+            })
+        };
+        told.store(1);
+        wait(word);
+        // SAFETY: loom reports the access if it conflicts with a read.
+        old.with_mut(|old| unsafe { (*old).words[0] = 1 });
+        worker.join().unwrap();
+    });
+}
+
+#[test]
+fn memory_is_taken_away_only_after_grace() {
+    replacement(|word| Workers([word]).wait());
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn without_grace_memory_is_taken_away_from_under_a_worker() {
+    replacement(|_| ());
+}

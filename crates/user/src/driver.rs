@@ -1,0 +1,29 @@
+//! What a worker asks of its ports, and where it leaves exceptions.
+
+use crate::pool::{Buffer, Pool};
+use std::os::fd::BorrowedFd;
+
+/// Frames that a worker works on at once.
+pub const BATCH: usize = 64;
+
+/// The queues of one interface that a worker has to itself.
+pub trait PortDriver: Send {
+    /// Appends frames that have arrived to `frames`, which is empty and has room for `BATCH`.
+    fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
+
+    /// Sends frames in their order and takes those that it sends out of `frames`; what remains found no room.
+    fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
+
+    /// What can be read from (`poll`) when frames have arrived; None if only asking tells.
+    fn readable(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Ends; all its buffers are in the pool then.
+    fn close(self: Box<Self>, pool: &mut Pool);
+}
+
+/// The way to Linux for what is not forwarded.
+pub trait Linux: Send {
+    /// Hands over frames as they arrived, so that Linux sees them received by the interface with this index. Returns how
+    /// many could not be.
+    fn deliver(&mut self, ifindex: u32, frames: &[Buffer]) -> usize;
+}

@@ -1,0 +1,308 @@
+//! Workers in threads of their own, and what the rest of the process tells them.
+
+use crate::driver::{Linux, PortDriver};
+use crate::pool::Pool;
+use crate::worker::{Port, Reading, TableSource, Worker};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use towpath_tables::grace::{self, Grace as _};
+use towpath_tables::word::W32;
+
+/// Turns without a frame after which a worker sleeps. Each takes some tens of nanoseconds for a port, so that a core that
+/// is kept busy does not sleep between two packets, and one that is idle sleeps soon.
+const EMPTY_TURNS: u32 = 2000;
+/// How long a worker sleeps that nothing wakes when frames arrive.
+const NAP: Duration = Duration::from_micros(50);
+
+/// What can go wrong with workers.
+#[derive(thiserror::Error, Debug)]
+pub enum Error {
+    /// The core is not there, or not for this process
+    #[error("there is no core {core} for a worker (this process may use {usable})")]
+    NoCore {
+        /// Its number
+        core: u32,
+        /// Cores that there are
+        usable: String,
+    },
+    /// A core was named twice
+    #[error("core {0} was named twice; each worker needs a core of its own")]
+    SameCore(u32),
+    /// Anything else that the kernel refuses
+    #[error("cannot {what}: {cause}")]
+    Io {
+        /// What was to be done
+        what: &'static str,
+        /// In the kernel's words
+        cause: io::Error,
+    },
+}
+
+/// A core for a worker.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Core(pub u32);
+
+/// What a worker is told.
+enum Order<S> {
+    Add(Port),
+    Remove(u32),
+    Tables(Arc<S>),
+    Stop,
+}
+
+/// What a worker shares with those who tell it things.
+struct Desk<S> {
+    orders: Mutex<VecDeque<Order<S>>>,
+    /// Number of orders ever given; whoever changes it holds the lock
+    given: W32,
+    /// Wakes the worker
+    bell: OwnedFd,
+}
+
+struct Running<S> {
+    core: Core,
+    desk: Arc<Desk<S>>,
+    reading: Reading,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Workers at work. They stop when this is dropped.
+pub struct Engine<S> {
+    workers: Vec<Running<S>>,
+}
+
+/// Waits until no worker looks at what it found in the tables before.
+#[derive(Clone)]
+pub struct Grace(grace::Workers<Vec<Reading>>);
+
+impl grace::Grace for Grace {
+    fn wait(&mut self) {
+        self.0.wait();
+    }
+}
+
+impl<S: TableSource + Send + Sync + 'static> Engine<S> {
+    /// Starts a worker on each core; the n-th writes line `first_line` + n of the statistics. `equip` makes a worker's
+    /// buffers and its way to Linux. All of them, or none.
+    pub fn start(
+        tables: &Arc<S>,
+        cores: &[Core],
+        first_line: u32,
+        mut equip: impl FnMut(Core) -> (Pool, Box<dyn Linux>),
+    ) -> Result<Self, Error> {
+        let twice = (1..cores.len()).find(|n| cores[..*n].contains(&cores[*n]));
+        if let Some(n) = twice {
+            return Err(Error::SameCore(cores[n].0));
+        }
+        cores.iter().try_for_each(|core| check(*core))?;
+        let mut engine = Self { workers: Vec::new() };
+        for (line, core) in (first_line..).zip(cores) {
+            let (pool, linux) = equip(*core);
+            engine.workers.push(spawn(*core, Worker::new(tables.clone(), line, pool, linux))?);
+        }
+        Ok(engine)
+    }
+
+    /// The workers' cores.
+    pub fn cores(&self) -> impl Iterator<Item = Core> {
+        self.workers.iter().map(|worker| worker.core)
+    }
+
+    /// Gives a worker a port; nothing if there is no such worker.
+    pub fn add(&self, worker: usize, port: Port) {
+        if let Some(worker) = self.workers.get(worker) {
+            worker.desk.give(Order::Add(port));
+        }
+    }
+
+    /// Takes a port from all workers. When it returns, none of them uses it.
+    pub fn remove(&self, ifindex: u32) {
+        self.tell(|| Order::Remove(ifindex));
+    }
+
+    /// Has all workers look at these tables. When it returns, none of them looks at others.
+    pub fn set_tables(&self, tables: &Arc<S>) {
+        self.tell(|| Order::Tables(tables.clone()));
+    }
+
+    /// What the tables' writer is to wait by.
+    pub fn grace(&self) -> Grace {
+        Grace(grace::Workers(self.workers.iter().map(|worker| worker.reading.clone()).collect()))
+    }
+
+    /// Gives everybody an order and waits until nobody works by what was before.
+    fn tell(&self, order: impl Fn() -> Order<S>) {
+        self.workers.iter().for_each(|worker| worker.desk.give(order()));
+        self.grace().wait();
+    }
+}
+
+impl<S> Drop for Engine<S> {
+    fn drop(&mut self) {
+        self.workers.iter().for_each(|worker| worker.desk.give(Order::Stop));
+        for thread in self.workers.iter_mut().filter_map(|worker| worker.thread.take()) {
+            // A worker that panicked has said so on stderr.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<S> Desk<S> {
+    fn new() -> Result<Self, Error> {
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(Error::Io { what: "make an eventfd for a worker", cause: io::Error::last_os_error() });
+        }
+        // SAFETY: just made, and nobody else's.
+        let bell = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { orders: Mutex::default(), given: W32::new(0), bell })
+    }
+
+    fn give(&self, order: Order<S>) {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        self.given.store(self.given.load().wrapping_add(1));
+        orders.push_back(order);
+        drop(orders);
+        ring(self.bell.as_raw_fd());
+    }
+
+    fn take(&self) -> Option<Order<S>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+fn ring(bell: RawFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: `one` is as long as said. It can only fail if the bell rings already.
+    unsafe { libc::write(bell, one.as_ptr().cast(), one.len()) };
+}
+
+fn silence(bell: RawFd) {
+    let mut count = [0u8; 8];
+    // SAFETY: `count` is as long as said. It fails if the bell does not ring, which is what is wanted.
+    unsafe { libc::read(bell, count.as_mut_ptr().cast(), count.len()) };
+}
+
+fn spawn<S: TableSource + Send + Sync + 'static>(core: Core, worker: Worker<S>) -> Result<Running<S>, Error> {
+    let desk = Arc::new(Desk::new()?);
+    let reading = worker.reading();
+    let theirs = desk.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{}", core.0))
+        .spawn(move || {
+            if let Err(error) = pin(core) {
+                // It was possible when `check` tried. Slower, but right.
+                tracing::warn!("a worker is not pinned to core {}: {error}", core.0);
+            }
+            work(worker, &theirs);
+        })
+        .map_err(|cause| Error::Io { what: "start a worker's thread", cause })?;
+    Ok(Running { core, desk, reading, thread: Some(thread) })
+}
+
+/// Whatever becomes of a worker, nobody waits for it when it is gone.
+struct Gone(Reading);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        if self.0.load() & 1 == 1 {
+            grace::leave(&*self.0);
+        }
+    }
+}
+
+/// Works until told to stop.
+fn work<S: TableSource>(mut worker: Worker<S>, desk: &Desk<S>) {
+    let _gone = Gone(worker.reading());
+    let mut taken = 0u32;
+    let mut empty = 0;
+    loop {
+        worker.enter();
+        // The fence in `enter` makes whoever gave an order and then waits for this worker either see that it reads, or be
+        // sure that it sees the order here.
+        while desk.given.load() != taken {
+            let Some(order) = desk.take() else { break };
+            taken = taken.wrapping_add(1);
+            match order {
+                Order::Add(port) => worker.add(port),
+                Order::Remove(ifindex) => worker.remove(ifindex),
+                Order::Tables(tables) => worker.set_tables(tables),
+                Order::Stop => return,
+            }
+        }
+        let received = worker.turn();
+        worker.leave();
+        empty = if received == 0 { empty + 1 } else { 0 };
+        if empty < EMPTY_TURNS {
+            std::hint::spin_loop();
+        } else {
+            sleep(worker.drivers(), desk.bell.as_fd());
+            silence(desk.bell.as_raw_fd());
+        }
+    }
+}
+
+/// Sleeps until a frame may have arrived, or the bell rings.
+fn sleep<'d>(drivers: impl Iterator<Item = &'d dyn PortDriver>, bell: BorrowedFd<'_>) {
+    let mut nap = false;
+    let fds = drivers.filter_map(|driver| {
+        let readable = driver.readable();
+        nap |= readable.is_none();
+        readable.map(|fd| fd.as_raw_fd())
+    });
+    let mut fds: Vec<libc::pollfd> = fds.map(poll_entry).collect();
+    fds.push(poll_entry(bell.as_raw_fd()));
+    let limit = libc::timespec { tv_sec: 0, tv_nsec: NAP.as_nanos() as i64 };
+    let limit = if nap { &raw const limit } else { std::ptr::null() };
+    // SAFETY: the entries are as many as said; `limit` is null or points to a time that lives here.
+    unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit, std::ptr::null()) };
+}
+
+fn poll_entry(fd: RawFd) -> libc::pollfd {
+    libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
+}
+
+/// Fails if this thread may not run on the core. The thread runs where it did afterwards.
+fn check(core: Core) -> Result<(), Error> {
+    let failed = |cause| Error::Io { what: "ask for the cores of this process", cause };
+    let usable = affinity().map_err(failed)?;
+    let number = core.0 as usize;
+    // SAFETY: the set is as large as the number was compared with.
+    let there = number < libc::CPU_SETSIZE as usize && unsafe { libc::CPU_ISSET(number, &usable) };
+    if there {
+        return Ok(());
+    }
+    // SAFETY: as above.
+    let numbers = (0..libc::CPU_SETSIZE as usize).filter(|number| unsafe { libc::CPU_ISSET(*number, &usable) });
+    let usable = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(", ");
+    Err(Error::NoCore { core: core.0, usable })
+}
+
+/// Cores that this thread may run on.
+fn affinity() -> io::Result<libc::cpu_set_t> {
+    // SAFETY: a set of bits, for which zeros are valid.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is as large as said.
+    match unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) } {
+        0 => Ok(set),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Keeps this thread on a core.
+fn pin(core: Core) -> io::Result<()> {
+    // SAFETY: a set of bits, for which zeros are valid; `check` has compared the number with its size.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: as above.
+    unsafe { libc::CPU_SET(core.0 as usize, &mut set) };
+    // SAFETY: the set is as large as said.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

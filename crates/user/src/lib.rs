@@ -1,0 +1,18 @@
+//! The user engine: the packet path of crate `pipeline` on cores of its own in user space.
+//!
+//! A [`Worker`] runs every frame to completion, a batch at a time, over the shared tables; it alone owns its ports'
+//! queues ([`PortDriver`]), its buffers ([`Pool`]) and its line of the statistics. [`Engine`] starts workers on pinned
+//! cores, gives them ports and tables, and waits for them when the tables' writer wants memory back.
+//!
+//! What is not forwarded goes to Linux as it arrived ([`Linux`]), received by the interface that it came in by.
+
+mod driver;
+mod engine;
+pub mod memory;
+mod pool;
+mod worker;
+
+pub use driver::{BATCH, Linux, PortDriver};
+pub use engine::{Core, Engine, Error, Grace};
+pub use pool::{Buffer, HEADROOM, Pool};
+pub use worker::{Port, Reading, TableSource, Worker};

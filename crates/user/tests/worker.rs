@@ -1,0 +1,218 @@
+//! What a worker does beside the packet path: counts what is lost, keeps its buffers, and takes orders.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use towpath_pipeline::cases::{self, Case, Expect, world::*};
+use towpath_pipeline::slices::Slices;
+use towpath_pipeline::{SlotSet, Tables};
+use towpath_tables::grace::Grace;
+use towpath_user::memory::{Cable, Exceptions, MemoryPort};
+use towpath_user::{BATCH, Buffer, Core, Engine, Error, Linux, Pool, Port, TableSource, Worker};
+
+struct Router(World);
+
+impl TableSource for Router {
+    type Seen<'t> = Slices<'t>;
+    fn seen(&self, line: u32, transmitters: SlotSet) -> Slices<'_> {
+        Slices { cpu: line, transmitters, ..self.0.slices() }
+    }
+}
+
+/// Linux that takes nothing.
+struct Deaf;
+
+impl Linux for Deaf {
+    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
+        frames.len()
+    }
+}
+
+fn port(slot: u32, cable: &Cable) -> Port {
+    Port { ifindex: slot, slot, driver: Box::new(MemoryPort(cable.clone())) }
+}
+
+fn case(name: &str) -> Case {
+    cases::all().into_iter().find(|case| case.name == name).expect("a case of this name")
+}
+
+/// A frame from `IN` to `OUT`, and what it becomes.
+fn forwarded() -> (Vec<u8>, Vec<u8>) {
+    let Case { frame, expect: Expect::Forward { frame: after, .. }, .. } = case("IPv4, padding 0") else {
+        panic!("it is forwarded")
+    };
+    (frame, after)
+}
+
+fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within 10 s");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+#[test]
+fn frames_that_find_no_room_are_counted_and_their_buffers_come_back() {
+    let tables = Arc::new(Router(World::new()));
+    // No more buffers than a batch: one that is lost would be missed.
+    let mut worker = Worker::new(tables.clone(), 0, Pool::new(BATCH, 2112), Box::new(Deaf));
+    let (inside, outside) = (Cable::new(1000), Cable::new(10));
+    worker.add(port(IN, &inside));
+    worker.add(port(OUT, &outside));
+    let (frame, after) = forwarded();
+    let exception = case("EtherType 0806").frame;
+    for round in 0..5 {
+        for _ in 0..50 {
+            assert!(inside.inwards.push(&frame));
+        }
+        for _ in 0..30 {
+            assert!(inside.inwards.push(&exception));
+        }
+        worker.enter();
+        assert_eq!((worker.turn(), worker.turn(), worker.turn()), (64, 16, 0), "round {round}");
+        worker.leave();
+        let sent: Vec<_> = std::iter::from_fn(|| outside.outwards.pop()).collect();
+        assert_eq!(sent, vec![after.clone(); 10], "round {round}");
+    }
+    let stats = tables.0.stats(OUT);
+    assert_eq!((stats.tx_packets.load(), stats.tx_lost.load()), (250, 200));
+    let stats = tables.0.stats(IN);
+    let exceptions: u64 = stats.exceptions.iter().map(|counter| counter.load()).sum();
+    assert_eq!((stats.rx_packets.load(), exceptions, stats.exceptions_lost.load()), (250, 150, 150));
+}
+
+#[test]
+fn what_leaves_by_a_port_of_nobodys_is_linuxs() {
+    let tables = Arc::new(Router(World::new()));
+    let linux = Exceptions::default();
+    let mut worker = Worker::new(tables.clone(), 0, Pool::new(BATCH, 2112), Box::new(linux.clone()));
+    let (inside, outside) = (Cable::new(10), Cable::new(10));
+    worker.add(port(IN, &inside));
+    worker.add(port(OUT, &outside));
+    let (frame, after) = forwarded();
+    let turn = |worker: &mut Worker<Router>| {
+        assert!(inside.inwards.push(&frame));
+        worker.enter();
+        assert_eq!(worker.turn(), 1);
+        worker.leave();
+    };
+    turn(&mut worker);
+    assert_eq!((outside.outwards.pop(), linux.take()), (Some(after), vec![]));
+    worker.remove(OUT);
+    turn(&mut worker);
+    assert_eq!((outside.outwards.pop(), linux.take()), (None, vec![(IN, frame.clone())]));
+    let reason = towpath_tables::Reason::EgressNotServed as usize;
+    assert_eq!(tables.0.stats(IN).exceptions[reason].load(), 1);
+}
+
+#[test]
+fn the_table_of_statistics_has_a_line_for_each_worker() {
+    let tables = Arc::new(Router(World::new()));
+    let inside = Cable::new(10);
+    // The world has one line only, so a worker that writes another one finds none.
+    let mut worker = Worker::new(tables.clone(), 1, Pool::new(BATCH, 2112), Box::new(Deaf));
+    worker.add(port(IN, &inside));
+    assert!(inside.inwards.push(&case("EtherType 0806").frame));
+    worker.enter();
+    assert_eq!(worker.turn(), 1);
+    worker.leave();
+    assert!(tables.0.stats(IN).exceptions.iter().all(|counter| counter.load() == 0));
+    assert!(tables.0.slices().stats(1, IN).is_none());
+}
+
+fn start(tables: &Arc<Router>, linux: &Exceptions) -> Engine<Router> {
+    let equip = |_| (Pool::new(4 * BATCH, 2112), Box::new(linux.clone()) as Box<dyn Linux>);
+    Engine::start(tables, &[Core(0)], 0, equip).expect("there is a core 0")
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "threads on cores")]
+fn an_engine_takes_ports_and_tables_while_it_works() {
+    let linux = Exceptions::default();
+    let first = Arc::new(Router(World::new()));
+    let engine = start(&first, &linux);
+    let (inside, outside) = (Cable::new(1000), Cable::new(1000));
+    engine.add(0, port(IN, &inside));
+    engine.add(0, port(OUT, &outside));
+    let (frame, after) = forwarded();
+    assert!(inside.inwards.push(&frame));
+    assert_eq!(wait_for("a frame", || outside.outwards.pop()), after);
+
+    // Tables in which the port is down. The old ones are nobody's when `set_tables` returns.
+    let second = Arc::new(Router(World::new()));
+    second.0.unflag(IN, towpath_tables::record::port_flags::READY);
+    engine.set_tables(&second);
+    assert!(inside.inwards.push(&frame));
+    assert_eq!(wait_for("an exception", || linux.take().pop()), (IN, frame.clone()));
+    assert_eq!((first.0.stats(IN).rx_packets.load(), second.0.stats(IN).rx_packets.load()), (1, 0));
+    wait_for("the first tables' end", || (Arc::strong_count(&first) == 1).then_some(()));
+
+    engine.remove(IN);
+    assert!(inside.inwards.push(&frame));
+    drop(engine);
+    assert_eq!(inside.inwards.pop(), Some(frame), "nobody took it");
+    assert_eq!(Arc::strong_count(&second), 1);
+}
+
+/// A next hop changes to and fro as fast as it can, with a grace period each time, while frames flow: none may be lost,
+/// and none may be sent by what was out of use before it came.
+#[test]
+#[cfg_attr(miri, ignore = "threads on cores")]
+fn nothing_is_misrouted_while_tables_change() {
+    let linux = Exceptions::default();
+    let tables = Arc::new(Router(World::new()));
+    let engine = start(&tables, &linux);
+    let cables = [(IN, Cable::new(64)), (OUT, Cable::new(64)), (OTHER, Cable::new(64))];
+    cables.iter().for_each(|(slot, cable)| engine.add(0, port(*slot, cable)));
+    let [(_, inside), (_, out), (_, other)] = &cables;
+    let (frame, _) = forwarded();
+    let mut grace = engine.grace();
+    let hop = tables.0.nexthop(HOP);
+    for round in 0..2000u32 {
+        let (slot, cable, not) = if round % 2 == 0 { (OUT, out, other) } else { (OTHER, other, out) };
+        towpath_tables::order::change(&hop.sequence, || {
+            hop.port.store(slot);
+            hop.device.store(slot);
+        });
+        grace.wait();
+        assert!(inside.inwards.push(&frame));
+        wait_for("the frame", || cable.outwards.pop());
+        assert_eq!((not.outwards.pop(), linux.take()), (None, vec![]), "round {round}");
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "threads on cores")]
+fn an_idle_worker_sleeps() {
+    let engine = start(&Arc::new(Router(World::new())), &Exceptions::default());
+    // Without ports, only an order wakes it.
+    let used = || {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the time is written to a variable of this function.
+        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) }, 0);
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    };
+    let least = (0..20).map(|_| {
+        let before = used();
+        std::thread::sleep(Duration::from_millis(20));
+        used() - before
+    });
+    // Other tests of this process may run meanwhile, but not always.
+    let least = least.min().expect("twenty values");
+    assert!(least < Duration::from_millis(5), "{least:?} of 20 ms");
+    drop(engine);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "cores")]
+fn cores_that_cannot_be_are_refused() {
+    let tables = Arc::new(Router(World::new()));
+    let start = |cores: &[Core]| {
+        Engine::start(&tables, cores, 0, |_| (Pool::new(1, 512), Box::new(Deaf) as Box<dyn Linux>)).err()
+    };
+    assert!(matches!(start(&[Core(1_000_000)]), Some(Error::NoCore { core: 1_000_000, .. })));
+    assert!(matches!(start(&[Core(0), Core(0)]), Some(Error::SameCore(0))));
+}
