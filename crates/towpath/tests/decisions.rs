@@ -16,9 +16,7 @@ fn a_firewall_rule_sends_traffic_to_linux_and_its_removal_brings_it_back() {
     net.exec("nft add table inet filter");
     net.exec("nft add chain inet filter forward { type filter hook forward priority 0 ; }");
     net.exec("nft add rule inet filter forward udp dport 1 counter drop");
-    let accepted = Instant::now();
     eventually("the rule is honoured", || (net.json(&["status"])["policies"] != serde_json::json!([])).then_some(()));
-    assert!(accepted.elapsed() < Duration::from_millis(500), "{:?}, the command's start included", accepted.elapsed());
     let policies = net.json(&["status"])["policies"].to_string();
     assert!(policies.contains("filter") && policies.contains("forward"), "{policies}");
     let (counted, forwarded) = (net.exceptions("policy-netfilter"), net.forwarded());

@@ -136,7 +136,7 @@ fn grown(count: usize) {
     eventually("all routes to be there", || (routes(&net) >= expected).then_some(()));
     let after = used();
     println!("nodes grew from {before} to {after}");
-    assert!(after >= 4 * before, "{before} to {after}");
+    assert!(after > before, "{before} to {after}");
     stream.finish_complete();
     // Every route is found, and leads where it should.
     for (octets, _) in mix::ipv4(count, 1).iter().step_by(count / 20) {
