@@ -6,9 +6,10 @@
 //!
 //! A driver that cuts VLAN tags off into the descriptor hides them from XDP, so that offload is switched off while the
 //! program is there. A veth has no such switch: a tag that the host at its other end leaves to its device
-//! (`tx-vlan-offload`, which a VLAN interface on top of a veth uses) travels beside the frame, unseen. Where tagged and
-//! untagged traffic meet on a veth, that end wants `ethtool -K PEER txvlan off tx-vlan-stag-hw-insert off`.
+//! (`tx-vlan-offload`, which VLAN interfaces and bridges on top of a veth use) travels beside the frame. Where the program
+//! cannot see that (see `beside`), the user is told what to do at the other end.
 
+use crate::beside::Places;
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
 use crate::interface::Interface;
@@ -114,6 +115,13 @@ pub fn announce(interface: &Interface, mode: Mode) -> Result<Vec<Notice>> {
     if plan.rx_vlan {
         notices.push(notice("the receive VLAN offload is off while Towpath serves the port".into(), None));
     }
+    if let Some(why) = unseen_tags(interface, mode) {
+        let text = format!(
+            "VLAN tags that the host at the other end leaves to its device cannot be seen ({why}), and such frames are taken \
+             for untagged ones; if it uses VLANs, run there: ethtool -K PEER txvlan off tx-vlan-stag-hw-insert off"
+        );
+        notices.push(notice(text, None));
+    }
     let driver = &interface.driver;
     if mode == Mode::Native && !interface.is_veth() {
         let text = if RESETTING_DRIVERS.contains(&driver.as_str()) {
@@ -128,6 +136,15 @@ pub fn announce(interface: &Interface, mode: Mode) -> Result<Vec<Notice>> {
         notices.push(notice(text, None));
     }
     Ok(notices)
+}
+
+/// Why the program does not see VLAN tags that travel beside frames, if there may be any.
+fn unseen_tags(interface: &Interface, mode: Mode) -> Option<String> {
+    match mode {
+        _ if !interface.is_veth() => None,
+        Mode::Generic => Some("XDP's generic mode".into()),
+        Mode::Native => Places::find().err(),
+    }
 }
 
 /// A program on an interface, not pinned: dropping it takes the program off again and undoes the settings.

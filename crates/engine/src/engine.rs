@@ -26,6 +26,13 @@ pub struct Options {
     pub mode: Mode,
 }
 
+impl Options {
+    /// Only a driver in native mode has something beside its frames.
+    fn looks(self) -> bool {
+        self.mode == Mode::Native
+    }
+}
+
 /// A port to serve.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PortRequest {
@@ -91,7 +98,7 @@ impl Site {
         self.dir.create()?;
         let made = self.discard_staged().and_then(|()| {
             let region = Region::create(&self.dir, sizes)?;
-            let program = Program::load(&region.pins(&self.dir, None))?;
+            let program = Program::load(&region.pins(&self.dir, None), self.options.looks())?;
             Ok((region, program, self.open_links()?, GraceMethod::choose()?))
         });
         match made {
@@ -112,12 +119,14 @@ impl Site {
         let links = self.open_links()?;
         self.recover(&links)?;
         let region = Region::adopt(&self.dir)?;
-        let program = Program::load(&region.pins(&self.dir, None))?;
+        let program = Program::load(&region.pins(&self.dir, None), self.options.looks())?;
         let mut core = Core { site: self, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
         let slots = core.device_slots()?;
         for (index, link) in links {
             core.ports.insert(index, Port::new(link, slots.get(&index).copied()));
         }
+        // The program for one mode must not run in the other: it would look beside frames in the wrong place.
+        core.leave_other_mode()?;
         core.switch_links(&core.program)?;
         core.name_program()?;
         Ok(Engine::new(core))
@@ -283,13 +292,8 @@ impl Core {
     }
 
     /// Takes the program off ports where a former process attached it in the other mode.
-    fn leave_other_mode(&mut self, requests: &[PortRequest]) -> Result<()> {
-        for index in requests
-            .iter()
-            .map(|request| request.ifindex)
-            .filter(|index| self.ports.contains_key(index))
-            .collect::<Vec<_>>()
-        {
+    fn leave_other_mode(&mut self) -> Result<()> {
+        for index in self.ports.keys().copied().collect::<Vec<_>>() {
             let attached = Interface::query(index).ok().and_then(|interface| interface.xdp);
             if attached.is_some_and(|attached| attached.mode != self.site.options.mode.name()) {
                 self.detach(index)?;
@@ -299,7 +303,7 @@ impl Core {
     }
 
     fn attach(&mut self, requests: &[PortRequest]) -> Result<()> {
-        self.leave_other_mode(requests)?;
+        self.leave_other_mode()?;
         let new: Vec<_> = requests.iter().filter(|request| !self.ports.contains_key(&request.ifindex)).collect();
         // Those that can fail come first: a veth takes any program.
         let mut interfaces = new.iter().map(|request| Interface::query(request.ifindex)).collect::<Result<Vec<_>>>()?;
@@ -392,7 +396,7 @@ impl Core {
         }
         let dir = &self.site.dir;
         let grown = self.region.enlarged(dir, id, wanted)?;
-        let program = match Program::load(&self.region.pins(dir, Some(id))) {
+        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options.looks()) {
             Ok(program) => program,
             Err(error) => {
                 if !self.region.staged() {
@@ -469,6 +473,11 @@ impl Engine {
                 Ok(())
             }
         }
+    }
+
+    /// Whether the program sees what travels beside frames that come in by an interface (`port_flags::BESIDE`).
+    pub fn sees_beside(&self, ifindex: u32) -> Result<bool> {
+        Ok(self.core().program.sees_beside() && Interface::query(ifindex)?.is_veth())
     }
 
     /// How a port is served; None if it is not.

@@ -8,6 +8,7 @@
 //! that uses them, they take the old names. `adopt` finishes or discards what a crash left in between.
 
 mod attach;
+mod beside;
 mod bpffs;
 mod engine;
 mod error;

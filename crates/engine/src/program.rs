@@ -1,5 +1,6 @@
 //! The XDP program of this binary: loading it against the pinned maps, and what the kernel says about it.
 
+use crate::beside::Places;
 use crate::error::{Error, Result};
 use crate::sys;
 use aya_obj::Object;
@@ -8,12 +9,19 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use towpath_tables::mark::{Function, Number};
 use towpath_tables::record::TableId;
 
 /// Name of the program in the object.
 const NAME: &str = "towpath";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
+/// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source
+/// register, the kernel function with that BTF identifier.
+const CALL: u8 = 0x85;
+const KERNEL_FUNCTION: u8 = 2;
+/// BPF_ALU64 | BPF_MOV | BPF_K: sets a register
+const SET: u8 = 0xb7;
 /// Lines of the verifier's log that an error shows; the last ones say what is wrong.
 const LOG_LINES: usize = 40;
 
@@ -27,7 +35,10 @@ static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR")
 
 /// A loaded program.
 #[derive(Debug)]
-pub struct Program(OwnedFd);
+pub struct Program {
+    fd: OwnedFd,
+    sees_beside: bool,
+}
 
 /// What the kernel says about the program.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,8 +54,9 @@ pub struct ProgramFacts {
 }
 
 impl Program {
-    /// Loads the program; each map is the one pinned at its path.
-    pub fn load(pins: &[(&'static str, PathBuf)]) -> Result<Self> {
+    /// Loads the program; each map is the one pinned at its path. `look`: it may look beside frames, which in XDP's
+    /// generic mode would be elsewhere.
+    pub fn load(pins: &[(&'static str, PathBuf)], look: bool) -> Result<Self> {
         let mut object =
             Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
         let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
@@ -56,15 +68,31 @@ impl Program {
             .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
         let mut code = function.instructions.clone();
         set_lengths(&mut code, &fds)?;
-        let mut log = vec![0u8; LOG_BYTES];
-        sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &code, &mut log)
-            .map(Self)
-            .map_err(|e| rejected(e, &log))
+        let load = |places: Option<&Places>| {
+            let mut code = code.clone();
+            set_places(&mut code, places);
+            let mut log = vec![0u8; LOG_BYTES];
+            sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &code, &mut log)
+                .map(|fd| Self { fd, sees_beside: places.is_some() })
+                .map_err(|e| rejected(e, &log))
+        };
+        match Places::find() {
+            Ok(places) if look => load(Some(&places)).or_else(|error| {
+                tracing::warn!("the XDP program may not look at what travels beside frames: {error}");
+                load(None)
+            }),
+            _ => load(None),
+        }
+    }
+
+    /// Whether it sees what travels beside the frames of a veth.
+    pub fn sees_beside(&self) -> bool {
+        self.sees_beside
     }
 
     /// Its descriptor, for links and test runs.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 
     /// What the kernel says about it.
@@ -99,17 +127,50 @@ fn relocate(object: &mut Object, fds: &HashMap<&'static str, OwnedFd>) -> Result
 
 /// Puts the tables' lengths where their marks are: the verifier then knows them, and how far the program may reach.
 fn set_lengths(code: &mut [bpf_insn], fds: &HashMap<&'static str, OwnedFd>) -> Result<()> {
-    for at in 0..code.len().saturating_sub(1) {
-        let mark = (code[at + 1].imm as u32 as u64) << 32 | u64::from(code[at].imm as u32);
-        let Some(id) = TableId::from_length_mark(mark).filter(|_| code[at].code == LOAD_64 && code[at].src_reg() == 0)
-        else {
-            continue;
-        };
+    for at in 0..code.len() {
+        let Some(id) = constant(&code[at..]).and_then(TableId::from_length_mark) else { continue };
         let fd = fds.get(id.section()).ok_or_else(|| Error::Object(format!("asks for table {}", id.name())))?;
         let info = sys::map_info(fd.as_fd()).map_err(|e| Error::io(format!("ask about table {}", id.name()), e))?;
         (code[at].imm, code[at + 1].imm) = ((info.value_size as usize / id.element_size()) as i32, 0);
     }
     Ok(())
+}
+
+/// Puts the kernel's functions and numbers where their marks are. Without them the numbers are 0, and what would use them
+/// is never reached.
+fn set_places(code: &mut [bpf_insn], places: Option<&Places>) {
+    for at in 0..code.len() {
+        if let Some(number) = number(&code[at..]) {
+            (code[at].imm, code[at + 1].imm) = (places.map_or(0, |places| places.number(number)) as i32, 0);
+        } else if let Some(function) = function(&code[at]) {
+            match places {
+                Some(places) => {
+                    code[at].imm = places.function(function) as i32;
+                    code[at].set_src_reg(KERNEL_FUNCTION);
+                }
+                None => (code[at].code, code[at].imm) = (SET, 0),
+            }
+        }
+    }
+}
+
+fn number(code: &[bpf_insn]) -> Option<Number> {
+    Number::from_mark(constant(code)?)
+}
+
+fn function(instruction: &bpf_insn) -> Option<Function> {
+    let called = instruction.code == CALL && instruction.src_reg() == 0;
+    called.then(|| Function::from_mark(instruction.imm as u32)).flatten()
+}
+
+/// The plain 64-bit number that the code loads first.
+fn constant(code: &[bpf_insn]) -> Option<u64> {
+    match code {
+        [low, high, ..] if low.code == LOAD_64 && low.src_reg() == 0 => {
+            Some((high.imm as u32 as u64) << 32 | u64::from(low.imm as u32))
+        }
+        _ => None,
+    }
 }
 
 fn rejected(error: io::Error, log: &[u8]) -> Error {

@@ -8,9 +8,10 @@ use std::time::Duration;
 use towpath_engine::{
     Engine, Error, GraceMethod, Mode, Options, Request, Site, TransmitSupport, TransmitWatch, can_transmit,
 };
-use towpath_lab::wait_for;
+use towpath_lab::{PacketSocket, packet, wait_for};
+use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
-use towpath_tables::record::TableId;
+use towpath_tables::record::{NO_VLANS, PORT_SLOTS, TableId, port_flags};
 
 /// One test at a time: they count packets at a pace.
 fn alone() -> MutexGuard<'static, ()> {
@@ -322,5 +323,110 @@ fn both_ways_to_wait_for_programs_work() -> Result {
         method.wait()?;
         method.wait()?;
     }
+    Ok(())
+}
+
+/// A frame to the router that reaches the sender's device with its VLAN tag beside it: a bridge on that device forwards it.
+fn bridge(rig: &Rig) -> Result<PacketSocket> {
+    rig.sender.sh("ip link add name bridge type bridge; ip link add name in type veth peer name out
+         ip link set out master bridge; ip link set eth0 master bridge
+         for port in bridge in out; do ip link set $port up; done
+         ethtool -K in txvlan off tx-vlan-stag-hw-insert off; ethtool -K eth0 txvlan on tx-vlan-stag-hw-insert on")?;
+    Ok(rig.sender.packet_socket("in")?)
+}
+
+/// What happened to packets of a port: forwarded, and exceptions for a reason.
+fn outcome(engine: &Engine, slot: u32, reason: Reason) -> (u64, u64) {
+    let tables = engine.tables();
+    let view = tables.view();
+    let all = view.stats().iter().skip(slot as usize).step_by(view.elements(TableId::Ports));
+    let exceptions = all.map(|stats| stats.exceptions[reason as usize].load()).sum();
+    (fast(engine, slot), exceptions)
+}
+
+/// Lets the engine look beside the frames of the first port, which has a VLAN sub-interface with tag 100 (in another slot).
+fn look_beside(rig: &Rig, engine: &Engine) -> Result<(u32, u32)> {
+    let tables = engine.tables();
+    let view = tables.view();
+    let slot = rig.requests()?[0].slot;
+    let sub = (slot + 128) % PORT_SLOTS;
+    let (port, sub_port) = (&view.ports()[slot as usize], &view.ports()[sub as usize]);
+    let seen = rig.on_router(|| engine.sees_beside(port.ifindex.load()))?;
+    let flags = port.flags.load() | port_flags::PARTIAL_CSUM | if seen { port_flags::BESIDE } else { 0 };
+    for (to, from) in [(&sub_port.mac_hi, &port.mac_hi), (&sub_port.mac_lo, &port.mac_lo), (&sub_port.mtu, &port.mtu)] {
+        to.store(from.load());
+    }
+    sub_port.flags.store(flags | port_flags::VLAN);
+    sub_port.vlans.store(NO_VLANS);
+    sub_port.vlan.store(0x8100 << 16 | 100);
+    view.vlans()[0].slots[50].store(sub + 1);
+    port.vlans.store(0);
+    port.flags.store(flags);
+    Ok((slot, sub))
+}
+
+#[test]
+fn what_travels_beside_a_frame_is_seen_or_the_user_warned() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("beside")?;
+    let engine = rig.engine(&sizes()?)?;
+    let ports = rig.requests()?.map(|request| request.ifindex);
+    let notices = rig.on_router(|| Site::prepare(Options::default())?.announce(&ports))?;
+    let warned = notices.iter().filter(|notice| notice.text.contains("txvlan off")).count();
+    attach(&rig, &engine)?;
+    let (slot, sub) = look_beside(&rig, &engine)?;
+    let seen = rig.on_router(|| engine.sees_beside(ports[0]))?;
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let version: Vec<u32> = kernel.split('.').map_while(|number| number.parse().ok()).collect();
+    assert_eq!(seen, version >= vec![6, 3], "kernel {}: {notices:?}", kernel.trim());
+    assert_eq!(warned, if seen { 0 } else { ports.len() }, "{notices:?}");
+
+    // A packet without a UDP checksum looks as if that were left to a device.
+    let mut bare = rig.frame.clone();
+    bare[40..42].fill(0);
+    let socket = rig.sender.packet_socket("eth0")?;
+    let counted = || (outcome(&engine, slot, Reason::PartialChecksum), fast(&engine, sub));
+    let arrived = rig.arrived()?;
+    socket.send(&bare)?;
+    rig.await_arrival(arrived, 1)?;
+    assert_eq!(counted(), (if seen { (1, 0) } else { (0, 1) }, 0));
+
+    // Here it is: the sender's UDP leaves the checksum to the device, which leaves it to whoever needs it.
+    rig.sender.run(["ethtool", "-K", "eth0", "tx", "on"])?;
+    rig.sender.sh(&format!(
+        "ip address add 198.18.0.2/24 dev eth0; ip route add 198.19.0.0/16 via 198.18.0.1
+         ip neighbour replace 198.18.0.1 lladdr {} dev eth0",
+        rig.router.mac("eth0")?.map(|byte| format!("{byte:02x}")).join(":")
+    ))?;
+    let wire = rig.sink.packet_socket("eth0")?;
+    let sent = rig.sender.enter(|| {
+        let socket = std::net::UdpSocket::bind("198.18.0.2:1000")?;
+        socket.send_to(&[7; 18], "198.19.0.1:2000")
+    })?;
+    assert_eq!(sent?, 18);
+    let frame = wire.receive_matching(LIMIT, |frame| frame.bytes.ends_with(&[7; 18]))?.ok_or("the packet in time")?;
+    let complete =
+        packet::udp(([0; 6], [0; 6]), ("198.18.0.2".parse()?, "198.19.0.1".parse()?), (1000, 2000), &[7; 18]);
+    assert_eq!(frame.bytes[34..], complete[34..], "completed by Linux");
+    assert_eq!(counted(), (if seen { (1, 1) } else { (0, 2) }, 0));
+    if !seen {
+        return Ok(());
+    }
+
+    // Tags: one of a sub-interface, and one that no interface has.
+    let bridged = bridge(&rig)?;
+    let tagged = |id: u8| [&rig.frame[..12], &[0x81, 0, 0, id], &rig.frame[12..]].concat();
+    let arrived = rig.arrived()?;
+    bridged.send(&tagged(100))?;
+    rig.await_arrival(arrived, 1)?;
+    assert_eq!(counted(), ((1, 1), 1));
+    bridged.send(&tagged(101))?;
+    wait_for(LIMIT, "the unknown VLAN to be an exception", || {
+        (outcome(&engine, slot, Reason::UnsupportedEncap) == (1, 1)).then_some(())
+    })?;
+    rig.send(1)?;
+    rig.await_arrival(arrived, 2)?;
+    assert_eq!(counted(), ((2, 1), 1), "Linux does not forward it either");
+    rig.on_router(|| engine.teardown())?;
     Ok(())
 }

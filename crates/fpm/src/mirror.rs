@@ -730,6 +730,7 @@ fn flags(state: &State, chain: &[&Port]) -> u32 {
         (port.rp_filter == 2 && !strict, port_flags::RP_LOOSE),
         (port.route_localnet, port_flags::ROUTE_LOCALNET),
         (virtual_below, port_flags::PARTIAL_CSUM),
+        (state.sees_beside(chain), port_flags::BESIDE),
         (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
         (state.transmit(chain) == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
     ]

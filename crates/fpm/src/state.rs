@@ -46,6 +46,8 @@ pub(crate) struct State {
     pub generations: Generations,
     pub served: BTreeSet<u32>,
     transmit: BTreeMap<u32, Transmit>,
+    /// Interfaces where the engine sees what travels beside frames
+    beside: BTreeSet<u32>,
     pub ports: BTreeMap<u32, Marked<Port>>,
     pub addresses: BTreeMap<Address, u8>,
     pub neighbours: BTreeMap<NeighbourKey, Marked<Neighbour>>,
@@ -179,6 +181,19 @@ impl State {
         device.copied().unwrap_or(Transmit::Any)
     }
 
+    /// Notes whether the engine sees what travels beside frames that come in by an interface.
+    pub fn set_beside(&mut self, ifindex: u32, seen: bool) {
+        let changed = if seen { self.beside.insert(ifindex) } else { self.beside.remove(&ifindex) };
+        if changed {
+            self.changes.ports.insert(ifindex);
+        }
+    }
+
+    /// Whether it does at the interface underneath a port.
+    pub fn sees_beside(&self, chain: &[&Port]) -> bool {
+        chain.last().is_some_and(|device| self.beside.contains(&device.ifindex))
+    }
+
     fn set_port(&mut self, port: Port) {
         let marked = Marked { generation: self.generations.current(Snapshot::Ports), value: port };
         let ifindex = marked.value.ifindex;
@@ -190,6 +205,7 @@ impl State {
 
     fn remove_port(&mut self, ifindex: u32) {
         self.transmit.remove(&ifindex);
+        self.beside.remove(&ifindex);
         if self.ports.remove(&ifindex).is_some() {
             self.changes.ports.insert(ifindex);
         }

@@ -318,6 +318,25 @@ fn a_port_decides_over_what_leaves_by_it() {
 }
 
 #[test]
+fn where_the_engine_sees_what_travels_beside_frames() {
+    let mut fixture = Fixture::new();
+    let vlan = PortKind::Vlan { lower: 2, protocol: 0x8100, id: 9 };
+    fixture.batch([Message::Port(Port { ifindex: 9, kind: vlan, ..port(2) })]);
+    let now = |fixture: &mut Fixture| {
+        fixture.batch([]);
+        [1, 2, 9].map(|ifindex| fixture.flags(ifindex) & port_flags::BESIDE != 0)
+    };
+    assert_eq!(now(&mut fixture), [false; 3]);
+    fixture.fpm.set_beside(2, true);
+    assert_eq!(now(&mut fixture), [false, true, true], "of a VLAN sub-interface too");
+    fixture.fpm.set_beside(2, false);
+    assert_eq!(now(&mut fixture), [false; 3]);
+    fixture.fpm.set_beside(2, true);
+    fixture.batch([Message::PortDelete(2), Message::Port(port(2))]);
+    assert_eq!(now(&mut fixture), [false; 3], "another device of the same index");
+}
+
+#[test]
 fn what_the_engine_cannot_transmit_is_left_to_linux() {
     let mut fixture = Fixture::new();
     let mut now = |transmit| {

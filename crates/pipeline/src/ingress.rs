@@ -1,7 +1,7 @@
 //! First stage: the port, the tags, and whether this is an IP packet that a router forwards at all.
 
 use crate::network::Network;
-use crate::{Frame, Tables, partial};
+use crate::{Beside, Frame, Tables, partial};
 use core::hint::black_box;
 use towpath_tables::Reason;
 use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, port_flags};
@@ -85,6 +85,15 @@ impl<'t> Entry<'t> {
         if self.flags & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
     }
 
+    /// What travels beside a frame that entered here
+    #[inline(always)]
+    fn beside<F: Frame>(&self, frame: &F) -> Beside {
+        match self.flags & port_flags::PARTIAL_CSUM {
+            0 => Beside::NOTHING,
+            _ => frame.beside(self.flags & port_flags::BESIDE != 0),
+        }
+    }
+
     #[inline(always)]
     fn owns(&self, mac: &Mac) -> bool {
         self.port.mac_hi.load() == mac.hi.get() && self.port.mac_lo.load() == u32::from(mac.lo.get())
@@ -98,6 +107,10 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
     let ethernet = frame.get::<Ethernet>(0).ok_or(Reason::Truncated)?;
     if ethernet.destination.is_group() {
         return Err(Reason::L2Multicast);
+    }
+    let beside = entry.beside(frame);
+    if let Some((protocol, control)) = beside.tag {
+        entry.descend(tables, protocol, control & Tag::ID)?;
     }
     let mut offset = size_of::<Ethernet>();
     let mut ethertype = ethernet.ethertype.get();
@@ -115,8 +128,8 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
     }
     let config = tables.config().ok_or(Reason::Internal)?;
     match ethertype {
-        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset),
-        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset),
+        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset, beside.partial),
+        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset, beside.partial),
         _ => Err(Reason::UnsupportedEncap),
     }
 }
@@ -127,6 +140,7 @@ fn parse_packet<N: Network, F: Frame>(
     config: &Config,
     entry: &Entry,
     offset: usize,
+    partial: Option<bool>,
 ) -> Result<Parsed, Reason> {
     entry.has(N::FORWARDING)?;
     policy(config.policy[N::FAMILY as usize].load())?;
@@ -135,8 +149,10 @@ fn parse_packet<N: Network, F: Frame>(
     let frame_len = frame.total_len();
     let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
     header.check_scopes(entry.flags)?;
-    if entry.flags & port_flags::PARTIAL_CSUM != 0 {
-        partial::check(frame, header, offset, packet_len)?;
+    match partial {
+        Some(false) => {}
+        Some(true) => return Err(Reason::PartialChecksum),
+        None => partial::check(frame, header, offset, packet_len)?,
     }
     let several = frame_len != frame.first_len();
     Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len, several })

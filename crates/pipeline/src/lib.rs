@@ -40,6 +40,24 @@ use towpath_tables::lpm::LpmRead;
 use towpath_tables::record::{Config, Group, Nexthop, Port, PortStats, VlanTable};
 use towpath_wire::View;
 
+/// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
+/// (veth, TAP).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Beside {
+    /// Whether the transport checksum is still to be completed; None if the engine cannot see that
+    pub partial: Option<bool>,
+    /// The outermost VLAN tag, if it is not in the frame: protocol and tag control information (802.1Q). None also if
+    /// the engine cannot see it
+    pub tag: Option<(u16, u16)>,
+}
+
+impl Beside {
+    /// Nothing does.
+    pub const NOTHING: Self = Self { partial: Some(false), tag: None };
+    /// The engine cannot see whether anything does.
+    pub const UNKNOWN: Self = Self { partial: None, tag: None };
+}
+
 /// A frame, from its Ethernet header on. The first buffer of a multi-buffer frame is what can be read and written.
 pub trait Frame {
     /// A view of the bytes at `offset`; None if they are not all in the first buffer.
@@ -50,6 +68,8 @@ pub trait Frame {
     fn first_len(&self) -> usize;
     /// Length of the whole frame, all buffers counted.
     fn total_len(&self) -> usize;
+    /// What travels beside the frame. `seen`: the port is one of which the engine knows where to look.
+    fn beside(&self, seen: bool) -> Beside;
     /// Moves the frame's beginning: removes `by` bytes, or adds as many if `by` is negative. Bytes removed come back
     /// as they were when they are added again. False if it could not be done; then nothing changed.
     fn move_head(&mut self, by: i32) -> bool;

@@ -1,6 +1,6 @@
 //! A frame in the program's own memory.
 
-use crate::Frame;
+use crate::{Beside, Frame};
 use towpath_wire::View;
 
 /// A frame with room before it. Its first buffer may be shorter than the frame, as with multi-buffer frames.
@@ -9,6 +9,7 @@ pub struct Packet {
     memory: Vec<u8>,
     start: usize,
     linear: usize,
+    beside: Beside,
 }
 
 impl Packet {
@@ -21,7 +22,13 @@ impl Packet {
     pub fn with_linear(bytes: &[u8], headroom: usize, linear: usize) -> Self {
         let mut memory = vec![0; headroom];
         memory.extend_from_slice(bytes);
-        Self { memory, start: headroom, linear: headroom + linear.min(bytes.len()) }
+        let linear = headroom + linear.min(bytes.len());
+        Self { memory, start: headroom, linear, beside: Beside::NOTHING }
+    }
+
+    /// The same, with this beside it.
+    pub fn with_beside(self, beside: Beside) -> Self {
+        Self { beside, ..self }
     }
 
     /// The frame as it is now.
@@ -47,6 +54,10 @@ impl Frame for Packet {
 
     fn total_len(&self) -> usize {
         self.memory.len() - self.start
+    }
+
+    fn beside(&self, seen: bool) -> Beside {
+        if seen { self.beside } else { Beside::UNKNOWN }
     }
 
     fn move_head(&mut self, by: i32) -> bool {

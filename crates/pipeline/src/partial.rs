@@ -1,5 +1,6 @@
-//! Recognises packets whose transport checksum a local sender left to the device (CHECKSUM_PARTIAL). Over veth and
-//! TAP they arrive so, and what says how to complete them is not in the frame: only Linux can pass them on.
+//! Recognises packets whose transport checksum a local sender left to the device (CHECKSUM_PARTIAL), for engines that do
+//! not see what travels beside a frame (`Beside`). Over veth and TAP they arrive so, and what says how to complete them is
+//! not in the frame: only Linux can pass them on.
 //!
 //! The sender has put the folded sum of the pseudo header, not complemented, where the checksum belongs (6.1,
 //! net/ipv4/{tcp_ipv4,udp}.c: `~tcp_v4_check`, `~csum_tcpudp_magic`); with segmentation offload too, over the whole

@@ -19,6 +19,9 @@ fn run(case: &Case, headroom: usize) -> Result<(), String> {
     let (world, wanted) = (router(case), router(case));
     case.expect.apply(&wanted, case.frame.len());
     let mut packet = Packet::with_linear(&case.frame, headroom, FIRST);
+    if let Some(beside) = case.beside {
+        packet = packet.with_beside(beside);
+    }
     let verdict = process(&mut packet, &world.slices(), INGRESS);
     let (expected, frame) = match &case.expect {
         Expect::NotAPort => (Verdict::NotAPort, &case.frame),

@@ -13,6 +13,7 @@ pub mod filter;
 pub mod grace;
 pub mod layout;
 pub mod lpm;
+pub mod mark;
 #[cfg(feature = "std")]
 pub mod mix;
 #[cfg(feature = "std")]

@@ -252,7 +252,7 @@ impl Daemon {
             self.facts.notice(&notice);
         }
         wanted.iter().for_each(|ifindex| self.fpm.serve(*ifindex, true));
-        self.check_transmit(&wanted);
+        self.check_abilities(&wanted);
         loop {
             self.sync();
             if self.wanted.indices().is_empty() {
@@ -275,7 +275,7 @@ impl Daemon {
         let ports: Vec<_> = self.fpm.interfaces().filter(|port| wanted.contains(&port.ifindex)).cloned().collect();
         ports.iter().for_each(|port| self.tell_engine(port));
         // Ports that are each other's peers can transmit only now.
-        self.check_transmit(&wanted);
+        self.check_abilities(&wanted);
         self.sync();
         Ok(())
     }
@@ -326,7 +326,7 @@ impl Daemon {
                 Ok(Event::Stop(signal)) => return self.stop(signal),
                 Ok(Event::Transmit(mut ports)) => {
                     ports.extend(self.cannot_transmit.keys());
-                    self.check_transmit(&ports);
+                    self.check_abilities(&ports);
                     self.sync();
                 }
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),

@@ -57,7 +57,7 @@ impl Daemon {
         if self.wanted.appears(port) {
             tracing::info!("port {} has come back", port.name);
             self.fpm.serve(ifindex, true);
-            self.check_transmit(&[ifindex]);
+            self.check_abilities(&[ifindex]);
             self.arrivals.insert(ifindex);
         }
         if self.wanted.indices().contains(&ifindex) && !self.arrivals.contains(&ifindex) {
@@ -73,13 +73,13 @@ impl Daemon {
         let before = self.told.insert(ifindex, now).unwrap_or(Told { up: true, mtu: now.mtu, promiscuous: false });
         if now.up != before.up {
             tracing::info!("port {name} is {}", if now.up { "up" } else { "down" });
-            self.check_transmit(&[ifindex]);
+            self.check_abilities(&[ifindex]);
             self.ask(Request::PortState { ifindex, up: now.up });
         }
         if now.mtu != before.mtu {
             tracing::info!("the MTU of port {name} is {}, and was {}", now.mtu, before.mtu);
             self.ask(Request::Mtu { ifindex, mtu: now.mtu });
-            self.check_transmit(&[ifindex]);
+            self.check_abilities(&[ifindex]);
         }
         if now.promiscuous != before.promiscuous {
             let state = if now.promiscuous { "promiscuous" } else { "no longer promiscuous" };
@@ -99,8 +99,8 @@ impl Daemon {
         }
     }
 
-    /// Asks the engine whether it can transmit by the ports, and lets FPM know.
-    pub fn check_transmit(&mut self, ports: &[u32]) {
+    /// Asks the engine what it can do with the ports, and lets FPM know.
+    pub fn check_abilities(&mut self, ports: &[u32]) {
         for &ifindex in ports.iter().filter(|ifindex| self.wanted.indices().contains(ifindex)) {
             let (transmit, why) = match self.facts.can_transmit(ifindex) {
                 Ok(TransmitSupport::Full) => (Transmit::Any, None),
@@ -119,6 +119,7 @@ impl Daemon {
                 _ => {}
             }
             self.fpm.set_transmit(ifindex, transmit);
+            self.fpm.set_beside(ifindex, self.engine.sees_beside(ifindex).unwrap_or(false));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
-use towpath_pipeline::Frame;
+use towpath_pipeline::{Beside, Frame};
 use towpath_wire::View;
 
 /// Room that drivers leave before a frame, for tags to be added.
@@ -73,6 +73,11 @@ impl Frame for Buffer {
     #[inline(always)]
     fn total_len(&self) -> usize {
         self.len.into()
+    }
+
+    #[inline(always)]
+    fn beside(&self, _seen: bool) -> Beside {
+        Beside::UNKNOWN
     }
 
     #[inline(always)]

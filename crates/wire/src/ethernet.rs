@@ -59,10 +59,13 @@ view! {
 }
 
 impl Tag {
+    /// The VLAN identifier's bits in the tag control information
+    pub const ID: u16 = 0x0fff;
+
     /// VLAN identifier, 0 to 4095
     #[inline(always)]
     pub fn id(&self) -> u16 {
-        self.control.get() & 0x0fff
+        self.control.get() & Self::ID
     }
 }
 

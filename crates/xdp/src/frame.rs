@@ -1,8 +1,9 @@
 //! A frame in an XDP context.
 
+use crate::beside;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
-use towpath_pipeline::Frame;
+use towpath_pipeline::{Beside, Frame};
 use towpath_wire::View;
 
 /// A first buffer with less in it than this is the whole frame: drivers fill it before they begin another, and none gives
@@ -65,6 +66,12 @@ impl Frame for XdpFrame {
             // SAFETY: `ctx` is the program's context.
             _ => unsafe { bpf_xdp_get_buff_len(self.ctx) as usize },
         }
+    }
+
+    #[inline(always)]
+    fn beside(&self, seen: bool) -> Beside {
+        // SAFETY: `ctx` is the program's context, and by `seen` a veth's.
+        if seen { unsafe { beside::look(self.ctx) } } else { Beside::UNKNOWN }
     }
 
     #[inline(always)]

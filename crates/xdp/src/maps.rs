@@ -2,6 +2,7 @@
 //! (one element that holds all records): addresses are constants to the program, so reading a record takes no look-up in
 //! a map, no call, and leaves all registers as they are. Lengths are constants too, put into the code when it is loaded.
 
+use crate::constant::constant;
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
@@ -58,23 +59,6 @@ fn opaque(number: usize) -> usize {
 /// For lints, which look at the crate as the host sees it.
 #[cfg(not(target_arch = "bpf"))]
 use core::hint::black_box as opaque;
-
-/// Loads a 64-bit constant of which the compiler knows nothing.
-macro_rules! constant {
-    ($($operand:tt)*) => {{
-        let value: usize;
-        // SAFETY: sets a register.
-        #[cfg(target_arch = "bpf")]
-        unsafe {
-            core::arch::asm!("{0} = {1} ll", out(reg) value, $($operand)*, options(pure, nomem, nostack))
-        };
-        #[cfg(not(target_arch = "bpf"))]
-        {
-            value = 0;
-        }
-        value
-    }};
-}
 
 /// A record of a table; the length is the one that is put there when the program is loaded.
 macro_rules! record {

@@ -4,6 +4,7 @@
 pub mod frames;
 pub mod world;
 
+use crate::Beside;
 use frames::*;
 use towpath_tables::record::port_flags::*;
 use towpath_tables::{REASONS, Reason};
@@ -39,6 +40,8 @@ pub struct Case {
     pub configure: Box<dyn Fn(&mut World)>,
     /// The frame that arrives
     pub frame: Vec<u8>,
+    /// What travels beside it, where that matters
+    pub beside: Option<Beside>,
     /// What must become of it
     pub expect: Expect,
 }
@@ -75,6 +78,7 @@ pub fn all() -> Vec<Case> {
     cases.routes();
     cases.groups();
     cases.partial_checksums();
+    cases.beside();
     cases.0
 }
 
@@ -131,7 +135,7 @@ impl Cases {
         frame: Vec<u8>,
         expect: Expect,
     ) {
-        self.0.push(Case { name: name.into(), configure: Box::new(configure), frame, expect });
+        self.0.push(Case { name: name.into(), configure: Box::new(configure), frame, beside: None, expect });
     }
 
     /// The frame is an exception of `IN`.
@@ -889,5 +893,69 @@ impl Cases {
         case("IPv4, later fragment".into(), fragment(0x2001), true);
         case("IPv6, fragment".into(), ipv6(address6(0, 0, 9), address6(1, 0, 7), 44, &data(16)), true);
         case("IPv6, destination options".into(), ipv6(address6(0, 0, 9), address6(1, 0, 7), 60, &data(16)), false);
+    }
+
+    fn beside(&mut self) {
+        let seen = |world: &mut World| world.flag(IN, PARTIAL_CSUM | BESIDE);
+        let mut case = |name: &str, beside, frame: Vec<u8>, expect| {
+            self.add(name, seen, frame, expect);
+            self.0.last_mut().expect("just added").beside = Some(beside);
+        };
+        let forward = |from, packet: &[u8]| Expect::Forward {
+            frame: forwarded(OUT, &[], packet),
+            from,
+            to: OUT,
+            device: OUT,
+            hop: HOP,
+        };
+        let bare = ipv4(SOURCE4, DESTINATION4, UDP, &udp(1, 2, &data(9)));
+        let tunnel = ipv6(address6(0, 0, 9), address6(1, 0, 7), 41, &data(40));
+        let packets =
+            [("IPv4", &plain4()), ("IPv6", &plain6()), ("UDP without checksum", &bare), ("a tunnel", &tunnel)];
+        for (what, packet) in packets {
+            let partial = Beside { partial: Some(true), tag: None };
+            case(&format!("{what}, nothing beside it"), Beside::NOTHING, arrive(packet), forward(IN, packet));
+            let expect = Expect::Exception(IN, Reason::PartialChecksum);
+            case(&format!("{what}, known to be partial"), partial, arrive(packet), expect);
+        }
+        case(
+            "no checksum, nobody knows",
+            Beside::UNKNOWN,
+            arrive(&bare),
+            Expect::Exception(IN, Reason::PartialChecksum),
+        );
+        case("a checksum, nobody knows", Beside::UNKNOWN, arrive(&plain4()), forward(IN, &plain4()));
+
+        let tag = |protocol, control| Beside { partial: Some(false), tag: Some((protocol, control)) };
+        let inner = |tags: &[(u16, u16)]| [link(IN_DOUBLE, tags, 0x0800), plain4()].concat();
+        let refused = |slot| Expect::Exception(slot, Reason::UnsupportedEncap);
+        let untagged = [link(IN_VLAN, &[], 0x86dd), plain6()].concat();
+        case("a tag beside the frame", tag(0x8100, 100), untagged.clone(), forward(IN_VLAN, &plain6()));
+        case(
+            "a tag with priority beside the frame",
+            tag(0x8100, 0xf064),
+            untagged.clone(),
+            forward(IN_VLAN, &plain6()),
+        );
+        case(
+            "a tag beside the frame and one in it",
+            tag(0x88a8, 300),
+            inner(&[(0x8100, 5)]),
+            forward(IN_DOUBLE, &plain4()),
+        );
+        case("an unknown VLAN beside the frame", tag(0x8100, 101), untagged.clone(), refused(IN));
+        case("another protocol's tag beside the frame", tag(0x88a8, 100), untagged.clone(), refused(IN));
+        case("a priority tag beside the frame", tag(0x8100, 0xe000), arrive(&plain4()), refused(IN));
+        let three = inner(&[(0x8100, 5), (0x8100, 100)]);
+        case("a tag beside the frame and two in it", tag(0x88a8, 300), three, refused(IN_DOUBLE));
+        let everyone = with(untagged.clone(), |frame| frame[..6].copy_from_slice(&[0xff; 6]));
+        case("broadcast with a tag beside it", tag(0x8100, 100), everyone, Expect::Exception(IN, Reason::L2Multicast));
+        let both = Beside { partial: Some(true), ..tag(0x8100, 100) };
+        case(
+            "a tag and a checksum beside the frame",
+            both,
+            untagged,
+            Expect::Exception(IN_VLAN, Reason::PartialChecksum),
+        );
     }
 }
