@@ -12,3 +12,4 @@ pub mod routes;
 pub mod source;
 pub mod stats;
 pub mod sync;
+pub mod user;

@@ -5,7 +5,7 @@ use clap::Parser;
 
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
-use towpath_bench::{cost, findings, instructions, latency, sync};
+use towpath_bench::{cost, findings, instructions, latency, sync, user};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.
@@ -37,6 +37,8 @@ enum Section {
     Changes,
     /// Latency and CPU against load
     Latency,
+    /// A worker of the user engine over ports in memory
+    User,
     /// Instructions a packet, in the virtual machine
     Instructions,
 }
@@ -60,6 +62,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Latency) {
         latency::run(&mut findings, &mut report, 5)?;
+    }
+    if wanted(Section::User) {
+        user::run(&mut findings, &mut report, arguments.rounds)?;
     }
     if wanted(Section::Instructions) {
         instructions::run(&mut findings, &mut report)?;

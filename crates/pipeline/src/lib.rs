@@ -6,8 +6,8 @@
 //! one). A packet of a port that is in no slot is left alone and counted nowhere.
 //!
 //! Three stages: [`parse`] (ports, tags, headers), [`route`] (sources, look-up, next hop) and [`rewrite`]; [`process`] runs
-//! them one after another. Engines that run each over a batch [`prefetch`] between the first and the others
-//! ([`finish`]).
+//! them one after another. Engines that run each over a batch take the look-up's steps with all packets in turn
+//! ([`Search`]).
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
 pub mod cache;
@@ -31,7 +31,7 @@ pub mod packet;
 
 pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
-pub use route::{Hop, prefetch, route};
+pub use route::{Hop, Search, route, route_found};
 pub use slot_set::SlotSet;
 pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_lost};
 
@@ -125,16 +125,21 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 #[inline(always)]
 fn forward<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
     let parsed = parse(frame, tables, entry)?;
-    finish(frame, tables, entry, &parsed)
+    let hop = route(frame, tables, entry, &parsed)?;
+    finish(frame, tables, entry, &parsed, &hop)
 }
 
-/// The second and the last stage of a frame that is to be counted if it is forwarded: the slot of the interface that
-/// transmits it.
+/// The last stage of a frame that is counted if it is forwarded: the slot of the interface that transmits it.
 #[inline(always)]
-pub fn finish<F: Frame, T: Tables>(frame: &mut F, tables: &T, entry: &Entry, parsed: &Parsed) -> Result<u32, Reason> {
-    let hop = route(frame, tables, entry, parsed)?;
-    rewrite(frame, parsed, &hop)?;
+pub fn finish<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    parsed: &Parsed,
+    hop: &Hop,
+) -> Result<u32, Reason> {
+    rewrite(frame, parsed, hop)?;
     hop.mark_hit();
-    count_forward(tables, entry.slot, parsed, &hop);
+    count_forward(tables, entry.slot, parsed, hop);
     Ok(hop.device)
 }

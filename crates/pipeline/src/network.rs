@@ -40,8 +40,10 @@ pub trait Network: View {
     fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason>;
     /// The route to the destination
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal>;
-    /// Asks for the memory that `lookup` reads after `reads` others.
-    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32);
+    /// Begins to do what `lookup` does, in steps
+    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk;
+    /// Takes a step of it if there is one to take; true if more are to come
+    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool;
     /// Whether Linux may send a redirect for a packet that leaves by the port that it entered by
     fn redirects(flags: u32) -> bool;
     /// Time to live or hop limit
@@ -121,8 +123,13 @@ impl Network for Ipv4 {
     }
 
     #[inline(always)]
-    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32) {
-        lpm::prefetch(tables, root, &self.destination, reads);
+    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk {
+        lpm::Walk::new(tables, root, &self.destination)
+    }
+
+    #[inline(always)]
+    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool {
+        walk.step(tables, root, &self.destination)
     }
 
     #[inline(always)]
@@ -243,8 +250,13 @@ impl Network for Ipv6 {
     }
 
     #[inline(always)]
-    fn prefetch<T: Tables>(&self, tables: &T, root: u32, reads: u32) {
-        lpm::prefetch(tables, root, &self.destination, reads);
+    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk {
+        lpm::Walk::new(tables, root, &self.destination)
+    }
+
+    #[inline(always)]
+    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool {
+        walk.step(tables, root, &self.destination)
     }
 
     /// ip6_forward asks no sysctl.

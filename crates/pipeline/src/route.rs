@@ -3,7 +3,7 @@
 use crate::network::Network;
 use crate::{Entry, Frame, Parsed, Tables, hash};
 use towpath_tables::Reason;
-use towpath_tables::lpm::Kind;
+use towpath_tables::lpm::{self, Kind, Word};
 use towpath_tables::order;
 use towpath_tables::record::{Family, Nexthop, NexthopKind, port_flags};
 use towpath_wire::ipv4::Ipv4;
@@ -63,20 +63,34 @@ impl<'t> Hop<'t> {
     }
 }
 
-/// Asks for the memory that `route` will read after `reads` other places of the route table; for batches, in which every
-/// packet's memory comes while the others are worked on.
-#[inline(always)]
-pub fn prefetch<F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed, reads: u32) {
-    match parsed.family {
-        Family::V4 => prefetch_packet::<Ipv4, F, T>(frame, tables, entry, parsed, reads),
-        Family::V6 => prefetch_packet::<Ipv6, F, T>(frame, tables, entry, parsed, reads),
-    }
+/// A look-up of a packet's route that engines take a step at a time, with each packet of a batch in turn: memory comes
+/// while the others are worked on.
+#[derive(Clone, Copy, Debug)]
+pub struct Search {
+    root: u32,
+    walk: lpm::Walk,
 }
 
-#[inline(always)]
-fn prefetch_packet<N: Network, F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed, reads: u32) {
-    if let Some(header) = frame.get::<N>(parsed.offset) {
-        header.prefetch(tables, entry.port.root[N::FAMILY as usize].load(), reads);
+impl Search {
+    /// Begins.
+    #[inline(always)]
+    pub fn new<F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed) -> Result<Self, Reason> {
+        let root = entry.port.root[parsed.family as usize].load();
+        let walk = match parsed.family {
+            Family::V4 => frame.get::<Ipv4>(parsed.offset).ok_or(Reason::Truncated)?.walk(tables, root),
+            Family::V6 => frame.get::<Ipv6>(parsed.offset).ok_or(Reason::Truncated)?.walk(tables, root),
+        };
+        Ok(Self { root, walk })
+    }
+
+    /// Takes a step if there is one to take; true if more are to come.
+    #[inline(always)]
+    pub fn step<F: Frame, T: Tables>(&mut self, frame: &F, tables: &T, parsed: &Parsed) -> bool {
+        let Self { root, walk } = self;
+        match parsed.family {
+            Family::V4 => frame.get::<Ipv4>(parsed.offset).is_some_and(|header| header.step(tables, *root, walk)),
+            Family::V6 => frame.get::<Ipv6>(parsed.offset).is_some_and(|header| header.step(tables, *root, walk)),
+        }
     }
 }
 
@@ -88,9 +102,32 @@ pub fn route<'t, F: Frame, T: Tables>(
     entry: &Entry,
     parsed: &Parsed,
 ) -> Result<Hop<'t>, Reason> {
+    route_family(frame, tables, entry, parsed, None)
+}
+
+/// As `route`, by a search that has taken all its steps.
+#[inline(always)]
+pub fn route_found<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
+    search: &Search,
+) -> Result<Hop<'t>, Reason> {
+    route_family(frame, tables, entry, parsed, Some(search.walk.found()))
+}
+
+#[inline(always)]
+fn route_family<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
+    found: Option<Result<Word, lpm::Internal>>,
+) -> Result<Hop<'t>, Reason> {
     match parsed.family {
-        Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed),
-        Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed),
+        Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed, found),
+        Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed, found),
     }
 }
 
@@ -100,10 +137,11 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     tables: &'t T,
     entry: &Entry,
     parsed: &Parsed,
+    found: Option<Result<Word, lpm::Internal>>,
 ) -> Result<Hop<'t>, Reason> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     let root = entry.port.root[N::FAMILY as usize].load();
-    let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
+    let word = found.unwrap_or_else(|| header.lookup(tables, root)).map_err(|_| Reason::Internal)?;
     let index = match word.kind() {
         Kind::Nexthop(index) => index,
         Kind::Group(index) => {

@@ -1,8 +1,6 @@
 //! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
 //! cannot panic and walks at most one node per address byte after the second, or one wide node per two.
 
-use core::cell::Cell;
-
 use crate::record::{LINE_WORDS, Line, NODE_HEAD, Node, WIDE_HEAD, Wide};
 
 const NODE: u32 = 1 << 31;
@@ -147,49 +145,112 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
     }
 }
 
-/// Asks for the memory that the look-up of this address reads after `reads` others, which are best in the cache by now;
-/// nothing if it reads no more than that. For engines that look several addresses up at once, all a step each in turn.
-#[inline(always)]
-pub fn prefetch<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES], reads: u32) {
-    // Where the look-up ends is no matter here.
-    let _ = lookup(&Ahead { mem, reads: Cell::new(reads) }, root, addr);
+/// A look-up in steps, each of which reads memory that the step before asked for. An engine that looks several addresses
+/// up at once takes a step with each in turn, and waits for none.
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    next: Next,
+    /// Bytes of the address that have been looked at
+    bytes: u8,
+    /// The line to be read next
+    line: u32,
+    found: Result<Word, Internal>,
 }
 
-/// Memory in which the look-up gets only so far; what it would read next is asked for.
-struct Ahead<'m, M> {
-    mem: &'m M,
-    reads: Cell<u32>,
+/// What the next step of a walk reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Next {
+    Root,
+    /// The first line of a node
+    Node,
+    /// The first line of a wide node
+    Wide,
+    /// This word of a line
+    Stored(u8),
+    Nothing,
 }
 
-impl<M: LpmRead> Ahead<'_, M> {
+impl Walk {
+    /// Begins to look an address up.
     #[inline(always)]
-    fn read<T>(&self, read: impl FnOnce() -> Option<T>, prefetch: impl FnOnce()) -> Option<T> {
-        match self.reads.get() {
-            0 => {
-                prefetch();
-                None
-            }
-            reads => {
-                self.reads.set(reads - 1);
-                read()
-            }
+    pub fn new<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> Self {
+        if let Some(slot) = first_pair(addr) {
+            mem.prefetch_root_word(root, slot);
         }
+        Self { next: Next::Root, bytes: 2, line: 0, found: Err(Internal) }
+    }
+
+    /// Takes a step if there is one to take; true if more are to come.
+    #[inline(always)]
+    pub fn step<const BYTES: usize>(&mut self, mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> bool {
+        let next = core::mem::replace(&mut self.next, Next::Nothing);
+        // An index out of range leaves what was found as it was at first: an error, and the end.
+        let _ = self.take(next, mem, root, addr);
+        self.next != Next::Nothing
+    }
+
+    /// What `lookup` returns; an error before the last step.
+    #[inline(always)]
+    pub fn found(&self) -> Result<Word, Internal> {
+        self.found
+    }
+
+    #[inline(always)]
+    fn take<const BYTES: usize>(
+        &mut self,
+        next: Next,
+        mem: &impl LpmRead,
+        root: u32,
+        addr: &[u8; BYTES],
+    ) -> Option<()> {
+        const WORDS: u32 = LINE_WORDS as u32;
+        let at = usize::from(self.bytes);
+        let position = match next {
+            Next::Nothing => return None,
+            Next::Root => return self.go_on::<BYTES>(mem, root, mem.root_word(root, first_pair(addr)?)?),
+            Next::Stored(position) => position.into(),
+            Next::Node => {
+                self.bytes += 1;
+                NODE_HEAD as u32 + rank(mem.line(self.line)?.as_node(), *addr.get(at)?)?
+            }
+            Next::Wide => {
+                self.bytes += 2;
+                let value = u16::from_be_bytes([*addr.get(at)?, *addr.get(at + 1)?]);
+                WIDE_HEAD as u32 + wide_rank(mem.line(self.line)?.as_wide(), value)
+            }
+        };
+        if position < WORDS {
+            let word = *mem.line(self.line)?.words.get(position as usize)?;
+            return self.go_on::<BYTES>(mem, root, word);
+        }
+        self.line = self.line.wrapping_add(position / WORDS);
+        self.next = Next::Stored((position % WORDS) as u8);
+        mem.prefetch_line(self.line);
+        Some(())
+    }
+
+    /// Goes where a word leads.
+    #[inline(always)]
+    fn go_on<const BYTES: usize>(&mut self, mem: &impl LpmRead, root: u32, word: u32) -> Option<()> {
+        let word = Word(word);
+        match word.kind() {
+            Kind::None => self.found = Ok(Word(mem.root_default(root)?)),
+            Kind::Node(line) if usize::from(self.bytes) < BYTES => {
+                self.next = if word.is_wide() { Next::Wide } else { Next::Node };
+                self.line = line;
+                mem.prefetch_line(line);
+            }
+            Kind::Node(_) => {}
+            _ => self.found = Ok(word),
+        }
+        Some(())
     }
 }
 
-impl<M: LpmRead> LpmRead for Ahead<'_, M> {
-    #[inline(always)]
-    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
-        self.read(|| self.mem.root_word(root, slot), || self.mem.prefetch_root_word(root, slot))
-    }
-    #[inline(always)]
-    fn root_default(&self, _root: u32) -> Option<u32> {
-        None
-    }
-    #[inline(always)]
-    fn line(&self, index: u32) -> Option<&Line> {
-        self.read(|| self.mem.line(index), || self.mem.prefetch_line(index))
-    }
+#[inline(always)]
+fn first_pair(addr: &[u8]) -> Option<u16> {
+    let [high, low, ..] = addr else { return None };
+    Some(u16::from_be_bytes([*high, *low]))
 }
 
 /// The word for `byte` in a node: the last stored one at or before it.
@@ -344,21 +405,42 @@ mod tests {
     }
 
     #[test]
-    fn prefetching_asks_for_what_the_look_up_reads_next() {
-        for address in [[11, 0, 0, 1], [10, 0, 1, 1], [10, 0, 2, 64], [10, 0, 2, 255]] {
+    fn a_walk_reads_what_the_look_up_reads_and_asked_for_it_before() {
+        for address in [[11, 0, 0, 1], [10, 0, 1, 1], [10, 0, 2, 64], [10, 0, 2, 255], [10, 0, 200, 0]] {
             let log = Log(fixture(), Default::default());
-            lookup(&log, 0, &address).unwrap();
-            let all = log.1.take();
-            for reads in 0..=all.len() {
-                prefetch(&log, 0, &address, reads as u32);
-                let asked = all.get(reads).map(|(what, place)| (what.strip_prefix("read").unwrap(), *place));
-                let got = log.1.take();
-                assert_eq!(got[..reads], all[..reads], "{address:?}, after {reads}");
-                let got: Vec<_> =
-                    got[reads..].iter().map(|(what, place)| (what.strip_prefix("ask for").unwrap(), *place)).collect();
-                assert_eq!(got, Vec::from_iter(asked), "{address:?}, after {reads}");
+            let expected = lookup(&log, 0, &address);
+            let mut reads = log.1.take();
+            reads.dedup();
+            let mut walk = Walk::new(&log, 0, &address);
+            while walk.step(&log, 0, &address) {}
+            assert_eq!(walk.found(), expected);
+            let (asked, mut read): (Vec<_>, Vec<_>) =
+                log.1.borrow().iter().copied().partition(|(what, _)| what.starts_with("ask"));
+            read.dedup();
+            assert_eq!(read, reads, "{address:?}");
+            let places: Vec<u32> = reads.iter().map(|read| read.1).collect();
+            assert_eq!(asked.iter().map(|asked| asked.1).collect::<Vec<_>>(), places, "{address:?}");
+            for (place, asked) in asked.iter().enumerate() {
+                let all = log.1.borrow();
+                let (first, then) = (all.iter().position(|e| e == asked), all.iter().position(|e| *e == reads[place]));
+                assert!(first < then, "{address:?}: {asked:?} after it was read");
             }
         }
+    }
+
+    #[test]
+    fn a_walk_finds_errors_where_the_look_up_does() {
+        let walk = |mem: &Fixture, root, address: [u8; 4]| {
+            let mut walk = Walk::new(mem, root, &address);
+            while walk.step(mem, root, &address) {}
+            walk.found()
+        };
+        let mem = fixture();
+        assert_eq!(walk(&mem, 1, [10, 0, 0, 1]), Err(Internal), "root");
+        assert_eq!(walk(&Fixture(mem.0[..1].to_vec()), 0, [10, 0, 0, 1]), Err(Internal), "node");
+        assert_eq!(walk(&Fixture(mem.0[..3].to_vec()), 0, [10, 0, 2, 255]), Err(Internal), "second line");
+        let longer = [mem.0[..2].to_vec(), node(&[(0, Word::node(2).0)])].concat();
+        assert_eq!(walk(&Fixture(longer), 0, [10, 0, 2, 0]), Err(Internal), "a walk longer than the address");
     }
 
     #[test]

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use towpath_pipeline::cache::prefetch;
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::{
-    Entry, Parsed, SlotSet, Tables, count_exception, count_exceptions_lost, count_tx_lost, finish, parse,
+    Entry, Parsed, Search, SlotSet, Tables, count_exception, count_exceptions_lost, count_tx_lost, finish, parse,
+    route_found,
 };
+use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::grace;
-use towpath_tables::record::{Family, PORT_SLOTS};
+use towpath_tables::record::PORT_SLOTS;
 use towpath_tables::word::W32;
 
 /// Where a worker finds the tables.
@@ -188,46 +190,63 @@ impl<S: TableSource> Worker<S> {
     }
 }
 
+/// A frame of a batch on its way.
+struct Job<'t> {
+    /// Its place in the batch
+    place: usize,
+    entry: Entry<'t>,
+    parsed: Parsed,
+    search: Search,
+}
+
 /// Takes a batch that came in by an interface along the whole path; for each frame the slot of the interface that
 /// transmits it, or None if it is Linux's.
 #[inline]
-fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> ArrayVec<Option<u32>, BATCH> {
-    let Some(entry) = Entry::find(tables, ifindex) else { return batch.iter().map(|_| None).collect() };
+fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> [Option<u32>; BATCH] {
+    let mut ways = [None; BATCH];
+    let Some(entry) = Entry::find(tables, ifindex) else { return ways };
     batch.iter().filter_map(|frame| frame.bytes().first()).for_each(prefetch);
-    let parsed: ArrayVec<_, BATCH> = batch.iter().map(|frame| parse_frame(tables, entry, frame)).collect();
-    let deepest = parsed.iter().flatten().map(|(_, parsed)| reads_of(parsed.family)).max().unwrap_or(0);
-    for reads in 0..deepest {
-        for (frame, parsed) in batch.iter().zip(&parsed) {
-            if let Some((entry, parsed)) = parsed {
-                towpath_pipeline::prefetch(frame, tables, entry, parsed, reads);
-            }
+    let mut jobs: ArrayVec<Job<'_>, BATCH> = ArrayVec::new();
+    for (place, frame) in batch.iter().enumerate() {
+        let mut entry = entry;
+        match begin(tables, &mut entry, frame) {
+            Ok((parsed, search)) => jobs.push(Job { place, entry, parsed, search }),
+            Err(reason) => count_exception(tables, entry.slot, reason),
         }
     }
-    let finish_frame = |(frame, parsed): (&mut Buffer, &Option<(Entry, Parsed)>)| {
-        let (entry, parsed) = parsed.as_ref()?;
-        finish(frame, tables, entry, parsed).map_err(|reason| count_exception(tables, entry.slot, reason)).ok()
-    };
-    batch.iter_mut().zip(&parsed).map(finish_frame).collect()
+    let mut walking = true;
+    while walking {
+        walking = false;
+        for job in &mut jobs {
+            walking |= job.search.step(&batch[job.place], tables, &job.parsed);
+        }
+    }
+    for Job { place, entry, parsed, search } in &jobs {
+        let frame = &mut batch[*place];
+        match end(tables, entry, parsed, search, frame) {
+            Ok(slot) => ways[*place] = Some(slot),
+            Err(reason) => count_exception(tables, entry.slot, reason),
+        }
+    }
+    ways
 }
 
 #[inline(always)]
-fn parse_frame<'t, T: Tables>(tables: &'t T, mut entry: Entry<'t>, frame: &Buffer) -> Option<(Entry<'t>, Parsed)> {
-    match parse(frame, tables, &mut entry) {
-        Ok(parsed) => Some((entry, parsed)),
-        Err(reason) => {
-            count_exception(tables, entry.slot, reason);
-            None
-        }
-    }
+fn begin<'t, T: Tables>(tables: &'t T, entry: &mut Entry<'t>, frame: &Buffer) -> Result<(Parsed, Search), Reason> {
+    let parsed = parse(frame, tables, entry)?;
+    Ok((parsed, Search::new(frame, tables, entry, &parsed)?))
 }
 
-/// Reads of a look-up that are worth asking for beforehand: the root's word and two for each node that most addresses
-/// have (their own lines and the words').
-fn reads_of(family: Family) -> u32 {
-    match family {
-        Family::V4 => 3,
-        Family::V6 => 5,
-    }
+#[inline(always)]
+fn end<T: Tables>(
+    tables: &T,
+    entry: &Entry,
+    parsed: &Parsed,
+    search: &Search,
+    frame: &mut Buffer,
+) -> Result<u32, Reason> {
+    let hop = route_found(frame, tables, entry, parsed, search)?;
+    finish(frame, tables, entry, parsed, &hop)
 }
 
 /// Hands frames that came in by an interface to Linux.

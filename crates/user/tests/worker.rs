@@ -1,12 +1,14 @@
 //! What a worker does beside the packet path: counts what is lost, keeps its buffers, and takes orders.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_pipeline::cases::{self, Case, Expect, world::*};
 use towpath_pipeline::slices::Slices;
 use towpath_pipeline::{SlotSet, Tables};
 use towpath_tables::grace::Grace;
-use towpath_user::memory::{Cable, Exceptions, MemoryPort};
+use towpath_user::memory::{Cable, Exceptions, MemoryPort, Wire};
 use towpath_user::{BATCH, Buffer, Core, Engine, Error, Linux, Pool, Port, TableSource, Worker};
 
 struct Router(World);
@@ -184,26 +186,44 @@ fn nothing_is_misrouted_while_tables_change() {
     }
 }
 
+/// A wire that holds whoever asks for a frame until it is told to let go.
+struct Held {
+    asked: SyncSender<()>,
+    go_on: Receiver<()>,
+}
+
+impl Wire for Held {
+    fn arrive(&mut self, _: &mut Buffer) -> bool {
+        let _ = self.asked.send(());
+        let _ = self.go_on.recv();
+        false
+    }
+
+    fn leave(&mut self, _: &[u8]) -> bool {
+        false
+    }
+}
+
 #[test]
 #[cfg_attr(miri, ignore = "threads on cores")]
-fn an_idle_worker_sleeps() {
+fn whoever_waits_for_a_grace_period_waits_for_a_batch_that_is_under_way() {
     let engine = start(&Arc::new(Router(World::new())), &Exceptions::default());
-    // Without ports, only an order wakes it.
-    let used = || {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the time is written to a variable of this function.
-        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) }, 0);
-        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-    };
-    let least = (0..20).map(|_| {
-        let before = used();
-        std::thread::sleep(Duration::from_millis(20));
-        used() - before
+    let ((asked, when_asked), (let_go, go_on)) = (sync_channel(0), sync_channel(0));
+    engine.add(0, Port { ifindex: IN, slot: IN, driver: Box::new(MemoryPort(Held { asked, go_on })) });
+    when_asked.recv().expect("the worker asks for a frame");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            engine.grace().wait();
+            over.store(true, SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!over.load(SeqCst), "the worker is still at its batch");
+        // It lets go, then and ever after.
+        drop(let_go);
+        drop(when_asked);
+        wait_for("the grace period's end", || over.load(SeqCst).then_some(()));
     });
-    // Other tests of this process may run meanwhile, but not always.
-    let least = least.min().expect("twenty values");
-    assert!(least < Duration::from_millis(5), "{least:?} of 20 ms");
-    drop(engine);
 }
 
 #[test]

@@ -1,0 +1,308 @@
+//! What a forwarded packet costs a worker of the user engine: ports in memory, one core, no kernel. Each contender beside
+//! the others in every round.
+
+use crate::findings::Findings;
+use crate::path::pin;
+use crate::routes;
+use crate::stats::Summary;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::Duration;
+use towpath_pipeline::SlotSet;
+use towpath_pipeline::{Verdict, process};
+use towpath_report::{Bar, Report};
+use towpath_tables::backing::{HeapBacking, initial_elements};
+use towpath_tables::grace::NoReaders;
+use towpath_tables::lpm::Leaf;
+use towpath_tables::mix::Random;
+use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
+use towpath_tables::record::{Family, port_flags};
+use towpath_tables::rib::Entry;
+use towpath_tables::writer::{MAIN_ROOT, PortValue, TableWriter};
+use towpath_user::memory::{MemoryPort, Wire};
+use towpath_user::{BATCH, Buffer, Linux, Pool, Port, PortDriver, TableSource, Worker};
+
+const CORE: usize = 0;
+const DESTINATIONS: usize = 1 << 18;
+/// Packets of a window
+const WINDOW: usize = 1 << 17;
+/// An Ethernet frame of 64 bytes, without FCS
+const FRAME: usize = 60;
+const NEXTHOPS: u32 = 64;
+/// Interface indices
+const INSIDE: u32 = 1;
+const OUTSIDE: u32 = 2;
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// A contender with one table.
+#[derive(Clone, Debug, Serialize)]
+struct Outcome {
+    family: &'static str,
+    routes: usize,
+    contender: &'static str,
+    /// Nanoseconds a packet
+    cost: Summary,
+}
+
+#[derive(Clone, Copy)]
+enum Contender {
+    /// From port to port, without looking at the frames
+    Ports,
+    /// The pipeline for one frame after another
+    OneByOne,
+    /// The worker
+    Worker,
+}
+
+impl Contender {
+    const ALL: [Self; 3] = [Self::Ports, Self::OneByOne, Self::Worker];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ports => "the ports alone",
+            Self::OneByOne => "one packet at a time",
+            Self::Worker => "Towpath's worker",
+        }
+    }
+}
+
+/// Runs the section.
+pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Result<()> {
+    println!("user engine, ports in memory: {rounds} rounds of windows of {WINDOW} packets each, {FRAME}-byte frames");
+    println!("  tables in small pages, as the daemon's are; peers (DPDK) are not measured by this section");
+    // A thread of its own, since whatever it starts would stay on the core too.
+    let measured = std::thread::spawn(move || measure_all(rounds)).join();
+    let outcomes = measured.map_err(|_| anyhow::anyhow!("the measurement panicked"))??;
+    report.section("A worker of the user engine").text(
+        "Ports in memory on one core: a buffer is taken from the pool and 60 bytes are copied into it for each packet that \
+         arrives, and it is given back for each that leaves. CPU time of the thread per packet, windows of all contenders \
+         alternating.",
+    );
+    for chunk in outcomes.chunks(Contender::ALL.len()) {
+        let bars: Vec<Bar> = chunk.iter().map(Outcome::bar).collect();
+        let title =
+            format!("{}, {} routes: ns per packet, median, floor to 90th percentile", chunk[0].family, chunk[0].routes);
+        report.bars(&title, "ns", &bars)?;
+    }
+    findings.keep("user", &outcomes);
+    Ok(())
+}
+
+fn measure_all(rounds: usize) -> Result<Vec<Outcome>> {
+    pin(0, CORE)?;
+    let mut outcomes = Vec::new();
+    for (family, routes) in [
+        ("IPv4", routes::ipv4(1)),
+        ("IPv4", routes::ipv4(1_000_000)),
+        ("IPv6", routes::ipv6(1)),
+        ("IPv6", routes::ipv6(250_000)),
+    ] {
+        outcomes.extend(measure(family, &routes, rounds)?);
+    }
+    Ok(outcomes)
+}
+
+impl Outcome {
+    fn bar(&self) -> Bar {
+        Bar { label: self.contender.into(), value: self.cost.median, low: self.cost.floor, high: self.cost.high }
+    }
+}
+
+fn measure(family: &'static str, all: &[(IpAddr, u8)], rounds: usize) -> Result<Vec<Outcome>> {
+    let tables = Arc::new(tables(all)?);
+    let count = if all.len() == 1 { 1 } else { DESTINATIONS };
+    let frames: Arc<[[u8; FRAME]]> = routes::destinations(all, count).into_iter().map(frame).collect();
+    let mut bench = Bench::new(tables, &frames);
+    let mut costs = Contender::ALL.map(|_| Vec::new());
+    // One round to warm caches; it is not counted.
+    for round in 0..=rounds {
+        for (contender, costs) in Contender::ALL.into_iter().zip(&mut costs) {
+            let cost = bench.window(contender)?;
+            if round > 0 {
+                costs.push(cost);
+            }
+        }
+    }
+    println!("{family}, {} routes:", all.len());
+    let summarise = |(contender, costs): (Contender, &Vec<f64>)| {
+        let cost = Summary::of(costs).context("no windows")?;
+        let (floor, median, high) = (cost.floor, cost.median, cost.high);
+        println!("  {:22} floor {floor:5.1} ns  median {median:5.1} ns  90th {high:5.1} ns", contender.name());
+        Ok(Outcome { family, routes: all.len(), contender: contender.name(), cost })
+    };
+    Contender::ALL.into_iter().zip(&costs).map(summarise).collect()
+}
+
+/// A router with two ports; the routes lead to neighbours behind the second.
+fn tables(all: &[(IpAddr, u8)]) -> Result<HeapBacking> {
+    let mut writer = TableWriter::create(HeapBacking::new(initial_elements(1)), NoReaders)?;
+    let mut slots = Vec::new();
+    for ifindex in [INSIDE, OUTSIDE] {
+        let slot = writer.alloc_port(ifindex)?;
+        let flags = port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6;
+        let root = [MAIN_ROOT[Family::V4 as usize], MAIN_ROOT[Family::V6 as usize]];
+        let value = PortValue {
+            flags,
+            mac: MAC,
+            root,
+            ingress_policy: [None; 2],
+            vlans: None,
+            vlan: None,
+            lower: slot,
+            mtu: 1500,
+        };
+        writer.set_port(slot, &value);
+        slots.push(slot);
+    }
+    let port = slots[1];
+    let mut hops = Vec::new();
+    for n in 0..NEXTHOPS {
+        let gateway = IpAddr::from(Ipv4Addr::from(0xc612_0001 + n));
+        let index =
+            writer.alloc_nexthop(NexthopIdentity { ifindex: OUTSIDE, gateway: Some(gateway), mtu: 0, reason: None })?;
+        let header = Header::new([2, 0, 0, 0, 1, n as u8], MAC, &[]).context("a header")?;
+        writer.set_nexthop(index, &NexthopValue { action: Action::Forward(header), port, device: port, mtu: 1500 });
+        hops.push(Leaf::nexthop(index).context("a leaf")?);
+    }
+    let mut random = Random(3);
+    for (address, length) in all {
+        let leaf = hops[random.below(NEXTHOPS) as usize];
+        let root = MAIN_ROOT[if address.is_ipv4() { Family::V4 } else { Family::V6 } as usize];
+        writer.route_set(root, *address, *length, Entry { leaf, shadow: false })?;
+    }
+    writer.reserve()?;
+    let full = writer.publish().full;
+    anyhow::ensure!(full.is_empty(), "{} tables are full", full.len());
+    Ok(writer.into_backing())
+}
+
+/// A UDP packet for the router.
+fn frame(destination: IpAddr) -> [u8; FRAME] {
+    let mut frame = [0; FRAME];
+    frame[..6].copy_from_slice(&MAC);
+    match destination {
+        IpAddr::V4(destination) => {
+            frame[12..26].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0]);
+            frame[26..30].copy_from_slice(&Ipv4Addr::new(198, 18, 1, 1).octets());
+            frame[30..34].copy_from_slice(&destination.octets());
+            let sum = frame[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum::<u32>();
+            let sum = (sum & 0xffff) + (sum >> 16);
+            frame[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+        }
+        IpAddr::V6(destination) => {
+            frame[12..22].copy_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0, 0, 6, 59, 64]);
+            frame[22..38].copy_from_slice(&Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets());
+            frame[38..54].copy_from_slice(&destination.octets());
+        }
+    }
+    frame
+}
+
+/// Frames to come, again and again from the first one on, and those that have left.
+struct Replay {
+    frames: Arc<[[u8; FRAME]]>,
+    at: usize,
+    left: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Wire for Replay {
+    #[inline]
+    fn arrive(&mut self, buffer: &mut Buffer) -> bool {
+        let Some(frame) = self.frames.get(self.at) else { return false };
+        self.at = if self.at + 1 == self.frames.len() { 0 } else { self.at + 1 };
+        buffer.resize(FRAME).copy_from_slice(frame);
+        true
+    }
+
+    #[inline]
+    fn leave(&mut self, frame: &[u8]) -> bool {
+        // One worker: a load and a store are enough, as for a ring's index.
+        use std::sync::atomic::Ordering::Relaxed;
+        self.left.store(self.left.load(Relaxed) + usize::from(frame.len() == FRAME), Relaxed);
+        true
+    }
+}
+
+/// Exceptions would be a mistake: they do not leave and are missed.
+struct Nowhere;
+
+impl Linux for Nowhere {
+    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
+        frames.len()
+    }
+}
+
+struct Bench {
+    tables: Arc<HeapBacking>,
+    left: Arc<std::sync::atomic::AtomicUsize>,
+    worker: Worker<HeapBacking>,
+    pool: Pool,
+    inside: MemoryPort<Replay>,
+    outside: MemoryPort<Replay>,
+    frames: Vec<Buffer>,
+}
+
+/// Bytes from buffer to buffer: an odd number of cache lines, so that frames do not all begin at one place of the cache.
+const STRIDE: usize = 2048 + 64;
+
+impl Bench {
+    fn new(tables: Arc<HeapBacking>, frames: &Arc<[[u8; FRAME]]>) -> Self {
+        let left = Arc::default();
+        let port = |frames: &Arc<[_]>| MemoryPort(Replay { frames: frames.clone(), at: 0, left: Arc::clone(&left) });
+        let (none, pool) = (Arc::from([]), || Pool::new(4 * BATCH, STRIDE));
+        let mut worker = Worker::new(tables.clone(), 0, pool(), Box::new(Nowhere));
+        worker.add(Port { ifindex: INSIDE, slot: INSIDE, driver: Box::new(port(frames)) });
+        worker.add(Port { ifindex: OUTSIDE, slot: OUTSIDE, driver: Box::new(port(&none)) });
+        let (inside, outside) = (port(frames), port(&none));
+        Self { tables, worker, pool: pool(), inside, outside, frames: Vec::with_capacity(BATCH), left }
+    }
+
+    /// Nanoseconds a packet.
+    fn window(&mut self, contender: Contender) -> Result<f64> {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.left.store(0, Relaxed);
+        let start = cpu_time()?;
+        for _ in 0..WINDOW / BATCH {
+            match contender {
+                Contender::Ports => self.pass(),
+                Contender::OneByOne => self.one_by_one(),
+                Contender::Worker => {
+                    self.worker.enter();
+                    self.worker.turn();
+                    self.worker.leave();
+                }
+            }
+        }
+        let spent = cpu_time()? - start;
+        let left = self.left.load(Relaxed);
+        anyhow::ensure!(left == WINDOW, "{}: {left} of {WINDOW} packets left", contender.name());
+        Ok(spent.as_nanos() as f64 / WINDOW as f64)
+    }
+
+    fn pass(&mut self) {
+        self.inside.receive(&mut self.pool, &mut self.frames);
+        self.outside.transmit(&mut self.pool, &mut self.frames);
+    }
+
+    fn one_by_one(&mut self) {
+        self.inside.receive(&mut self.pool, &mut self.frames);
+        let tables = self.tables.seen(0, SlotSet::ALL);
+        let forwarded = |frame: &mut Buffer| process(frame, &tables, INSIDE) == Verdict::Forward(OUTSIDE);
+        if self.frames.iter_mut().all(forwarded) {
+            self.outside.transmit(&mut self.pool, &mut self.frames);
+        }
+        self.frames.drain(..).for_each(|frame| self.pool.give(frame));
+    }
+}
+
+/// CPU time of this thread.
+fn cpu_time() -> Result<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the time is written to a variable of this function.
+    match unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) } {
+        0 => Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32)),
+        _ => Err(std::io::Error::last_os_error()).context("read this thread's CPU time"),
+    }
+}
