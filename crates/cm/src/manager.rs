@@ -26,7 +26,7 @@ const BATCH: usize = 512;
 const NOTIFICATIONS_PER_TURN: usize = 512;
 /// How often the settings of interfaces are read that nothing announces, so that they are described as they are. What
 /// stands in the way of the fast path is found by the watchers, sooner.
-const SETTINGS_INTERVAL: Duration = Duration::from_millis(500);
+const SETTINGS_INTERVAL: Duration = Duration::from_secs(1);
 /// What is due so soon is done together with what is due now: one wake-up serves all that is polled.
 const TOGETHER: Duration = Duration::from_millis(10);
 /// What Linux removes silently is read again after this time, so that one reading serves several events.

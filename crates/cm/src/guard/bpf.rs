@@ -1,17 +1,21 @@
 //! The little of bpf(2) that the watchers ask: links in netfilter's hooks, and programs attached by tcx.
 
 use crate::error::CmError;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 const PROG_LOAD: libc::c_long = 5;
+const PROG_GET_NEXT_ID: libc::c_long = 11;
+const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const LINK_GET_FD_BY_ID: libc::c_long = 30;
 const LINK_GET_NEXT_ID: libc::c_long = 31;
 const LINK_TYPE_NETFILTER: u32 = 10;
 const PROG_TYPE_NETFILTER: u32 = 32;
+/// BPF_PROG_TYPE_SCHED_CLS, which tcx takes.
+pub const PROG_TYPE_CLASSIFIER: u32 = 3;
 const ATTACH_NETFILTER: u32 = 45;
 
 /// bpf(2) with one of the forms of its attribute; gives what the call returns.
@@ -62,6 +66,69 @@ pub fn has_netfilter_programs() -> bool {
     }
 }
 
+/// Whether there are programs of a type anywhere. As long as there are none, none is attached either, and nobody has to
+/// ask each place where one could be. A program has its id before it can be attached, and ids rise until they start over
+/// near 2^31 (bpf_prog_alloc_id, kernel/bpf/syscall.c, 6.1): what is new lies behind what was seen last.
+pub struct Programs {
+    kind: u32,
+    /// The last program looked at
+    seen: u32,
+    /// Those of the type
+    known: BTreeSet<u32>,
+}
+
+impl Programs {
+    /// Beyond this ids might start over before the next look.
+    const LAST: u32 = 1 << 30;
+
+    /// For programs of this type (BPF_PROG_TYPE_*).
+    pub fn of(kind: u32) -> Self {
+        Self { kind, seen: 0, known: BTreeSet::new() }
+    }
+
+    /// False if there are none. Without CAP_SYS_ADMIN the kernel does not list programs: then there may be.
+    pub fn may_exist(&mut self) -> Result<bool, CmError> {
+        while let Some(first) = self.known.first().copied() {
+            match next_id(PROG_GET_NEXT_ID, first - 1) {
+                Ok(id) if id == Some(first) => break,
+                Ok(_) => drop(self.known.remove(&first)),
+                Err(e) => return Self::unlisted(e),
+            }
+        }
+        while self.seen < Self::LAST {
+            match next_id(PROG_GET_NEXT_ID, self.seen) {
+                Ok(Some(id)) => {
+                    if self.is_of_kind(id)? {
+                        self.known.insert(id);
+                    }
+                    self.seen = id;
+                }
+                Ok(None) => return Ok(!self.known.is_empty()),
+                Err(e) => return Self::unlisted(e),
+            }
+        }
+        Ok(true)
+    }
+
+    fn unlisted(error: io::Error) -> Result<bool, CmError> {
+        if error.raw_os_error() == Some(libc::EPERM) { Ok(true) } else { Err(CmError::io("list of BPF programs", error)) }
+    }
+
+    fn is_of_kind(&self, id: u32) -> Result<bool, CmError> {
+        #[repr(C, align(8))]
+        #[derive(Default)]
+        struct Info {
+            kind: u32,
+            id: u32,
+        }
+        let mut info = Info::default();
+        match information(PROG_GET_FD_BY_ID, id, &mut info) {
+            Ok(found) => Ok(found && info.kind == self.kind),
+            Err(e) => Err(CmError::io(format!("BPF program {id}"), e)),
+        }
+    }
+}
+
 /// A BPF program in a netfilter hook (Linux 6.4). The kernel does not tell of which namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NetfilterLink {
@@ -74,14 +141,23 @@ pub struct NetfilterLink {
 }
 
 /// All links there are, by id; a link never changes what it is.
-#[derive(Default)]
 pub struct NetfilterLinks {
+    programs: Programs,
     known: HashMap<u32, Option<NetfilterLink>>,
+}
+
+impl Default for NetfilterLinks {
+    fn default() -> Self {
+        Self { programs: Programs::of(PROG_TYPE_NETFILTER), known: HashMap::new() }
+    }
 }
 
 impl NetfilterLinks {
     /// The netfilter links of now, in order of their ids.
     pub fn read(&mut self) -> Result<Vec<NetfilterLink>, CmError> {
+        if !self.programs.may_exist()? {
+            return Ok(Vec::new());
+        }
         let mut known = HashMap::new();
         let mut found = Vec::new();
         let mut id = 0;
@@ -105,6 +181,15 @@ impl NetfilterLinks {
 }
 
 fn next_link(start: u32) -> Result<Option<u32>, CmError> {
+    match next_id(LINK_GET_NEXT_ID, start) {
+        // Kernels before 5.8 do not list links, and have none in netfilter.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        result => result.map_err(|e| CmError::io("list of BPF links", e)),
+    }
+}
+
+/// The first object behind `start`.
+fn next_id(command: libc::c_long, start: u32) -> io::Result<Option<u32>> {
     #[repr(C)]
     struct Attribute {
         start: u32,
@@ -112,16 +197,15 @@ fn next_link(start: u32) -> Result<Option<u32>, CmError> {
         flags: u32,
     }
     let mut attribute = Attribute { start, next: 0, flags: 0 };
-    match bpf(LINK_GET_NEXT_ID, &mut attribute) {
+    match bpf(command, &mut attribute) {
         Ok(_) => Ok(Some(attribute.next)),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        // Kernels before 5.8 do not list links, and have none in netfilter.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
-        Err(e) => Err(CmError::io("list of BPF links", e)),
+        Err(e) => Err(e),
     }
 }
 
-fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
+/// Fills `info`, the beginning of the object's bpf_*_info; `open` makes a descriptor of its id. False if it is gone.
+fn information<T>(open: libc::c_long, id: u32, info: &mut T) -> io::Result<bool> {
     #[repr(C)]
     struct ById {
         id: u32,
@@ -134,6 +218,21 @@ fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
         length: u32,
         info: u64,
     }
+    let fd = match bpf(open, &mut ById { id, next: 0, flags: 0 }) {
+        // SAFETY: the call has just made this descriptor, and nothing else owns it.
+        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd as i32) },
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+        Err(e) => return Err(e),
+    };
+    let mut attribute = InfoByFd {
+        fd: fd.as_raw_fd() as u32,
+        length: size_of::<T>() as u32,
+        info: std::ptr::from_mut(info).expose_provenance() as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attribute).map(|_| true)
+}
+
+fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
     /// bpf_link_info with its netfilter part, and room for what else may be put there.
     #[repr(C, align(8))]
     #[derive(Default)]
@@ -146,20 +245,9 @@ fn inspect(id: u32) -> io::Result<Option<NetfilterLink>> {
         hook: u32,
         rest: [u32; 10],
     }
-    let fd = match bpf(LINK_GET_FD_BY_ID, &mut ById { id, next: 0, flags: 0 }) {
-        // SAFETY: the call has just made this descriptor, and nothing else owns it.
-        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd as i32) },
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None), // gone meanwhile
-        Err(e) => return Err(e),
-    };
     let mut info = Info::default();
-    let mut attribute = InfoByFd {
-        fd: fd.as_raw_fd() as u32,
-        length: size_of::<Info>() as u32,
-        info: std::ptr::from_mut(&mut info).expose_provenance() as u64,
-    };
-    bpf(OBJ_GET_INFO_BY_FD, &mut attribute)?;
-    let netfilter = info.kind == LINK_TYPE_NETFILTER;
+    let found = information(LINK_GET_FD_BY_ID, id, &mut info)?;
+    let netfilter = found && info.kind == LINK_TYPE_NETFILTER;
     Ok(netfilter.then_some(NetfilterLink { id, pf: info.pf as u8, hook: info.hook }))
 }
 

@@ -4,9 +4,10 @@
 //! past it is what Linux does as long as the device keeps up. Filters at ingress and clsact decide over packets, and so
 //! do those on a queue that classifies by them. Changes are announced (RTNLGRP_TC), except for the queue an interface
 //! gets by default when it comes up, hence the link notifications, and for tcx programs, which are asked for at every
-//! poll. Sources: net/sched/sch_api.c, cls_api.c, sch_*.c (Linux 6.1), kernel/bpf/tcx.c (6.6).
+//! poll while there are programs that it could attach. Sources: net/sched/sch_api.c, cls_api.c, sch_*.c (Linux 6.1),
+//! kernel/bpf/tcx.c (6.6).
 
-use super::bpf::{Tcx, tcx_programs};
+use super::bpf::{PROG_TYPE_CLASSIFIER, Programs, Tcx, tcx_programs};
 use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
 use super::{Finding, POLL, Told, candidates};
 use crate::error::CmError;
@@ -40,6 +41,8 @@ pub struct Tc {
     findings: Vec<Finding>,
     /// False once the kernel has said that it has no tcx
     has_tcx: bool,
+    /// What tcx could attach
+    classifiers: Programs,
     told: Told,
 }
 
@@ -53,6 +56,7 @@ impl Tc {
             read: false,
             findings: Vec::new(),
             has_tcx: true,
+            classifiers: Programs::of(PROG_TYPE_CLASSIFIER),
             told: Told::new(PolicySource::Tc),
         })
     }
@@ -103,6 +107,9 @@ impl Tc {
 
     fn tcx(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         let mut findings = Vec::new();
+        if !self.has_tcx || !self.classifiers.may_exist()? {
+            return Ok(findings);
+        }
         for port in candidates(ports) {
             for place in [Tcx::Ingress, Tcx::Egress] {
                 if !self.has_tcx {
