@@ -141,3 +141,62 @@ fn a_port_that_is_down_at_the_start_is_told_and_comes_up() {
     net.flows(100);
     stream.finish_complete();
 }
+
+/// What a sender leaves to a veth's device travels beside the frame.
+#[test]
+fn what_is_left_to_a_device_is_not_overlooked() {
+    let net = Net::new();
+    // A bridge on the left hands tagged frames to its port with the tag beside them.
+    net.left
+        .sh("ip link add name bridge up type bridge; ip link add name in type veth peer name out
+             ip link set out up master bridge; ip link set in up
+             ethtool -K in txvlan off; ethtool -K up0 tx on txvlan on")
+        .expect("a bridge");
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let status = net.json(&["status"]);
+    let notices = status["notices"].as_array().expect("notices").iter().filter_map(|notice| notice.as_str());
+    let warned = notices.filter(|notice| notice.contains("txvlan off")).count();
+    let told = warned == 0;
+    assert!(told || warned == 2, "{status}");
+
+    // UDP of the left host, whose checksum Linux has to complete.
+    let inbound = net.right.enter(|| UdpSocket::bind((RIGHT, 7001))).expect("in the node").expect("bound");
+    inbound.set_read_timeout(Some(common::DEADLINE)).expect("timeout");
+    let outbound = net.left.enter(|| UdpSocket::bind((LEFT, 0))).expect("in the node").expect("bound");
+    let (forwarded, partial) = (net.forwarded(), net.exceptions("partial-checksum"));
+    for number in 0..10 {
+        outbound.send_to(&[number; 9], (RIGHT, 7001)).expect("sent");
+        let mut buffer = [0; 10];
+        assert_eq!(inbound.recv(&mut buffer).expect("it arrives"), 9);
+        assert_eq!(buffer[..9], [number; 9]);
+    }
+    assert_eq!((net.forwarded(), net.exceptions("partial-checksum")), (forwarded, partial + 10));
+
+    // Without a checksum there is nothing to complete; who is not told cannot know.
+    let wire = net.left.packet_socket("up0").expect("a packet socket");
+    let macs = (net.left.mac("up0").expect("MAC"), net.router.mac("eth0").expect("MAC"));
+    let addresses = (LEFT.parse().expect("an address"), RIGHT.parse().expect("an address"));
+    let mut frame = packet::udp(macs, addresses, (7001, 7001), &[77; 9]);
+    frame[40..42].fill(0);
+    wire.send(&frame).expect("sent");
+    assert_eq!(inbound.recv(&mut [0; 10]).expect("it arrives"), 9);
+    let one = u64::from(told);
+    assert_eq!((net.forwarded(), net.exceptions("partial-checksum")), (forwarded + one, partial + 11 - one));
+    if !told {
+        return;
+    }
+
+    // No interface has this VLAN: the frame is nobody's, though it looks like the one before.
+    let explained = net.json(&["explain", LEFT, RIGHT, "in", "eth0"])["verdict"].clone();
+    assert_eq!(explained["path"], "fast");
+    net.left.run(["ip", "link", "set", "up0", "master", "bridge"]).expect("a port of the bridge");
+    let bridged = net.left.packet_socket("in").expect("a packet socket");
+    let sink = net.right.packet_socket("up0").expect("a packet socket");
+    bridged.send(&[&frame[..12], &[0x81, 0, 0, 9], &frame[12..]].concat()).expect("sent");
+    eventually("the tagged frame to be an exception", || (net.exceptions("unsupported-encap") > 0).then_some(()));
+    frame[42..].fill(78);
+    bridged.send(&frame).expect("sent");
+    let ours = |bytes: &[u8]| bytes.ends_with(&[77; 9]) || bytes.ends_with(&[78; 9]);
+    let first = sink.receive_matching(common::DEADLINE, |frame| ours(&frame.bytes)).expect("frames");
+    assert!(first.expect("the untagged one").bytes.ends_with(&[78; 9]), "Linux drops the tagged one too");
+}

@@ -280,10 +280,6 @@ impl Generator {
             17 => header[4..6].copy_from_slice(&(length as u16).to_be_bytes()),
             _ => {}
         }
-        // Zero would say that there is no checksum, or that it is still to come.
-        if protocol == 17 {
-            header[6] |= 1;
-        }
         if protocol == 6 && length >= 20 {
             bytes[12] = 0x50;
         }

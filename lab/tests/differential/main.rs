@@ -53,6 +53,20 @@ fn fast(towpath: &Towpath) -> Result<u64> {
     Ok(ports.iter().filter_map(|port| port["rx_packets"].as_u64()).sum())
 }
 
+/// Frames that were Linux's, for this reason.
+fn exceptions(towpath: &Towpath, reason: &str) -> Result<u64> {
+    let all = towpath.json(&["show", "exceptions"])?;
+    let rows = all["exceptions"].as_array().context("no exceptions in show exceptions")?;
+    Ok(rows.iter().filter(|row| row["reason"] == reason).filter_map(|row| row["packets"].as_u64()).sum())
+}
+
+/// Whether the kernel tells what travels beside frames.
+fn tells(towpath: &Towpath) -> Result<bool> {
+    let status = towpath.json(&["status"])?;
+    let notices = status["notices"].as_array().context("no notices in status")?;
+    Ok(!notices.iter().any(|notice| notice.as_str().is_some_and(|text| text.contains("cannot be seen"))))
+}
+
 fn towpath_agrees(profile: &Profile, ports: &[&str]) -> Result<()> {
     let mut pair = Pair::new(&format!("diff-{}", profile.name), ["linux", "towpath"], profile)?;
     let towpath = Towpath::up(&pair.routers[1].node, ports)?;
@@ -61,12 +75,10 @@ fn towpath_agrees(profile: &Profile, ports: &[&str]) -> Result<()> {
     agree(&mut pair, frames(), profile)?;
     let fast = fast(&towpath)?;
     eprintln!("lab: {fast} by the fast path");
-    // A few in a thousand may look as if their checksum were left to a device, which only Linux can complete.
-    assert!(
-        fast * 1000 >= pair.plain_forwarded * 995,
-        "the fast path forwarded only {fast} of {}",
-        pair.plain_forwarded
-    );
+    // Where the kernel does not tell, a few look as if their checksum were left to a device, which only Linux can complete.
+    let guessed = exceptions(&towpath, "partial-checksum")?;
+    assert!(guessed == 0 || !tells(&towpath)?, "{guessed} checksums are taken to be left to a device");
+    assert!(fast + guessed >= pair.plain_forwarded, "the fast path forwarded only {fast} of {}", pair.plain_forwarded);
     assert!(pair.plain_forwarded * 10 > frames(), "only {} plain frames were forwarded", pair.plain_forwarded);
     Ok(())
 }
