@@ -142,11 +142,15 @@ impl Wire {
     }
 
     fn send(&self, path: &Path, payload: u8) {
+        self.left.send(&tagged(&self.frame(path, payload), path.enters)).expect("sent");
+    }
+
+    /// The frame without its tags.
+    fn frame(&self, path: &Path, payload: u8) -> Vec<u8> {
         let address = |text: &str| text.parse().expect("an address");
         let headers = if path.source.contains(':') { 48 } else { 28 };
         let payload = vec![payload; path.length - headers];
-        let frame = udp(self.macs[0], (address(path.source), address(path.destination)), (7, 7), &payload);
-        self.left.send(&tagged(&frame, path.enters)).expect("sent");
+        udp(self.macs[0], (address(path.source), address(path.destination)), (7, 7), &payload)
     }
 
     /// The frame with this payload that comes out on the right; None if one with payload `end` comes instead.
@@ -208,6 +212,27 @@ fn tagged_frames_leave_as_linux_sends_them() {
         let fast = u64::from(path.fast.is_ok());
         assert_eq!(counted(), (before.0 + 1, before.1 + fast), "{what}");
         assert_eq!(entered(&net), forwarded + fast, "{what}");
+    }
+}
+
+/// The outer tag of what the left host's own sub-interfaces send is left to its device.
+#[test]
+fn a_tag_beside_a_frame_counts_like_one_in_it() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    if net.json(&["status"])["notices"].to_string().contains("cannot be seen") {
+        return println!("SKIP: this kernel does not tell what travels beside frames");
+    }
+    net.left.run(["ethtool", "-K", "up0", "txvlan", "on", "tx-vlan-stag-hw-insert", "on"]).expect("switched");
+    for path in [ONE_TO_ONE, TO_UNTAGGED, ONE_TO_TWO, TWO_TO_ONE] {
+        let ingress = path.fast.expect("a path for the fast path").0;
+        let device = path.enters.iter().fold("up0".to_owned(), |lower, (_, id)| format!("{lower}.{id}"));
+        wire.send(&path, 1);
+        let expected = wire.arrival(1, 1);
+        let before = counts(&net, |port| port == ingress).0;
+        net.left.packet_socket(&device).expect("a packet socket").send(&wire.frame(&path, 1)).expect("sent");
+        assert_eq!(wire.arrival(1, 1), expected, "{device}");
+        assert_eq!(counts(&net, |port| port == ingress).0, before + 1, "{device}");
     }
 }
 
