@@ -6,16 +6,19 @@ use crate::dump::{Class, Dump, Key};
 use crate::epoll::Epoll;
 use crate::error::CmError;
 use crate::guard::POLL;
-use crate::netlink::{self, Incoming, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLMSG_DONE, NLMSG_ERROR, Received, Rtnetlink};
+use crate::netlink::{
+    self, Incoming, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLMSG_DONE, NLMSG_ERROR, OTHER_GROUPS, PORT_GROUPS, Received,
+    Rtnetlink,
+};
 use crate::ports::Ports;
 use crate::routes::{Outcome, Shared};
 use crate::sink::FpcSink;
 use crate::watch::Watcher;
-use crate::watched::Watched;
+use crate::watched::{Alarms, Watched};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
-use towpath_fpc::Message;
+use towpath_fpc::{Message, PolicySource};
 use towpath_tables::record::Family;
 
 const TABLE_MAIN: u32 = 254;
@@ -42,7 +45,8 @@ const FULL_REST: Duration = Duration::from_millis(1);
 const TOKEN_STOP: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
 const TOKEN_REQUESTER: u64 = 2;
-const TOKEN_WATCHER: u64 = 3;
+const TOKEN_PORTS: u64 = 3;
+const TOKEN_WATCHER: u64 = 4;
 
 /// How the manager is to work.
 #[derive(Clone, Debug)]
@@ -65,12 +69,19 @@ impl Default for Options {
 pub struct Cm {
     options: Options,
     epoll: Epoll,
+    /// What happens to interfaces comes apart from the rest, so that it does not wait behind routes
+    port_listener: Rtnetlink,
     listener: Rtnetlink,
+    /// Something was read from `port_listener` that happened after what `listener` still holds
+    ahead: bool,
     requester: Rtnetlink,
     buffer: Vec<u8>,
     watchers: Vec<Watched>,
     ports: Ports,
     ports_complete: bool,
+    port_alarms: Alarms,
+    /// None was raised yet
+    first_alarm: bool,
     settings_due: Instant,
     hash_policy_due: Instant,
     shared: Shared,
@@ -90,8 +101,10 @@ impl Cm {
     /// A manager for the calling thread's network namespace. It subscribes here and reads nothing yet.
     pub fn new(options: Options, watchers: Vec<Box<dyn Watcher>>) -> Result<Self, CmError> {
         let epoll = Epoll::new()?;
-        let listener = Rtnetlink::listener(options.receive_buffer)?;
+        let port_listener = Rtnetlink::listener(PORT_GROUPS, options.receive_buffer)?;
+        let listener = Rtnetlink::listener(OTHER_GROUPS, options.receive_buffer)?;
         let requester = Rtnetlink::requester()?;
+        epoll.add(port_listener.as_fd(), TOKEN_PORTS)?;
         epoll.add(listener.as_fd(), TOKEN_LISTENER)?;
         epoll.add(requester.as_fd(), TOKEN_REQUESTER)?;
         let watchers: Vec<_> = watchers.into_iter().map(Watched::new).collect();
@@ -104,11 +117,15 @@ impl Cm {
             ports: Ports::new(options.serve.clone()),
             options,
             epoll,
+            port_listener,
             listener,
+            ahead: false,
             requester,
             buffer: Rtnetlink::buffer(),
             watchers,
             ports_complete: false,
+            port_alarms: Alarms::of(PolicySource::Ports),
+            first_alarm: true,
             settings_due: Instant::now(),
             hash_policy_due: Instant::now(),
             shared: Shared::default(),
@@ -148,7 +165,11 @@ impl Cm {
                     watched.wake();
                 }
             }
+            let ports_busy = self.port_notifications()?;
+            self.alarm(sink)?;
             busy = !full && self.notifications(sink)?;
+            self.ahead &= full || busy;
+            busy |= ports_busy;
             self.poll(sink)?;
             self.flush(sink)?;
             if !full {
@@ -169,6 +190,7 @@ impl Cm {
     }
 
     fn flush(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
+        self.alarm(sink)?;
         if self.out.is_empty() { Ok(()) } else { sink.send(std::mem::take(&mut self.out)) }
     }
 
@@ -178,6 +200,19 @@ impl Cm {
         }
         let empty = Vec::with_capacity(BATCH + BATCH / 2);
         sink.send(std::mem::replace(&mut self.out, empty))
+    }
+
+    /// Sends to Linux what was described otherwise before, until the receiver has taken the new description.
+    fn alarm(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
+        let policies = self.ports.take_changed();
+        let first = self.first_alarm && self.ports_complete;
+        if policies.is_empty() && !first {
+            return Ok(());
+        }
+        self.first_alarm &= !first;
+        let (alarm, over) = self.port_alarms.raise(policies);
+        self.out.push(over);
+        sink.alarm(alarm)
     }
 
     // What must be polled.
@@ -230,7 +265,8 @@ impl Cm {
 
     fn begin_dump(&mut self) -> Result<(), CmError> {
         let now = Instant::now();
-        if self.dump.is_some() {
+        // A dump must not be taken for older than notifications that were sent before what made it necessary.
+        if self.dump.is_some() || self.ahead {
             return Ok(());
         }
         let Some(class) = self.due.iter().find(|(_, due)| **due <= now).map(|(class, _)| *class) else {
@@ -431,7 +467,31 @@ impl Cm {
 
     // Notifications.
 
-    /// Reads notifications; true if more may be waiting.
+    /// Reads what happened to interfaces; true if more may be waiting.
+    fn port_notifications(&mut self) -> Result<bool, CmError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = self.read_port_notifications(&mut buffer);
+        self.buffer = buffer;
+        result
+    }
+
+    fn read_port_notifications(&mut self, buffer: &mut [u8]) -> Result<bool, CmError> {
+        for _ in 0..NOTIFICATIONS_PER_TURN {
+            match self.port_listener.receive(buffer)? {
+                Received::Empty => return Ok(false),
+                Received::Bytes(len) => {
+                    self.ahead = true;
+                    for message in netlink::messages(buffer.get(..len).unwrap_or_default()) {
+                        self.notified(&message?)?;
+                    }
+                }
+                Received::Overrun => return self.overrun().map(|()| true),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads other notifications; true if more may be waiting.
     fn notifications(&mut self, sink: &mut dyn FpcSink) -> Result<bool, CmError> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let result = self.read_notifications(&mut buffer, sink);
@@ -448,26 +508,28 @@ impl Cm {
                         self.notified(&message?)?;
                     }
                 }
-                Received::Overrun => {
-                    tracing::warn!(
-                        "notifications were lost; traffic goes to Linux until everything has been read again"
-                    );
-                    // What is still queued is older than what was lost: away with it.
-                    self.listener = Rtnetlink::listener(self.options.receive_buffer)?;
-                    self.epoll.add(self.listener.as_fd(), TOKEN_LISTENER)?;
-                    self.requester = Rtnetlink::requester()?;
-                    self.epoll.add(self.requester.as_fd(), TOKEN_REQUESTER)?;
-                    for ifindex in self.ports.indices() {
-                        self.hold(ifindex, &Class::ALL);
-                        self.tell_port(ifindex);
-                    }
-                    self.read_everything();
-                    return Ok(true);
-                }
+                Received::Overrun => return self.overrun().map(|()| true),
             }
             self.flush_full(sink)?;
         }
         Ok(true)
+    }
+
+    fn overrun(&mut self) -> Result<(), CmError> {
+        tracing::warn!("notifications were lost; traffic goes to Linux until everything has been read again");
+        // What is still queued is older than what was lost: away with it.
+        self.port_listener = Rtnetlink::listener(PORT_GROUPS, self.options.receive_buffer)?;
+        self.epoll.add(self.port_listener.as_fd(), TOKEN_PORTS)?;
+        self.listener = Rtnetlink::listener(OTHER_GROUPS, self.options.receive_buffer)?;
+        self.epoll.add(self.listener.as_fd(), TOKEN_LISTENER)?;
+        self.requester = Rtnetlink::requester()?;
+        self.epoll.add(self.requester.as_fd(), TOKEN_REQUESTER)?;
+        for ifindex in self.ports.indices() {
+            self.hold(ifindex, &Class::ALL);
+            self.tell_port(ifindex);
+        }
+        self.read_everything();
+        Ok(())
     }
 
     fn touch(&mut self, key: Key, removed: bool) {

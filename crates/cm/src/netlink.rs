@@ -24,9 +24,10 @@ const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
-/// Multicast groups (RTNLGRP_*): link, neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, IPv4 and IPv6 netconf,
-/// nexthop.
-const GROUPS: [u32; 9] = [1, 3, 5, 7, 9, 11, 24, 25, 32];
+/// Multicast groups (RTNLGRP_*) about interfaces: link, IPv4 and IPv6 netconf.
+pub const PORT_GROUPS: &[u32] = &[1, 24, 25];
+/// All others: neigh, IPv4 ifaddr and route, IPv6 ifaddr and route, nexthop.
+pub const OTHER_GROUPS: &[u32] = &[3, 5, 7, 9, 11, 32];
 
 /// The kernel sends at most 32 KiB at once in dumps; single notifications can be larger (SR-IOV, wide groups).
 const BUFFER: usize = 256 * 1024;
@@ -48,12 +49,12 @@ pub struct Rtnetlink {
 }
 
 impl Rtnetlink {
-    /// A socket that gets notifications of every class CM follows, with a receive buffer of (twice) this size.
-    pub fn listener(receive_buffer: usize) -> Result<Self, CmError> {
+    /// A socket that gets the notifications of these groups, with a receive buffer of (twice) this size.
+    pub fn listener(groups: &[u32], receive_buffer: usize) -> Result<Self, CmError> {
         let listener = Self::open()?;
         listener.set_receive_buffer(receive_buffer)?;
-        for group in GROUPS {
-            let joined = listener.socket.add_membership(group);
+        for group in groups {
+            let joined = listener.socket.add_membership(*group);
             joined.map_err(|e| CmError::io(format!("subscribing to rtnetlink group {group}"), e))?;
         }
         Ok(listener)

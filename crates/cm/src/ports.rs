@@ -4,9 +4,9 @@ use crate::decode::link::Link;
 use crate::decode::netconf::{ALL, Settings};
 use crate::sysctl::{PortSettings, PortValues, Setting};
 use crate::watch::PortIndex;
-use std::collections::{BTreeMap, HashMap};
-use towpath_fpc::{FamilySettings, Message, Port, PortFamily, PortKind};
-use towpath_tables::record::Family;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use towpath_fpc::{FamilySettings, Message, Policy, PolicySource, Port, PortFamily, PortKind, Scope};
+use towpath_tables::{Reason, record::Family};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
@@ -26,6 +26,8 @@ pub struct Ports {
     all_values: PortValues,
     hash_policy: [(Setting, Option<u8>); 2],
     index: PortIndex,
+    /// What was described otherwise before, since `take_changed`
+    changed: BTreeSet<Scope>,
     serve: Option<Vec<String>>,
 }
 
@@ -42,6 +44,7 @@ impl Ports {
             all_values,
             hash_policy: ["ipv4", "ipv6"].map(hash_policy),
             index: PortIndex::default(),
+            changed: BTreeSet::new(),
             serve,
         }
     }
@@ -79,7 +82,11 @@ impl Ports {
     pub fn link_gone(&mut self, ifindex: u32) -> bool {
         self.known.remove(&ifindex);
         self.netconf.retain(|(_, index), _| u32::try_from(*index) != Ok(ifindex));
-        self.index.remove(ifindex).is_some()
+        let known = self.index.remove(ifindex).is_some();
+        if known {
+            self.changed.extend(scopes(ifindex));
+        }
+        known
     }
 
     /// Indices of all links.
@@ -113,6 +120,9 @@ impl Ports {
     pub fn message(&mut self, ifindex: u32, always: bool) -> Option<Message> {
         let port = self.compose(self.known.get(&ifindex)?);
         let before = self.index.insert(port.clone());
+        if before.as_ref().is_some_and(|before| *before != port) {
+            self.changed.extend(scopes(ifindex));
+        }
         (always || before.as_ref() != Some(&port)).then_some(Message::Port(port))
     }
 
@@ -155,12 +165,29 @@ impl Ports {
         for (family, (setting, known)) in FAMILIES.into_iter().zip(&mut self.hash_policy) {
             let hash_policy = setting.read().map(|value| value.clamp(0, 255) as u8);
             if hash_policy != *known {
+                self.changed.extend(known.is_some().then_some(Scope::Family(family)));
                 *known = hash_policy;
                 let hash_policy = hash_policy.unwrap_or(u8::MAX);
                 messages.push(Message::FamilySettings(FamilySettings { family, hash_policy }));
             }
         }
         messages
+    }
+
+    /// What was described otherwise before, since the last call: it must be Linux's until FPM has taken the new
+    /// description.
+    pub fn take_changed(&mut self) -> Vec<Policy> {
+        let policy = |scope| {
+            let (reason, detail) = match scope {
+                Scope::Family(_) => (Reason::PolicySysctl, "fib_multipath_hash_policy has just changed".to_owned()),
+                Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
+                    let name = self.index.get(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone());
+                    (Reason::PortNotReady, format!("{name} has just changed"))
+                }
+            };
+            Policy { source: PolicySource::Ports, scope, reason, detail }
+        };
+        std::mem::take(&mut self.changed).into_iter().map(policy).collect()
     }
 
     /// Forgets what FPM was told about whole families, so that the next poll tells it again.
@@ -205,6 +232,10 @@ impl Ports {
             unsupported: link.unsupported.clone().or_else(|| unsupported_mtu(link, values)),
         }
     }
+}
+
+fn scopes(ifindex: u32) -> [Scope; 2] {
+    [Scope::Ingress(ifindex, None), Scope::Egress(ifindex, None)]
 }
 
 fn unsupported_mtu(link: &Link, values: PortValues) -> Option<String> {

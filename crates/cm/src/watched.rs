@@ -2,7 +2,7 @@
 
 use crate::watch::{PortIndex, Watcher};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Alarm, AlarmId, Message, Policy, Scope, Snapshot};
+use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
 use towpath_tables::{Reason, record::Family};
 
 /// How soon a watcher that failed is tried again.
@@ -21,7 +21,7 @@ pub struct Found {
 pub struct Watched {
     watcher: Box<dyn Watcher>,
     told: Option<Vec<Policy>>,
-    alarms: u64,
+    alarms: Alarms,
     due: Option<Instant>,
     failing: bool,
 }
@@ -29,7 +29,8 @@ pub struct Watched {
 impl Watched {
     /// A watcher that was not polled yet.
     pub fn new(watcher: Box<dyn Watcher>) -> Self {
-        Self { watcher, told: None, alarms: 0, due: Some(Instant::now()), failing: false }
+        let alarms = Alarms::of(watcher.source());
+        Self { watcher, told: None, alarms, due: Some(Instant::now()), failing: false }
     }
 
     /// The watcher itself.
@@ -93,14 +94,34 @@ impl Watched {
         let mut messages = vec![Message::SnapshotBegin(snapshot)];
         messages.extend(set.iter().cloned().map(Message::Policy));
         messages.push(Message::SnapshotEnd(snapshot));
-        self.told = Some(set);
-        if new.is_empty() {
+        let first = self.told.replace(set).is_none();
+        if new.is_empty() && !first {
             return Found { alarm: None, messages };
         }
-        self.alarms = monotonic().max(self.alarms + 1);
-        let id = AlarmId { source, number: self.alarms };
-        messages.push(Message::AlarmOver(id));
-        Found { alarm: Some(Message::Alarm(Alarm { id, policies: new })), messages }
+        let (alarm, over) = self.alarms.raise(new);
+        messages.push(over);
+        Found { alarm: Some(alarm), messages }
+    }
+}
+
+/// Makes the alarms of one source. The first must be raised even if it is empty: its end ends those that a cache manager
+/// before this one left behind.
+pub struct Alarms {
+    source: PolicySource,
+    last: u64,
+}
+
+impl Alarms {
+    /// None raised yet.
+    pub fn of(source: PolicySource) -> Self {
+        Self { source, last: 0 }
+    }
+
+    /// The alarm, and the message that ends it.
+    pub fn raise(&mut self, policies: Vec<Policy>) -> (Message, Message) {
+        self.last = monotonic().max(self.last + 1);
+        let id = AlarmId { source: self.source, number: self.last };
+        (Message::Alarm(Alarm { id, policies }), Message::AlarmOver(id))
     }
 }
 

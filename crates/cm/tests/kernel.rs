@@ -4,9 +4,12 @@
 
 mod support;
 
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::*;
-use towpath_cm::{CmError, Options, PortIndex, Watcher};
+use towpath_cm::{Cm, CmError, FpcSink, Options, PortIndex, Watcher};
 use towpath_fpc::*;
 use towpath_tables::{Reason, record::Family};
 
@@ -277,6 +280,91 @@ fn settings_are_honoured_soon() {
         sysctl("ipv6/conf/v1/mtu", "1300");
         cm.wait("IPv6 MTU", |model| port(model, "v1").and_then(|v1| v1.unsupported.clone()));
         cm.settle("settings");
+    });
+}
+
+/// A receiver that lags behind when it is told to.
+#[derive(Clone, Default)]
+struct Lagging {
+    full: Arc<AtomicBool>,
+    /// CM knows that it is full
+    known: Arc<AtomicBool>,
+    alarms: Arc<Mutex<Vec<Alarm>>>,
+    told: Arc<Mutex<Vec<Message>>>,
+}
+
+impl FpcSink for Lagging {
+    fn send(&mut self, batch: Vec<Message>) -> Result<(), CmError> {
+        self.told.lock().unwrap().extend(batch);
+        Ok(())
+    }
+
+    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
+        let Message::Alarm(alarm) = alarm else { panic!("no alarm: {alarm:?}") };
+        self.alarms.lock().unwrap().push(alarm);
+        Ok(())
+    }
+
+    fn is_full(&mut self) -> Result<bool, CmError> {
+        let full = self.full.load(Ordering::SeqCst);
+        self.known.store(full, Ordering::SeqCst);
+        Ok(full)
+    }
+}
+
+impl Lagging {
+    fn has_told(&self, is: impl Fn(&Message) -> bool) -> Option<usize> {
+        self.told.lock().unwrap().iter().position(is)
+    }
+
+    /// The alarm that names all of these.
+    fn alarm_about(&self, scopes: &[Scope]) -> Option<AlarmId> {
+        let names = |alarm: &Alarm, scope: &Scope| alarm.policies.iter().any(|policy| policy.scope == *scope);
+        let alarms = self.alarms.lock().unwrap();
+        alarms.iter().find(|alarm| scopes.iter().all(|scope| names(alarm, scope))).map(|alarm| alarm.id)
+    }
+}
+
+#[test]
+fn changed_interfaces_are_linux_s_while_their_description_waits() {
+    in_namespace(|| {
+        topology();
+        let (v0, v1) = (ifindex("v0"), ifindex("v1"));
+        let lagging = Lagging::default();
+        let (end, stop) = std::io::pipe().unwrap();
+        let mut sink = lagging.clone();
+        let cm = std::thread::spawn(move || Cm::new(Options::default(), Vec::new())?.run(&mut sink, end.as_fd()));
+        let last = Message::SnapshotEnd(Snapshot::Routes(Family::V6));
+        wait("first snapshots", || lagging.has_told(|message| *message == last));
+
+        lagging.full.store(true, Ordering::SeqCst);
+        wait("CM to know", || lagging.known.load(Ordering::SeqCst).then_some(()));
+        ip("route add 203.0.113.0/24 via 192.0.2.9");
+        sysctl("ipv4/conf/v0/forwarding", "1");
+        let both = |ifindex| [Scope::Ingress(ifindex, None), Scope::Egress(ifindex, None)];
+        let forwarding = wait("an alarm", || lagging.alarm_about(&both(v0)));
+        ip("link set v1 down");
+        let down = wait("another", || lagging.alarm_about(&both(v1)));
+        sysctl("ipv4/fib_multipath_hash_policy", "1");
+        let hash_policy = wait("a third", || lagging.alarm_about(&[Scope::Family(Family::V4)]));
+        let is_route =
+            |message: &Message| matches!(message, Message::Route(r) if r.key.prefix.to_string() == "203.0.113.0/24");
+        assert_eq!(lagging.has_told(is_route), None, "they overtook the route");
+
+        lagging.full.store(false, Ordering::SeqCst);
+        wait("the route", || lagging.has_told(is_route));
+        // Each ends behind the description that makes it needless.
+        let told = |is: &dyn Fn(&Message) -> bool| lagging.has_told(is).expect("told");
+        let over = |id: AlarmId| told(&|message| *message == Message::AlarmOver(id));
+        let port = |message: &Message, ifindex| matches!(message, Message::Port(port) if port.ifindex == ifindex);
+        assert!(
+            told(&|m| matches!(m, Message::Port(p) if p.ifindex == v0 && p.family[0].forwarding)) < over(forwarding)
+        );
+        assert!(told(&|m| port(m, v1) && matches!(m, Message::Port(p) if !p.up)) < over(down));
+        let settings = FamilySettings { family: Family::V4, hash_policy: 1 };
+        assert!(told(&|m| *m == Message::FamilySettings(settings)) < over(hash_policy));
+        drop(stop);
+        cm.join().unwrap().unwrap();
     });
 }
 

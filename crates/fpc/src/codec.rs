@@ -454,7 +454,7 @@ enums! {
     PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other }
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }
-    PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl }
+    PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl, 7 => Ports }
     Scope { 0 => Family(family), 1 => Ingress(ifindex, family), 2 => Egress(ifindex, family) }
 }
 

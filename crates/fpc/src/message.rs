@@ -317,6 +317,8 @@ pub enum PolicySource {
     Capture = 5,
     /// sysctls
     Sysctl = 6,
+    /// Interfaces described anew: alarms only, until the description that follows has been taken
+    Ports = 7,
 }
 
 /// A setting of Linux that the fast path does not repeat: the traffic it may touch goes to Linux while it stands.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use towpath_engine::{Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port};
+use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, PolicySource, Port};
 use towpath_fpm::{Progress, Transmit};
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
 use towpath_tables::record::TableId;
@@ -191,7 +191,9 @@ impl Daemon {
     }
 
     fn log_policies(&mut self) {
-        let now: BTreeSet<Policy> = self.fpm.policies().cloned().collect();
+        // What has just changed is no setting that stands.
+        let stands = |policy: &&Policy| policy.source != PolicySource::Ports;
+        let now: BTreeSet<Policy> = self.fpm.policies().filter(stands).cloned().collect();
         for policy in now.difference(&self.policies) {
             tracing::info!("to Linux: {} ({})", policy.detail, policy.reason.name());
         }

@@ -1,4 +1,7 @@
 //! `towpath cm`: the cache manager in a process of its own, which tells what it learns to a `towpath fpm`.
+//!
+//! Batches are acknowledged when they have been taken, and few may be under way, so that what is read at the other end
+//! need not wait there. Thus an alarm finds the way free however long a batch takes.
 
 use crate::instance::Instance;
 use crate::source::thread;
@@ -11,13 +14,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Sender, Sink, SinkError};
+use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Sender};
 use towpath_hitflags::{Netlink, Refresh};
 
 /// Between two tries to reach the `towpath fpm`.
 const RETRY: Duration = Duration::from_millis(500);
 /// Batches that may wait for the socket.
 const BATCHES: usize = 8;
+/// Batches that may have been sent and not been acknowledged.
+const WINDOW: usize = 8;
 
 /// Serves one `towpath fpm` after another until the process is ended.
 pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
@@ -50,6 +55,16 @@ fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionRefused | NotFound)
 }
 
+/// What the writer must not wait to hear.
+enum Urgent {
+    /// To be sent ahead of all batches
+    Alarm(Message),
+    /// The other end has taken a batch
+    Acknowledged,
+    /// The other end has left
+    Left,
+}
+
 /// What the two threads of a connection share.
 #[derive(Default)]
 struct Shared {
@@ -67,12 +82,17 @@ impl Shared {
 
 /// Describes everything, then every change, until the other end leaves; again from the start if it asks.
 fn serve(connection: Connection) -> Result<()> {
-    let Connection { mut sender, receiver } = connection;
+    let Connection { sender, receiver } = connection;
     let shared = Arc::new(Shared::default());
     let listener = shared.clone();
     let mut netlink = Netlink::open()?;
+    let (hurry, urgent) = channel();
+    let mut writer = Writer { sender, urgent, unacknowledged: 0 };
+    let acknowledged = hurry.clone();
     thread("feedback", move || {
-        listen(receiver, &mut netlink, &listener);
+        listen(receiver, &mut netlink, &listener, &acknowledged);
+        // Nobody hears it if nobody waits.
+        drop(acknowledged.send(Urgent::Left));
         listener.ended.store(true, Ordering::SeqCst);
         listener.set_stop(None);
     })?;
@@ -83,7 +103,7 @@ fn serve(connection: Connection) -> Result<()> {
         if shared.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
-        match describe(&mut sender, &stopped) {
+        match describe(&mut writer, &hurry, &stopped) {
             Ok(()) => {}
             Err(CmError::Sink(_)) => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -91,12 +111,11 @@ fn serve(connection: Connection) -> Result<()> {
     }
 }
 
-fn describe(sender: &mut Sender, stopped: &UnixStream) -> Result<(), CmError> {
+fn describe(writer: &mut Writer, hurry: &std::sync::mpsc::Sender<Urgent>, stopped: &UnixStream) -> Result<(), CmError> {
     let (batches, waiting) = sync_channel(BATCHES);
-    let (alarmist, alarms) = channel();
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || write_out(sender, &waiting, &alarms));
-        let mut sink = Outlet { batches, alarms: alarmist, waiting: None };
+        let writer = scope.spawn(move || writer.write_out(&waiting));
+        let mut sink = Outlet { batches, hurry: hurry.clone(), waiting: None };
         let mut cm = Cm::new(towpath_cm::Options::default(), towpath_cm::guard::watchers()?)?;
         let ended = cm.run(&mut sink, stopped.as_fd());
         drop(sink);
@@ -108,7 +127,7 @@ fn describe(sender: &mut Sender, stopped: &UnixStream) -> Result<(), CmError> {
 /// Messages on their way to the thread that writes them to the socket.
 struct Outlet {
     batches: SyncSender<Vec<Message>>,
-    alarms: std::sync::mpsc::Sender<Message>,
+    hurry: std::sync::mpsc::Sender<Urgent>,
     /// What did not fit
     waiting: Option<Vec<Message>>,
 }
@@ -120,8 +139,8 @@ impl FpcSink for Outlet {
     }
 
     fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
-        self.alarms.send(alarm).map_err(|error| CmError::Sink(error.to_string()))?;
-        // Wakes the writer up if it waits; if it does not, it looks for alarms before each message.
+        self.hurry.send(Urgent::Alarm(alarm)).map_err(|_| CmError::Sink("the fast path manager has left".into()))?;
+        // Wakes the writer up if it waits for batches; if it does not, it looks for alarms before each message.
         let _ = self.batches.try_send(Vec::new());
         Ok(())
     }
@@ -140,32 +159,63 @@ impl FpcSink for Outlet {
 }
 
 /// Writes batches to the socket, and alarms between their messages.
-fn write_out(
-    sender: &mut Sender,
-    batches: &Receiver<Vec<Message>>,
-    alarms: &Receiver<Message>,
-) -> Result<(), SinkError> {
-    for batch in batches {
-        send_alarms(sender, alarms)?;
-        for message in batch {
-            sender.send(message)?;
-            send_alarms(sender, alarms)?;
-        }
-        sender.flush()?;
-    }
-    Ok(())
+struct Writer {
+    sender: Sender,
+    urgent: Receiver<Urgent>,
+    /// Batches
+    unacknowledged: usize,
 }
 
-fn send_alarms(sender: &mut Sender, alarms: &Receiver<Message>) -> Result<(), SinkError> {
-    while let Ok(alarm) = alarms.try_recv() {
-        sender.send(alarm)?;
-        sender.flush()?;
+impl Writer {
+    fn write_out(&mut self, batches: &Receiver<Vec<Message>>) -> Result<(), ConnectionError> {
+        for batch in batches {
+            self.look_up()?;
+            while self.unacknowledged >= WINDOW {
+                match self.urgent.recv() {
+                    Ok(urgent) => self.act(urgent)?,
+                    Err(_) => return Err(ConnectionError::CutOff),
+                }
+            }
+            let last = batch.len().saturating_sub(1);
+            for (index, message) in batch.into_iter().enumerate() {
+                self.sender.push(Packet::Message(message), index == last)?;
+                self.unacknowledged += usize::from(index == last);
+                self.look_up()?;
+            }
+            self.sender.flush_frames()?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn look_up(&mut self) -> Result<(), ConnectionError> {
+        while let Ok(urgent) = self.urgent.try_recv() {
+            self.act(urgent)?;
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, urgent: Urgent) -> Result<(), ConnectionError> {
+        match urgent {
+            Urgent::Alarm(alarm) => {
+                self.sender.push(Packet::Message(alarm), false)?;
+                self.sender.flush_frames()
+            }
+            Urgent::Acknowledged => {
+                self.unacknowledged = self.unacknowledged.saturating_sub(1);
+                Ok(())
+            }
+            Urgent::Left => Err(ConnectionError::CutOff),
+        }
+    }
 }
 
 /// Does what the fast path manager asks, until it leaves.
-fn listen(mut receiver: towpath_fpc::Receiver, netlink: &mut Netlink, shared: &Shared) {
+fn listen(
+    mut receiver: towpath_fpc::Receiver,
+    netlink: &mut Netlink,
+    shared: &Shared,
+    hurry: &std::sync::mpsc::Sender<Urgent>,
+) {
     loop {
         match receiver.next() {
             Ok(Some(frame)) => match frame.packet {
@@ -178,7 +228,8 @@ fn listen(mut receiver: towpath_fpc::Receiver, netlink: &mut Netlink, shared: &S
                         tracing::warn!("{error}");
                     }
                 }
-                Packet::Message(_) | Packet::Ack(_) | Packet::Hello(_) => {}
+                Packet::Ack(_) => drop(hurry.send(Urgent::Acknowledged)),
+                Packet::Message(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,
             },
             Ok(None) => return,

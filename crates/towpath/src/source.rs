@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::mpsc::{SyncSender, TrySendError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
@@ -155,32 +155,37 @@ fn listen(path: &Path, inbound: Inbound) -> Result<Running> {
     Ok(running)
 }
 
+/// Reads whatever comes, at once, for the sake of alarms. The CM sends so little that is not acknowledged that it may
+/// wait here.
 fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
     let Connection { sender, mut receiver } = Connection::open(stream)?;
     tracing::info!("a cache manager has connected");
     peer.set(Some(sender));
-    loop {
-        let frames = receiver.batch(BATCH)?;
-        if frames.is_empty() {
-            return Ok(());
-        }
-        let mut messages = Vec::with_capacity(frames.len());
-        let mut acknowledge = None;
-        for frame in frames {
-            if frame.report {
-                acknowledge = Some(frame.sequence);
+    let (queue, waiting) = channel();
+    // The queue ends with the work in here, and with the queue the thread.
+    std::thread::scope(move |scope| {
+        scope.spawn(move || waiting.into_iter().try_for_each(|event| inbound.events.send(event)));
+        loop {
+            let frames = receiver.batch(BATCH)?;
+            if frames.is_empty() {
+                return Ok(());
             }
-            match frame.packet {
-                Packet::Message(alarm @ Message::Alarm(_)) => inbound.alarm(alarm)?,
-                Packet::Message(message) => messages.push(message),
-                _ => {}
+            let mut messages = Vec::with_capacity(frames.len());
+            let mut acknowledge = Vec::new();
+            for frame in frames {
+                acknowledge.extend(frame.report.then_some(frame.sequence));
+                match frame.packet {
+                    Packet::Message(alarm @ Message::Alarm(_)) => inbound.alarm(alarm)?,
+                    Packet::Message(message) => messages.push(message),
+                    _ => {}
+                }
+            }
+            let events = std::iter::once(Event::Messages(messages));
+            for event in events.chain(acknowledge.into_iter().map(Event::Acknowledge)) {
+                queue.send(event).ok().context("the daemon has ended")?;
             }
         }
-        inbound.events.send(Event::Messages(messages)).context("the daemon has ended")?;
-        if let Some(sequence) = acknowledge {
-            inbound.events.send(Event::Acknowledge(sequence)).context("the daemon has ended")?;
-        }
-    }
+    })
 }
 
 /// Starts a thread.

@@ -136,6 +136,7 @@ fn policy_source(source: PolicySource) -> &'static str {
         PolicySource::Tc => "tc",
         PolicySource::Capture => "capture",
         PolicySource::Sysctl => "sysctl",
+        PolicySource::Ports => "ports",
     }
 }
 

@@ -11,8 +11,9 @@ use towpath_tables::mix;
 
 /// More than this after the command is a leak, whatever else the machine does.
 const LEAK: Duration = Duration::from_secs(1);
-/// Settings that drop the stream, and how they are taken back: announced ones and ones that must be polled.
-const SETTINGS: [(&str, &str, &str); 4] = [
+/// Settings that drop the stream, and how they are taken back: announced ones, ones that must be polled, and those that
+/// come as descriptions of a port.
+const SETTINGS: [(&str, &str, &str); 6] = [
     (
         "nftables",
         "nft 'add table inet t; add chain inet t forward { type filter hook forward priority 0; policy drop; }'",
@@ -22,6 +23,8 @@ const SETTINGS: [(&str, &str, &str); 4] = [
     // Not by destination: the kernel looks up gateways by the rules, too.
     ("rule", "ip rule add iif eth0 blackhole", "ip rule delete iif eth0 blackhole"),
     ("XFRM", "ip xfrm policy add dir fwd src 0.0.0.0/0 dst 198.51.100.0/24 action block", "ip xfrm policy deleteall"),
+    ("forwarding", "sysctl -qw net.ipv4.conf.eth0.forwarding=0", "sysctl -qw net.ipv4.conf.eth0.forwarding=1"),
+    ("address", "ip link set eth0 address 02:00:00:00:00:99", "ip link set eth0 address 02:00:00:00:00:01"),
 ];
 
 /// Lines for `ip -batch` about so many routes of an internet-like mix, apart from the links' own.
@@ -77,8 +80,17 @@ fn judge(what: &str, mut times: Vec<(&'static str, Duration)>) {
     assert!(longest.1 < LEAK, "{what}: packets still passed: {times:?}");
 }
 
-fn loaded(count: usize) {
+/// A router whose way in has the link-layer address that `SETTINGS` give back.
+fn router() -> Net {
     let net = Net::new();
+    net.ip("link set eth0 address 02:00:00:00:00:01");
+    net.left.sh("ip neigh flush dev up0").expect("flushed");
+    eventually("the router is found again", || net.ping(&net.left, RIGHT).then_some(()));
+    net
+}
+
+fn loaded(count: usize) {
+    let net = router();
     let daemon = net.up(&["eth0", "eth1"]);
     let beat = Beat::start(&net, RIGHT);
     net.flows(50);

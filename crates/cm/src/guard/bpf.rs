@@ -111,7 +111,11 @@ impl Programs {
     }
 
     fn unlisted(error: io::Error) -> Result<bool, CmError> {
-        if error.raw_os_error() == Some(libc::EPERM) { Ok(true) } else { Err(CmError::io("list of BPF programs", error)) }
+        if error.raw_os_error() == Some(libc::EPERM) {
+            Ok(true)
+        } else {
+            Err(CmError::io("list of BPF programs", error))
+        }
     }
 
     fn is_of_kind(&self, id: u32) -> Result<bool, CmError> {
