@@ -4,6 +4,7 @@ use crate::Fpm;
 use crate::state::{Choice, Resolved, family_of};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::Bound;
 use towpath_fpc::*;
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
@@ -102,9 +103,9 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.ports.values().map(|port| &port.value)
     }
 
-    /// Routes of a family in the order of their prefixes.
-    pub fn routes(&self, family: Family) -> impl Iterator<Item = Route> {
-        self.state.routes.iter(family).map(|(key, candidate)| self.route(key, candidate))
+    /// The prefixes of a family that have routes, by address and then length, from `start` (of the same family) on.
+    pub fn prefixes(&self, family: Family, start: Bound<Prefix>) -> impl Iterator<Item = Prefix> {
+        self.state.routes.prefixes(family, start)
     }
 
     /// Routes for exactly this prefix, in Linux's order of preference.

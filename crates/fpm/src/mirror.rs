@@ -7,6 +7,7 @@ use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
+use std::ops::Bound;
 use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix, Scope};
 use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError};
@@ -597,7 +598,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Puts all routes in, once; false if it stopped before the end.
     fn fill(&mut self, state: &State, go_on: &mut impl FnMut() -> bool) -> bool {
         while let Filled::UpTo(family, last) = self.filled {
-            for prefix in state.routes.prefixes(family, last) {
+            for prefix in state.routes.prefixes(family, last.map_or(Bound::Unbounded, Bound::Excluded)) {
                 self.update_route(state, prefix);
                 if !go_on() {
                     self.filled = Filled::UpTo(family, Some(prefix));

@@ -100,11 +100,19 @@ where
         self.0.range(first..=last).filter_map(|(key, candidate)| Some((key.name()?, *candidate)))
     }
 
-    fn prefixes(&self, last: Option<Prefix>) -> impl Iterator<Item = Prefix> {
-        let behind = last.and_then(|last| Some((<[u8; BYTES]>::of(last.address())?, last.prefix_len())));
-        let behind =
-            behind.map(|(address, len)| Key { address, len, rank: Rank::Default, tos: u8::MAX, priority: u32::MAX });
-        let from = behind.map_or(Bound::Unbounded, Bound::Excluded);
+    fn prefixes(&self, start: Bound<Prefix>) -> impl Iterator<Item = Prefix> {
+        let octets = |prefix: Prefix| <[u8; BYTES]>::of(prefix.address());
+        let from = match start {
+            Bound::Included(first) => octets(first).map(|address| {
+                Bound::Included(Key { address, len: first.prefix_len(), rank: Rank::Local, tos: 0, priority: 0 })
+            }),
+            Bound::Excluded(last) => octets(last).map(|address| {
+                let (len, rank) = (last.prefix_len(), Rank::Default);
+                Bound::Excluded(Key { address, len, rank, tos: u8::MAX, priority: u32::MAX })
+            }),
+            Bound::Unbounded => None,
+        };
+        let from = from.unwrap_or(Bound::Unbounded);
         let mut before = None;
         self.0.range((from, Bound::Unbounded)).filter_map(move |(key, _)| {
             let prefix = (key.address, key.len);
@@ -191,11 +199,11 @@ impl Routes {
         }
     }
 
-    /// The prefixes of a family that have routes, in order, those behind `last` if there is one.
-    pub fn prefixes(&self, family: Family, last: Option<Prefix>) -> Box<dyn Iterator<Item = Prefix> + '_> {
+    /// The prefixes of a family that have routes, by address and then length, from `start` (of the same family) on.
+    pub fn prefixes(&self, family: Family, start: Bound<Prefix>) -> Box<dyn Iterator<Item = Prefix> + '_> {
         match family {
-            Family::V4 => Box::new(self.v4.prefixes(last)),
-            Family::V6 => Box::new(self.v6.prefixes(last)),
+            Family::V4 => Box::new(self.v4.prefixes(start)),
+            Family::V6 => Box::new(self.v6.prefixes(start)),
         }
     }
 

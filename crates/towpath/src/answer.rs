@@ -7,6 +7,7 @@ use crate::report::{self, Families, Forwarding};
 use crate::words;
 use anyhow::{Context, Result, bail};
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::time::{SystemTime, UNIX_EPOCH};
 use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Via};
@@ -15,8 +16,8 @@ use towpath_tables::Reason;
 use towpath_tables::nexthop::{Action, NexthopValue};
 use towpath_tables::record::Family;
 
-/// Routes in one answer.
-const PAGE: usize = 5000;
+/// Routes in one answer, so that it takes a few milliseconds.
+const PAGE: usize = 1000;
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 /// What is known of the daemon itself.
@@ -58,7 +59,7 @@ impl Daemon {
         match request {
             Request::Status => control::answer(self.status()),
             Request::Ports => control::answer(Ok(report::Ports { ports: self.ports() })),
-            Request::Routes { within, from } => control::answer(self.routes(within.as_deref(), from)),
+            Request::Routes { within, after } => control::answer(self.routes(within.as_deref(), after.as_deref())),
             Request::Neighbors => control::answer(Ok(self.neighbors())),
             Request::Nexthops => control::answer(Ok(self.nexthops())),
             Request::Exceptions => control::answer(Ok(self.exceptions())),
@@ -154,25 +155,40 @@ impl Daemon {
         }
     }
 
-    fn routes(&self, within: Option<&str>, from: u64) -> Result<report::Routes> {
-        let (all, next) = match within {
-            Some(text) if !text.contains('/') => {
-                let address: IpAddr = text.parse().with_context(|| format!("{text:?} is no address and no prefix"))?;
-                let prefixes = self.fpm.explain(address).prefixes;
-                (prefixes.into_iter().flat_map(|matched| matched.routes).collect(), None)
+    fn routes(&self, within: Option<&str>, after: Option<&str>) -> Result<report::Routes> {
+        if let Some(text) = within.filter(|text| !text.contains('/')) {
+            let address: IpAddr = text.parse().with_context(|| format!("{text:?} is no address and no prefix"))?;
+            let prefixes = self.fpm.explain(address).prefixes;
+            let routes = prefixes.iter().flat_map(|matched| &matched.routes).map(|route| self.route_row(route));
+            return Ok(report::Routes { routes: routes.collect(), next: None });
+        }
+        let [within, after] = [within, after].map(|text| text.map(parse_prefix).transpose());
+        let (mut routes, mut next) = (Vec::new(), None);
+        for prefix in self.prefixes(within?, after?) {
+            if routes.len() >= PAGE {
+                next = routes.last().map(|last: &report::Route| last.prefix.clone());
+                break;
             }
-            Some(text) => self.page(Some(parse_prefix(text)?), from as usize),
-            None => self.page(None, from as usize),
-        };
-        Ok(report::Routes { routes: all.iter().map(|route| self.route_row(route)).collect(), next })
+            routes.extend(self.fpm.routes_for(prefix).iter().map(|route| self.route_row(route)));
+        }
+        Ok(report::Routes { routes, next })
     }
 
-    fn page(&self, within: Option<Prefix>, from: usize) -> (Vec<Route>, Option<u64>) {
-        let inside = |route: &Route| within.is_none_or(|within| contains(&within, &route.key.prefix));
-        let all = FAMILIES.into_iter().flat_map(|family| self.fpm.routes(family));
-        let routes: Vec<Route> = all.skip(from).take(PAGE).collect();
-        let next = (routes.len() == PAGE).then_some((from + PAGE) as u64);
-        (routes.into_iter().filter(inside).collect(), next)
+    /// Prefixes with routes, all or those within one, behind `after` if that is given.
+    fn prefixes(&self, within: Option<Prefix>, after: Option<Prefix>) -> impl Iterator<Item = Prefix> {
+        let family = |prefix: Prefix| prefix.family();
+        let only = within.map(family);
+        let begun = after.map(family);
+        let families = FAMILIES.into_iter().filter(move |of| only.is_none_or(|only| only == *of));
+        let families = families.skip_while(move |of| begun.is_some_and(|begun| begun != *of));
+        let start = move |of| match (after.filter(|after| after.family() == of), within) {
+            (Some(after), _) => Bound::Excluded(after),
+            (None, Some(within)) => Bound::Included(within),
+            (None, None) => Bound::Unbounded,
+        };
+        // What lies within a prefix lies behind it, side by side.
+        let inside = move |prefix: &Prefix| within.is_none_or(|within| contains(&within, prefix));
+        families.flat_map(move |of| self.fpm.prefixes(of, start(of))).take_while(inside)
     }
 
     fn route_row(&self, route: &Route) -> report::Route {

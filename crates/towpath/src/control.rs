@@ -29,12 +29,12 @@ pub enum Request {
     Status,
     /// `report::Ports`
     Ports,
-    /// `report::Routes`: a page that starts at position `from`
+    /// `report::Routes`: a page of them
     Routes {
         /// Only routes within this prefix
         within: Option<String>,
-        /// `next` of the page before, or 0
-        from: u64,
+        /// `next` of the page before; none for the first
+        after: Option<String>,
     },
     /// `report::Neighbors`
     Neighbors,
@@ -220,7 +220,7 @@ mod tests {
         assert!(talk(b"\xff\xfe nonsense\n").starts_with(r#"{"error":"not a request"#));
         assert!(talk(br#"{"request":"status"}"#).contains("newline"));
         assert!(talk(&vec![b'x'; 100_000]).starts_with(r#"{"error":"not a request"#));
-        assert!(talk(br#"{"request":"routes","from":-1}"#).starts_with(r#"{"error":"not a request"#));
+        assert!(talk(br#"{"request":"routes","after":-1}"#).starts_with(r#"{"error":"not a request"#));
         let idle: Vec<_> = (0..CLIENT_LIMIT + 4).map(|_| UnixStream::connect(&path).unwrap()).collect();
         drop(idle);
         let deadline = std::time::Instant::now() + Duration::from_secs(5);

@@ -80,11 +80,14 @@ fn write_out(text: &str) -> Result<()> {
 fn show_routes(wanted: &Routes) -> Result<()> {
     let mut client = connect()?;
     let mut all = Vec::new();
-    let mut from = Some(0);
-    while let Some(position) = from {
-        let page: report::Routes = client.ask(&Request::Routes { within: wanted.within.clone(), from: position })?;
+    let mut after = None;
+    loop {
+        let page: report::Routes = client.ask(&Request::Routes { within: wanted.within.clone(), after })?;
         all.extend(page.routes);
-        from = page.next;
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
     }
     let all = report::Routes { routes: all, next: None };
     write_out(&if wanted.output.json { json(&all)? } else { routes_text(&all) })

@@ -126,11 +126,11 @@ pub struct Ports {
 /// `towpath show routes`, a page of them
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Routes {
-    /// In order of table, prefix, metric
+    /// IPv4 first, by address, prefix length and Linux's order of preference
     pub routes: Vec<Route>,
-    /// Present if there are more
+    /// Present if there are more: the last prefix of this page
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub next: Option<u64>,
+    pub next: Option<String>,
 }
 
 /// A route.

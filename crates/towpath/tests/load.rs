@@ -150,6 +150,27 @@ fn grown(count: usize) {
     println!("nodes grew from {before} to {after}");
     assert!(after > before, "{before} to {after}");
     stream.finish_complete();
+    // Page by page, each is shown once, in order; within a prefix those of the prefix.
+    let shown = |within: &[&str]| {
+        let list = net.json(&[&["show", "routes"], within].concat())["routes"].take();
+        let prefix = |route: &serde_json::Value| {
+            let (address, length) = route["prefix"].as_str().expect("text").split_once('/').expect("a prefix");
+            let address: std::net::IpAddr = address.parse().expect("an address");
+            (address, length.parse::<u8>().expect("a length"), -route["table"].as_i64().expect("a number"))
+        };
+        list.as_array().expect("a list").iter().map(prefix).collect::<Vec<_>>()
+    };
+    let all = shown(&[]);
+    let counts = net.json(&["status"])["routes"].clone();
+    assert_eq!(all.len() as u64, counts["ipv4"].as_u64().unwrap() + counts["ipv6"].as_u64().unwrap());
+    assert!(all.is_sorted() && all.windows(2).all(|pair| pair[0].0.is_ipv6() || pair[0] != pair[1]));
+    let in_64 = |(address, length, _): &(std::net::IpAddr, u8, i64)| match address {
+        std::net::IpAddr::V4(address) => address.octets()[0] >> 4 == 4 && *length >= 4,
+        std::net::IpAddr::V6(_) => false,
+    };
+    let within: Vec<_> = all.into_iter().filter(in_64).collect();
+    assert!(within.len() > 2000, "several pages: {}", within.len());
+    assert_eq!(shown(&["64.0.0.0/4"]), within);
     // Every route is found, and leads where it should.
     for (octets, _) in mix::ipv4(count, 1).iter().step_by(count / 20) {
         let destination = std::net::Ipv4Addr::from(*octets).to_string();
