@@ -1012,7 +1012,7 @@ fn in_vain_little_is_tried_and_with_room_everything() {
 
 /// What a million routes cost here, and how fast changes are taken. Run with `--ignored --nocapture` to see figures.
 #[test]
-#[ignore = "takes a minute; prints figures"]
+#[ignore = "wants a release build; prints figures"]
 fn a_million_routes() {
     let mut fixture = Fixture::unfinished(new_tables());
     let gateways = ["192.0.2.1", "198.51.100.1"];

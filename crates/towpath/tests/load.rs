@@ -93,19 +93,37 @@ fn loaded(count: usize) {
     let net = router();
     let daemon = net.up(&["eth0", "eth1"]);
     let beat = Beat::start(&net, RIGHT);
+    burst(&net, &beat, count);
+    restarted(&net, daemon, &beat);
+}
+
+/// As `loaded`, with what is told going through a socket.
+fn loaded_apart(count: usize) {
+    let net = router();
+    let process = |arguments: &[&str]| {
+        let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+        command.args(arguments);
+        net.start(command)
+    };
+    let mut fpm = process(&["fpm", "eth0", "eth1"]);
+    let _cm = process(&["cm"]);
+    fpm.await_log("ready: 2 ports, ");
+    burst(&net, &Beat::start(&net, RIGHT), count);
+}
+
+fn burst(net: &Net, beat: &Beat, count: usize) {
     net.flows(50);
     // Adding, changing: each a burst as fast as the kernel is.
     for (what, lines) in [("added", lines("add", count, RIGHT)), ("changed", lines("replace", count, "192.0.2.2"))] {
         let expected = lines.lines().count() as u64;
-        let mut child = batch(&net, lines);
+        let mut child = batch(net, lines);
         let begin = Instant::now();
-        let times = set_while(&net, &beat, || child.try_wait().expect("ip").is_none());
+        let times = set_while(net, beat, || child.try_wait().expect("ip").is_none());
         assert!(child.wait().expect("ip").success());
         println!("{expected} routes {what} in {:?}", begin.elapsed());
         judge(&format!("while routes were {what}"), times);
-        eventually("all routes to be there", || (routes(&net) >= expected).then_some(()));
+        eventually("all routes to be there", || (routes(net) >= expected).then_some(()));
     }
-    restarted(&net, daemon, &beat);
 }
 
 /// Policies hold while a new daemon reads all routes, and the programs of the one before still forward.
@@ -127,9 +145,20 @@ fn policies_overtake_routes() {
 }
 
 #[test]
+fn policies_overtake_routes_on_a_socket() {
+    loaded_apart(250_000);
+}
+
+#[test]
 #[ignore = "takes a minute; prints figures"]
 fn policies_overtake_a_million_routes() {
     loaded(1_000_000);
+}
+
+#[test]
+#[ignore = "takes a minute; prints figures"]
+fn policies_overtake_a_million_routes_on_a_socket() {
+    loaded_apart(1_000_000);
 }
 
 /// The tables grow from nothing to their full size beneath a stream.
