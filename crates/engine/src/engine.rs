@@ -7,14 +7,14 @@ use crate::grace::GraceMethod;
 use crate::interface::Interface;
 use crate::netfpc::{PortFacts, Request};
 use crate::program::{Program, ProgramFacts};
-use crate::region::{Maps, Region, STAGED, entries_of, map_names, staged_name};
+use crate::region::{Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
 use crate::{require, sys};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use towpath_tables::backing::{Backing, GrowError, PerTable, RawTable};
-use towpath_tables::record::TableId;
+use towpath_tables::record::{SOCKET_QUEUES, TableId};
 
 /// Name of the program's pin.
 const PROGRAM: &str = "program";
@@ -24,11 +24,13 @@ const PROGRAM: &str = "program";
 pub struct Options {
     /// How to attach
     pub mode: Mode,
+    /// Frames go to sockets of the user engine where there are some
+    pub sockets: bool,
 }
 
 impl Options {
     /// Only a driver in native mode has something beside its frames.
-    fn looks(self) -> bool {
+    pub(crate) fn looks(self) -> bool {
         self.mode == Mode::Native
     }
 }
@@ -98,7 +100,7 @@ impl Site {
         self.dir.create()?;
         let made = self.discard_staged().and_then(|()| {
             let region = Region::create(&self.dir, sizes)?;
-            let program = Program::load(&region.pins(&self.dir, None), self.options.looks())?;
+            let program = Program::load(&region.pins(&self.dir, None), self.options)?;
             Ok((region, program, self.open_links()?, GraceMethod::choose()?))
         });
         match made {
@@ -119,7 +121,7 @@ impl Site {
         let links = self.open_links()?;
         self.recover(&links)?;
         let region = Region::adopt(&self.dir)?;
-        let program = Program::load(&region.pins(&self.dir, None), self.options.looks())?;
+        let program = Program::load(&region.pins(&self.dir, None), self.options)?;
         let mut core = Core { site: self, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
         let slots = core.device_slots()?;
         for (index, link) in links {
@@ -244,7 +246,7 @@ impl Core {
     fn device_slots(&self) -> Result<BTreeMap<u32, u32>> {
         let mut slots = BTreeMap::new();
         for slot in 0..self.region.len(TableId::Ports) {
-            let device = sys::map_lookup::<[u32; 2]>(self.region.devices(), slot);
+            let device = sys::map_lookup::<[u32; 2]>(self.region.targets(Targets::Devices), slot);
             if let Some([index, _]) = device.map_err(|e| Error::io("read the map of devices", e))? {
                 slots.insert(index, slot);
             }
@@ -253,7 +255,7 @@ impl Core {
     }
 
     fn set_device(&self, slot: u32, ifindex: Option<u32>) -> Result<()> {
-        let map = self.region.devices();
+        let map = self.region.targets(Targets::Devices);
         let done = match ifindex {
             Some(index) => sys::map_update(map, slot, &[index, 0]),
             None => sys::map_delete(map, slot),
@@ -396,7 +398,7 @@ impl Core {
         }
         let dir = &self.site.dir;
         let grown = self.region.enlarged(dir, id, wanted)?;
-        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options.looks()) {
+        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options) {
             Ok(program) => program,
             Err(error) => {
                 if !self.region.staged() {
@@ -447,6 +449,19 @@ impl Engine {
     /// into use. All or nothing: if it fails, programs and settings are what they were.
     pub fn attach(&self, ports: &[PortRequest]) -> Result<()> {
         self.core().attach(ports)
+    }
+
+    /// Has the frames of a port's queue go to this socket (AF_XDP, bound to the queue), or to none. They also go to none
+    /// when the socket is closed; then the program forwards them itself.
+    pub fn set_socket(&self, slot: u32, queue: u32, socket: Option<BorrowedFd<'_>>) -> Result<()> {
+        let core = self.core();
+        let (map, key) = (core.region.targets(Targets::Sockets), slot * SOCKET_QUEUES + queue);
+        let done = match socket {
+            Some(socket) => sys::map_update(map, key, &socket.as_raw_fd()),
+            None => sys::map_delete(map, key),
+        };
+        let what = || format!("enter queue {queue} of port slot {slot} in the map of sockets");
+        done.map_err(|e| Error::privileged(what(), "CAP_NET_ADMIN", e))
     }
 
     /// Detaches from a port; not an error if it is not attached or gone.

@@ -1,6 +1,7 @@
 //! The XDP program of this binary: loading it against the pinned maps, and what the kernel says about it.
 
 use crate::beside::Places;
+use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::sys;
 use aya_obj::Object;
@@ -12,8 +13,9 @@ use std::path::{Path, PathBuf};
 use towpath_tables::mark::{Function, Number};
 use towpath_tables::record::TableId;
 
-/// Name of the program in the object.
+/// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
+const NAME_USER: &str = "towpath_user";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
 /// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source
@@ -54,30 +56,30 @@ pub struct ProgramFacts {
 }
 
 impl Program {
-    /// Loads the program; each map is the one pinned at its path. `look`: it may look beside frames, which in XDP's
-    /// generic mode would be elsewhere.
-    pub fn load(pins: &[(&'static str, PathBuf)], look: bool) -> Result<Self> {
+    /// Loads the program; each map is the one pinned at its path.
+    pub fn load(pins: &[(&'static str, PathBuf)], options: Options) -> Result<Self> {
+        let name = if options.sockets { NAME_USER } else { NAME };
         let mut object =
             Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
         let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
         relocate(&mut object, &fds)?;
-        let program = object.programs.get(NAME).ok_or_else(|| Error::Object(format!("has no program {NAME}")))?;
+        let program = object.programs.get(name).ok_or_else(|| Error::Object(format!("has no program {name}")))?;
         let function = object
             .functions
             .get(&(program.section_index, program.address))
-            .ok_or_else(|| Error::Object(format!("has no code for {NAME}")))?;
+            .ok_or_else(|| Error::Object(format!("has no code for {name}")))?;
         let mut code = function.instructions.clone();
         set_lengths(&mut code, &fds)?;
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
             set_places(&mut code, places);
             let mut log = vec![0u8; LOG_BYTES];
-            sys::prog_load(NAME, &program.license, sys::AttachType::Xdp, &code, &mut log)
+            sys::prog_load(name, &program.license, sys::AttachType::Xdp, &code, &mut log)
                 .map(|fd| Self { fd, sees_beside: places.is_some() })
                 .map_err(|e| rejected(e, &log))
         };
         match Places::find() {
-            Ok(places) if look => load(Some(&places)).or_else(|error| {
+            Ok(places) if options.looks() => load(Some(&places)).or_else(|error| {
                 tracing::warn!("the XDP program may not look at what travels beside frames: {error}");
                 load(None)
             }),

@@ -10,14 +10,46 @@ use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use towpath_tables::backing::{PerTable, RawTable};
-use towpath_tables::record::TableId;
+use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
 
-/// Name of the map of interfaces to redirect to, by port slot.
-pub const DEVICES: &str = "devices";
+/// A map of what frames are redirected to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Targets {
+    /// Interfaces, by port slot
+    Devices = 0,
+    /// Sockets of the user engine, by port slot and queue
+    Sockets = 1,
+}
+
+impl Targets {
+    const ALL: [Self; 2] = [Self::Devices, Self::Sockets];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Devices => "devices",
+            Self::Sockets => "sockets",
+        }
+    }
+
+    fn create(self) -> Result<OwnedFd> {
+        let (kind, value_size, max_entries) = match self {
+            Self::Devices => (bpf_map_type::BPF_MAP_TYPE_DEVMAP, DEVICE_SIZE, PORT_SLOTS),
+            Self::Sockets => (bpf_map_type::BPF_MAP_TYPE_XSKMAP, SOCKET_SIZE, PORT_SLOTS * SOCKET_QUEUES),
+        };
+        let spec = MapSpec { kind, name: self.name(), value_size, max_entries, flags: 0 };
+        sys::map_create(spec, None).map_err(|e| {
+            let what = format!("create map {} of {max_entries}", self.name());
+            Error::privileged(what, "CAP_NET_ADMIN and CAP_BPF", e)
+        })
+    }
+}
+
 /// Appended to the name of a pin that is to take the place of another once every program uses it.
 pub const STAGED: &str = "_new";
 /// `struct bpf_devmap_val`: interface index and program.
 const DEVICE_SIZE: u32 = 8;
+/// A descriptor
+const SOCKET_SIZE: u32 = 4;
 
 /// One table, mapped.
 #[derive(Debug)]
@@ -103,11 +135,11 @@ fn bytes_of(id: TableId, records: u32) -> Result<u32> {
 /// Every table; one that grew lives on for those who still look at it.
 pub(crate) type Maps = [Arc<Table>; TableId::ALL.len()];
 
-/// The tables of an instance and its map of devices.
+/// The tables of an instance and its maps of targets.
 #[derive(Debug)]
 pub(crate) struct Region {
     tables: Maps,
-    devices: OwnedFd,
+    targets: [OwnedFd; Targets::ALL.len()],
     /// Pins bear names with `STAGED`: no program in use refers to them
     staged: bool,
 }
@@ -115,19 +147,17 @@ pub(crate) struct Region {
 impl Region {
     /// Makes empty tables and pins them beside those that may be in use.
     pub(crate) fn create(dir: &PinDir, sizes: &PerTable) -> Result<Self> {
-        let slots = entries_of(TableId::Ports, sizes.get(TableId::Ports))?;
         let tables = try_tables(|id| {
             let table = Table::create(id, entries_of(id, sizes.get(id))?)?;
             pin(dir, table.fd.as_fd(), &staged_name(id.name()))?;
             Ok(table)
         })?;
-        let kind = bpf_map_type::BPF_MAP_TYPE_DEVMAP;
-        let spec = MapSpec { kind, name: DEVICES, value_size: DEVICE_SIZE, max_entries: slots, flags: 0 };
-        let devices = sys::map_create(spec, None).map_err(|e| {
-            Error::privileged(format!("create map {DEVICES} of {slots}"), "CAP_NET_ADMIN and CAP_BPF", e)
+        let targets = try_targets(|which| {
+            let map = which.create()?;
+            pin(dir, map.as_fd(), &staged_name(which.name()))?;
+            Ok(map)
         })?;
-        pin(dir, devices.as_fd(), &staged_name(DEVICES))?;
-        Ok(Self { tables, devices, staged: true })
+        Ok(Self { tables, targets, staged: true })
     }
 
     /// Opens the pinned tables.
@@ -135,7 +165,7 @@ impl Region {
         let incomplete = |why: String| Error::Incomplete { place: dir.shown().display().to_string(), why };
         let open = |name: &str| sys::get_pinned(&dir.pin(name)).map_err(|e| incomplete(format!("open {name}: {e}")));
         let tables = try_tables(|id| Table::open(id, open(id.name())?).map_err(|e| incomplete(e.to_string())))?;
-        let region = Self { tables, devices: open(DEVICES)?, staged: false };
+        let region = Self { tables, targets: try_targets(|which| open(which.name()))?, staged: false };
         let (cpus, slots) = (possible_cpus()?, region.len(TableId::Ports));
         if region.len(TableId::Stats) < cpus.saturating_mul(slots) {
             return Err(incomplete(format!("statistics for fewer than {cpus} CPUs times {slots} ports")));
@@ -163,9 +193,9 @@ impl Region {
         self.table(id).fd.as_fd()
     }
 
-    /// The map of devices.
-    pub(crate) fn devices(&self) -> BorrowedFd<'_> {
-        self.devices.as_fd()
+    /// A map of targets.
+    pub(crate) fn targets(&self, which: Targets) -> BorrowedFd<'_> {
+        self.targets[which as usize].as_fd()
     }
 
     fn table(&self, id: TableId) -> &Table {
@@ -181,7 +211,7 @@ impl Region {
             let (_, pin) = path(id.name(), self.staged || grown == Some(id));
             (id.section(), pin)
         });
-        tables.chain([path(DEVICES, self.staged)]).collect()
+        tables.chain(Targets::ALL.map(|which| path(which.name(), self.staged))).collect()
     }
 
     /// Gives staged pins their final names, in place of those that had them.
@@ -217,7 +247,8 @@ impl Region {
     /// Bytes of kernel memory the maps hold, by map name.
     pub(crate) fn memory(&self) -> Result<Vec<(&'static str, u64)>> {
         let tables = TableId::ALL.into_iter().map(|id| (id.name(), self.fd(id)));
-        tables.chain([(DEVICES, self.devices())]).map(|(name, fd)| Ok((name, memory_of(name, fd)?))).collect()
+        let targets = Targets::ALL.map(|which| (which.name(), self.targets(which)));
+        tables.chain(targets).map(|(name, fd)| Ok((name, memory_of(name, fd)?))).collect()
     }
 }
 
@@ -229,7 +260,7 @@ pub(crate) struct Grown {
 
 /// Names of all maps of an instance.
 pub(crate) fn map_names() -> impl Iterator<Item = &'static str> {
-    TableId::ALL.into_iter().map(TableId::name).chain([DEVICES])
+    TableId::ALL.into_iter().map(TableId::name).chain(Targets::ALL.map(Targets::name))
 }
 
 pub(crate) fn staged_name(name: &str) -> String {
@@ -256,6 +287,11 @@ pub(crate) fn entries_of(id: TableId, elements: usize) -> Result<u32> {
 fn try_tables(make: impl Fn(TableId) -> Result<Table>) -> Result<Maps> {
     let tables = TableId::ALL.into_iter().map(|id| make(id).map(Arc::new)).collect::<Result<Vec<_>>>()?;
     Ok(tables.try_into().unwrap_or_else(|_| unreachable!("one table for each id")))
+}
+
+fn try_targets(make: impl Fn(Targets) -> Result<OwnedFd>) -> Result<[OwnedFd; Targets::ALL.len()]> {
+    let [devices, sockets] = Targets::ALL.map(make);
+    Ok([devices?, sockets?])
 }
 
 fn pin(dir: &PinDir, fd: BorrowedFd<'_>, name: &str) -> Result<()> {

@@ -50,7 +50,7 @@ fn forwards_from_driver_to_driver_and_leaves_nothing_behind() -> Result {
     let tables = engine.tables();
     assert_eq!(tables.view().nexthops()[NEXTHOP as usize].hit.load(), 1);
     let memory = engine.memory()?;
-    assert_eq!(memory.len(), TableId::ALL.len() + 1);
+    assert_eq!(memory.len(), TableId::ALL.len() + 2);
     assert!(memory.iter().all(|(_, bytes)| *bytes > 0), "{memory:?}");
 
     rig.on_router(|| engine.teardown())?;
@@ -243,7 +243,7 @@ fn what_cannot_be_attached_is_named_and_nothing_is_changed() -> Result {
     assert!(matches!(error, Error::Incomplete { .. }), "{error}");
 
     // The bridge can be had in generic mode.
-    let site = rig.on_router(|| Site::prepare(Options { mode: Mode::Generic }))?;
+    let site = rig.on_router(|| Site::prepare(Options { mode: Mode::Generic, ..Options::default() }))?;
     let sizes = sizes()?;
     let engine = rig.on_router(|| site.create(&sizes))?;
     rig.on_router(|| engine.attach(&bridge[1..]))?;

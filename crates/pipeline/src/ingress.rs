@@ -85,12 +85,18 @@ impl<'t> Entry<'t> {
         if self.flags & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
     }
 
+    /// Whether the engine may look at what travels beside frames that entered here
+    #[inline(always)]
+    pub fn sees_beside(&self) -> bool {
+        self.flags & port_flags::BESIDE != 0
+    }
+
     /// What travels beside a frame that entered here
     #[inline(always)]
     fn beside<F: Frame>(&self, frame: &F) -> Beside {
         match self.flags & port_flags::PARTIAL_CSUM {
             0 => Beside::NOTHING,
-            _ => frame.beside(self.flags & port_flags::BESIDE != 0),
+            _ => frame.beside(self.sees_beside()),
         }
     }
 

@@ -53,6 +53,14 @@ const _: () = assert!(size_of::<Config>() == 64 + 512);
 /// Slots in the table of ports.
 pub const PORT_SLOTS: u32 = 256;
 
+/// Queues of a port that may have sockets of the user engine (AF_XDP). The socket of a queue is element `slot *
+/// SOCKET_QUEUES + queue` of the XDP program's map of sockets.
+pub const SOCKET_QUEUES: u32 = 16;
+/// Longest frame that goes to a socket. It fits into a chunk of a page with what the kernel keeps before it
+/// (XDP_PACKET_HEADROOM; net/xdp/xsk.c `xsk_rcv`, Linux 6.1, drops what does not), and can be handed to Linux again (a page
+/// less some 700 bytes; net/bpf/test_run.c `bpf_prog_test_run_xdp`).
+pub const SOCKET_FRAME: usize = 3072;
+
 /// Longest chain of slots looked at to find a port by interface index.
 pub const PORT_PROBES: u32 = 4;
 

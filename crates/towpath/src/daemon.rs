@@ -126,7 +126,7 @@ pub fn down() -> Result<()> {
 /// Brings everything up; None if told to stop meanwhile.
 fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<Daemon>> {
     let termination = Termination::block()?;
-    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native } };
+    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native }, sockets: false };
     let site = Site::prepare(options)?;
     let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
     let mut facts = Facts::new(options.mode);

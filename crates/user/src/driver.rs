@@ -8,6 +8,9 @@ pub const BATCH: usize = 64;
 
 /// The queues of one interface that a worker has to itself.
 pub trait PortDriver: Send {
+    /// Takes what it needs from the pool to receive its first frames.
+    fn start(&mut self, pool: &mut Pool);
+
     /// Appends frames that have arrived to `frames`, which is empty and has room for `BATCH`.
     fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
 
@@ -26,4 +29,11 @@ pub trait Linux: Send {
     /// Hands over frames as they arrived, so that Linux sees them received by the interface with this index. Returns how
     /// many could not be.
     fn deliver(&mut self, ifindex: u32, frames: &[Buffer]) -> usize;
+}
+
+/// A way to Linux for one frame at a time; false if it could not be handed over.
+impl<F: FnMut(u32, &[u8]) -> bool + Send> Linux for F {
+    fn deliver(&mut self, ifindex: u32, frames: &[Buffer]) -> usize {
+        frames.iter().filter(|frame| !self(ifindex, frame.bytes())).count()
+    }
 }

@@ -1,12 +1,13 @@
 //! Workers in threads of their own, and what the rest of the process tells them.
 
 use crate::driver::{Linux, PortDriver};
-use crate::pool::Pool;
+use crate::pool::{Area, Pool};
 use crate::worker::{Port, Reading, TableSource, Worker};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use towpath_tables::grace::{self, Grace as _};
@@ -48,7 +49,8 @@ pub struct Core(pub u32);
 
 /// What a worker is told.
 enum Order<S> {
-    Add(Port),
+    /// And say when it is done
+    Add(Port, SyncSender<()>),
     Remove(u32),
     Tables(Arc<S>),
     Stop,
@@ -56,7 +58,8 @@ enum Order<S> {
 
 /// What a worker shares with those who tell it things.
 struct Desk<S> {
-    orders: Mutex<VecDeque<Order<S>>>,
+    /// None once the worker is gone
+    orders: Mutex<Option<VecDeque<Order<S>>>>,
     /// Number of orders ever given; whoever changes it holds the lock
     given: W32,
     /// Wakes the worker
@@ -67,6 +70,7 @@ struct Running<S> {
     core: Core,
     desk: Arc<Desk<S>>,
     reading: Reading,
+    area: Area,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -112,11 +116,17 @@ impl<S: TableSource + Send + Sync + 'static> Engine<S> {
         self.workers.iter().map(|worker| worker.core)
     }
 
-    /// Gives a worker a port; nothing if there is no such worker.
-    pub fn add(&self, worker: usize, port: Port) {
-        if let Some(worker) = self.workers.get(worker) {
-            worker.desk.give(Order::Add(port));
-        }
+    /// Memory of each worker's pool, for its drivers.
+    pub fn areas(&self) -> impl Iterator<Item = Area> {
+        self.workers.iter().map(|worker| worker.area)
+    }
+
+    /// Gives a worker a port and returns when it is served; false if there is no such worker (any more).
+    pub fn add(&self, worker: usize, port: Port) -> bool {
+        let Some(worker) = self.workers.get(worker) else { return false };
+        let (done, when_done) = sync_channel(1);
+        worker.desk.give(Order::Add(port, done));
+        when_done.recv().is_ok()
     }
 
     /// Takes a port from all workers. When it returns, none of them uses it.
@@ -160,19 +170,23 @@ impl<S> Desk<S> {
         }
         // SAFETY: just made, and nobody else's.
         let bell = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { orders: Mutex::default(), given: W32::new(0), bell })
+        Ok(Self { orders: Mutex::new(Some(VecDeque::new())), given: W32::new(0), bell })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Order<S>>>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn give(&self, order: Order<S>) {
-        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        self.given.store(self.given.load().wrapping_add(1));
-        orders.push_back(order);
-        drop(orders);
+        if let Some(orders) = &mut *self.lock() {
+            self.given.store(self.given.load().wrapping_add(1));
+            orders.push_back(order);
+        }
         ring(self.bell.as_raw_fd());
     }
 
     fn take(&self) -> Option<Order<S>> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.lock().as_mut()?.pop_front()
     }
 }
 
@@ -190,7 +204,7 @@ fn silence(bell: RawFd) {
 
 fn spawn<S: TableSource + Send + Sync + 'static>(core: Core, worker: Worker<S>) -> Result<Running<S>, Error> {
     let desk = Arc::new(Desk::new()?);
-    let reading = worker.reading();
+    let (reading, area) = (worker.reading(), worker.area());
     let theirs = desk.clone();
     let thread = std::thread::Builder::new()
         .name(format!("worker-{}", core.0))
@@ -202,23 +216,24 @@ fn spawn<S: TableSource + Send + Sync + 'static>(core: Core, worker: Worker<S>) 
             work(worker, &theirs);
         })
         .map_err(|cause| Error::Io { what: "start a worker's thread", cause })?;
-    Ok(Running { core, desk, reading, thread: Some(thread) })
+    Ok(Running { core, desk, reading, area, thread: Some(thread) })
 }
 
 /// Whatever becomes of a worker, nobody waits for it when it is gone.
-struct Gone(Reading);
+struct Gone<'d, S>(Reading, &'d Desk<S>);
 
-impl Drop for Gone {
+impl<S> Drop for Gone<'_, S> {
     fn drop(&mut self) {
         if self.0.load() & 1 == 1 {
             grace::leave(&*self.0);
         }
+        *self.1.lock() = None;
     }
 }
 
 /// Works until told to stop.
 fn work<S: TableSource>(mut worker: Worker<S>, desk: &Desk<S>) {
-    let _gone = Gone(worker.reading());
+    let _gone = Gone(worker.reading(), desk);
     let mut taken = 0u32;
     let mut empty = 0;
     loop {
@@ -229,7 +244,11 @@ fn work<S: TableSource>(mut worker: Worker<S>, desk: &Desk<S>) {
             let Some(order) = desk.take() else { break };
             taken = taken.wrapping_add(1);
             match order {
-                Order::Add(port) => worker.add(port),
+                Order::Add(port, done) => {
+                    worker.add(port);
+                    // Whoever gave the order may have left.
+                    let _ = done.send(());
+                }
                 Order::Remove(ifindex) => worker.remove(ifindex),
                 Order::Tables(tables) => worker.set_tables(tables),
                 Order::Stop => return,

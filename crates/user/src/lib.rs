@@ -6,13 +6,15 @@
 //!
 //! What is not forwarded goes to Linux as it arrived ([`Linux`]), received by the interface that it came in by.
 
+pub mod af_xdp;
 mod driver;
 mod engine;
 pub mod memory;
 mod pool;
+mod ring;
 mod worker;
 
 pub use driver::{BATCH, Linux, PortDriver};
 pub use engine::{Core, Engine, Error, Grace};
-pub use pool::{Buffer, HEADROOM, Pool};
+pub use pool::{Area, Buffer, HEADROOM, Pool};
 pub use worker::{Port, Reading, TableSource, Worker};

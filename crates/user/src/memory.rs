@@ -19,6 +19,8 @@ pub trait Wire: Send {
 pub struct MemoryPort<W>(pub W);
 
 impl<W: Wire> PortDriver for MemoryPort<W> {
+    fn start(&mut self, _pool: &mut Pool) {}
+
     #[inline]
     fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
         while frames.len() < BATCH {

@@ -75,9 +75,10 @@ impl Frame for Buffer {
         self.len.into()
     }
 
+    /// Where an engine knows where to look, the XDP program has looked: only frames with nothing beside them get here.
     #[inline(always)]
-    fn beside(&self, _seen: bool) -> Beside {
-        Beside::UNKNOWN
+    fn beside(&self, seen: bool) -> Beside {
+        if seen { Beside::NOTHING } else { Beside::UNKNOWN }
     }
 
     #[inline(always)]
@@ -100,6 +101,19 @@ impl Frame for Buffer {
             None => false,
         }
     }
+}
+
+/// A pool's memory, to be told to a kernel or device. It gives no right to touch it: only buffers that were lent do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Area {
+    /// Address of the first byte
+    pub start: usize,
+    /// Length
+    pub bytes: usize,
+    /// Bytes from buffer to buffer
+    pub stride: usize,
+    /// Buffers
+    pub count: usize,
 }
 
 /// A worker's buffers. The last one given back is the first one taken: it is likely still in the cache.
@@ -128,7 +142,7 @@ impl Pool {
         let layout = Layout::from_size_align((count * stride).next_multiple_of(align), align).expect("buffers fit");
         // SAFETY: the size is not zero.
         let memory = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
-        advise_huge_pages(memory, layout.size());
+        advise(memory, layout.size(), true);
         // SAFETY: each lies inside the allocation.
         let free = (0..count).rev().map(|n| unsafe { memory.add(n * stride) }).collect();
         Self { memory, layout, stride, count, free }
@@ -147,10 +161,54 @@ impl Pool {
     /// If it came from another pool.
     #[inline(always)]
     pub fn give(&mut self, buffer: Buffer) {
-        let place = (buffer.chunk.as_ptr() as usize).wrapping_sub(self.memory.as_ptr() as usize);
-        assert!(place < self.layout.size(), "a buffer came back to another pool");
+        self.offset(&buffer);
         // There are never more than `count`, so this does not allocate.
         self.free.push(buffer.chunk);
+    }
+
+    /// Where the memory lies, for drivers whose kernel or device puts frames there itself.
+    pub fn area(&self) -> Area {
+        Area { start: self.memory.as_ptr() as usize, bytes: self.layout.size(), stride: self.stride, count: self.count }
+    }
+
+    /// Gives a buffer away as a place in the pool and as an offset of its frame in the memory.
+    ///
+    /// # Panics
+    /// If it came from another pool.
+    #[inline(always)]
+    pub(crate) fn lend(&self, buffer: Buffer) -> (usize, u64) {
+        let offset = self.offset(&buffer);
+        (offset / self.stride, offset as u64 + u64::from(buffer.start))
+    }
+
+    /// Place in the pool of the buffer that holds this offset.
+    #[inline(always)]
+    pub(crate) fn place_of(&self, offset: u64) -> usize {
+        offset as usize / self.stride
+    }
+
+    /// The buffer that was lent and holds this offset, with a frame of so many bytes from there on, as many as fit.
+    ///
+    /// # Safety
+    /// It was lent, and nobody has it.
+    #[inline(always)]
+    pub(crate) unsafe fn lent(&self, offset: u64, len: u32) -> Buffer {
+        let (place, start) = (offset as usize / self.stride, offset as usize % self.stride);
+        // SAFETY: a buffer that was lent lies in the memory.
+        let chunk = unsafe { self.memory.add(place * self.stride) };
+        let room = self.stride as u16;
+        Buffer { chunk, start: start as u16, len: len.min(u32::from(room) - start as u32) as u16, room }
+    }
+
+    /// Where a buffer's chunk lies.
+    ///
+    /// # Panics
+    /// If it came from another pool.
+    #[inline(always)]
+    fn offset(&self, buffer: &Buffer) -> usize {
+        let offset = (buffer.chunk.as_ptr() as usize).wrapping_sub(self.memory.as_ptr() as usize);
+        assert!(offset < self.layout.size(), "a buffer came back to another pool");
+        offset
     }
 
     /// Buffers that nobody has.
@@ -168,21 +226,21 @@ impl Drop for Pool {
     /// While a buffer is out, its memory must stay.
     fn drop(&mut self) {
         if self.free.len() == self.count {
+            advise(self.memory, self.layout.size(), false);
             // SAFETY: allocated with this layout, and no buffer is out.
             unsafe { dealloc(self.memory.as_ptr(), self.layout) };
         }
     }
 }
 
-/// Fewer translations of addresses; the kernel may ignore it.
-fn advise_huge_pages(memory: NonNull<u8>, bytes: usize) {
+/// Says that the memory is, or no longer is, a pool's: in huge pages there are fewer translations of addresses, and a child
+/// process has no use for it, while pages that a kernel or device knows would be copied for it, all of them. The kernel
+/// may ignore it.
+fn advise(memory: NonNull<u8>, bytes: usize, pool: bool) {
+    let advice =
+        if pool { [libc::MADV_HUGEPAGE, libc::MADV_DONTFORK] } else { [libc::MADV_NOHUGEPAGE, libc::MADV_DOFORK] };
     // SAFETY: the range is one allocation, aligned to pages; the advice changes no contents.
-    #[cfg(not(miri))]
-    unsafe {
-        libc::madvise(memory.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
-    }
-    #[cfg(miri)]
-    let _ = (memory, bytes);
+    let _ = advice.map(|advice| unsafe { cfg!(miri) || libc::madvise(memory.as_ptr().cast(), bytes, advice) == 0 });
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A worker: every frame from receipt to transmission, a batch at a time.
 
 use crate::driver::{BATCH, Linux, PortDriver};
-use crate::pool::{Buffer, Pool};
+use crate::pool::{Area, Buffer, Pool};
 use arrayvec::ArrayVec;
 use std::sync::Arc;
 use towpath_pipeline::cache::prefetch;
@@ -111,14 +111,20 @@ impl<S: TableSource> Worker<S> {
         self.reading.clone()
     }
 
+    /// Memory of its pool.
+    pub fn area(&self) -> Area {
+        self.pool.area()
+    }
+
     /// Looks at these tables from now on.
     pub fn set_tables(&mut self, tables: Arc<S>) {
         self.tables = tables;
     }
 
     /// Serves a port; one with the same index is replaced.
-    pub fn add(&mut self, port: Port) {
+    pub fn add(&mut self, mut port: Port) {
         self.remove(port.ifindex);
+        port.driver.start(&mut self.pool);
         self.ports.push(Served { port, out: Vec::with_capacity(BATCH) });
         self.index_ports();
     }

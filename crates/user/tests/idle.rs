@@ -30,6 +30,6 @@ fn an_idle_worker_sleeps_with_ports_and_without() {
     let equip = |_| (Pool::new(BATCH, 2112), Box::new(Exceptions::default()) as Box<dyn Linux>);
     let engine = Engine::start(&tables, &[Core(0)], 0, equip).expect("there is a core 0");
     becomes('S');
-    engine.add(0, Port { ifindex: 1, slot: 1, driver: Box::new(MemoryPort(Cable::new(1))) });
+    assert!(engine.add(0, Port { ifindex: 1, slot: 1, driver: Box::new(MemoryPort(Cable::new(1))) }));
     becomes('S');
 }

@@ -137,8 +137,9 @@ fn an_engine_takes_ports_and_tables_while_it_works() {
     let first = Arc::new(Router(World::new()));
     let engine = start(&first, &linux);
     let (inside, outside) = (Cable::new(1000), Cable::new(1000));
-    engine.add(0, port(IN, &inside));
-    engine.add(0, port(OUT, &outside));
+    assert!(engine.add(0, port(IN, &inside)));
+    assert!(engine.add(0, port(OUT, &outside)));
+    assert!(!engine.add(1, port(OTHER, &outside)), "there is one worker");
     let (frame, after) = forwarded();
     assert!(inside.inwards.push(&frame));
     assert_eq!(wait_for("a frame", || outside.outwards.pop()), after);
@@ -168,7 +169,7 @@ fn nothing_is_misrouted_while_tables_change() {
     let tables = Arc::new(Router(World::new()));
     let engine = start(&tables, &linux);
     let cables = [(IN, Cable::new(64)), (OUT, Cable::new(64)), (OTHER, Cable::new(64))];
-    cables.iter().for_each(|(slot, cable)| engine.add(0, port(*slot, cable)));
+    assert!(cables.iter().all(|(slot, cable)| engine.add(0, port(*slot, cable))));
     let [(_, inside), (_, out), (_, other)] = &cables;
     let (frame, _) = forwarded();
     let mut grace = engine.grace();
@@ -209,7 +210,7 @@ impl Wire for Held {
 fn whoever_waits_for_a_grace_period_waits_for_a_batch_that_is_under_way() {
     let engine = start(&Arc::new(Router(World::new())), &Exceptions::default());
     let ((asked, when_asked), (let_go, go_on)) = (sync_channel(0), sync_channel(0));
-    engine.add(0, Port { ifindex: IN, slot: IN, driver: Box::new(MemoryPort(Held { asked, go_on })) });
+    assert!(engine.add(0, Port { ifindex: IN, slot: IN, driver: Box::new(MemoryPort(Held { asked, go_on })) }));
     when_asked.recv().expect("the worker asks for a frame");
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -224,6 +225,29 @@ fn whoever_waits_for_a_grace_period_waits_for_a_batch_that_is_under_way() {
         drop(when_asked);
         wait_for("the grace period's end", || over.load(SeqCst).then_some(()));
     });
+}
+
+/// A wire that breaks.
+struct Broken;
+
+impl Wire for Broken {
+    fn arrive(&mut self, _: &mut Buffer) -> bool {
+        panic!("this worker is to panic")
+    }
+
+    fn leave(&mut self, _: &[u8]) -> bool {
+        false
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "threads on cores")]
+fn nobody_waits_for_a_worker_that_is_gone() {
+    let engine = start(&Arc::new(Router(World::new())), &Exceptions::default());
+    assert!(engine.add(0, Port { ifindex: IN, slot: IN, driver: Box::new(MemoryPort(Broken)) }));
+    wait_for("the worker's end", || (!engine.add(0, port(OUT, &Cable::new(1)))).then_some(()));
+    engine.remove(IN);
+    engine.grace().wait();
 }
 
 #[test]

@@ -11,14 +11,42 @@ mod maps;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use frame::XdpFrame;
 use maps::Maps;
-use towpath_pipeline::{Verdict, process};
+use towpath_pipeline::{Entry, Frame, Verdict, parse, process};
+use towpath_tables::record::SOCKET_FRAME;
 
 /// Forwards what the tables allow; everything else goes to Linux as it came.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "xdp.frags")]
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
-    let (mut frame, ifindex) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex) };
+    unsafe { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) }
+}
+
+/// As `towpath`, for ports of the user engine: what a worker may forward goes to its socket while there is one. The rest,
+/// and everything when the workers are gone, takes the same way as with the other program.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "xdp.frags")]
+fn towpath_user(ctx: *mut xdp_md) -> u32 {
+    // SAFETY: the kernel calls the program with a valid context.
+    let (frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
+    if is_for_socket(&frame, ifindex, queue) { xdp_action::XDP_REDIRECT } else { run(frame, ifindex) }
+}
+
+/// Whether the frame goes to the socket of this queue, which is then named for the verdict XDP_REDIRECT. Only what is
+/// whole in the frame and lies in one buffer can go there.
+#[inline(always)]
+fn is_for_socket(frame: &XdpFrame, ifindex: u32, queue: u32) -> bool {
+    let Some(mut entry) = Entry::find(&Maps, ifindex) else { return false };
+    let (slot, sees) = (entry.slot, entry.sees_beside());
+    frame.total_len() <= SOCKET_FRAME
+        && frame.total_len() == frame.first_len()
+        && frame.beside(sees).tag.is_none()
+        && parse(frame, &Maps, &mut entry).is_ok()
+        && Maps::socket(slot, queue)
+}
+
+#[inline(always)]
+fn run(mut frame: XdpFrame, ifindex: u32) -> u32 {
     match process(&mut frame, &Maps, ifindex) {
         // The receiver was named by `Maps::transmitter`.
         Verdict::Forward(_) => xdp_action::XDP_REDIRECT,

@@ -6,10 +6,12 @@ use crate::constant::constant;
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::DevMap;
+use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable};
+use towpath_tables::record::{
+    Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, SOCKET_QUEUES, TableId, VlanTable,
+};
 use towpath_tables::word::W32;
 
 /// Where a table begins. What the compiler knows of it is less than what is there.
@@ -89,8 +91,24 @@ unsafe fn record<T>(first: usize, length: usize, index: u32) -> Option<&'static 
 #[map(name = "devices")]
 static DEVICES: DevMap = DevMap::with_max_entries(PORT_SLOTS, 0);
 
+/// Sockets of the user engine, by port and queue.
+#[map(name = "sockets")]
+static SOCKETS: XskMap = XskMap::with_max_entries(PORT_SLOTS * SOCKET_QUEUES, 0);
+
 /// The maps of this program.
 pub struct Maps;
+
+impl Maps {
+    /// Names the socket of a port's queue for the verdict XDP_REDIRECT that is to follow, if there is one.
+    #[inline(always)]
+    pub fn socket(slot: u32, queue: u32) -> bool {
+        let key = slot * SOCKET_QUEUES + queue;
+        // SAFETY: the map is a map of sockets.
+        queue < SOCKET_QUEUES
+            && unsafe { bpf_redirect_map((&raw const SOCKETS).cast_mut().cast(), key.into(), XDP_PASS.into()) }
+                == i64::from(XDP_REDIRECT)
+    }
+}
 
 impl LpmRead for Maps {
     #[inline(always)]
