@@ -1,7 +1,7 @@
 //! First stage: the port, the tags, and whether this is an IP packet that a router forwards at all.
 
 use crate::network::Network;
-use crate::{Beside, Frame, Tables, partial};
+use crate::{Frame, Tables, partial};
 use core::hint::black_box;
 use towpath_tables::Reason;
 use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, port_flags};
@@ -71,7 +71,9 @@ impl<'t> Entry<'t> {
         if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
             return Err(Reason::UnsupportedEncap);
         }
+        let known = !self.flags & port_flags::PARTIAL_CSUM;
         *self = Self::new(slot, port);
+        self.flags &= !known;
         self.ready()
     }
 
@@ -91,12 +93,22 @@ impl<'t> Entry<'t> {
         self.flags & port_flags::BESIDE != 0
     }
 
-    /// What travels beside a frame that entered here
+    /// Takes in what travels beside the frame, where the engine sees that.
     #[inline(always)]
-    fn beside<F: Frame>(&self, frame: &F) -> Beside {
-        match self.flags & port_flags::PARTIAL_CSUM {
-            0 => Beside::NOTHING,
-            _ => frame.beside(self.sees_beside()),
+    fn look_beside<F: Frame, T: Tables>(&mut self, frame: &F, tables: &'t T) -> Result<(), Reason> {
+        if !self.sees_beside() {
+            return Ok(());
+        }
+        let beside = frame.beside();
+        match beside.partial {
+            Some(true) => return Err(Reason::PartialChecksum),
+            // What is known need not be guessed.
+            Some(false) => self.flags &= !port_flags::PARTIAL_CSUM,
+            None => {}
+        }
+        match beside.tag {
+            Some((protocol, control)) => self.descend(tables, protocol, control & Tag::ID),
+            None => Ok(()),
         }
     }
 
@@ -114,10 +126,7 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
     if ethernet.destination.is_group() {
         return Err(Reason::L2Multicast);
     }
-    let beside = entry.beside(frame);
-    if let Some((protocol, control)) = beside.tag {
-        entry.descend(tables, protocol, control & Tag::ID)?;
-    }
+    entry.look_beside(frame, tables)?;
     let mut offset = size_of::<Ethernet>();
     let mut ethertype = ethernet.ethertype.get();
     for _ in 0..2 {
@@ -134,8 +143,8 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
     }
     let config = tables.config().ok_or(Reason::Internal)?;
     match ethertype {
-        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset, beside.partial),
-        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset, beside.partial),
+        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset),
+        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset),
         _ => Err(Reason::UnsupportedEncap),
     }
 }
@@ -146,7 +155,6 @@ fn parse_packet<N: Network, F: Frame>(
     config: &Config,
     entry: &Entry,
     offset: usize,
-    partial: Option<bool>,
 ) -> Result<Parsed, Reason> {
     entry.has(N::FORWARDING)?;
     policy(config.policy[N::FAMILY as usize].load())?;
@@ -155,10 +163,8 @@ fn parse_packet<N: Network, F: Frame>(
     let frame_len = frame.total_len();
     let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
     header.check_scopes(entry.flags)?;
-    match partial {
-        Some(false) => {}
-        Some(true) => return Err(Reason::PartialChecksum),
-        None => partial::check(frame, header, offset, packet_len)?,
+    if entry.flags & port_flags::PARTIAL_CSUM != 0 {
+        partial::check(frame, header, offset, packet_len)?;
     }
     let several = frame_len != frame.first_len();
     Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len, several })

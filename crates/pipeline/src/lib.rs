@@ -68,8 +68,8 @@ pub trait Frame {
     fn first_len(&self) -> usize;
     /// Length of the whole frame, all buffers counted.
     fn total_len(&self) -> usize;
-    /// What travels beside the frame. `seen`: the port is one of which the engine knows where to look.
-    fn beside(&self, seen: bool) -> Beside;
+    /// What travels beside the frame; asked only for ports with `port_flags::BESIDE`.
+    fn beside(&self) -> Beside;
     /// Moves the frame's beginning: removes `by` bytes, or adds as many if `by` is negative. Bytes removed come back
     /// as they were when they are added again. False if it could not be done; then nothing changed.
     fn move_head(&mut self, by: i32) -> bool;

@@ -56,8 +56,8 @@ impl Frame for Packet {
         self.memory.len() - self.start
     }
 
-    fn beside(&self, seen: bool) -> Beside {
-        if seen { self.beside } else { Beside::UNKNOWN }
+    fn beside(&self) -> Beside {
+        self.beside
     }
 
     fn move_head(&mut self, by: i32) -> bool {

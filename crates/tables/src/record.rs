@@ -90,7 +90,7 @@ pub mod port_flags {
     /// net/core/filter.c `xdp_do_redirect`): a frame in several buffers that would leave here is `EgressNotServed`,
     /// since the kernel would drop it without a word
     pub const SINGLE_BUFFER: u32 = 1 << 10;
-    /// The engine may look at what travels beside frames that enter here (with `PARTIAL_CSUM`)
+    /// The engine may look at what travels beside frames that enter here
     pub const BESIDE: u32 = 1 << 11;
 }
 

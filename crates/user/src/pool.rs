@@ -77,8 +77,8 @@ impl Frame for Buffer {
 
     /// Where an engine knows where to look, the XDP program has looked: only frames with nothing beside them get here.
     #[inline(always)]
-    fn beside(&self, seen: bool) -> Beside {
-        if seen { Beside::NOTHING } else { Beside::UNKNOWN }
+    fn beside(&self) -> Beside {
+        Beside::NOTHING
     }
 
     #[inline(always)]

@@ -69,9 +69,9 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
-    fn beside(&self, seen: bool) -> Beside {
-        // SAFETY: `ctx` is the program's context, and by `seen` a veth's.
-        if seen { unsafe { beside::look(self.ctx) } } else { Beside::UNKNOWN }
+    fn beside(&self) -> Beside {
+        // SAFETY: `ctx` is the program's context, and the port's flag says that it is a veth's.
+        unsafe { beside::look(self.ctx) }
     }
 
     #[inline(always)]

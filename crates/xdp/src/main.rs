@@ -40,7 +40,7 @@ fn is_for_socket(frame: &XdpFrame, ifindex: u32, queue: u32) -> bool {
     let (slot, sees) = (entry.slot, entry.sees_beside());
     frame.total_len() <= SOCKET_FRAME
         && frame.total_len() == frame.first_len()
-        && frame.beside(sees).tag.is_none()
+        && (!sees || frame.beside().tag.is_none())
         && parse(frame, &Maps, &mut entry).is_ok()
         && Maps::socket(slot, queue)
 }
