@@ -77,6 +77,12 @@ impl Object {
         Ok(source.set(0, words, 0)?)
     }
 
+    /// Lets `paced` send a packet every so many nanoseconds from this time (CLOCK_MONOTONIC, ns) on.
+    pub fn set_pace(&mut self, interval: u64, start: u64) -> Result<()> {
+        let mut pace: Array<_, [u64; 3]> = Array::try_from(self.map("PACE")?)?;
+        Ok(pace.set(0, [interval, start, 0], 0)?)
+    }
+
     /// Packets that `source` has sent.
     pub fn sent(&mut self) -> Result<u64> {
         let source: Array<_, [u64; 10]> = Array::try_from(self.map("SOURCE")?)?;

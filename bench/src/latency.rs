@@ -56,7 +56,6 @@ fn latency(
         let mut spread = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
             for (number, (medians, tails)) in found.iter_mut().enumerate() {
-                arrangement.take_latencies()?;
                 arrangement.load(number, capacity * part, SPAN)?;
                 let buckets = arrangement.take_latencies()?;
                 medians.push(quantile(&buckets, 0.5).context("no packets")?);

@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use aya::programs::ProgramFd;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 /// Frames are this long, without FCS.
 pub const FRAME: usize = 60;
@@ -97,6 +99,46 @@ pub fn tagged(template: &[u8; 64], destination: Ipv4Addr, vlan: u16) -> [u8; 64]
 /// Sends `packets` frames by running the source program that often; returns when all were handed to the device.
 /// Must be called in the namespace of the interface `ifindex`.
 pub fn send(program: &ProgramFd, ifindex: u32, length: usize, packets: u32) -> Result<()> {
+    run(program, ifindex, length, packets, 64).context("BPF_PROG_TEST_RUN with live frames (kernel 5.18 or later)")
+}
+
+/// Runs the program over and over for `span`, which sends what is due.
+/// Must be called in the namespace of the interface `ifindex`.
+pub fn send_for(program: &ProgramFd, ifindex: u32, length: usize, span: Duration) -> Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: the handler does nothing; without SA_RESTART the signal ends the call below.
+    let thread = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        if libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()) != 0 {
+            return Err(std::io::Error::last_os_error()).context("set a handler for SIGUSR1");
+        }
+        libc::pthread_self()
+    };
+    let done = AtomicBool::new(false);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(span);
+            // More than once: the first may come before the call.
+            while !done.load(Relaxed) {
+                // SAFETY: that thread waits for this one.
+                unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        // More than fit into any span.
+        let result = run(program, ifindex, length, u32::MAX >> 1, 16);
+        done.store(true, Relaxed);
+        result
+    });
+    match result {
+        Err(error) if error.kind() != std::io::ErrorKind::Interrupted => Err(error).context("send at a given rate"),
+        _ => Ok(()),
+    }
+}
+
+/// Runs the program `repeat` times, each time with a frame that it may redirect; `batch` of them are handed over at once.
+fn run(program: &ProgramFd, ifindex: u32, length: usize, repeat: u32, batch: u32) -> std::io::Result<()> {
     #[repr(C)]
     #[derive(Default)]
     struct TestRun {
@@ -124,19 +166,18 @@ pub fn send(program: &ProgramFd, ifindex: u32, length: usize, packets: u32) -> R
         prog_fd: program.as_fd().as_raw_fd() as u32,
         data_size_in: length as u32,
         data_in: data.as_ptr() as u64,
-        repeat: packets,
+        repeat,
         ctx_size_in: size_of_val(&context) as u32,
         ctx_in: context.as_ptr() as u64,
         flags: BPF_F_TEST_XDP_LIVE_FRAMES,
-        batch_size: 64,
+        batch_size: batch,
         ..TestRun::default()
     };
     // SAFETY: the attribute is laid out as the kernel's union for this command and outlives the call, as do the two
     // buffers it points to.
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &attribute, size_of::<TestRun>()) };
     if result < 0 {
-        return Err(std::io::Error::last_os_error())
-            .context("BPF_PROG_TEST_RUN with live frames (kernel 5.18 or later)");
+        return Err(std::io::Error::last_os_error());
     }
     Ok(())
 }

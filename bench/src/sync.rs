@@ -190,7 +190,7 @@ fn change_often(router: &Node, changes: usize) -> Result<Vec<(u64, usize)>> {
 }
 
 /// CLOCK_MONOTONIC, which bpf_ktime_get_ns reads too.
-fn monotonic() -> u64 {
+pub(crate) fn monotonic() -> u64 {
     // SAFETY: an all-zero timespec is valid; the call fills it.
     unsafe {
         let mut time: libc::timespec = std::mem::zeroed();

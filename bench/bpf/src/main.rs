@@ -46,6 +46,45 @@ const STAMPED: u32 = 1 << 8;
 /// Writes the next frame of the sequence over whatever the frame held and sends it out.
 #[xdp]
 pub fn source(ctx: XdpContext) -> u32 {
+    send(&ctx)
+}
+
+/// When `paced` sends, in nanoseconds (CLOCK_MONOTONIC).
+#[repr(C)]
+pub struct Pace {
+    /// Between two packets in the mean
+    pub interval: u64,
+    /// When it began
+    pub start: u64,
+    /// Packets sent since, and those that it was too late for
+    pub count: u64,
+}
+
+#[map]
+static PACE: Array<Pace> = Array::with_max_entries(1, 0);
+/// Packets go in bursts, as they come from a device that holds its interrupts back a little.
+const TICK: u64 = 50_000;
+/// Packets that are sent at once at most, when the source has come late: a veth's ring holds 256.
+const BURST: u64 = 128;
+
+/// As `source`, when a packet is due; otherwise it drops the frame and leaves the sequence as it is.
+#[xdp]
+pub fn paced(ctx: XdpContext) -> u32 {
+    let Some(pace) = PACE.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: plain helper call; map values are whole and one CPU runs the program at a time.
+    unsafe {
+        let tick = bpf_ktime_get_ns() / TICK * TICK;
+        let due = tick.saturating_sub((*pace).start) / (*pace).interval.max(1);
+        if due <= (*pace).count {
+            return xdp_action::XDP_DROP;
+        }
+        (*pace).count = (*pace).count.max(due.saturating_sub(BURST)) + 1;
+    }
+    send(&ctx)
+}
+
+#[inline(always)]
+fn send(ctx: &XdpContext) -> u32 {
     let Some(source) = SOURCE.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
     let frame = ctx.data() as *mut u8;
     // SAFETY: the verifier proves every access: 60 bytes of the frame are compared with its end, map values are whole.
