@@ -2,16 +2,16 @@
 
 use crate::error::CmError;
 use std::sync::mpsc::{Sender, SyncSender};
-use towpath_fpc::Message;
+use towpath_fpc::{Alarm, Message};
 
 /// Receives the messages in order, in batches: one batch per turn of the loop, or per 512 messages.
 pub trait FpcSink {
     /// Takes a batch. May block; while it does, the kernel's socket buffers hold what happens.
     fn send(&mut self, batch: Vec<Message>) -> Result<(), CmError>;
 
-    /// Takes a `Message::Alarm`, ahead of the batches that the receiver has not taken yet if there is a way.
-    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
-        self.send(vec![alarm])
+    /// Takes an alarm, ahead of the batches that the receiver has not taken yet if there is a way.
+    fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
+        self.send(vec![Message::Alarm(alarm)])
     }
 
     /// The receiver lags so far behind that another batch would have to wait. Meanwhile the cache manager leaves in the

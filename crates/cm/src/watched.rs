@@ -11,8 +11,8 @@ const RETRY: Duration = Duration::from_millis(100);
 /// What a poll found out.
 #[derive(Default, Debug)]
 pub struct Found {
-    /// Policies that are new; this message may go ahead of others
-    pub alarm: Option<Message>,
+    /// Policies that are new; it may go ahead of messages
+    pub alarm: Option<Alarm>,
     /// The whole set as a snapshot, and the end of the alarm
     pub messages: Vec<Message>,
 }
@@ -118,10 +118,10 @@ impl Alarms {
     }
 
     /// The alarm, and the message that ends it.
-    pub fn raise(&mut self, policies: Vec<Policy>) -> (Message, Message) {
+    pub fn raise(&mut self, policies: Vec<Policy>) -> (Alarm, Message) {
         self.last = monotonic().max(self.last + 1);
         let id = AlarmId { source: self.source, number: self.last };
-        (Message::Alarm(Alarm { id, policies }), Message::AlarmOver(id))
+        (Alarm { id, policies }, Message::AlarmOver(id))
     }
 }
 

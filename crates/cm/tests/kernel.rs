@@ -299,8 +299,7 @@ impl FpcSink for Lagging {
         Ok(())
     }
 
-    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
-        let Message::Alarm(alarm) = alarm else { panic!("no alarm: {alarm:?}") };
+    fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
         self.alarms.lock().unwrap().push(alarm);
         Ok(())
     }

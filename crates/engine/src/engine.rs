@@ -7,13 +7,14 @@ use crate::grace::GraceMethod;
 use crate::interface::Interface;
 use crate::netfpc::{PortFacts, Request};
 use crate::program::{Program, ProgramFacts};
-use crate::region::{Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
+use crate::region::{ConfigTable, Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
 use crate::{require, sys};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use towpath_tables::backing::{Backing, GrowError, PerTable, RawTable};
+use towpath_tables::brake::Brake;
 use towpath_tables::record::{SOCKET_QUEUES, TableId};
 
 /// Name of the program's pin.
@@ -115,23 +116,12 @@ impl Site {
         }
     }
 
-    /// Takes over the tables and ports that a former process left, with this binary's program. Packets flow by the
-    /// old state meanwhile. Fails with `Incomplete` if there is nothing whole to take over: then `create`.
-    pub fn adopt(self) -> Result<Engine> {
+    /// Finds the tables and ports that a former process left. Fails with `Incomplete` if there is nothing whole to take
+    /// over: then `create`.
+    pub fn left(self) -> Result<Left> {
         let links = self.open_links()?;
         self.recover(&links)?;
-        let region = Region::adopt(&self.dir)?;
-        let program = Program::load(&region.pins(&self.dir, None), self.options)?;
-        let mut core = Core { site: self, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
-        let slots = core.device_slots()?;
-        for (index, link) in links {
-            core.ports.insert(index, Port::new(link, slots.get(&index).copied()));
-        }
-        // The program for one mode must not run in the other: it would look beside frames in the wrong place.
-        core.leave_other_mode()?;
-        core.switch_links(&core.program)?;
-        core.name_program()?;
-        Ok(Engine::new(core))
+        Ok(Left { region: Region::adopt(&self.dir)?, links, site: self })
     }
 
     /// Takes off whatever a former process left; nothing if there is nothing.
@@ -203,6 +193,37 @@ impl Site {
             tracing::warn!("tables that are not used remain pinned: {e}");
         }
         self.dir.discard_if_created();
+    }
+}
+
+/// What a former process left. Its programs go on by its tables.
+#[derive(Debug)]
+pub struct Left {
+    site: Site,
+    region: Region,
+    links: Vec<(u32, OwnedFd)>,
+}
+
+impl Left {
+    /// What holds for all its tables.
+    pub fn config(&self) -> ConfigTable {
+        self.region.config()
+    }
+
+    /// Takes it over, with this binary's program. Packets flow by the old state meanwhile.
+    pub fn adopt(self) -> Result<Engine> {
+        let Self { site, region, links } = self;
+        let program = Program::load(&region.pins(&site.dir, None), site.options)?;
+        let mut core = Core { site, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
+        let slots = core.device_slots()?;
+        for (index, link) in links {
+            core.ports.insert(index, Port::new(link, slots.get(&index).copied()));
+        }
+        // The program for one mode must not run in the other: it would look beside frames in the wrong place.
+        core.leave_other_mode()?;
+        core.switch_links(&core.program)?;
+        core.name_program()?;
+        Ok(Engine::new(core))
     }
 }
 
@@ -436,8 +457,13 @@ impl Engine {
     /// The tables' memory: for the writer, who may let them grow, and for readers, whose view stays valid but old
     /// after a growth until they `refresh`.
     pub fn tables(&self) -> Tables {
-        let maps = self.core().region.maps().clone();
-        Tables { engine: self.clone(), maps }
+        let core = self.core();
+        Tables { engine: self.clone(), maps: core.region.maps().clone(), brake: core.region.brake().clone() }
+    }
+
+    /// What holds for all tables, for as long as the engine is.
+    pub fn config(&self) -> ConfigTable {
+        self.core().region.config()
     }
 
     /// See `Site::announce`.
@@ -531,6 +557,7 @@ impl Engine {
 pub struct Tables {
     engine: Engine,
     maps: Maps,
+    brake: Brake,
 }
 
 impl Tables {
@@ -550,5 +577,9 @@ unsafe impl Backing for Tables {
         let grown = self.engine.core().grow(table, elements);
         self.refresh();
         grown.map_err(|e| GrowError { table, elements, cause: e.to_string() })
+    }
+
+    fn brake(&self) -> Brake {
+        self.brake.clone()
     }
 }

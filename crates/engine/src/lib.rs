@@ -1,7 +1,7 @@
 //! The XDP engine's host side: loads and attaches the program, owns maps and pins, grows tables.
 //!
 //! `Site::prepare` checks what must hold and finds the instance's place in a bpffs. From it an `Engine` comes, with
-//! new tables (`create`) or those a former process left (`adopt`). Everything an engine makes is pinned, so that
+//! new tables (`create`) or those a former process left (`left`, `adopt`). Everything an engine makes is pinned, so that
 //! packets keep flowing when the process dies; only `Engine::teardown` and `Site::teardown` take it away.
 //!
 //! New and enlarged tables are pinned beside the old under names ending in `_new`; when every link runs the program
@@ -27,12 +27,12 @@ mod transmit;
 
 pub use attach::{Mode, Notice};
 pub use bpffs::netns_inode;
-pub use engine::{Engine, Options, PortRequest, Site, Tables};
+pub use engine::{Engine, Left, Options, PortRequest, Site, Tables};
 pub use error::{Error, Result};
 pub use grace::GraceMethod;
 pub use inject::Injector;
 pub use interface::{Attached, Interface};
 pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
-pub use region::possible_cpus;
+pub use region::{ConfigTable, possible_cpus};
 pub use transmit::{TransmitSupport, TransmitWatch, can_transmit};

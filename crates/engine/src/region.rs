@@ -5,12 +5,15 @@ use crate::error::{Error, Result};
 use crate::sys::{self, MapSpec};
 use aya_obj::generated::bpf_map_type;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use towpath_tables::Reason;
 use towpath_tables::backing::{PerTable, RawTable};
-use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
+use towpath_tables::brake::Brake;
+use towpath_tables::record::{Config, Family, PORT_SLOTS, SOCKET_QUEUES, TableId};
 
 /// A map of what frames are redirected to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,6 +135,34 @@ fn bytes_of(id: TableId, records: u32) -> Result<u32> {
     Ok(bytes as u32)
 }
 
+/// The table `config`, which never grows. Programs heed what is changed in it at once.
+#[derive(Clone, Debug)]
+pub struct ConfigTable {
+    table: Arc<Table>,
+    brake: Brake,
+}
+
+impl ConfigTable {
+    /// See `Brake::pull`.
+    pub fn pull(&self, family: Family, reason: Reason) {
+        self.brake.pull(self, family, reason);
+    }
+
+    /// See `Brake::release`.
+    pub fn release(&self) {
+        self.brake.release(self);
+    }
+}
+
+impl Deref for ConfigTable {
+    type Target = Config;
+
+    fn deref(&self) -> &Config {
+        // SAFETY: mapped for this table, of one record at least, for as long as the value; it consists of atomic words.
+        unsafe { self.table.start.cast().as_ref() }
+    }
+}
+
 /// Every table; one that grew lives on for those who still look at it.
 pub(crate) type Maps = [Arc<Table>; TableId::ALL.len()];
 
@@ -140,6 +171,7 @@ pub(crate) type Maps = [Arc<Table>; TableId::ALL.len()];
 pub(crate) struct Region {
     tables: Maps,
     targets: [OwnedFd; Targets::ALL.len()],
+    brake: Brake,
     /// Pins bear names with `STAGED`: no program in use refers to them
     staged: bool,
 }
@@ -157,7 +189,7 @@ impl Region {
             pin(dir, map.as_fd(), &staged_name(which.name()))?;
             Ok(map)
         })?;
-        Ok(Self { tables, targets, staged: true })
+        Ok(Self { tables, targets, brake: Brake::default(), staged: true })
     }
 
     /// Opens the pinned tables.
@@ -165,7 +197,8 @@ impl Region {
         let incomplete = |why: String| Error::Incomplete { place: dir.shown().display().to_string(), why };
         let open = |name: &str| sys::get_pinned(&dir.pin(name)).map_err(|e| incomplete(format!("open {name}: {e}")));
         let tables = try_tables(|id| Table::open(id, open(id.name())?).map_err(|e| incomplete(e.to_string())))?;
-        let region = Self { tables, targets: try_targets(|which| open(which.name()))?, staged: false };
+        let targets = try_targets(|which| open(which.name()))?;
+        let region = Self { tables, targets, brake: Brake::default(), staged: false };
         let (cpus, slots) = (possible_cpus()?, region.len(TableId::Ports));
         if region.len(TableId::Stats) < cpus.saturating_mul(slots) {
             return Err(incomplete(format!("statistics for fewer than {cpus} CPUs times {slots} ports")));
@@ -178,9 +211,18 @@ impl Region {
         self.staged
     }
 
+    /// The brake on the policies.
+    pub(crate) fn brake(&self) -> &Brake {
+        &self.brake
+    }
+
     /// The mappings.
     pub(crate) fn maps(&self) -> &Maps {
         &self.tables
+    }
+
+    pub(crate) fn config(&self) -> ConfigTable {
+        ConfigTable { table: self.tables[TableId::Config as usize].clone(), brake: self.brake.clone() }
     }
 
     /// Number of elements of a table.

@@ -11,7 +11,8 @@ use towpath_engine::{
 use towpath_lab::{PacketSocket, packet, wait_for};
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
-use towpath_tables::record::{NO_VLANS, PORT_SLOTS, TableId, port_flags};
+use towpath_tables::record::{Family, NO_VLANS, PORT_SLOTS, TableId, port_flags};
+use towpath_tables::writer::port_totals;
 
 /// One test at a time: they count packets at a pace.
 fn alone() -> MutexGuard<'static, ()> {
@@ -84,7 +85,7 @@ fn no_packet_is_lost_when_programs_come_are_replaced_and_go() -> Result {
     drop(engine);
     let (engine, before) = rig.without_loss(|| {
         let site = rig.site()?;
-        let engine = rig.on_router(|| site.adopt())?;
+        let engine = rig.on_router(|| site.left()?.adopt())?;
         let before = fast(&engine, ingress);
         Ok((engine, before))
     })?;
@@ -93,6 +94,33 @@ fn no_packet_is_lost_when_programs_come_are_replaced_and_go() -> Result {
     rig.without_loss(|| Ok(rig.on_router(|| engine.teardown())?))?;
     assert_eq!((rig.xdp("eth0")?, rig.xdp("eth1")?), (None, None));
     assert!(rig.gro("eth0")? && rig.gro("eth1")?, "GRO stays on, as announced");
+    Ok(())
+}
+
+#[test]
+fn a_family_is_stopped_before_its_tables_are_taken_over() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("brake")?;
+    let engine = rig.engine(&sizes()?)?;
+    attach(&rig, &engine)?;
+    let ingress = rig.requests()?[0].slot;
+    rig.send(10)?;
+    wait_for(LIMIT, "packets are forwarded", || (fast(&engine, ingress) == 10).then_some(()))?;
+    drop(engine);
+    let site = rig.site()?;
+    let left = rig.on_router(|| site.left())?;
+    left.config().pull(Family::V4, Reason::PolicyTc);
+    rig.send(10)?;
+    let engine = rig.on_router(|| left.adopt())?;
+    let tables = engine.tables();
+    let totals = || port_totals(&tables.view(), ingress);
+    wait_for(LIMIT, "packets are exceptions", || (totals().exceptions[Reason::PolicyTc as usize] == 10).then_some(()))?;
+    assert_eq!(fast(&engine, ingress), 10);
+    // The writer's brake is the same.
+    tables.brake().release(tables.view().config());
+    rig.send(10)?;
+    wait_for(LIMIT, "packets are forwarded again", || (fast(&engine, ingress) == 20).then_some(()))?;
+    rig.on_router(|| engine.teardown())?;
     Ok(())
 }
 
@@ -168,7 +196,7 @@ fn a_growth_that_a_crash_interrupted_is_finished_or_discarded() -> Result {
     drop((engine, tables));
 
     let site = rig.site()?;
-    let engine = rig.on_router(|| site.adopt())?;
+    let engine = rig.on_router(|| site.left()?.adopt())?;
     assert_eq!(engine.tables().view().elements(TableId::Groups), 200);
     let names: Vec<_> =
         std::fs::read_dir(&folder)?.map(|entry| entry.map(|e| e.file_name())).collect::<std::io::Result<_>>()?;
@@ -199,7 +227,7 @@ fn packets_flow_without_the_process_and_new_tables_replace_old_ones_without_loss
     drop(rig.engine(&sizes()?)?);
     drop(second);
     let site = rig.site()?;
-    let engine = rig.on_router(|| site.adopt())?;
+    let engine = rig.on_router(|| site.left()?.adopt())?;
     assert_eq!(engine.tables().view().elements(TableId::Groups), 99);
     drop(engine);
     let site = rig.site()?;
@@ -239,7 +267,7 @@ fn what_cannot_be_attached_is_named_and_nothing_is_changed() -> Result {
     drop(engine);
     let site = rig.site()?;
     assert!(!site.exists());
-    let error = rig.on_router(|| site.adopt()).unwrap_err();
+    let error = rig.on_router(|| site.left()?.adopt()).unwrap_err();
     assert!(matches!(error, Error::Incomplete { .. }), "{error}");
 
     // The bridge can be had in generic mode.

@@ -345,6 +345,16 @@ pub enum Scope {
     Egress(u32, Option<Family>),
 }
 
+impl Scope {
+    /// Whether there are packets of the family in it.
+    pub fn concerns(&self, family: Family) -> bool {
+        match self {
+            Self::Family(of) => *of == family,
+            Self::Ingress(_, of) | Self::Egress(_, of) => of.is_none_or(|of| of == family),
+        }
+    }
+}
+
 /// What names an alarm.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct AlarmId {

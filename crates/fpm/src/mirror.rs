@@ -136,11 +136,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Sends to Linux what any policy may touch, whatever of the family it is, until all is known.
     pub fn restrain(&mut self, state: &State) {
         for family in FAMILIES {
-            let touched = |scope: &Scope| match scope {
-                Scope::Family(of) => *of == family,
-                Scope::Ingress(_, of) | Scope::Egress(_, of) => of.is_none_or(|of| of == family),
-            };
-            if let Some(reason) = state.policy(touched) {
+            if let Some(reason) = state.policy(|scope| scope.concerns(family)) {
                 self.tables.set_policy(family, Some(reason));
             }
         }

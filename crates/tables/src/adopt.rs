@@ -28,9 +28,8 @@ fn damaged<T>(what: String) -> Result<T, AdoptError> {
     Err(AdoptError::Damaged(what))
 }
 
-/// Checks the tables; returns what is in use in them.
-pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
-    let config = view.config();
+/// Checks whether these are tables such as this program writes.
+pub fn check(config: &Config) -> Result<(), AdoptError> {
     for (what, word, expected) in [
         ("magic number", &config.magic, MAGIC),
         ("layout version", &config.version, LAYOUT_VERSION),
@@ -41,6 +40,12 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
             return Err(AdoptError::Different { what, found, expected });
         }
     }
+    Ok(())
+}
+
+/// Checks the tables; returns what is in use in them.
+pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
+    check(view.config())?;
     let mut scan = Scan {
         view,
         lines: vec![false; view.elements(TableId::Nodes)],

@@ -5,6 +5,7 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
+use crate::brake::Brake;
 use crate::lpm::LpmRead;
 use crate::order;
 use crate::record::{Config, Group, Line, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable};
@@ -91,6 +92,9 @@ pub unsafe trait Backing {
     /// Makes a table at least `elements` large, keeping its content and zeroing the rest. Returns when every reader
     /// uses the new memory.
     fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError>;
+
+    /// The brake on the policies of these tables, always the same.
+    fn brake(&self) -> Brake;
 
     /// The tables, typed.
     fn view(&self) -> View<'_> {
@@ -208,6 +212,7 @@ impl LpmRead for View<'_> {
 pub struct HeapBacking {
     tables: [RawTable; TableId::ALL.len()],
     limits: PerTable,
+    brake: Brake,
 }
 
 // SAFETY: the memory is owned, and only reached through `View`.
@@ -223,7 +228,7 @@ impl HeapBacking {
 
     /// Zeroed tables that refuse to grow beyond `limits`.
     pub fn with_limits(elements: PerTable, limits: PerTable) -> Self {
-        Self { tables: TableId::ALL.map(|table| allocate(table, elements.get(table))), limits }
+        Self { tables: TableId::ALL.map(|table| allocate(table, elements.get(table))), limits, brake: Brake::default() }
     }
 }
 
@@ -263,6 +268,10 @@ unsafe impl Backing for HeapBacking {
         }
         self.tables[table as usize] = new;
         Ok(())
+    }
+
+    fn brake(&self) -> Brake {
+        self.brake.clone()
     }
 }
 

@@ -8,6 +8,8 @@
 pub mod adopt;
 #[cfg(feature = "std")]
 pub mod backing;
+#[cfg(feature = "std")]
+pub mod brake;
 pub mod filter;
 #[cfg(feature = "std")]
 pub mod grace;

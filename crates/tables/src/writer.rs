@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use crate::adopt::{AdoptError, scan};
 use crate::backing::{Backing, GrowError, View};
+use crate::brake::{Brake, reason_word};
 use crate::filter::local_filter_bit;
 use crate::grace::Grace;
 use crate::layout::layout_hash;
@@ -143,6 +144,7 @@ macro_rules! with_rib {
 /// The writer.
 pub struct TableWriter<B, G> {
     store: Store<B, G>,
+    brake: Brake,
     routes: BTreeMap<u32, Routes>,
     /// Adopted next hops and groups that nobody has asked for yet
     unclaimed_nexthops: HashMap<NexthopIdentity, Vec<u32>>,
@@ -204,6 +206,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     fn over(store: Store<B, G>) -> Self {
         Self {
+            brake: store.mem.brake(),
             store,
             routes: BTreeMap::new(),
             unclaimed_nexthops: HashMap::new(),
@@ -237,7 +240,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Makes every packet of a family an exception for this reason, or no longer.
     pub fn set_policy(&mut self, family: Family, reason: Option<Reason>) {
-        self.view().config().policy[family as usize].store(reason_word(reason));
+        self.brake.set(self.view().config(), family, reason);
     }
 
     /// Sets which fields choose among a group's next hops.
@@ -633,10 +636,6 @@ fn new_routes(root: u32, family: Family) -> Routes {
         Family::V4 => Routes::V4(Rib::new(root)),
         Family::V6 => Routes::V6(Rib::new(root)),
     }
-}
-
-fn reason_word(reason: Option<Reason>) -> u32 {
-    reason.map_or(0, |reason| 1 + reason as u32)
 }
 
 /// Buckets for each next hop: its weight's share, largest remainders first.

@@ -107,4 +107,7 @@ unsafe impl Backing for SharedTables {
     fn grow(&mut self, table: TableId, elements: usize) -> Result<(), towpath_tables::backing::GrowError> {
         Err(towpath_tables::backing::GrowError { table, elements, cause: "readers hold the tables".into() })
     }
+    fn brake(&self) -> towpath_tables::brake::Brake {
+        self.0.brake()
+    }
 }

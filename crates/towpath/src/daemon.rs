@@ -7,13 +7,14 @@ use crate::control::{self, Request};
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::ports::Wanted;
+use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
 use crate::{interfaces, notify};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_engine::{Engine, Mode, Options, PortRequest, Site, Tables, TransmitWatch};
 use towpath_fpc::codec::Packet;
@@ -59,8 +60,8 @@ pub struct Daemon {
     pub source: Running,
     pub hits: HitFlags<Keeper>,
     pub inbox: Receiver<Event>,
-    /// Alarms, which overtake what is in the inbox
-    pub alarms: Receiver<Message>,
+    /// Has the alarms, which overtake what is in the inbox
+    pub sentry: Sentry,
     /// An event taken from the inbox that is still to be handled
     pub pending: Option<Event>,
     /// Ports are attached: what happens to them now must be acted on
@@ -131,18 +132,20 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
     let mut facts = Facts::new(options.mode);
     let (events, inbox) = sync_channel(INBOX);
-    let (alarmist, alarms) = channel();
+    let sentry = Sentry::default();
+    let watch = sentry.clone();
+    thread("sentry", move || watch.watch())?;
     let stop = events.clone();
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
     let source = remote
         .unwrap_or_else(|| Source::InProcess(wanted.names()))
-        .start(Inbound { events: events.clone(), alarms: alarmist })?;
+        .start(Inbound { events: events.clone(), sentry: sentry.clone() })?;
     let keeper = match &source.peer {
         Some(peer) => Keeper::Remote(peer.clone()),
         None => Keeper::Local(Netlink::open()?),
     };
     let hits = HitFlags::new(keeper, towpath_hitflags::PERIOD, Instant::now());
-    let (engine, fpm) = tables(site, options, &mut facts)?;
+    let (engine, fpm) = tables(site, options, &mut facts, &sentry)?;
     let mut daemon = Daemon {
         instance: instance.clone(),
         engine,
@@ -152,7 +155,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         source,
         hits,
         inbox,
-        alarms,
+        sentry,
         pending: None,
         running: false,
         arrivals: BTreeSet::new(),
@@ -193,31 +196,36 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
 }
 
 /// The tables a former daemon left if they are whole, else new ones.
-fn tables(site: Site, options: Options, facts: &mut Facts) -> Result<(Engine, Fpm<Tables, Grace>)> {
+fn tables(site: Site, options: Options, facts: &mut Facts, sentry: &Sentry) -> Result<(Engine, Fpm<Tables, Grace>)> {
     if site.exists() {
-        match adopt(site) {
+        match adopt(site, sentry) {
             Ok((engine, writer)) => {
                 facts.adopted = true;
                 return Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())));
             }
             Err(error) => tracing::warn!("tables of a former daemon are replaced: {error:#}"),
         }
-        return create(Site::prepare(options)?);
+        return create(Site::prepare(options)?, sentry);
     }
-    create(site)
+    create(site, sentry)
 }
 
 type Writer = TableWriter<Tables, Grace>;
 
-fn adopt(site: Site) -> Result<(Engine, Writer)> {
-    let engine = site.adopt()?;
+/// To take tables over takes a while, in which the programs left forward: the sentry watches from the beginning.
+fn adopt(site: Site, sentry: &Sentry) -> Result<(Engine, Writer)> {
+    let left = site.left()?;
+    towpath_tables::adopt::check(&left.config())?;
+    sentry.guard(left.config());
+    let engine = left.adopt()?;
     let writer = TableWriter::adopt(engine.tables(), Grace::choose()?)?;
     Ok((engine, writer))
 }
 
-fn create(site: Site) -> Result<(Engine, Fpm<Tables, Grace>)> {
+fn create(site: Site, sentry: &Sentry) -> Result<(Engine, Fpm<Tables, Grace>)> {
     let engine = site.create(&initial_elements(towpath_engine::possible_cpus()? as usize))?;
     let writer = TableWriter::create(engine.tables(), Grace::choose()?)?;
+    sentry.guard(engine.config());
     Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())))
 }
 
@@ -239,6 +247,7 @@ impl Daemon {
             }
             self.take_alarms();
             self.fpm.restrain();
+            self.sentry.settle();
         }
         Ok(true)
     }
@@ -313,6 +322,9 @@ impl Daemon {
     fn serve(mut self) -> Result<()> {
         loop {
             self.tick();
+            if self.sentry.is_waiting() {
+                self.sync();
+            }
             match self.next(self.due().saturating_duration_since(Instant::now())) {
                 Ok(Event::Messages(messages)) => self.follow(messages),
                 Ok(Event::Alarm) => self.sync(),

@@ -163,7 +163,9 @@ impl Daemon {
         loop {
             self.take_alarms();
             let end = Instant::now() + SLICE;
-            match self.fpm.publish_while(|| Instant::now() < end) {
+            let progress = self.fpm.publish_while(|| Instant::now() < end);
+            self.sentry.settle();
+            match progress {
                 Progress::More => {}
                 Progress::Nothing | Progress::Done(_) => break,
             }
@@ -174,8 +176,8 @@ impl Daemon {
 
     /// Tells FPM of policies that were just found. They hold with the next slice of `sync`.
     pub fn take_alarms(&mut self) {
-        while let Ok(alarm) = self.alarms.try_recv() {
-            self.fpm.apply(alarm);
+        for alarm in self.sentry.take() {
+            self.fpm.apply(Message::Alarm(alarm));
         }
     }
 

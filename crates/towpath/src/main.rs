@@ -14,6 +14,7 @@ mod ports;
 mod read;
 mod remote;
 mod report;
+mod sentry;
 mod signals;
 mod source;
 mod text;

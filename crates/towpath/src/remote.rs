@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Connection, ConnectionError, Feedback, Message, Sender};
+use towpath_fpc::{Alarm, Connection, ConnectionError, Feedback, Message, Sender};
 use towpath_hitflags::{Netlink, Refresh};
 
 /// Between two tries to reach the `towpath fpm`.
@@ -58,7 +58,7 @@ fn is_absent(error: &std::io::Error) -> bool {
 /// What the writer must not wait to hear.
 enum Urgent {
     /// To be sent ahead of all batches
-    Alarm(Message),
+    Alarm(Alarm),
     /// The other end has taken a batch
     Acknowledged,
     /// The other end has left
@@ -138,7 +138,7 @@ impl FpcSink for Outlet {
         self.is_full().map(drop)
     }
 
-    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
+    fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
         self.hurry.send(Urgent::Alarm(alarm)).map_err(|_| CmError::Sink("the fast path manager has left".into()))?;
         // Wakes the writer up if it waits for batches; if it does not, it looks for alarms before each message.
         let _ = self.batches.try_send(Vec::new());
@@ -197,7 +197,7 @@ impl Writer {
     fn act(&mut self, urgent: Urgent) -> Result<(), ConnectionError> {
         match urgent {
             Urgent::Alarm(alarm) => {
-                self.sender.push(Packet::Message(alarm), false)?;
+                self.sender.push(Packet::Message(Message::Alarm(alarm)), false)?;
                 self.sender.flush_frames()
             }
             Urgent::Acknowledged => {

@@ -2,6 +2,7 @@
 //! batches of messages arrive in the daemon's inbox.
 
 use crate::daemon::Event;
+use crate::sentry::Sentry;
 use anyhow::{Context, Result};
 use std::fs::Permissions;
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Connection, Message, Sender};
+use towpath_fpc::{Alarm, Connection, Message, Sender};
 
 /// Frames of a socket that are worked on at once.
 const BATCH: usize = 512;
@@ -22,16 +23,15 @@ const BATCH: usize = 512;
 pub struct Inbound {
     /// In turn
     pub events: SyncSender<Event>,
-    /// Ahead of all that is in `events`; they are few, so nobody has to wait
-    pub alarms: std::sync::mpsc::Sender<Message>,
+    /// Alarms, ahead of all that is in `events`; they are few, so nobody has to wait
+    pub sentry: Sentry,
 }
 
 impl Inbound {
-    fn alarm(&self, alarm: Message) -> Result<()> {
-        self.alarms.send(alarm).ok().context("the daemon has ended")?;
+    fn alarm(&self, alarm: Alarm) {
+        self.sentry.raise(alarm);
         // If the inbox is full the daemon is awake, and looks for alarms again and again.
         let _ = self.events.try_send(Event::Alarm);
-        Ok(())
     }
 }
 
@@ -51,8 +51,9 @@ impl FpcSink for Inlet {
         self.is_full().map(drop)
     }
 
-    fn alarm(&mut self, alarm: Message) -> Result<(), CmError> {
-        self.inbound.alarm(alarm).map_err(|error| CmError::Sink(error.to_string()))
+    fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
+        self.inbound.alarm(alarm);
+        Ok(())
     }
 
     fn is_full(&mut self) -> Result<bool, CmError> {
@@ -175,7 +176,7 @@ fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
             for frame in frames {
                 acknowledge.extend(frame.report.then_some(frame.sequence));
                 match frame.packet {
-                    Packet::Message(alarm @ Message::Alarm(_)) => inbound.alarm(alarm)?,
+                    Packet::Message(Message::Alarm(alarm)) => inbound.alarm(alarm),
                     Packet::Message(message) => messages.push(message),
                     _ => {}
                 }
