@@ -38,15 +38,19 @@ impl Places {
 }
 
 fn read() -> Result<Places, String> {
-    let failed = |path: &str, e: btf_rs::Error| format!("{path}: {e}");
-    let kernel = Btf::from_file(KERNEL).map_err(|e| failed(KERNEL, e))?;
+    let failed = |path: &str, e: &dyn std::fmt::Display| format!("{path}: {e}");
+    // At once: btf_rs asks for its place in a file at each type, and there are a hundred thousand.
+    let bytes = |path: &str| std::fs::read(path).map_err(|e| failed(path, &e));
+    let (kernel, too_old) = (bytes(KERNEL)?, || "Linux before 6.2 has no functions for it".to_string());
+    if !Function::ALL.iter().all(|function| tells_of(&kernel, function.name())) {
+        return Err(too_old());
+    }
+    let kernel = Btf::from_bytes(&kernel).map_err(|e| failed(KERNEL, &e))?;
     let types = Types(&kernel);
     let functions = Function::ALL.map(|function| types.function(function.name()));
-    let [Some(cast_to_kern_ctx), Some(rdonly_cast)] = functions else {
-        return Err("Linux before 6.2 has no functions for it".into());
-    };
+    let [Some(cast_to_kern_ctx), Some(rdonly_cast)] = functions else { return Err(too_old()) };
     let veth = match Path::new(VETH).exists() {
-        true => &Btf::from_split_file(VETH, &kernel).map_err(|e| failed(VETH, e))?,
+        true => &Btf::from_split_bytes(&bytes(VETH)?, &kernel).map_err(|e| failed(VETH, &e))?,
         false => &kernel,
     };
     let (_, xdp_buff) = types.structure("xdp_buff")?;
@@ -69,6 +73,11 @@ fn read() -> Result<Places, String> {
     }
     let numbers = [size, list, summed.at / 8, 3 << (summed.at % 8), vlan.at / 8];
     Ok(Places { functions: [cast_to_kern_ctx, rdonly_cast], numbers })
+}
+
+/// Whether the name is among the strings, each of which a zero ends: soon seen, while taking all types apart is not.
+fn tells_of(btf: &[u8], name: &str) -> bool {
+    btf.split(|byte| *byte == 0).any(|string| string == name.as_bytes())
 }
 
 /// A field of a structure.
