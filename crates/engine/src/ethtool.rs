@@ -13,6 +13,7 @@ const SFLAGS: u32 = 0x26;
 const GGRO: u32 = 0x2b;
 const SGRO: u32 = 0x2c;
 const GSSET_INFO: u32 = 0x37;
+const GCHANNELS: u32 = 0x3c;
 /// `ETH_SS_STATS`
 const SET_STATS: u32 = 1;
 /// `ETH_FLAG_RXVLAN`
@@ -90,6 +91,16 @@ impl Ethtool {
         let flags = self.value(GFLAGS)?;
         let flags = if on { flags | FLAG_RX_VLAN } else { flags & !FLAG_RX_VLAN };
         self.call(&mut [SFLAGS, flags])
+    }
+
+    /// Numbers of queues that receive and that transmit.
+    pub fn queues(&self) -> io::Result<(u32, u32)> {
+        // struct ethtool_channels: the command, four limits, then receiving, transmitting, other and combined ones
+        let mut data = [0u32; 9];
+        data[0] = GCHANNELS;
+        self.call(&mut data)?;
+        let [.., receiving, transmitting, _, combined] = data;
+        Ok((receiving + combined, transmitting + combined))
     }
 
     /// The driver's own counters, by name.

@@ -59,6 +59,16 @@ impl Interface {
     }
 }
 
+/// Numbers of queues by which an interface receives and transmits. A driver that does not tell is taken to have one each.
+pub fn queues(ifindex: u32) -> Result<(u32, u32)> {
+    let interface = Interface::query(ifindex)?;
+    match interface.ethtool.queues() {
+        Ok((receiving, transmitting)) => Ok((receiving.max(1), transmitting.max(1))),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok((1, 1)),
+        Err(error) => Err(Error::io(format!("ask for the queues of {}", interface.name), error)),
+    }
+}
+
 /// Frames that each veth of this thread's network namespace has dropped instead of transmitting.
 pub fn dropped_by_veths() -> Result<BTreeMap<u32, u64>> {
     let mut request = LinkMessage::default();

@@ -31,7 +31,7 @@ pub use engine::{Engine, Left, Options, PortRequest, Site, Tables};
 pub use error::{Error, Result};
 pub use grace::GraceMethod;
 pub use inject::Injector;
-pub use interface::{Attached, Interface};
+pub use interface::{Attached, Interface, queues};
 pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};

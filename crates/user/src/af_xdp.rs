@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 pub const STRIDE: usize = 4096;
 /// Elements of each ring.
 const RING: u32 = 512;
+/// Memory of frames that were sent and are still somewhere in the kernel, where it copies them.
+const SEND_BYTES: libc::c_int = 4 << 20;
 /// Times that the kernel is asked to send before what remains is left for the next turn; it sends 32 frames each time
 /// (net/xdp/xsk.c 6.1, TX_BATCH_SIZE).
 const KICKS: u32 = RING / 32;
@@ -112,11 +114,7 @@ impl XdpPort {
     /// worker has it would be lost.
     pub fn open(area: Area, ifindex: u32, queue: u32) -> Result<Self, Error> {
         let fail = |what| move |cause| Error { what, ifindex, queue, cause, remedy: "" };
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-        let fd = if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) };
-        // SAFETY: just opened, and nobody else's.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd.map_err(fail("open an AF_XDP socket"))?) };
+        let socket = socket().map_err(fail("open an AF_XDP socket"))?;
         register(&socket, area).map_err(|cause| {
             let remedy = match cause.raw_os_error() {
                 Some(libc::ENOBUFS) => " (raise the limit of locked memory: ulimit -l unlimited)",
@@ -127,6 +125,9 @@ impl XdpPort {
         for ring in [libc::XDP_RX_RING, libc::XDP_TX_RING, libc::XDP_UMEM_FILL_RING, libc::XDP_UMEM_COMPLETION_RING] {
             set_option(&socket, ring, &RING).map_err(fail("make a ring for the socket"))?;
         }
+        // The default holds some hundred frames that a receiver has not taken off a veth yet. It needs CAP_NET_ADMIN; without
+        // it there is less room.
+        let _ = set_option_of(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BYTES);
         let port = Self::map(socket, area).map_err(fail("map the rings of the socket"))?;
         port.bind(ifindex, queue).map_err(|cause| {
             let remedy = match cause.raw_os_error() {
@@ -251,9 +252,10 @@ impl XdpPort {
             }
             // SAFETY: no pointers.
             let sent = unsafe { libc::sendto(self.socket.as_raw_fd(), null(), 0, libc::MSG_DONTWAIT, null(), 0) };
-            // EAGAIN says that there is more to send (net/xdp/xsk.c 6.1, `__xsk_generic_xmit`); after any other error it
-            // is tried again the next turn.
-            if sent < 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
+            // EAGAIN says that there is more to send, EBUSY that the device dropped a frame (net/xdp/xsk.c 6.1,
+            // `__xsk_generic_xmit`); after any other error it is tried again the next turn.
+            let error = (sent < 0).then(io::Error::last_os_error).and_then(|error| error.raw_os_error());
+            if !matches!(error, None | Some(libc::EAGAIN | libc::EBUSY)) {
                 return;
             }
         }
@@ -305,12 +307,14 @@ impl PortDriver for XdpPort {
         self.kick();
     }
 
-    /// While frames are being sent there is something to ask for now and then: their buffers.
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
-        (self.in_flight == 0).then(|| self.socket.as_fd())
+    /// While frames wait to be sent, or the kernel is short of buffers, there is something to do now and then.
+    fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool {
+        fds.push(self.socket.as_fd());
+        self.sending.unread() == 0 && self.filling.unread() >= BATCH as u32
     }
 
-    fn close(self: Box<Self>, pool: &mut Pool) {
+    fn close(mut self: Box<Self>, pool: &mut Pool) {
+        self.kick();
         let Self { socket, mut lent, area, .. } = *self;
         // The kernel uses the memory no more when this is closed.
         drop(socket);
@@ -320,6 +324,83 @@ impl PortDriver for XdpPort {
             pool.give(buffer);
         }
     }
+}
+
+/// Several queues of one interface, as one port. The first one's socket sends.
+pub struct XdpQueues {
+    queues: Vec<XdpPort>,
+    /// Which one is asked first the next time
+    next: usize,
+}
+
+impl XdpQueues {
+    /// The sockets of these queues.
+    pub fn new(queues: Vec<XdpPort>) -> Self {
+        Self { queues, next: 0 }
+    }
+}
+
+impl PortDriver for XdpQueues {
+    fn start(&mut self, pool: &mut Pool) {
+        self.queues.iter_mut().for_each(|queue| queue.start(pool));
+    }
+
+    fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
+        let (before, first) = self.queues.split_at_mut(self.next);
+        first.iter_mut().chain(before).for_each(|queue| queue.receive(pool, frames));
+        self.next = (self.next + 1) % self.queues.len().max(1);
+    }
+
+    fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
+        if let Some(queue) = self.queues.first_mut() {
+            queue.transmit(pool, frames);
+        }
+    }
+
+    fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool {
+        self.queues.iter().fold(true, |all, queue| queue.readable(fds) && all)
+    }
+
+    fn close(self: Box<Self>, pool: &mut Pool) {
+        self.queues.into_iter().for_each(|queue| Box::new(queue).close(pool));
+    }
+}
+
+/// Fails if the kernel has no AF_XDP, or does not let us use it.
+pub fn check() -> Result<(), Unavailable> {
+    socket().map(drop).map_err(Unavailable)
+}
+
+/// There are no AF_XDP sockets.
+#[derive(thiserror::Error, Debug)]
+#[error(
+    "cannot open an AF_XDP socket: {0} ({remedy})",
+    remedy = match .0.raw_os_error() {
+        Some(libc::EAFNOSUPPORT) => "this kernel is built without CONFIG_XDP_SOCKETS; --engine xdp does without",
+        _ => "it takes CAP_NET_RAW",
+    }
+)]
+pub struct Unavailable(io::Error);
+
+/// Frames that a socket's queue has lost since it was opened: for want of buffers, of room in its ring, or because they
+/// were too long.
+pub fn lost(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: integers, for which zeros are valid.
+    let mut statistics: libc::xdp_statistics = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&statistics) as libc::socklen_t;
+    // SAFETY: `statistics` is as long as said.
+    let done = unsafe {
+        let value = (&raw mut statistics).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_XDP, libc::XDP_STATISTICS, value, &mut length)
+    };
+    if done == 0 { Ok(statistics.rx_dropped + statistics.rx_ring_full) } else { Err(io::Error::last_os_error()) }
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    // SAFETY: just opened, and nobody else's.
+    if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) }
 }
 
 /// Whether the kernel wants to be called about a ring (XDP_RING_NEED_WAKEUP).
@@ -342,10 +423,13 @@ fn register(socket: &OwnedFd, area: Area) -> io::Result<()> {
 }
 
 fn set_option<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
+    set_option_of(socket, libc::SOL_XDP, option, value)
+}
+
+fn set_option_of<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
     let length = size_of::<T>() as libc::socklen_t;
     // SAFETY: the value is as long as said.
-    let done =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_XDP, option, (&raw const *value).cast(), length) };
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const *value).cast(), length) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

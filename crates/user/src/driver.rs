@@ -17,8 +17,8 @@ pub trait PortDriver: Send {
     /// Sends frames in their order and takes those that it sends out of `frames`; what remains found no room.
     fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
 
-    /// What can be read from (`poll`) when frames have arrived; None if only asking tells.
-    fn readable(&self) -> Option<BorrowedFd<'_>>;
+    /// Appends what can be read from (`poll`) when frames have arrived; false if only asking tells.
+    fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool;
 
     /// Ends; all its buffers are in the pool then.
     fn close(self: Box<Self>, pool: &mut Pool);

@@ -1,11 +1,13 @@
 //! Workers in threads of their own, and what the rest of the process tells them.
 
+use crate::bell::Bell;
 use crate::driver::{Linux, PortDriver};
+use crate::exchange::Exchange;
 use crate::pool::{Area, Pool};
 use crate::worker::{Port, Reading, TableSource, Worker};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -23,7 +25,10 @@ const NAP: Duration = Duration::from_micros(50);
 #[derive(thiserror::Error, Debug)]
 pub enum Error {
     /// The core is not there, or not for this process
-    #[error("there is no core {core} for a worker (this process may use {usable})")]
+    #[error(
+        "there is no core {core} for a worker: this process may use {usable} (name those; or see taskset and the cgroup's \
+         cpuset.cpus)"
+    )]
     NoCore {
         /// Its number
         core: u32,
@@ -51,7 +56,10 @@ pub struct Core(pub u32);
 enum Order<S> {
     /// And say when it is done
     Add(Port, SyncSender<()>),
-    Remove(u32),
+    /// And say when it is done
+    Remove(u32, SyncSender<()>),
+    /// Leave what is to be sent by the interface with this index and slot to another worker
+    LeaveTo(u32, u32, usize),
     Tables(Arc<S>),
     Stop,
 }
@@ -63,7 +71,7 @@ struct Desk<S> {
     /// Number of orders ever given; whoever changes it holds the lock
     given: W32,
     /// Wakes the worker
-    bell: OwnedFd,
+    bell: Arc<Bell>,
 }
 
 struct Running<S> {
@@ -90,23 +98,29 @@ impl grace::Grace for Grace {
 }
 
 impl<S: TableSource + Send + Sync + 'static> Engine<S> {
-    /// Starts a worker on each core; the n-th writes line `first_line` + n of the statistics. `equip` makes a worker's
-    /// buffers and its way to Linux. All of them, or none.
+    /// Starts a worker on each core; that of core n writes line `first_line` + n of the statistics. `equip` makes a
+    /// worker's buffers and its way to Linux. All of them, or none.
     pub fn start(
         tables: &Arc<S>,
         cores: &[Core],
         first_line: u32,
         mut equip: impl FnMut(Core) -> (Pool, Box<dyn Linux>),
     ) -> Result<Self, Error> {
-        let twice = (1..cores.len()).find(|n| cores[..*n].contains(&cores[*n]));
-        if let Some(n) = twice {
-            return Err(Error::SameCore(cores[n].0));
-        }
-        cores.iter().try_for_each(|core| check(*core))?;
-        let mut engine = Self { workers: Vec::new() };
-        for (line, core) in (first_line..).zip(cores) {
+        check_cores(cores)?;
+        let workers = cores.iter().map(|core| {
             let (pool, linux) = equip(*core);
-            engine.workers.push(spawn(*core, Worker::new(tables.clone(), line, pool, linux))?);
+            let bell = Bell::new().map_err(|cause| Error::Io { what: "make an eventfd for a worker", cause })?;
+            Ok((*core, Worker::new(tables.clone(), first_line.wrapping_add(core.0), pool, linux), Arc::new(bell)))
+        });
+        let workers: Vec<_> = workers.collect::<Result<_, _>>()?;
+        let ends: Vec<_> = workers.iter().map(|(_, worker, bell)| (worker.buffers(), bell.clone())).collect();
+        let several = workers.len() > 1;
+        let mut engine = Self { workers: Vec::new() };
+        for ((core, mut worker, bell), exchange) in workers.into_iter().zip(Exchange::among(&ends)) {
+            if several {
+                worker.join(exchange);
+            }
+            engine.workers.push(spawn(core, worker, bell)?);
         }
         Ok(engine)
     }
@@ -129,9 +143,21 @@ impl<S: TableSource + Send + Sync + 'static> Engine<S> {
         when_done.recv().is_ok()
     }
 
-    /// Takes a port from all workers. When it returns, none of them uses it.
+    /// Has a worker leave what is to be sent by a port to another worker, which has the port. Nothing if there is no such
+    /// worker.
+    pub fn leave_to(&self, worker: usize, (ifindex, slot): (u32, u32), other: usize) {
+        if let Some(worker) = self.workers.get(worker) {
+            worker.desk.give(Order::LeaveTo(ifindex, slot, other));
+            self.grace().wait();
+        }
+    }
+
+    /// Takes a port from all workers. When it returns, none of them uses it, and what had arrived by it is forwarded.
     pub fn remove(&self, ifindex: u32) {
-        self.tell(|| Order::Remove(ifindex));
+        let (done, when_done) = sync_channel(self.workers.len());
+        self.workers.iter().for_each(|worker| worker.desk.give(Order::Remove(ifindex, done.clone())));
+        drop(done);
+        while when_done.recv().is_ok() {}
     }
 
     /// Has all workers look at these tables. When it returns, none of them looks at others.
@@ -162,15 +188,8 @@ impl<S> Drop for Engine<S> {
 }
 
 impl<S> Desk<S> {
-    fn new() -> Result<Self, Error> {
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(Error::Io { what: "make an eventfd for a worker", cause: io::Error::last_os_error() });
-        }
-        // SAFETY: just made, and nobody else's.
-        let bell = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { orders: Mutex::new(Some(VecDeque::new())), given: W32::new(0), bell })
+    fn new(bell: Arc<Bell>) -> Self {
+        Self { orders: Mutex::new(Some(VecDeque::new())), given: W32::new(0), bell }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Order<S>>>> {
@@ -182,7 +201,7 @@ impl<S> Desk<S> {
             self.given.store(self.given.load().wrapping_add(1));
             orders.push_back(order);
         }
-        ring(self.bell.as_raw_fd());
+        self.bell.ring();
     }
 
     fn take(&self) -> Option<Order<S>> {
@@ -190,27 +209,19 @@ impl<S> Desk<S> {
     }
 }
 
-fn ring(bell: RawFd) {
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: `one` is as long as said. It can only fail if the bell rings already.
-    unsafe { libc::write(bell, one.as_ptr().cast(), one.len()) };
-}
-
-fn silence(bell: RawFd) {
-    let mut count = [0u8; 8];
-    // SAFETY: `count` is as long as said. It fails if the bell does not ring, which is what is wanted.
-    unsafe { libc::read(bell, count.as_mut_ptr().cast(), count.len()) };
-}
-
-fn spawn<S: TableSource + Send + Sync + 'static>(core: Core, worker: Worker<S>) -> Result<Running<S>, Error> {
-    let desk = Arc::new(Desk::new()?);
+fn spawn<S: TableSource + Send + Sync + 'static>(
+    core: Core,
+    worker: Worker<S>,
+    bell: Arc<Bell>,
+) -> Result<Running<S>, Error> {
+    let desk = Arc::new(Desk::new(bell));
     let (reading, area) = (worker.reading(), worker.area());
     let theirs = desk.clone();
     let thread = std::thread::Builder::new()
         .name(format!("worker-{}", core.0))
         .spawn(move || {
             if let Err(error) = pin(core) {
-                // It was possible when `check` tried. Slower, but right.
+                // It was possible when `check_cores` looked. Slower, but right.
                 tracing::warn!("a worker is not pinned to core {}: {error}", core.0);
             }
             work(worker, &theirs);
@@ -249,57 +260,72 @@ fn work<S: TableSource>(mut worker: Worker<S>, desk: &Desk<S>) {
                     // Whoever gave the order may have left.
                     let _ = done.send(());
                 }
-                Order::Remove(ifindex) => worker.remove(ifindex),
+                Order::Remove(ifindex, done) => {
+                    worker.remove(ifindex);
+                    let _ = done.send(());
+                }
+                Order::LeaveTo(ifindex, slot, other) => worker.leave_to(ifindex, slot, other),
                 Order::Tables(tables) => worker.set_tables(tables),
                 Order::Stop => return,
             }
         }
-        let received = worker.turn();
-        worker.leave();
-        empty = if received == 0 { empty + 1 } else { 0 };
-        if empty < EMPTY_TURNS {
-            std::hint::spin_loop();
-        } else {
-            sleep(worker.drivers(), desk.bell.as_fd());
-            silence(desk.bell.as_raw_fd());
+        let mut received = worker.turn();
+        if received == 0 && empty >= EMPTY_TURNS {
+            desk.bell.lie_down();
+            // What others handed over before they saw it asleep.
+            received = worker.turn();
         }
+        worker.leave();
+        if received == 0 && empty >= EMPTY_TURNS {
+            sleep(worker.drivers(), &desk.bell);
+        }
+        if empty >= EMPTY_TURNS {
+            desk.bell.get_up();
+        }
+        empty = if received == 0 { (empty + 1).min(EMPTY_TURNS) } else { 0 };
+        std::hint::spin_loop();
     }
 }
 
 /// Sleeps until a frame may have arrived, or the bell rings.
-fn sleep<'d>(drivers: impl Iterator<Item = &'d dyn PortDriver>, bell: BorrowedFd<'_>) {
+fn sleep<'d>(drivers: impl Iterator<Item = &'d dyn PortDriver>, bell: &Bell) {
+    let mut fds = vec![bell.as_fd()];
     let mut nap = false;
-    let fds = drivers.filter_map(|driver| {
-        let readable = driver.readable();
-        nap |= readable.is_none();
-        readable.map(|fd| fd.as_raw_fd())
-    });
-    let mut fds: Vec<libc::pollfd> = fds.map(poll_entry).collect();
-    fds.push(poll_entry(bell.as_raw_fd()));
+    for driver in drivers {
+        nap |= !driver.readable(&mut fds);
+    }
+    let mut fds: Vec<libc::pollfd> = fds.into_iter().map(poll_entry).collect();
     let limit = libc::timespec { tv_sec: 0, tv_nsec: NAP.as_nanos() as i64 };
     let limit = if nap { &raw const limit } else { std::ptr::null() };
     // SAFETY: the entries are as many as said; `limit` is null or points to a time that lives here.
     unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit, std::ptr::null()) };
 }
 
-fn poll_entry(fd: RawFd) -> libc::pollfd {
-    libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
+fn poll_entry(fd: BorrowedFd<'_>) -> libc::pollfd {
+    libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }
 }
 
-/// Fails if this thread may not run on the core. The thread runs where it did afterwards.
-fn check(core: Core) -> Result<(), Error> {
-    let failed = |cause| Error::Io { what: "ask for the cores of this process", cause };
-    let usable = affinity().map_err(failed)?;
-    let number = core.0 as usize;
-    // SAFETY: the set is as large as the number was compared with.
-    let there = number < libc::CPU_SETSIZE as usize && unsafe { libc::CPU_ISSET(number, &usable) };
-    if there {
-        return Ok(());
+/// Fails if a core is not there for this thread, or named twice.
+pub fn check_cores(cores: &[Core]) -> Result<(), Error> {
+    if let Some(n) = (1..cores.len()).find(|n| cores[..*n].contains(&cores[*n])) {
+        return Err(Error::SameCore(cores[n].0));
     }
-    // SAFETY: as above.
-    let numbers = (0..libc::CPU_SETSIZE as usize).filter(|number| unsafe { libc::CPU_ISSET(*number, &usable) });
-    let usable = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(", ");
-    Err(Error::NoCore { core: core.0, usable })
+    let usable = usable_cores()?;
+    match cores.iter().find(|core| !usable.contains(core)) {
+        Some(core) => {
+            let usable = usable.iter().map(|core| core.0.to_string()).collect::<Vec<_>>().join(", ");
+            Err(Error::NoCore { core: core.0, usable })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Cores that this thread may run on, in ascending order.
+pub fn usable_cores() -> Result<Vec<Core>, Error> {
+    let set = affinity().map_err(|cause| Error::Io { what: "ask for the cores of this process", cause })?;
+    // SAFETY: the numbers are below the size of the set.
+    let numbers = (0..libc::CPU_SETSIZE as usize).filter(|number| unsafe { libc::CPU_ISSET(*number, &set) });
+    Ok(numbers.map(|number| Core(number as u32)).collect())
 }
 
 /// Cores that this thread may run on.
@@ -315,7 +341,7 @@ fn affinity() -> io::Result<libc::cpu_set_t> {
 
 /// Keeps this thread on a core.
 fn pin(core: Core) -> io::Result<()> {
-    // SAFETY: a set of bits, for which zeros are valid; `check` has compared the number with its size.
+    // SAFETY: a set of bits, for which zeros are valid; `check_cores` has compared the number with its size.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: as above.
     unsafe { libc::CPU_SET(core.0 as usize, &mut set) };

@@ -7,14 +7,16 @@
 //! What is not forwarded goes to Linux as it arrived ([`Linux`]), received by the interface that it came in by.
 
 pub mod af_xdp;
+mod bell;
 mod driver;
 mod engine;
+mod exchange;
 pub mod memory;
 mod pool;
 mod ring;
 mod worker;
 
 pub use driver::{BATCH, Linux, PortDriver};
-pub use engine::{Core, Engine, Error, Grace};
+pub use engine::{Core, Engine, Error, Grace, check_cores, usable_cores};
 pub use pool::{Area, Buffer, HEADROOM, Pool};
 pub use worker::{Port, Reading, TableSource, Worker};

@@ -38,8 +38,8 @@ impl<W: Wire> PortDriver for MemoryPort<W> {
         frames.drain(..sent).for_each(|frame| pool.give(frame));
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
-        None
+    fn readable<'d>(&'d self, _fds: &mut Vec<BorrowedFd<'d>>) -> bool {
+        false
     }
 
     fn close(self: Box<Self>, _pool: &mut Pool) {}

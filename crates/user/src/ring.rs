@@ -86,6 +86,11 @@ impl<T: Copy> Producer<T> {
         self.place.producer().store(self.put, Ordering::Release);
     }
 
+    /// As `waiting`, straight from the ring.
+    pub fn unread(&self) -> u32 {
+        self.put.wrapping_sub(self.place.consumer().load(Ordering::Relaxed))
+    }
+
     /// Elements that the other side has not taken yet.
     #[inline]
     pub fn waiting(&mut self) -> u32 {

@@ -1,6 +1,7 @@
 //! A worker: every frame from receipt to transmission, a batch at a time.
 
 use crate::driver::{BATCH, Linux, PortDriver};
+use crate::exchange::Exchange;
 use crate::pool::{Area, Buffer, Pool};
 use arrayvec::ArrayVec;
 use std::sync::Arc;
@@ -70,8 +71,26 @@ struct Served {
     out: Vec<Buffer>,
 }
 
-/// Marks a slot that is none of the worker's ports.
-const NO_PORT: u8 = u8::MAX;
+/// How a frame gets to the port in a slot.
+#[derive(Clone, Copy)]
+enum Way {
+    /// It does not
+    None,
+    /// The port is the worker's, at this place
+    Own(usize),
+    /// Another worker has it
+    Other(usize),
+}
+
+/// A port that another worker sends for this one.
+struct Others {
+    ifindex: u32,
+    slot: u32,
+    worker: usize,
+}
+
+/// Batches that a port may still have when it is taken away, several times what a ring holds.
+const LAST_BATCHES: usize = 64;
 
 /// Runs the packet path for its ports.
 pub struct Worker<S> {
@@ -81,9 +100,12 @@ pub struct Worker<S> {
     linux: Box<dyn Linux>,
     reading: Reading,
     ports: Vec<Served>,
-    /// Place in `ports` by slot
-    places: [u8; PORT_SLOTS as usize],
+    others: Vec<Others>,
+    /// By slot
+    ways: [Way; PORT_SLOTS as usize],
     transmitters: SlotSet,
+    /// None if there is no other worker
+    exchange: Option<Exchange>,
     batch: Vec<Buffer>,
     exceptions: Vec<Buffer>,
 }
@@ -99,8 +121,10 @@ impl<S: TableSource> Worker<S> {
             linux,
             reading: Reading::default(),
             ports: Vec::new(),
-            places: [NO_PORT; PORT_SLOTS as usize],
+            others: Vec::new(),
+            ways: [Way::None; PORT_SLOTS as usize],
             transmitters: SlotSet::NONE,
+            exchange: None,
             batch: Vec::with_capacity(BATCH),
             exceptions: Vec::with_capacity(BATCH),
         }
@@ -116,6 +140,16 @@ impl<S: TableSource> Worker<S> {
         self.pool.area()
     }
 
+    /// Joins it with other workers.
+    pub(crate) fn join(&mut self, exchange: Exchange) {
+        self.exchange = Some(exchange);
+    }
+
+    /// Buffers of its pool.
+    pub(crate) fn buffers(&self) -> usize {
+        self.pool.count()
+    }
+
     /// Looks at these tables from now on.
     pub fn set_tables(&mut self, tables: Arc<S>) {
         self.tables = tables;
@@ -126,24 +160,36 @@ impl<S: TableSource> Worker<S> {
         self.remove(port.ifindex);
         port.driver.start(&mut self.pool);
         self.ports.push(Served { port, out: Vec::with_capacity(BATCH) });
-        self.index_ports();
+        self.find_ways();
     }
 
-    /// Serves a port no more; nothing if there is none with this index.
+    /// Has another worker send what leaves by a port, also if it is a port of this one.
+    pub(crate) fn leave_to(&mut self, ifindex: u32, slot: u32, worker: usize) {
+        self.others.retain(|other| other.ifindex != ifindex);
+        self.others.push(Others { ifindex, slot, worker });
+        self.find_ways();
+    }
+
+    /// Serves a port no more; nothing if there is none with this index. What has arrived is forwarded, and what others have
+    /// handed over is sent.
     pub fn remove(&mut self, ifindex: u32) {
         if let Some(place) = self.ports.iter().position(|served| served.port.ifindex == ifindex) {
+            let _batches = (0..LAST_BATCHES).take_while(|_| self.serve(place) + self.take_parcels() != 0).count();
             self.ports.remove(place).port.driver.close(&mut self.pool);
-            self.index_ports();
         }
+        self.others.retain(|other| other.ifindex != ifindex);
+        self.find_ways();
     }
 
-    fn index_ports(&mut self) {
-        self.places = [NO_PORT; PORT_SLOTS as usize];
+    fn find_ways(&mut self) {
+        self.ways = [Way::None; PORT_SLOTS as usize];
         self.transmitters = SlotSet::NONE;
-        for (place, served) in self.ports.iter().enumerate().take(NO_PORT.into()) {
-            if let Some(entry) = self.places.get_mut(served.port.slot as usize) {
-                *entry = place as u8;
-                self.transmitters.insert(served.port.slot);
+        let own = self.ports.iter().enumerate().map(|(place, served)| (served.port.slot, Way::Own(place)));
+        let others = self.others.iter().map(|other| (other.slot, Way::Other(other.worker)));
+        for (slot, way) in own.chain(others) {
+            if let Some(entry) = self.ways.get_mut(slot as usize) {
+                *entry = way;
+                self.transmitters.insert(slot);
             }
         }
     }
@@ -165,11 +211,11 @@ impl<S: TableSource> Worker<S> {
 
     /// One batch of each port, between `enter` and `leave`; how many frames were received.
     pub fn turn(&mut self) -> usize {
-        (0..self.ports.len()).map(|place| self.serve(place)).sum()
+        self.take_parcels() + (0..self.ports.len()).map(|place| self.serve(place)).sum::<usize>()
     }
 
     fn serve(&mut self, place: usize) -> usize {
-        let Self { tables, pool, ports, batch, .. } = self;
+        let Self { tables, pool, ports, batch, exchange, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         port.driver.receive(pool, batch);
         let received = batch.len();
@@ -177,23 +223,70 @@ impl<S: TableSource> Worker<S> {
             let (ifindex, slot) = (port.ifindex, port.slot);
             let tables = tables.seen(self.line, self.transmitters);
             let ways = forward(&tables, ifindex, batch);
-            for (frame, way) in batch.drain(..).zip(ways) {
-                let Some(slot) = way else {
+            for (frame, slot) in batch.drain(..).zip(ways) {
+                let Some(slot) = slot else {
                     self.exceptions.push(frame);
                     continue;
                 };
-                let place = self.places.get(slot as usize).map_or(NO_PORT, |place| *place);
-                match ports.get_mut(usize::from(place)) {
-                    Some(served) => served.out.push(frame),
-                    // Cannot be: `transmitters` holds the ports only.
-                    None => pool.give(frame),
+                let way = self.ways.get(slot as usize).copied().unwrap_or(Way::None);
+                let refused = match (way, &mut *exchange) {
+                    (Way::Own(place), _) if place < ports.len() => {
+                        ports[place].out.push(frame);
+                        None
+                    }
+                    (Way::Other(worker), Some(exchange)) => exchange.hand(worker, slot, frame),
+                    // Cannot be: `transmitters` holds those with a way only.
+                    _ => Some(frame),
+                };
+                if let Some(frame) = refused {
+                    count_tx_lost(&tables, slot, 1);
+                    pool.give(frame);
                 }
             }
+            exchange.iter_mut().for_each(Exchange::wake);
             deliver(&tables, &mut *self.linux, pool, (ifindex, slot), &mut self.exceptions);
             ports.iter_mut().for_each(|served| transmit(&tables, pool, served));
         }
         received
     }
+
+    /// Sends what other workers have handed over, a batch at most; how many frames that were.
+    fn take_parcels(&mut self) -> usize {
+        let Self { tables, pool, ports, exchange: Some(exchange), .. } = self else { return 0 };
+        while let Some(buffer) = exchange.returned() {
+            pool.give(buffer);
+        }
+        let tables = tables.seen(self.line, self.transmitters);
+        let mut taken = 0;
+        while taken < BATCH
+            && let Some(parcel) = exchange.take()
+        {
+            taken += 1;
+            let served = ports.iter_mut().find(|served| served.port.slot == parcel.slot);
+            match served.and_then(|served| Some((served, copy(pool, &parcel.frame)?))) {
+                Some((served, frame)) => served.out.push(frame),
+                None => count_tx_lost(&tables, parcel.slot, 1),
+            }
+            exchange.give_back(parcel);
+        }
+        if taken != 0 {
+            ports.iter_mut().for_each(|served| transmit(&tables, pool, served));
+        }
+        taken
+    }
+}
+
+/// The frame in a buffer of this pool, if one is free and large enough.
+#[inline]
+fn copy(pool: &mut Pool, frame: &Buffer) -> Option<Buffer> {
+    let (mut buffer, bytes) = (pool.take()?, frame.bytes());
+    let place = buffer.resize(bytes.len());
+    if place.len() < bytes.len() {
+        pool.give(buffer);
+        return None;
+    }
+    place.copy_from_slice(bytes);
+    Some(buffer)
 }
 
 /// A frame of a batch on its way.

@@ -1,5 +1,6 @@
 //! What a worker does beside the packet path: counts what is lost, keeps its buffers, and takes orders.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -9,7 +10,7 @@ use towpath_pipeline::slices::Slices;
 use towpath_pipeline::{SlotSet, Tables};
 use towpath_tables::grace::Grace;
 use towpath_user::memory::{Cable, Exceptions, MemoryPort, Wire};
-use towpath_user::{BATCH, Buffer, Core, Engine, Error, Linux, Pool, Port, TableSource, Worker};
+use towpath_user::{BATCH, Buffer, Core, Engine, Error, Linux, Pool, Port, PortDriver, TableSource, Worker};
 
 struct Router(World);
 
@@ -158,6 +159,67 @@ fn an_engine_takes_ports_and_tables_while_it_works() {
     drop(engine);
     assert_eq!(inside.inwards.pop(), Some(frame), "nobody took it");
     assert_eq!(Arc::strong_count(&second), 1);
+}
+
+/// A port that says when frames arrive, so that its worker sleeps until something else wakes it.
+struct Silent(MemoryPort<Cable>);
+
+impl PortDriver for Silent {
+    fn start(&mut self, _: &mut Pool) {}
+    fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
+        self.0.receive(pool, frames);
+    }
+    fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
+        self.0.transmit(pool, frames);
+    }
+    fn readable<'d>(&'d self, _: &mut Vec<BorrowedFd<'d>>) -> bool {
+        true
+    }
+    fn close(self: Box<Self>, _: &mut Pool) {}
+}
+
+/// In by a port of one worker, out by one of the other, which is asleep at first and has few buffers; more frames than
+/// there are buffers, so that they must come back.
+#[test]
+#[cfg_attr(miri, ignore = "threads on cores")]
+fn a_worker_hands_frames_to_the_one_that_has_the_port() {
+    let tables = Arc::new(Router(World::new()));
+    let linux = Exceptions::default();
+    let cores = towpath_user::usable_cores().expect("cores");
+    let [first, second, ..] = cores[..] else { return eprintln!("there is one core only") };
+    let equip = |_| (Pool::new(BATCH, 2112), Box::new(linux.clone()) as Box<dyn Linux>);
+    // The world has one line of statistics: the first worker's.
+    let engine = Engine::start(&tables, &[first, second], 0u32.wrapping_sub(first.0), equip).expect("there are two cores");
+    let (inside, outside) = (Cable::new(1000), Cable::new(1000));
+    assert!(engine.add(0, port(IN, &inside)));
+    let out = Box::new(Silent(MemoryPort(outside.clone())));
+    assert!(engine.add(1, Port { ifindex: OUT, slot: OUT, driver: out }));
+    engine.leave_to(0, (OUT, OUT), 1);
+    let (frame, after) = forwarded();
+    for round in 0..20 {
+        std::thread::sleep(Duration::from_millis(if round % 10 == 0 { 20 } else { 0 }));
+        for _ in 0..BATCH / 2 {
+            assert!(inside.inwards.push(&frame));
+        }
+        for _ in 0..BATCH / 2 {
+            assert_eq!(wait_for("a frame", || outside.outwards.pop()), after, "round {round}");
+        }
+    }
+    let count = 20 * BATCH as u64 / 2;
+    let (inner, outer) = (tables.0.stats(IN), tables.0.stats(OUT));
+    assert_eq!((inner.rx_packets.load(), outer.tx_packets.load(), outer.tx_lost.load()), (count, count, 0));
+    assert_eq!(linux.take(), []);
+    // What has arrived is forwarded before the port is gone; then the way is closed.
+    for _ in 0..BATCH {
+        assert!(inside.inwards.push(&frame));
+    }
+    engine.remove(IN);
+    engine.remove(OUT);
+    let sent: Vec<_> = std::iter::from_fn(|| outside.outwards.pop()).collect();
+    assert_eq!((sent.len(), outer.tx_lost.load()), (BATCH, 0));
+    assert!(engine.add(0, port(IN, &inside)));
+    assert!(inside.inwards.push(&frame));
+    assert_eq!(wait_for("an exception", || linux.take().pop()), (IN, frame));
 }
 
 /// A next hop changes to and fro as fast as it can, with a grace period each time, while frames flow: none may be lost,
