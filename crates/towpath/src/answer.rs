@@ -79,7 +79,7 @@ impl Daemon {
         };
         let program = self.engine.program()?;
         Ok(report::Status {
-            engine: "xdp".into(),
+            engine: if self.workers.is_some() { "user" } else { "xdp" }.into(),
             pid: std::process::id(),
             namespace: self.instance.inode,
             since: self.facts.since,
@@ -98,6 +98,11 @@ impl Daemon {
                 id: program.id,
                 verified_instructions: (program.verified_instructions != 0).then_some(program.verified_instructions),
             }),
+            workers: self
+                .workers
+                .iter()
+                .flat_map(|workers| workers.report(|ifindex| self.interface(ifindex)))
+                .collect(),
             notices: self.notices(),
         })
     }
@@ -138,6 +143,7 @@ impl Daemon {
         let served = self.engine.port(port.ifindex);
         let mode = match port.kind {
             PortKind::Vlan { .. } => "vlan",
+            _ if self.workers.as_ref().is_some_and(|workers| workers.serves(port.ifindex)) => "user",
             _ => served.and_then(|served| served.mode).unwrap_or("none"),
         };
         let why_not = why_not(port, state.ready).or_else(|| (mode == "none").then(|| "without the program".into()));

@@ -50,6 +50,10 @@ pub struct Up {
     /// What runs the packet path
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,
+    /// Cores for the workers of --engine user, as 2-5,7; default: some of those that this process may use, but not the
+    /// first
+    #[arg(long, value_name = "LIST")]
+    pub cores: Option<Cores>,
     /// Use XDP's generic mode, on every port: slower, but no driver needs to know of it
     #[arg(long)]
     pub generic: bool,
@@ -60,10 +64,36 @@ pub struct Up {
 pub enum Engine {
     /// An XDP program in the driver
     Xdp,
-    /// Cores of its own in user space (not in this build)
+    /// Workers on cores of their own in user space, with AF_XDP sockets
     User,
     /// The best that this build and machine have
     Auto,
+}
+
+/// Numbers of cores, in the order given.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Cores(pub Vec<u32>);
+
+impl std::str::FromStr for Cores {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        /// No kernel knows more.
+        const MOST: u32 = 8192;
+        let number = |text: &str| match text.parse() {
+            Ok(core) if core < MOST => Ok(core),
+            _ => Err(format!("{text:?} is no number of a core; write cores as 2-5,7")),
+        };
+        let range = |text: &str| match text.split_once('-') {
+            Some((first, last)) => match (number(first)?, number(last)?) {
+                (first, last) if first <= last => Ok(first..=last),
+                _ => Err(format!("{text:?} ends before it begins")),
+            },
+            None => number(text).map(|core| core..=core),
+        };
+        let ranges = text.split(',').map(range).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self(ranges.into_iter().flatten().collect()))
+    }
 }
 
 /// How to print.
@@ -169,6 +199,17 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn cores_are_numbers_and_ranges() {
+        let cores = |text: &str| text.parse::<Cores>().map(|cores| cores.0);
+        assert_eq!(cores("2-5,7"), Ok(vec![2, 3, 4, 5, 7]));
+        assert_eq!(cores("0"), Ok(vec![0]));
+        assert_eq!(cores("4096"), Ok(vec![4096]));
+        for wrong in ["", ",", "1,", "a", "1-", "-1", "3-2", "4294967295", "0-99999999"] {
+            assert!(cores(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -4,24 +4,26 @@
 use crate::answer::Facts;
 use crate::cli::{self, Up};
 use crate::control::{self, Request};
+use crate::explain::Names;
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::ports::Wanted;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
+use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
 use crate::{interfaces, notify};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
-use towpath_engine::{Engine, Mode, Options, PortRequest, Site, Tables, TransmitWatch};
+use towpath_engine::{Engine, Mode, Options, PortRequest, Site, TransmitWatch};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Message, Policy, Snapshot};
 use towpath_fpm::Fpm;
 use towpath_hitflags::{HitFlags, Netlink};
-use towpath_tables::backing::initial_elements;
+use towpath_tables::backing::{Backing, initial_elements};
 use towpath_tables::record::{PORT_PROBES, PORT_SLOTS, TableId};
 use towpath_tables::writer::TableWriter;
 
@@ -54,7 +56,9 @@ pub enum Event {
 pub struct Daemon {
     pub instance: Instance,
     pub engine: Engine,
-    pub fpm: Fpm<Tables, Grace>,
+    pub fpm: Fpm<Shared, Grace>,
+    /// Of the user engine; None with the other one
+    pub workers: Option<Workers>,
     pub wanted: Wanted,
     pub facts: Facts,
     pub source: Running,
@@ -80,6 +84,14 @@ pub struct Daemon {
     pub shortages: BTreeSet<TableId>,
 }
 
+/// Why ports cannot be served.
+enum Refused {
+    /// Because of this one's sockets
+    Port(u32, anyhow::Error),
+    /// The engine says which
+    Engine(towpath_engine::Error),
+}
+
 /// A port that the tables have no place for.
 #[derive(thiserror::Error, Debug)]
 #[error(
@@ -92,14 +104,8 @@ pub struct NoSlot {
     ifindex: u32,
 }
 
-/// Waits for the engine's programs in flight.
-pub type Grace = towpath_engine::GraceMethod;
-
 /// `towpath up`, and `towpath fpm` with the socket of a CM: serves until told to stop.
 pub fn run(up: &Up, socket: Option<Option<PathBuf>>) -> Result<()> {
-    if up.engine == cli::Engine::User {
-        bail!("the engine `user` is not in this build; use --engine xdp");
-    }
     let instance = Instance::current()?;
     let lock = instance.lock()?;
     let remote = socket.map(|path| Source::Socket(path.unwrap_or_else(|| instance.fpc_socket())));
@@ -127,9 +133,12 @@ pub fn down() -> Result<()> {
 /// Brings everything up; None if told to stop meanwhile.
 fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<Daemon>> {
     let termination = Termination::block()?;
-    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native }, sockets: false };
+    let user = up.engine == cli::Engine::User;
+    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native }, sockets: user };
     let site = Site::prepare(options)?;
-    let wanted = Wanted::new(&up.ports, &interfaces::all()?)?;
+    let interfaces = interfaces::all()?;
+    let wanted = Wanted::new(&up.ports, &interfaces)?;
+    let plan = if user { Some(plan(up, &wanted, &interfaces)?) } else { None };
     let mut facts = Facts::new(options.mode);
     let (events, inbox) = sync_channel(INBOX);
     let sentry = Sentry::default();
@@ -145,11 +154,12 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         None => Keeper::Local(Netlink::open()?),
     };
     let hits = HitFlags::new(keeper, towpath_hitflags::PERIOD, Instant::now());
-    let (engine, fpm) = tables(site, options, &mut facts, &sentry)?;
+    let Parts { engine, fpm, workers } = tables(site, options, plan.as_ref(), &mut facts, &sentry)?;
     let mut daemon = Daemon {
         instance: instance.clone(),
         engine,
         fpm,
+        workers,
         wanted,
         facts,
         source,
@@ -166,7 +176,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         shortages: BTreeSet::new(),
     };
     if !daemon.first_snapshot()? {
-        daemon.engine.teardown()?;
+        daemon.take_off()?;
         return Ok(None);
     }
     watch_transmit(events.clone())?;
@@ -195,38 +205,69 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
     })
 }
 
+/// What the user engine is to be, from the command line and the interfaces there are.
+fn plan(up: &Up, wanted: &Wanted, interfaces: &[(String, u32)]) -> Result<Plan> {
+    let mut ports = wanted.indices();
+    if ports.is_empty() {
+        ports.extend(interfaces.iter().filter(|(name, _)| name != "lo").map(|(_, ifindex)| ifindex));
+    }
+    Plan::new(up.cores.as_ref().map(|cores| cores.0.as_slice()), &ports)
+}
+
+/// What works on the tables.
+struct Parts {
+    engine: Engine,
+    fpm: Fpm<Shared, Grace>,
+    workers: Option<Workers>,
+}
+
 /// The tables a former daemon left if they are whole, else new ones.
-fn tables(site: Site, options: Options, facts: &mut Facts, sentry: &Sentry) -> Result<(Engine, Fpm<Tables, Grace>)> {
+fn tables(site: Site, options: Options, plan: Option<&Plan>, facts: &mut Facts, sentry: &Sentry) -> Result<Parts> {
     if site.exists() {
-        match adopt(site, sentry) {
-            Ok((engine, writer)) => {
+        match adopt(site, plan, sentry) {
+            Ok(parts) => {
                 facts.adopted = true;
-                return Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())));
+                return Ok(parts);
             }
             Err(error) => tracing::warn!("tables of a former daemon are replaced: {error:#}"),
         }
-        return create(Site::prepare(options)?, sentry);
+        return create(Site::prepare(options)?, plan, sentry);
     }
-    create(site, sentry)
+    create(site, plan, sentry)
 }
 
-type Writer = TableWriter<Tables, Grace>;
-
 /// To take tables over takes a while, in which the programs left forward: the sentry watches from the beginning.
-fn adopt(site: Site, sentry: &Sentry) -> Result<(Engine, Writer)> {
+fn adopt(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {
     let left = site.left()?;
     towpath_tables::adopt::check(&left.config())?;
     sentry.guard(left.config());
-    let engine = left.adopt()?;
-    let writer = TableWriter::adopt(engine.tables(), Grace::choose()?)?;
-    Ok((engine, writer))
+    join(left.adopt()?, plan, TableWriter::adopt)
 }
 
-fn create(site: Site, sentry: &Sentry) -> Result<(Engine, Fpm<Tables, Grace>)> {
-    let engine = site.create(&initial_elements(towpath_engine::possible_cpus()? as usize))?;
-    let writer = TableWriter::create(engine.tables(), Grace::choose()?)?;
-    sentry.guard(engine.config());
-    Ok((engine, Fpm::new(writer, towpath_fpm::all_classes())))
+fn create(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {
+    let engine = site.create(&initial_elements(statistics_lines()?))?;
+    let parts = join(engine, plan, TableWriter::create)?;
+    sentry.guard(parts.engine.config());
+    Ok(parts)
+}
+
+/// Starts the workers, so that the writer can wait for them from the beginning.
+fn join<E>(
+    engine: Engine,
+    plan: Option<&Plan>,
+    write: impl FnOnce(Shared, Grace) -> Result<TableWriter<Shared, Grace>, E>,
+) -> Result<Parts>
+where
+    anyhow::Error: From<E>,
+{
+    let (lines, there) = (statistics_lines()?, engine.tables().view().stats().len());
+    if there < lines * PORT_SLOTS as usize {
+        bail!("the table of statistics has {there} lines, and {lines} times {PORT_SLOTS} are needed");
+    }
+    let workers = plan.map(|plan| Workers::start(plan, &engine)).transpose()?;
+    let tables = workers.as_ref().map_or_else(|| Shared::alone(engine.tables()), Workers::tables);
+    let writer = write(tables, Grace::of(workers.as_ref())?)?;
+    Ok(Parts { engine, fpm: Fpm::new(writer, towpath_fpm::all_classes()), workers })
 }
 
 impl Daemon {
@@ -269,9 +310,12 @@ impl Daemon {
             }
             // Without names, ports that cannot be served are left out.
             let ifindex = match self.requests() {
-                Ok(requests) => match self.engine.attach(&requests) {
+                Ok(requests) => match self.attach_all(&requests) {
                     Ok(()) => break,
-                    Err(error) => self.wanted.drop_refused(&error).ok_or(error)?,
+                    Err(Refused::Port(ifindex, error)) => {
+                        self.wanted.drop_port(ifindex, error.as_ref()).ok_or(error)?
+                    }
+                    Err(Refused::Engine(error)) => self.wanted.drop_refused(&error).ok_or(error)?,
                 },
                 Err(error) => self.wanted.drop_port(error.ifindex, &error).ok_or(error)?,
             };
@@ -286,6 +330,24 @@ impl Daemon {
         // Ports that are each other's peers can transmit only now.
         self.check_abilities(&wanted);
         self.sync();
+        Ok(())
+    }
+
+    /// Has the engine serve the ports, and the workers if there are any. Sockets come first: whether a port can have them
+    /// is to be known before anything changes.
+    fn attach_all(&mut self, requests: &[PortRequest]) -> Result<(), Refused> {
+        let mut opened = Vec::new();
+        for request in requests {
+            let name = self.interface(request.ifindex);
+            if let Some(workers) = &mut self.workers {
+                let sockets = workers.open(request.ifindex, &name);
+                opened.push((request.slot, sockets.map_err(|error| Refused::Port(request.ifindex, error))?));
+            }
+        }
+        self.engine.attach(requests).map_err(Refused::Engine)?;
+        for (slot, sockets) in opened {
+            self.hand_to_workers(slot, sockets);
+        }
         Ok(())
     }
 
@@ -344,7 +406,7 @@ impl Daemon {
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
                 Ok(Event::SourceLost) => self.resyncing.extend(towpath_fpm::all_classes()),
                 Ok(Event::SourceEnded(error)) => {
-                    self.engine.teardown()?;
+                    self.take_off()?;
                     bail!("Linux's state can no longer be followed, so the fast path was taken off: {error}");
                 }
                 Err(RecvTimeoutError::Disconnected) => bail!("nobody is left to tell anything"),
@@ -363,10 +425,15 @@ impl Daemon {
         self.pending.take().map_or_else(|| self.inbox.recv_timeout(timeout), Ok)
     }
 
-    fn stop(self, why: &str) -> Result<()> {
+    fn stop(mut self, why: &str) -> Result<()> {
         tracing::info!("stopping: {why}");
         notify::notify("STOPPING=1");
-        self.engine.teardown()?;
-        Ok(())
+        self.take_off()
+    }
+
+    /// Linux forwards again when it returns. The workers leave first, while what they hand to Linux can still enter.
+    fn take_off(&mut self) -> Result<()> {
+        drop(self.workers.take());
+        Ok(self.engine.teardown()?)
     }
 }

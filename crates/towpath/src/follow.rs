@@ -4,6 +4,7 @@ use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
 use crate::source::Peer;
 use crate::words;
+use crate::workers::Opened;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use towpath_engine::{Request, TransmitSupport};
@@ -75,6 +76,8 @@ impl Daemon {
             tracing::info!("port {name} is {}", if now.up { "up" } else { "down" });
             self.check_abilities(&[ifindex]);
             self.ask(Request::PortState { ifindex, up: now.up });
+            // While it is down, nothing can leave by its sockets.
+            if now.up { self.give_to_workers(ifindex) } else { self.take_from_workers(ifindex) }
         }
         if now.mtu != before.mtu {
             tracing::info!("the MTU of port {name} is {}, and was {}", now.mtu, before.mtu);
@@ -94,6 +97,7 @@ impl Daemon {
         self.arrivals.remove(&ifindex);
         if self.wanted.vanishes(ifindex) {
             tracing::info!("port with index {ifindex} is gone");
+            self.take_from_workers(ifindex);
             self.fpm.serve(ifindex, false);
             self.ask(Request::RemovePort { ifindex });
         }
@@ -145,10 +149,40 @@ impl Daemon {
         for (ifindex, slot) in placed {
             self.arrivals.remove(&ifindex);
             self.ask(Request::AddPort { ifindex, slot });
+            self.give_to_workers(ifindex);
             let port = self.fpm.interfaces().find(|port| port.ifindex == ifindex).cloned();
             if let Some(port) = port {
                 self.tell_engine(&port);
             }
+        }
+    }
+
+    /// Opens sockets on a port for the workers, if there are any and do not serve it yet.
+    fn give_to_workers(&mut self, ifindex: u32) {
+        let (name, slot) = (self.interface(ifindex), self.slot(ifindex));
+        let (Some(workers), Some(slot)) = (&mut self.workers, slot) else { return };
+        if workers.serves(ifindex) {
+            return;
+        }
+        match workers.open(ifindex, &name) {
+            Ok(sockets) => self.hand_to_workers(slot, sockets),
+            Err(error) => tracing::warn!("the XDP program serves {name} without workers: {error:#}"),
+        }
+    }
+
+    /// Has the workers serve a port by its sockets.
+    pub fn hand_to_workers(&mut self, slot: u32, sockets: Opened) {
+        let name = self.interface(sockets.ifindex());
+        if let Some(workers) = &mut self.workers
+            && let Err(error) = workers.serve(slot, sockets)
+        {
+            tracing::warn!("the XDP program serves {name} without workers: {error:#}");
+        }
+    }
+
+    fn take_from_workers(&mut self, ifindex: u32) {
+        if let Some(workers) = &mut self.workers {
+            workers.leave(ifindex);
         }
     }
 

@@ -19,9 +19,10 @@ mod signals;
 mod source;
 mod text;
 mod words;
+mod workers;
 
 use clap::{CommandFactory, Parser, error::ErrorKind};
-use cli::{Cli, Command};
+use cli::{Cli, Command, Engine, Fpm, Up};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -39,8 +40,21 @@ fn main() -> ExitCode {
 
 /// What clap's definitions cannot say.
 fn check_usage(cli: &Cli) {
-    let Command::Explain(explain) = &cli.command else { return };
     let fail = |text: &str| Cli::command().error(ErrorKind::ValueValidation, text).exit();
+    let up = match &cli.command {
+        Command::Up(up) | Command::Fpm(Fpm { up, .. }) => Some(up),
+        _ => None,
+    };
+    match up {
+        Some(Up { cores: Some(_), engine: Engine::Xdp | Engine::Auto, .. }) => {
+            fail("--cores is for workers of their own: it goes with --engine user")
+        }
+        Some(Up { generic: true, engine: Engine::User, .. }) => {
+            fail("--engine user needs native XDP, so --generic does not go with it")
+        }
+        _ => {}
+    }
+    let Command::Explain(explain) = &cli.command else { return };
     if explain.source.is_ipv4() != explain.destination.is_ipv4() {
         fail("source and destination must be of the same family");
     }

@@ -112,6 +112,9 @@ fn status_text(status: &report::Status) -> String {
         text += &format!("program id {}{verified}\n", program.id);
     }
     text += &format!("\n{}", ports_text(&status.ports));
+    if !status.workers.is_empty() {
+        text += &format!("\n{}", workers_text(&status.workers));
+    }
     match status.policies.is_empty() {
         true => text += "\nnothing in Linux's settings keeps traffic from the fast path\n",
         false => {
@@ -123,6 +126,17 @@ fn status_text(status: &report::Status) -> String {
         text += &format!("\nnote: {notice}\n");
     }
     text
+}
+
+fn workers_text(workers: &[report::Worker]) -> String {
+    let row = |w: &report::Worker| {
+        let queues: Vec<_> = w.queues.iter().map(|queue| format!("{}:{}", queue.port, queue.queue)).collect();
+        let counts = [w.rx_packets, w.exceptions, w.rx_lost, w.tx_lost, w.exceptions_lost];
+        let queues = if queues.is_empty() { "-".into() } else { queues.join(" ") };
+        [w.core.to_string(), queues].into_iter().chain(counts.iter().map(u64::to_string)).collect()
+    };
+    let head = [">core", "queues", ">forwarded", ">to Linux", ">lost on arrival", ">lost on leaving", ">lost to Linux"];
+    table(&head, &workers.iter().map(row).collect::<Vec<_>>())
 }
 
 fn policies_text(policies: &[report::Policy]) -> String {

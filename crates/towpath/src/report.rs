@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// `towpath status`
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Status {
-    /// Engine that runs the packet path: `xdp`
+    /// Engine that runs the packet path: `xdp`, `user`
     pub engine: String,
     /// Process id of the daemon
     pub pid: u32,
@@ -30,8 +30,42 @@ pub struct Status {
     pub memory_bytes: u64,
     /// The program in the kernel
     pub program: Option<Program>,
+    /// The user engine's workers
+    #[serde(default)]
+    pub workers: Vec<Worker>,
     /// What the operator should know
     pub notices: Vec<String>,
+}
+
+/// A worker of the user engine. Its counters start with the tables and belong to the core, but `rx_lost`, which starts
+/// with the sockets.
+#[derive(Serialize, Deserialize, Debug, Default)]
+pub struct Worker {
+    /// The core that it runs on
+    pub core: u32,
+    /// The queues that it serves
+    pub queues: Vec<Queue>,
+    /// Packets that it has forwarded
+    pub rx_packets: u64,
+    /// Packets that it has counted as sent
+    pub tx_packets: u64,
+    /// Packets that it has handed to Linux
+    pub exceptions: u64,
+    /// Frames that came and found its queues full
+    pub rx_lost: u64,
+    /// Packets in `tx_packets` that found no room where they were to leave
+    pub tx_lost: u64,
+    /// Packets in `exceptions` that Linux did not take
+    pub exceptions_lost: u64,
+}
+
+/// A receive queue of a port.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Queue {
+    /// The port
+    pub port: String,
+    /// Which one
+    pub queue: u32,
 }
 
 /// A figure for each family.
@@ -50,7 +84,8 @@ pub struct Port {
     pub name: String,
     /// Index in Linux; None while there is no such interface
     pub ifindex: Option<u32>,
-    /// `native`, `generic`, `vlan` (served by the interface underneath), `none`
+    /// `native`, `generic`, `user` (native, and workers serve its queues), `vlan` (served by the interface underneath),
+    /// `none`
     pub mode: String,
     /// Driver, if it is known
     pub driver: Option<String>,

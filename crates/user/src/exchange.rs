@@ -47,8 +47,7 @@ impl Exchange {
             ends.push((parcels, returned));
             others.push(Other { inbox, returns, bell: bell.clone(), handed: false });
         }
-        let exchange =
-            |(number, (inbox, returned))| Self { number, inbox, returned, others: others.clone() };
+        let exchange = |(number, (inbox, returned))| Self { number, inbox, returned, others: others.clone() };
         ends.into_iter().enumerate().map(exchange).collect()
     }
 

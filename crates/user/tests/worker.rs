@@ -189,7 +189,8 @@ fn a_worker_hands_frames_to_the_one_that_has_the_port() {
     let [first, second, ..] = cores[..] else { return eprintln!("there is one core only") };
     let equip = |_| (Pool::new(BATCH, 2112), Box::new(linux.clone()) as Box<dyn Linux>);
     // The world has one line of statistics: the first worker's.
-    let engine = Engine::start(&tables, &[first, second], 0u32.wrapping_sub(first.0), equip).expect("there are two cores");
+    let engine =
+        Engine::start(&tables, &[first, second], 0u32.wrapping_sub(first.0), equip).expect("there are two cores");
     let (inside, outside) = (Cable::new(1000), Cable::new(1000));
     assert!(engine.add(0, port(IN, &inside)));
     let out = Box::new(Silent(MemoryPort(outside.clone())));

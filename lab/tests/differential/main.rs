@@ -67,42 +67,76 @@ fn tells(towpath: &Towpath) -> Result<bool> {
     Ok(!notices.iter().any(|notice| notice.as_str().is_some_and(|text| text.contains("cannot be seen"))))
 }
 
-fn towpath_agrees(profile: &Profile, ports: &[&str]) -> Result<()> {
+const PORT_NAMES: [&str; PORTS] = ["eth0", "eth1", "eth2"];
+
+fn towpath_agrees(profile: &Profile, options: &[&str], frames: u64) -> Result<(Towpath, Pair)> {
     let mut pair = Pair::new(&format!("diff-{}", profile.name), ["linux", "towpath"], profile)?;
-    let towpath = Towpath::up(&pair.routers[1].node, ports)?;
+    let towpath = Towpath::up(&pair.routers[1].node, &[options, &PORT_NAMES].concat())?;
     // On old kernels a link with jumbo frames is tried out by a frame at the start.
     pair.routers[1].settle()?;
-    agree(&mut pair, frames(), profile)?;
+    agree(&mut pair, frames, profile)?;
     let fast = fast(&towpath)?;
     eprintln!("lab: {fast} by the fast path");
     // Where the kernel does not tell, a few look as if their checksum were left to a device, which only Linux can complete.
     let guessed = exceptions(&towpath, "partial-checksum")?;
     assert!(guessed == 0 || !tells(&towpath)?, "{guessed} checksums are taken to be left to a device");
     assert!(fast + guessed >= pair.plain_forwarded, "the fast path forwarded only {fast} of {}", pair.plain_forwarded);
-    assert!(pair.plain_forwarded * 10 > frames(), "only {} plain frames were forwarded", pair.plain_forwarded);
+    assert!(pair.plain_forwarded * 10 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
+    Ok((towpath, pair))
+}
+
+/// With the user engine: what `fast` counts must then be the workers', which must have lost nothing.
+fn workers_agree(profile: &Profile, cores: &str) -> Result<()> {
+    let (towpath, _pair) = towpath_agrees(profile, &["--engine", "user", "--cores", cores], frames() / 10)?;
+    let status = towpath.json(&["status"])?;
+    let workers = status["workers"].as_array().context("no workers in status")?;
+    let sum = |field: &str| workers.iter().filter_map(|worker| worker[field].as_u64()).sum::<u64>();
+    let (forwarded, exceptions) = (sum("rx_packets"), sum("exceptions"));
+    eprintln!("lab: {forwarded} forwarded and {exceptions} handed to Linux by workers");
+    // No frame here is too long for them.
+    assert_eq!(forwarded, fast(&towpath)?);
+    assert!(exceptions > frames() / 200, "only {exceptions} were handed to Linux by workers");
+    assert_eq!(["rx_lost", "tx_lost", "exceptions_lost"].map(sum), [0; 3]);
     Ok(())
 }
 
 #[test]
 fn towpath_agrees_with_linux() -> Result<()> {
-    towpath_agrees(&PLAIN, &["eth0", "eth1", "eth2"])
+    towpath_agrees(&PLAIN, &[], frames()).map(drop)
 }
 
 #[test]
 fn towpath_agrees_with_linux_about_reverse_paths() -> Result<()> {
-    towpath_agrees(&FILTERED, &["eth0", "eth1", "eth2"])
+    towpath_agrees(&FILTERED, &[], frames()).map(drop)
 }
 
 #[test]
 fn towpath_agrees_with_linux_about_vlans() -> Result<()> {
-    if vlans_supported() { towpath_agrees(&TAGGED, &["eth0", "eth1", "eth2"]) } else { Ok(()) }
+    if vlans_supported() { towpath_agrees(&TAGGED, &[], frames()).map(drop) } else { Ok(()) }
+}
+
+#[test]
+fn workers_agree_with_linux() -> Result<()> {
+    workers_agree(&PLAIN, "0")
+}
+
+#[test]
+fn workers_agree_with_linux_about_reverse_paths() -> Result<()> {
+    // Two of the ports are one worker's, so that frames go from worker to worker.
+    let several = std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 1);
+    workers_agree(&FILTERED, if several { "0,1" } else { "0" })
+}
+
+#[test]
+fn workers_agree_with_linux_about_vlans() -> Result<()> {
+    if vlans_supported() { workers_agree(&TAGGED, "0") } else { Ok(()) }
 }
 
 /// Redirects of IPv6, which nowhere else are compared (see `normalise`), and those of IPv4.
 #[test]
 fn towpath_agrees_with_linux_about_redirects() -> Result<()> {
     let pair = Pair::new("diff-redirects", ["linux", "towpath"], &PLAIN)?;
-    let towpath = Towpath::up(&pair.routers[1].node, &["eth0", "eth1", "eth2"])?;
+    let towpath = Towpath::up(&pair.routers[1].node, &PORT_NAMES)?;
     for (source, destination) in [("198.51.100.10", "198.18.0.7"), ("2001:db8::10", "2001:db8:1::10")] {
         let frame = udp((HOST_MACS[1], ROUTER_MACS[1]), (source.parse()?, destination.parse()?), (7, 9), b"elsewhere");
         let linux = first_redirect(&pair.routers[0], 1, &frame)?;

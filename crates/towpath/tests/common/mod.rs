@@ -70,7 +70,12 @@ impl Net {
 
     /// As `connect_right`, over an interface of this index.
     pub fn connect_right_by_index(&self, index: u32) {
-        self.ip(&format!("link add eth1 index {index} type veth peer name up0 netns {}", self.right.netns()));
+        self.connect_right_with(&format!("index {index}"), "");
+    }
+
+    /// As `connect_right`, over a link with these options at its two ends.
+    pub fn connect_right_with(&self, here: &str, there: &str) {
+        self.ip(&format!("link add eth1 {here} type veth peer name up0 netns {} {there}", self.right.netns()));
         for (node, device) in [(&self.router, "eth1"), (&self.right, "up0")] {
             node.run(["ip", "link", "set", device, "up"]).expect("up");
         }
@@ -345,6 +350,11 @@ impl Stream {
             receiver: std::thread::spawn(move || receive_all(&receiving)),
             inbound,
         }
+    }
+
+    /// Packets sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// Waits until this many more packets have been sent.

@@ -1,0 +1,336 @@
+//! The user engine in the daemon: workers on their cores, and the AF_XDP sockets of the ports.
+//!
+//! Queue q of the n-th port goes to worker n + q, around. A worker without a queue of a port that may transmit leaves what
+//! is to be sent by it to one that has one.
+
+use crate::report;
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use towpath_engine::{Engine, GraceMethod, Injector, Tables, possible_cpus};
+use towpath_tables::backing::{Backing, GrowError, RawTable};
+use towpath_tables::brake::Brake;
+use towpath_tables::grace;
+use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
+use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
+use towpath_user::{Core, Linux, Pool, Port};
+
+/// Workers if nobody says how many.
+const WORKERS: usize = 4;
+/// Buffers of a worker: for each of its sockets as many as the rings hold, and what is on its way besides.
+const BUFFERS_PER_SOCKET: usize = 1024;
+const BUFFERS: usize = 1024;
+
+/// Lines of the statistics: one for the programs of each CPU, and behind those one for the worker of each core.
+pub fn statistics_lines() -> Result<usize> {
+    Ok(2 * possible_cpus()? as usize)
+}
+
+/// What is asked of the user engine, checked as far as that changes nothing.
+pub struct Plan {
+    cores: Vec<Core>,
+    /// Sockets of a worker at most
+    sockets: usize,
+}
+
+impl Plan {
+    /// Workers on these cores, or on some of those that this process may use; `ports` are the interfaces that may be
+    /// served.
+    pub fn new(cores: Option<&[u32]>, ports: &[u32]) -> Result<Self> {
+        af_xdp::check()?;
+        let cores = match cores {
+            Some(cores) => cores.iter().map(|core| Core(*core)).collect(),
+            None => choose(&towpath_user::usable_cores()?, ports.len()),
+        };
+        towpath_user::check_cores(&cores)?;
+        // An interface that has just gone is no reason to fail here.
+        let queues = ports.iter().map(|port| towpath_engine::queues(*port).map_or(1, |(receiving, _)| receiving));
+        let sockets = queues.map(|queues| (queues.min(SOCKET_QUEUES) as usize).div_ceil(cores.len().max(1))).sum();
+        Ok(Self { cores, sockets })
+    }
+}
+
+/// The last ones, as many as there are ports, but not all: the first is left to everything else.
+fn choose(usable: &[Core], ports: usize) -> Vec<Core> {
+    let count = ports.clamp(1, WORKERS).min(usable.len().saturating_sub(1).max(1));
+    usable[usable.len().saturating_sub(count)..].to_vec()
+}
+
+type UserEngine = towpath_user::Engine<Tables>;
+
+/// Workers, and what they serve.
+pub struct Workers {
+    engine: Arc<UserEngine>,
+    xdp: Engine,
+    cores: Vec<Core>,
+    /// Of the statistics
+    first_line: u32,
+    /// Waits for programs that may have seen a socket
+    programs: GraceMethod,
+    /// By interface index
+    served: BTreeMap<u32, Served>,
+    /// Which port each interface index was, in the order in which they came
+    numbers: BTreeMap<u32, usize>,
+}
+
+struct Served {
+    slot: u32,
+    sockets: Vec<Socket>,
+}
+
+struct Socket {
+    queue: u32,
+    worker: usize,
+    fd: OwnedFd,
+}
+
+/// Sockets of a port that no worker has yet.
+pub struct Opened {
+    ifindex: u32,
+    /// With the worker that each is for
+    queues: Vec<(usize, u32, XdpPort)>,
+    transmitting: u32,
+}
+
+impl Opened {
+    /// The port
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+}
+
+impl Workers {
+    /// Starts them, without ports, on the engine's tables.
+    pub fn start(plan: &Plan, xdp: &Engine) -> Result<Self> {
+        let injector = Arc::new(Injector::open()?);
+        let buffers = BUFFERS + BUFFERS_PER_SOCKET * plan.sockets;
+        let equip = |_| {
+            let injector = injector.clone();
+            let linux = move |ifindex: u32, frame: &[u8]| injector.inject(ifindex, frame).is_ok();
+            (Pool::new(buffers, STRIDE), Box::new(linux) as Box<dyn Linux>)
+        };
+        let first_line = possible_cpus()?;
+        let engine = UserEngine::start(&Arc::new(xdp.tables()), &plan.cores, first_line, equip)?;
+        Ok(Self {
+            engine: Arc::new(engine),
+            xdp: xdp.clone(),
+            cores: plan.cores.clone(),
+            first_line,
+            programs: GraceMethod::choose()?,
+            served: BTreeMap::new(),
+            numbers: BTreeMap::new(),
+        })
+    }
+
+    /// Opens a socket on each queue of an interface.
+    pub fn open(&mut self, ifindex: u32, name: &str) -> Result<Opened> {
+        let (receiving, transmitting) = towpath_engine::queues(ifindex)?;
+        if receiving > SOCKET_QUEUES {
+            bail!(
+                "{name} has {receiving} receive queues, and the user engine serves at most {SOCKET_QUEUES} of a port; run: \
+                 ethtool -L {name} combined {SOCKET_QUEUES} (or rx {SOCKET_QUEUES}, as the driver counts them), or use \
+                 --engine xdp"
+            );
+        }
+        let next = self.numbers.len();
+        let number = *self.numbers.entry(ifindex).or_insert(next);
+        let areas: Vec<_> = self.engine.areas().collect();
+        let open = |queue: u32| {
+            let worker = (number + queue as usize) % areas.len().max(1);
+            let area = areas.get(worker).context("there is no worker")?;
+            Ok((
+                worker,
+                queue,
+                XdpPort::open(*area, ifindex, queue).with_context(|| format!("{name} cannot be served"))?,
+            ))
+        };
+        Ok(Opened { ifindex, transmitting, queues: (0..receiving).map(open).collect::<Result<_>>()? })
+    }
+
+    /// Has the workers serve a port by these sockets; if that fails, the program goes on alone.
+    pub fn serve(&mut self, slot: u32, opened: Opened) -> Result<()> {
+        let ifindex = opened.ifindex;
+        let done = self.hand_out(slot, opened);
+        if done.is_err() {
+            self.leave(ifindex);
+        }
+        done
+    }
+
+    fn hand_out(&mut self, slot: u32, Opened { ifindex, queues, transmitting }: Opened) -> Result<()> {
+        let served = self.served.entry(ifindex).or_insert(Served { slot, sockets: Vec::new() });
+        let mut of_worker: BTreeMap<usize, Vec<XdpPort>> = BTreeMap::new();
+        let mut senders = Vec::new();
+        for (worker, queue, port) in queues {
+            let fd = port.as_fd().try_clone_to_owned().context("cannot keep a socket")?;
+            served.sockets.push(Socket { queue, worker, fd });
+            let ports = of_worker.entry(worker).or_default();
+            // The first queue of a worker is the one that sends, if it may.
+            if ports.is_empty() && queue < transmitting {
+                senders.push(worker);
+            }
+            ports.push(port);
+        }
+        for (worker, queues) in of_worker {
+            let driver = Box::new(XdpQueues::new(queues));
+            if !self.engine.add(worker, Port { ifindex, slot, driver }) {
+                bail!("the worker on core {} is gone", self.cores.get(worker).map_or(0, |core| core.0));
+            }
+        }
+        for worker in (0..self.cores.len()).filter(|worker| !senders.contains(worker)) {
+            if let Some(sender) = senders.get(worker % senders.len().max(1)) {
+                self.engine.leave_to(worker, (ifindex, slot), *sender);
+            }
+        }
+        let enter = |socket: &Socket| self.xdp.set_socket(slot, socket.queue, Some(socket.fd.as_fd()));
+        Ok(served.sockets.iter().try_for_each(enter)?)
+    }
+
+    /// Takes a port from the workers: its frames are the program's again, and what the workers have of it is forwarded.
+    pub fn leave(&mut self, ifindex: u32) {
+        let served = self.served.remove_entry(&ifindex);
+        self.take_back(served.into_iter().collect());
+    }
+
+    fn take_back(&mut self, ports: Vec<(u32, Served)>) {
+        for port in ports.iter().map(|(_, port)| port) {
+            for socket in &port.sockets {
+                if let Err(error) = self.xdp.set_socket(port.slot, socket.queue, None) {
+                    tracing::warn!("{error}");
+                }
+            }
+        }
+        if !ports.is_empty()
+            && let Err(error) = self.programs.wait()
+        {
+            // What a program hands to a socket at this moment is lost then.
+            tracing::warn!("{error}");
+        }
+        for (ifindex, port) in ports {
+            // A socket ends with its last descriptor, and the worker's is to be that.
+            drop(port);
+            self.engine.remove(ifindex);
+        }
+    }
+
+    /// Whether workers serve the port.
+    pub fn serves(&self, ifindex: u32) -> bool {
+        self.served.contains_key(&ifindex)
+    }
+
+    /// What the tables' writer is to wait by.
+    pub fn grace(&self) -> towpath_user::Grace {
+        self.engine.grace()
+    }
+
+    /// The tables for their writer, who may let them grow.
+    pub fn tables(&self) -> Shared {
+        Shared { tables: self.xdp.tables(), workers: Some((self.xdp.clone(), self.engine.clone())) }
+    }
+
+    /// What the status says of each.
+    pub fn report(&self, name: impl Fn(u32) -> String) -> Vec<report::Worker> {
+        let tables = self.xdp.tables();
+        let report = |(worker, core): (usize, &Core)| {
+            let mut report = report::Worker { core: core.0, ..report::Worker::default() };
+            let line = (self.first_line + core.0) as usize * PORT_SLOTS as usize;
+            let stats = tables.view().stats().iter().skip(line).take(PORT_SLOTS as usize);
+            for stats in stats {
+                report.rx_packets += stats.rx_packets.load();
+                report.tx_packets += stats.tx_packets.load();
+                report.exceptions += stats.exceptions.iter().map(|count| count.load()).sum::<u64>();
+                report.tx_lost += stats.tx_lost.load();
+                report.exceptions_lost += stats.exceptions_lost.load();
+            }
+            for (ifindex, served) in &self.served {
+                for socket in served.sockets.iter().filter(|socket| socket.worker == worker) {
+                    report.rx_lost += af_xdp::lost(socket.fd.as_fd()).unwrap_or_default();
+                    report.queues.push(report::Queue { port: name(*ifindex), queue: socket.queue });
+                }
+            }
+            report
+        };
+        self.cores.iter().enumerate().map(report).collect()
+    }
+}
+
+impl Drop for Workers {
+    /// The programs go on alone, and nothing that has arrived is lost.
+    fn drop(&mut self) {
+        let served = std::mem::take(&mut self.served);
+        self.take_back(served.into_iter().collect());
+    }
+}
+
+/// The tables, for their writer. When one grows, the workers look at the new one before he goes on.
+pub struct Shared {
+    tables: Tables,
+    workers: Option<(Engine, Arc<UserEngine>)>,
+}
+
+impl Shared {
+    /// Tables without workers.
+    pub fn alone(tables: Tables) -> Self {
+        Self { tables, workers: None }
+    }
+}
+
+// SAFETY: the tables are those of `Tables`, which keeps the promise.
+unsafe impl Backing for Shared {
+    fn table(&self, table: TableId) -> RawTable {
+        self.tables.table(table)
+    }
+
+    fn brake(&self) -> Brake {
+        self.tables.brake()
+    }
+
+    fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {
+        let grown = self.tables.grow(table, elements);
+        if let Some((xdp, workers)) = &self.workers {
+            workers.set_tables(&Arc::new(xdp.tables()));
+        }
+        grown
+    }
+}
+
+/// Waits for programs in flight and for workers.
+pub struct Grace {
+    programs: GraceMethod,
+    workers: Option<towpath_user::Grace>,
+}
+
+impl Grace {
+    /// For the programs, and for workers if there are any.
+    pub fn of(workers: Option<&Workers>) -> Result<Self> {
+        Ok(Self { programs: GraceMethod::choose()?, workers: workers.map(Workers::grace) })
+    }
+}
+
+impl grace::Grace for Grace {
+    fn wait(&mut self) {
+        grace::Grace::wait(&mut self.programs);
+        if let Some(workers) = &mut self.workers {
+            workers.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_core_is_left_to_everything_else_if_there_are_several() {
+        let usable = |numbers: &[u32]| numbers.iter().map(|number| Core(*number)).collect::<Vec<_>>();
+        let chosen =
+            |numbers: &[u32], ports| choose(&usable(numbers), ports).iter().map(|core| core.0).collect::<Vec<_>>();
+        assert_eq!(chosen(&[3], 2), [3]);
+        assert_eq!(chosen(&[0, 1], 2), [1]);
+        assert_eq!(chosen(&[0, 1, 4, 5], 2), [4, 5]);
+        assert_eq!(chosen(&[0, 1, 4, 5], 9), [1, 4, 5]);
+        assert_eq!(chosen(&[0, 1, 2, 3, 4, 5, 6, 7], 9), [4, 5, 6, 7]);
+        assert_eq!(chosen(&[0, 1, 2], 0), [2]);
+    }
+}
