@@ -232,9 +232,10 @@ fn a_port_that_comes_back_waits_for_room_and_gets_it() {
 }
 
 #[test]
-fn the_user_engine_is_not_in_this_build() {
+fn the_user_engine_names_the_privilege_for_its_sockets() {
     let net = Net::new();
-    refuses(&net, &["up", "--engine", "user", "eth0"], &["user", "--engine xdp"]);
+    let command = net.with_only(&only(CAPABILITIES), &["up", "--engine", "user", "eth0", "eth1"]);
+    refuses_command(&net, command, &["AF_XDP", "CAP_NET_RAW"]);
 }
 
 #[test]

@@ -358,7 +358,8 @@ impl PortDriver for XdpQueues {
     }
 
     fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool {
-        self.queues.iter().fold(true, |all, queue| queue.readable(fds) && all)
+        let only_asking_tells = self.queues.iter().filter(|queue| !queue.readable(fds)).count();
+        only_asking_tells == 0
     }
 
     fn close(self: Box<Self>, pool: &mut Pool) {
