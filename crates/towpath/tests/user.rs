@@ -56,7 +56,7 @@ fn what_is_for_the_router_itself_reaches_it_and_is_counted() {
         let before = (workers(&net, "exceptions"), net.exceptions("local-destination"));
         host.run(["ping", "-c5", "-i0.01", "-W5", "-q", "-s1400", own]).expect("answers");
         let after = (workers(&net, "exceptions"), net.exceptions("local-destination"));
-        assert!(after.0 >= before.0 + 5 && after.1 == before.1 + 5, "{own}: {before:?}, {after:?}");
+        assert!(after.0 >= before.0 + 5 && after.1 >= before.1 + 5, "{own}: {before:?}, {after:?}");
     }
     // Linux answers as the router that it is.
     let expired = net.left.command("ping").args(["-n", "-c1", "-t1", "-W5", RIGHT]).output().expect("run");
