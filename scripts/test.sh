@@ -32,7 +32,7 @@ step_instructions() {
 }
 
 # Lines worth seeing while a step runs.
-course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|SKIP|Miri |  .*(met|MISSED)$)|^error|panicked at'; }
+course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|unsteady:|SKIP|Miri |  .*(met|MISSED)$)|^error|panicked at'; }
 
 # Sums of passed and failed tests over a log's "test result" lines; nothing if there are none.
 totals() {
@@ -41,8 +41,9 @@ totals() {
 }
 
 # Steps whose tests run against real kernels under whatever else the machine does. If one fails it is run once more, and
-# what passed only then is named at the end: unsteady is a defect to mend, but not the one that the test is about.
-kernel_steps=" unit lab vm "
+# what passed only then is named at the end: unsteady is a defect to mend, but not the one that the test is about. The
+# step vm does so itself, binary by binary.
+kernel_steps=" unit lab "
 
 passed=0 failed=0 broken=() skipped=() unsteady=()
 run_step() {
@@ -57,6 +58,7 @@ run_step() {
         status=${PIPESTATUS[0]}
         unsteady+=("$step ($(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$logs/$step.first.log" | sort -u | paste -sd ' '))")
     fi
+    while read -r what; do unsteady+=("$what"); done < <(sed -n 's/^unsteady: //p' "$log")
     read -r ok bad < <(totals "$log")
     # Status 3 says that a step could not be run here. A step without tests of its own counts as one; so does a
     # failure that no test reported (it did not build, …).
