@@ -48,6 +48,36 @@ fn workers_forward_and_down_gives_back_to_linux_without_loss() {
     }
 }
 
+/// How often the workers' threads have gone to sleep.
+fn naps(pid: u32) -> u64 {
+    let of_worker = |task: std::fs::DirEntry| {
+        let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+        let field = |name: &str| Some(status.lines().find_map(|line| line.strip_prefix(name))?.trim().to_string());
+        let worker = field("Name:")?.starts_with("worker-");
+        let naps = field("voluntary_ctxt_switches:")?.parse::<u64>().ok()?;
+        (worker && field("State:")?.starts_with('S')).then_some(naps)
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("tasks");
+    let naps: Vec<_> = tasks.flatten().filter_map(of_worker).collect();
+    // None sleeps at this moment: then no two looks are alike.
+    if naps.is_empty() { u64::MAX } else { naps.iter().sum() }
+}
+
+#[test]
+fn workers_without_work_sleep() {
+    let net = Net::new();
+    let daemon = net.up(&UP);
+    let stream = Stream::start(&net, RIGHT);
+    workers_forward(&net, 100);
+    stream.finish_complete();
+    // Now and then IPv6 has something to say.
+    eventually("the workers sleep through a fifth of a second", || {
+        let before = naps(daemon.pid());
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        (before != u64::MAX && naps(daemon.pid()).abs_diff(before) < 20).then_some(())
+    });
+}
+
 #[test]
 fn what_is_for_the_router_itself_reaches_it_and_is_counted() {
     let net = Net::new();
@@ -192,6 +222,8 @@ fn ports_may_go_down_change_and_vanish() {
     for (node, device) in [(&net.right, "up0"), (&net.router, "eth1")] {
         node.run(["ip", "link", "set", device, "mtu", "1400"]).expect("set");
     }
+    let mtu = || net.json(&["show", "ports"])["ports"][1]["mtu"].clone();
+    eventually("the MTU is known", || (mtu() == 1400).then_some(()));
     workers_forward(&net, 100);
     assert!(net.left.run(["ping", "-c1", "-W5", "-q", "-s1372", "-Mdo", RIGHT]).is_ok(), "what fits");
     let refused = net.left.command("ping").args(["-c1", "-W5", "-s1373", "-Mdo", RIGHT]).output().expect("run");
