@@ -7,7 +7,7 @@
 use crate::findings::{Aim, Findings};
 use crate::path::{Arrangement, Contender, GATEWAY_MAC, OUT, towpath_binary};
 use crate::stats::Summary;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -41,10 +41,17 @@ enum Scene {
     Vlan,
 }
 
-/// Runs the section: starts the virtual machine and this program in it.
-pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
-    println!("instructions per packet, router alone, in the virtual machine");
-    let this = std::env::current_exe()?;
+/// The scenes, split over two virtual machines side by side: what is counted does not depend on how fast they are.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Half {
+    /// The plain one, with most contenders
+    Plain,
+    /// The other scenes
+    Others,
+}
+
+/// Starts a virtual machine and this program in it; gives instructions per packet by contender.
+fn count_in_machine(half: Half) -> Result<BTreeMap<String, f64>> {
     let output = Command::new("lab/vm")
         .args([
             "--icount",
@@ -54,8 +61,8 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
             "veth,8021q,nft_flow_offload,nf_flow_table_inet,nf_conntrack",
             "--",
         ])
-        .arg(&this)
-        .arg("--inside")
+        .arg(std::env::current_exe()?)
+        .args(["--inside", if half == Half::Plain { "plain" } else { "others" }])
         .env("TOWPATH_BIN", towpath_binary()?)
         .stderr(std::process::Stdio::inherit())
         .output()
@@ -66,6 +73,15 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
     }
     let line = text.lines().find(|line| line.starts_with('{')).with_context(|| format!("no figures in: {text}"))?;
     let Counted(counted) = serde_json::from_str(line)?;
+    Ok(counted)
+}
+
+/// Runs the section.
+pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
+    println!("instructions per packet, router alone, in virtual machines");
+    let others = std::thread::spawn(|| count_in_machine(Half::Others));
+    let mut counted = count_in_machine(Half::Plain)?;
+    counted.extend(others.join().map_err(|_| anyhow!("the second machine's thread panicked"))??);
     for (contender, instructions) in &counted {
         println!("  {contender:24} {instructions:7.0}");
     }
@@ -89,20 +105,32 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
 }
 
 /// What runs inside the guest.
-pub fn inside() -> Result<()> {
+pub fn inside(half: Half) -> Result<()> {
+    let counted = match half {
+        Half::Plain => plain()?,
+        Half::Others => others()?,
+    };
+    println!("{}", serde_json::to_string(&Counted(counted))?);
+    Ok(())
+}
+
+fn plain() -> Result<BTreeMap<String, f64>> {
     let contenders =
         [Contender::Drop, Contender::Redirect, Contender::FibForward, Contender::Linux, Contender::Towpath];
-    let mut counted = count("instr", &contenders, Scene::Plain)?;
-    for (name, scene, contender, what) in [
+    count("instr", &contenders, Scene::Plain)
+}
+
+fn others() -> Result<BTreeMap<String, f64>> {
+    let scenes = [
         ("instrft", Scene::Offloaded, Contender::Linux, FLOWTABLE),
         ("instrvl", Scene::Vlan, Contender::Linux, VLAN_LINUX),
         ("instrvt", Scene::Vlan, Contender::Towpath, VLAN),
-    ] {
+    ];
+    let count_one = |(name, scene, contender, what): (_, _, Contender, &str)| {
         let found = count(name, &[Contender::Drop, contender], scene)?;
-        counted.insert(what.to_owned(), *found.get(contender.name()).context("not counted")?);
-    }
-    println!("{}", serde_json::to_string(&Counted(counted))?);
-    Ok(())
+        Ok((what.to_owned(), *found.get(contender.name()).context("not counted")?))
+    };
+    scenes.into_iter().map(count_one).collect()
 }
 
 fn count(name: &str, contenders: &[Contender], scene: Scene) -> Result<BTreeMap<String, f64>> {

@@ -22,9 +22,9 @@ struct Arguments {
     /// End with status 1 if an aim is missed
     #[arg(long)]
     judge: bool,
-    /// What `instructions` starts inside the virtual machine
+    /// What `instructions` starts inside a virtual machine
     #[arg(long, hide = true)]
-    inside: bool,
+    inside: Option<instructions::Half>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -45,8 +45,8 @@ enum Section {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if arguments.inside {
-        return instructions::inside();
+    if let Some(half) = arguments.inside {
+        return instructions::inside(half);
     }
     let wanted = |section| arguments.sections.is_empty() || arguments.sections.contains(&section);
     let mut findings = Findings::default();
