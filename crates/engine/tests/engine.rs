@@ -381,9 +381,8 @@ fn look_beside(rig: &Rig, engine: &Engine) -> Result<(u32, u32)> {
     let (port, sub_port) = (&view.ports()[slot as usize], &view.ports()[sub as usize]);
     let seen = rig.on_router(|| engine.sees_beside(port.ifindex.load()))?;
     let flags = port.flags.load() | port_flags::PARTIAL_CSUM | if seen { port_flags::BESIDE } else { 0 };
-    for (to, from) in [(&sub_port.mac_hi, &port.mac_hi), (&sub_port.mac_lo, &port.mac_lo), (&sub_port.mtu, &port.mtu)] {
-        to.store(from.load());
-    }
+    sub_port.mac.store(port.mac.load());
+    sub_port.mtu.store(port.mtu.load());
     sub_port.flags.store(flags | port_flags::VLAN);
     sub_port.vlans.store(NO_VLANS);
     sub_port.vlan.store(0x8100 << 16 | 100);

@@ -2,10 +2,9 @@
 
 use crate::network::Network;
 use crate::{Frame, Tables, partial};
-use core::hint::black_box;
-use towpath_tables::Reason;
-use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, port_flags};
-use towpath_wire::ethernet::{self, Ethernet, Mac, Tag};
+use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, destination_word, port_flags};
+use towpath_tables::{Reason, opaque};
+use towpath_wire::ethernet::{self, Ethernet, Tag};
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 
@@ -63,7 +62,7 @@ impl<'t> Entry<'t> {
         };
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
         // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: say it again.
-        let place = black_box(usize::from(id / 2)) % table.slots.len();
+        let place = opaque(usize::from(id / 2)) % table.slots.len();
         let pair = table.slots.get(place).ok_or(Reason::Internal)?.load();
         let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
         let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
@@ -111,11 +110,6 @@ impl<'t> Entry<'t> {
             None => Ok(()),
         }
     }
-
-    #[inline(always)]
-    fn owns(&self, mac: &Mac) -> bool {
-        self.port.mac_hi.load() == mac.hi.get() && self.port.mac_lo.load() == u32::from(mac.lo.get())
-    }
 }
 
 /// Reads the frame's headers and leaves in `entry` the port that they belong to.
@@ -123,9 +117,6 @@ impl<'t> Entry<'t> {
 pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Reason> {
     entry.ready()?;
     let ethernet = frame.get::<Ethernet>(0).ok_or(Reason::Truncated)?;
-    if ethernet.destination.is_group() {
-        return Err(Reason::L2Multicast);
-    }
     entry.look_beside(frame, tables)?;
     let mut offset = size_of::<Ethernet>();
     let mut ethertype = ethernet.ethertype.get();
@@ -138,8 +129,8 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
         ethertype = tag.ethertype.get();
         offset += size_of::<Tag>();
     }
-    if !entry.owns(&ethernet.destination) {
-        return Err(Reason::NotForUs);
+    if destination_word(ethernet.first.get()) != entry.port.mac.load() {
+        return Err(if ethernet.is_group() { Reason::L2Multicast } else { Reason::NotForUs });
     }
     let config = tables.config().ok_or(Reason::Internal)?;
     match ethertype {

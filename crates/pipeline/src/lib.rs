@@ -37,7 +37,7 @@ pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_
 
 use towpath_tables::Reason;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{Config, Group, Nexthop, Port, PortStats, VlanTable};
+use towpath_tables::record::{Config, CpuStats, Group, Nexthop, Port, VlanTable};
 use towpath_wire::View;
 
 /// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
@@ -91,8 +91,8 @@ pub trait Tables: LpmRead {
     fn group(&self, index: u32) -> Option<&Group>;
     /// The caller's CPU or worker, as `stats` numbers them
     fn cpu(&self) -> u32;
-    /// Counters of a port that only this CPU or worker writes
-    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats>;
+    /// Counters that only this CPU or worker writes
+    fn stats(&self, cpu: u32) -> Option<&CpuStats>;
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.
     fn transmitter(&self, slot: u32) -> bool;

@@ -4,7 +4,7 @@ use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
 use towpath_tables::backing::View;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, VlanTable, port_flags};
+use towpath_tables::record::{Config, CpuStats, Group, Line, Nexthop, Port, VlanTable, port_flags};
 
 /// Mapped tables, and what their reader may do.
 #[derive(Clone, Copy)]
@@ -70,9 +70,9 @@ impl Tables for Mapped<'_> {
         self.counters.unwrap_or_default()
     }
     #[inline(always)]
-    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
+    fn stats(&self, cpu: u32) -> Option<&CpuStats> {
         self.counters?;
-        self.view.stats().get(cpu as usize * PORT_SLOTS as usize + slot as usize)
+        self.view.stats().as_chunks().0.get(cpu as usize)
     }
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {

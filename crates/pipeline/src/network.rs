@@ -92,10 +92,10 @@ impl Network for Ipv4 {
     /// ip_route_input_slow: 0.0.0.0 alone is special of 0.0.0.0/8, and of 240.0.0.0/4 only the broadcast address.
     #[inline(always)]
     fn check_scopes(&self, flags: u32) -> Result<(), Reason> {
-        let (source, destination) = (u32::from_be_bytes(self.source), u32::from_be_bytes(self.destination));
-        if is_plain(source) && is_plain(destination) {
+        if is_plain(self.source) && is_plain(self.destination) {
             return Ok(());
         }
+        let (source, destination) = (u32::from_be_bytes(self.source), u32::from_be_bytes(self.destination));
         let loopback_ok = flags & port_flags::ROUTE_LOCALNET != 0;
         if is_multicast(destination) {
             return Err(Reason::Multicast);
@@ -186,8 +186,7 @@ impl Network for Ipv4 {
 
 /// 1.0.0.0 to 223.255.255.255 without 127.0.0.0/8: nothing special about it.
 #[inline(always)]
-fn is_plain(address: u32) -> bool {
-    let first = address >> 24;
+fn is_plain([first, ..]: [u8; 4]) -> bool {
     first.wrapping_sub(1) < 223 && first != 127
 }
 

@@ -30,10 +30,11 @@ fn rewrite_packet<N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Ho
 
 #[inline(always)]
 fn write<L: Link, N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
+    let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
     fit::<L, F>(frame, parsed)?;
     let header = frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)?;
     header.decrement();
-    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = L::new(hop.l2, N::ETHERTYPE);
+    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
     Ok(())
 }
 

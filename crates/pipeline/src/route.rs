@@ -8,32 +8,37 @@ use towpath_tables::order;
 use towpath_tables::record::{Family, Nexthop, NexthopKind, port_flags};
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
+use towpath_wire::link::Link;
 
-/// A next hop as it was when it was read, whole.
+/// A next hop that is being read. What was read is known to belong together once `link` has said so.
 pub struct Hop<'t> {
-    /// The record, for its hit flag
     record: &'t Nexthop,
+    sequence: u32,
     state: u32,
     /// Slot of the port that the packet leaves by
     pub port: u32,
     /// Slot of the interface that transmits it
     pub device: u32,
-    mtu: u32,
-    /// MAC addresses and tags
-    pub l2: [u64; 3],
 }
 
 impl<'t> Hop<'t> {
     #[inline(always)]
-    fn read(record: &'t Nexthop) -> Option<Self> {
-        order::consistent(&record.sequence, || Self {
+    fn begin(record: &'t Nexthop) -> Option<Self> {
+        let sequence = order::begin(&record.sequence)?;
+        Some(Self {
             record,
+            sequence,
             state: record.state.load(),
             port: record.port.load(),
             device: record.device.load(),
-            mtu: record.mtu.load(),
-            l2: [record.l2[0].load(), record.l2[1].load(), record.l2[2].load()],
         })
+    }
+
+    /// The link header of packets to it; None if it was changed since it was begun to be read.
+    #[inline(always)]
+    pub fn link<L: Link>(&self, ethertype: u16) -> Option<L> {
+        let link = L::new(|word| self.record.l2[word].load(), ethertype);
+        order::unchanged(&self.record.sequence, self.sequence).then_some(link)
     }
 
     /// Number of VLAN tags in `l2`
@@ -153,7 +158,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
         Kind::None => return Err(Reason::NoRoute),
         Kind::Node(_) => return Err(Reason::Internal),
     };
-    let hop = Hop::read(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
+    let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
     hop.check()?;
     header.check_source(tables, entry)?;
     if header.hops_left() <= 1 {
@@ -162,7 +167,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     if hop.port == entry.slot && N::redirects(entry.flags) {
         return Err(Reason::Redirect);
     }
-    if parsed.packet_len > hop.mtu as usize {
+    if parsed.packet_len > hop.record.mtu.load() as usize {
         return Err(Reason::MtuExceeded);
     }
     if parsed.several {

@@ -4,7 +4,7 @@ use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
-use towpath_tables::record::{Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, VlanTable, port_flags};
+use towpath_tables::record::{Config, CpuStats, Group, Line, Nexthop, Port, PortStats, Root, VlanTable, port_flags};
 
 /// The tables that the packet path reads, and the counters of all CPUs.
 #[derive(Clone, Copy)]
@@ -84,8 +84,8 @@ impl Tables for Slices<'_> {
         self.cpu
     }
     #[inline(always)]
-    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
-        self.stats.get(cpu as usize * PORT_SLOTS as usize + slot as usize)
+    fn stats(&self, cpu: u32) -> Option<&CpuStats> {
+        self.stats.as_chunks().0.get(cpu as usize)
     }
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::backing::View;
 use crate::layout::layout_hash;
-use crate::lpm::{Kind, Word};
+use crate::lpm::{Kind, LpmRead, Word};
 use crate::record::*;
 use crate::store::{InUse, stored_count, wide_count};
 
@@ -123,9 +123,10 @@ impl Scan<'_> {
     }
 
     fn node(&mut self, index: u32, wide: bool, levels: usize) -> Result<(), AdoptError> {
-        let Some(first) = self.view.line_of(index).filter(|_| index != 0) else {
+        let Some(node) = self.view.node(index).filter(|_| index != 0) else {
             return damaged(format!("a route leads to node {index}, which is not there"));
         };
+        let first = node.line;
         let (bytes, head, stored) = if wide {
             (2, WIDE_HEAD, wide_count(first.as_wide()))
         } else {
@@ -145,7 +146,7 @@ impl Scan<'_> {
             return damaged(format!("node {index} is part of two routes' ways"));
         }
         self.used.nodes.push((index, lines));
-        for word in (head as u32..end).filter_map(|position| crate::lpm::stored(self.view, index, position)) {
+        for word in (head as u32..end).filter_map(|position| self.view.stored(node, position)) {
             self.word(word, levels - bytes)?;
         }
         Ok(())
@@ -160,11 +161,14 @@ fn is_sound(node: &Node) -> bool {
     node.bitmap[0] & 1 != 0 && node.counts.map(u32::from) == counts[..4]
 }
 
-/// Ends ascend, and nothing follows the last one.
+/// Ends ascend, nothing follows the last one, and there is no end where there may be none.
 fn is_sound_wide(node: &Wide) -> bool {
     let ends: Vec<u16> = node.ends().collect();
-    let all = node.ends.iter().flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16));
-    !ends.is_empty() && ends.is_sorted_by(|a, b| a < b) && all.skip(ends.len()).all(|end| end == NO_END)
+    let all = node.ends.as_flattened().iter();
+    !ends.is_empty()
+        && ends.len() <= WIDE_ENDS
+        && ends.is_sorted_by(|a, b| a < b)
+        && all.skip(ends.len()).all(|end| *end == NO_END)
 }
 
 #[cfg(test)]
@@ -173,16 +177,19 @@ mod tests {
 
     #[test]
     fn ends_of_a_wide_node_ascend_and_stop() {
-        let sound = |first: u64, second: u64| {
-            let mut ends = [u64::MAX; WIDE_ENDS / 4];
-            (ends[0], ends[1]) = (first, second);
+        let sound = |first: &[u16]| {
+            let mut ends = [[NO_END; 4]; WIDE_FOURS];
+            ends.as_flattened_mut()[..first.len()].copy_from_slice(first);
             is_sound_wide(&Wide { ends, words: [0; 2] })
         };
-        assert!(sound(0xffff_ffff_ffff_0000, u64::MAX));
-        assert!(sound(0x0004_0003_0002_0001, 0xffff_ffff_fffe_0005));
-        assert!(!sound(u64::MAX, u64::MAX), "one word only");
-        assert!(!sound(0x0004_0003_0003_0001, u64::MAX), "twice the same");
-        assert!(!sound(0x0004_0003_0001_0002, u64::MAX), "descending");
-        assert!(!sound(0xffff_0003_0002_0001, 0xffff_ffff_ffff_0005), "a gap");
+        assert!(sound(&[0]));
+        assert!(sound(&[1, 2, 3, 4, 5, 0xfffe]));
+        assert!(!sound(&[]), "one word only");
+        assert!(!sound(&[1, 3, 3, 4]), "twice the same");
+        assert!(!sound(&[2, 1, 3, 4]), "descending");
+        assert!(!sound(&[1, 2, 3, NO_END, 5]), "a gap");
+        let full: Vec<u16> = (0..WIDE_ENDS as u16).collect();
+        assert!(sound(&full));
+        assert!(!sound(&[full, vec![WIDE_ENDS as u16]].concat()), "an end in the last place");
     }
 }

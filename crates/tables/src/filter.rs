@@ -8,5 +8,5 @@ use crate::record::LOCAL_FILTER_BITS;
 #[inline(always)]
 pub const fn local_filter_bit(address: [u8; 4]) -> u32 {
     const SHIFT: u32 = 32 - LOCAL_FILTER_BITS.trailing_zeros();
-    u32::from_be_bytes(address).wrapping_mul(0x9e37_79b9) >> SHIFT
+    u32::from_ne_bytes(address).wrapping_mul(0x9e37_79b9) >> SHIFT
 }

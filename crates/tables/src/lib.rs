@@ -3,6 +3,7 @@
 //!
 //! Without the feature `std` only what readers need is built, for the BPF target.
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 #[cfg(feature = "std")]
 pub mod adopt;
@@ -20,6 +21,7 @@ pub mod mark;
 pub mod mix;
 #[cfg(feature = "std")]
 pub mod nexthop;
+pub mod opaque;
 pub mod order;
 #[cfg(feature = "std")]
 pub mod pool;
@@ -33,4 +35,5 @@ pub mod word;
 #[cfg(feature = "std")]
 pub mod writer;
 
+pub use opaque::opaque;
 pub use reason::{REASONS, Reason};

@@ -1,7 +1,8 @@
 //! Longest-prefix match: what a word means, and the look-up. Compiled for BPF and natively; it allocates nothing,
 //! cannot panic and walks at most one node per address byte after the second, or one wide node per two.
 
-use crate::record::{LINE_WORDS, Line, NODE_HEAD, Node, WIDE_HEAD, Wide};
+use crate::opaque;
+use crate::record::{LINE_WORDS, Line, NODE_HEAD, Node, WIDE_FOURS, WIDE_HEAD, Wide};
 
 const NODE: u32 = 1 << 31;
 const GROUP: u32 = 1 << 30;
@@ -105,6 +106,15 @@ impl Leaf {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Internal;
 
+/// The first line of a node, and its place in the table.
+#[derive(Clone, Copy, Debug)]
+pub struct FirstLine<'t> {
+    /// Its place
+    pub index: u32,
+    /// The line
+    pub line: &'t Line,
+}
+
 /// The memory a look-up reads. Each method returns None if the index is outside the table.
 pub trait LpmRead {
     /// `Root::direct[slot]`. What the word leads to was written before the word: a native implementation orders its
@@ -114,6 +124,18 @@ pub trait LpmRead {
     fn root_default(&self, root: u32) -> Option<u32>;
     /// A line of a node
     fn line(&self, index: u32) -> Option<&Line>;
+    /// The first line of a node
+    #[inline(always)]
+    fn node(&self, index: u32) -> Option<FirstLine<'_>> {
+        self.line(index).map(|line| FirstLine { index, line })
+    }
+    /// The word at a position of a node, counted from its beginning
+    #[inline(always)]
+    fn stored(&self, node: FirstLine, position: u32) -> Option<Word> {
+        const WORDS: u32 = LINE_WORDS as u32;
+        let line = self.line(node.index.wrapping_add(position / WORDS))?;
+        line.words.get((position % WORDS) as usize).map(|word| Word(*word))
+    }
     /// Asks for the memory that `root_word` will read, where that can be done.
     #[inline(always)]
     fn prefetch_root_word(&self, _root: u32, _slot: u16) {}
@@ -130,13 +152,14 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
     for pair in rest.chunks_exact(2) {
         let &[high, low] = pair else { return Err(Internal) };
         let Kind::Node(index) = word.kind() else { break };
+        let node = mem.node(index).ok_or(Internal)?;
         if word.is_wide() {
-            word = wide_step(mem, index, u16::from_be_bytes([high, low])).ok_or(Internal)?;
+            word = wide_step(mem, node, u16::from_be_bytes([high, low])).ok_or(Internal)?;
             continue;
         }
-        word = step(mem, index, high).ok_or(Internal)?;
+        word = step(mem, node, high).ok_or(Internal)?;
         let Kind::Node(index) = word.kind() else { break };
-        word = step(mem, index, low).ok_or(Internal)?;
+        word = step(mem, mem.node(index).ok_or(Internal)?, low).ok_or(Internal)?;
     }
     match word.kind() {
         Kind::Node(_) => Err(Internal),
@@ -216,7 +239,7 @@ impl Walk {
             Next::Wide => {
                 self.bytes += 2;
                 let value = u16::from_be_bytes([*addr.get(at)?, *addr.get(at + 1)?]);
-                WIDE_HEAD as u32 + wide_rank(mem.line(self.line)?.as_wide(), value)
+                WIDE_HEAD as u32 + wide_rank(mem.line(self.line)?.as_wide(), value)?
             }
         };
         if position < WORDS {
@@ -255,22 +278,14 @@ fn first_pair(addr: &[u8]) -> Option<u16> {
 
 /// The word for `byte` in a node: the last stored one at or before it.
 #[inline(always)]
-fn step(mem: &impl LpmRead, index: u32, byte: u8) -> Option<Word> {
-    stored(mem, index, NODE_HEAD as u32 + rank(mem.line(index)?.as_node(), byte)?)
+fn step(mem: &impl LpmRead, node: FirstLine, byte: u8) -> Option<Word> {
+    mem.stored(node, NODE_HEAD as u32 + rank(node.line.as_node(), byte)?)
 }
 
 /// The word for two bytes in a wide node.
 #[inline(always)]
-fn wide_step(mem: &impl LpmRead, index: u32, value: u16) -> Option<Word> {
-    stored(mem, index, WIDE_HEAD as u32 + wide_rank(mem.line(index)?.as_wide(), value))
-}
-
-/// The word at a position of a node, counted from its beginning.
-#[inline(always)]
-pub fn stored(mem: &impl LpmRead, node: u32, position: u32) -> Option<Word> {
-    const WORDS: u32 = LINE_WORDS as u32;
-    let line = mem.line(node.wrapping_add(position / WORDS))?;
-    line.words.get((position % WORDS) as usize).map(|word| Word(*word))
+fn wide_step(mem: &impl LpmRead, node: FirstLine, value: u16) -> Option<Word> {
+    mem.stored(node, WIDE_HEAD as u32 + wide_rank(node.line.as_wide(), value)?)
 }
 
 /// Words stored before the one for `byte`.
@@ -281,19 +296,16 @@ fn rank(node: &Node, byte: u8) -> Option<u32> {
     Some((u32::from(*node.counts.get(quarter)?) + upto.count_ones()).wrapping_sub(1))
 }
 
-/// Runs that end before `value`. Two ends are compared at once, each in half a word, without a branch.
+/// Runs that end before `value`: fours that do, then ends in the next four, of which the last cannot. Nothing here is a
+/// branch, nor what a compiler takes for one.
 #[inline(always)]
-fn wide_rank(node: &Wide, value: u16) -> u32 {
-    const HALVES: u64 = 1 << 32 | 1;
-    const ENDS: u64 = 0xffff * HALVES;
-    // In each half, bit 16 of `value + 0xffff - end` is set exactly if value > end.
-    let value = (u64::from(value) + 0xffff) * HALVES;
-    let mut before = 0;
-    for four in node.ends {
-        before += (value - (four & ENDS)) >> 16 & HALVES;
-        before += (value - (four >> 16 & ENDS)) >> 16 & HALVES;
-    }
-    (before as u32).wrapping_add((before >> 32) as u32)
+fn wide_rank(node: &Wide, value: u16) -> Option<u32> {
+    // Bit 16 is set exactly if the value is greater than the end.
+    let greater = opaque(usize::from(value) + 0xffff) as u32;
+    let behind = |end: u16| greater.wrapping_sub(end.into()) >> 16;
+    let fours: u32 = node.ends[..WIDE_FOURS - 1].iter().map(|[.., last]| behind(*last)).sum();
+    let [ends @ .., _] = node.ends.get(fours as usize)?;
+    Some(fours * 4 + ends.iter().map(|end| behind(*end)).sum::<u32>())
 }
 
 #[cfg(test)]
@@ -366,16 +378,18 @@ mod tests {
         for ends in (0..=WIDE_ENDS as u16).flat_map(|count| {
             [(0..count).map(|n| n * 2341).collect::<Vec<_>>(), (0..count).map(|n| 0xffff - count + n).collect()]
         }) {
-            let mut wide = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; 2] };
-            for (at, end) in ends.iter().enumerate() {
-                wide.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
-            }
+            let mut wide = Wide { ends: [[u16::MAX; 4]; WIDE_FOURS], words: [0; 2] };
+            wide.ends.as_flattened_mut()[..ends.len()].copy_from_slice(&ends);
             let words: Vec<u32> = (100..).take(ends.len() + 1).collect();
             let mem = Fixture([vec![Line::ZERO], with_words(wide.to_line(), WIDE_HEAD, &words)].concat());
             let near = ends.iter().flat_map(|&end| [end.saturating_sub(1), end, end + 1]);
             for value in near.chain([0, 1, 0x00ff, 0x0100, 0x7fff, 0x8000, 0xfffe, 0xffff]) {
                 let rank = ends.iter().filter(|&&end| end < value).count() as u32;
-                assert_eq!(wide_step(&mem, 1, value), Some(Word(100 + rank)), "{value} among {ends:?}");
+                assert_eq!(
+                    wide_step(&mem, mem.node(1).unwrap(), value),
+                    Some(Word(100 + rank)),
+                    "{value} among {ends:?}"
+                );
             }
             assert_eq!(mem.0[1].as_wide().ends().collect::<Vec<_>>(), ends);
         }

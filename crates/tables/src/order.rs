@@ -80,23 +80,33 @@ pub fn load<T, W: Shared<T>>(word: &W) -> T {
 pub fn change<W: Shared<u32>>(sequence: &W, payload: impl FnOnce()) {
     let even = sequence.load() & !1;
     sequence.store(even.wrapping_add(1));
-    // Pairs with the second fence in `consistent`: a reader that got a new word sees the odd or a later count.
+    // Pairs with the fence in `unchanged`: a reader that got a new word sees the odd or a later count.
     W::release_fence();
     payload();
-    // Pairs with the first fence in `consistent`: a reader that got the new count sees all new words.
+    // Pairs with the fence in `begin`: a reader that got the new count sees all new words.
     publish(sequence, even.wrapping_add(2));
 }
 
 /// What `payload` read from a record's words, or None if the record was being changed meanwhile.
 #[inline(always)]
 pub fn consistent<T, W: Shared<u32>>(sequence: &W, payload: impl FnOnce() -> T) -> Option<T> {
+    let before = begin(sequence)?;
+    let value = payload();
+    unchanged(sequence, before).then_some(value)
+}
+
+/// Begins to read a record's words: its count, or None if the record is being changed.
+#[inline(always)]
+pub fn begin<W: Shared<u32>>(sequence: &W) -> Option<u32> {
     // Pairs with the publication in `change`.
     let before = load(sequence);
-    if before & 1 != 0 {
-        return None;
-    }
-    let value = payload();
+    (before & 1 == 0).then_some(before)
+}
+
+/// Whether all words read since `begin` belong together.
+#[inline(always)]
+pub fn unchanged<W: Shared<u32>>(sequence: &W, before: u32) -> bool {
     // Pairs with the first fence in `change`.
     W::acquire_fence();
-    (sequence.load() == before).then_some(value)
+    sequence.load() == before
 }

@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -103,10 +103,8 @@ pub struct Port {
     pub ifindex: W32,
     /// `port_flags`
     pub flags: W32,
-    /// MAC address, first four bytes as they are on the wire
-    pub mac_hi: W32,
-    /// MAC address, last two bytes as they are on the wire, in the low half
-    pub mac_lo: W32,
+    /// MAC address, see `mac_word`
+    pub mac: W64,
     /// Per family: root of the routes to look up in (index into `Roots`)
     pub root: [W32; 2],
     /// Per family: 0, or 1 + the `Reason` for which packets that enter here are exceptions
@@ -123,6 +121,17 @@ pub struct Port {
     pub reserved: [W32; 4],
 }
 const _: () = assert!(size_of::<Port>() == 64);
+
+/// A MAC address as the number as which addresses are stored and compared.
+pub const fn mac_word([a, b, c, d, e, f]: [u8; 6]) -> u64 {
+    destination_word(u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]))
+}
+
+/// The destination, as `mac_word` gives it, of a frame with these first eight bytes.
+#[inline(always)]
+pub const fn destination_word(first: u64) -> u64 {
+    if cfg!(target_endian = "little") { first << 16 } else { first >> 16 }
+}
 
 /// `Port::vlans` of a port without VLAN sub-interfaces.
 pub const NO_VLANS: u32 = u32::MAX;
@@ -186,6 +195,9 @@ impl Line {
 pub const NODE_HEAD: usize = 9;
 /// Lines of the largest node.
 pub const NODE_LINES: usize = (NODE_HEAD + 256).div_ceil(LINE_WORDS);
+/// So many lines at the end of the table are never used. A power of two, and no node is longer: one comparison of a node's
+/// first line, and a mask over a position in it, show a verifier that a look-up stays in the table.
+pub const NODE_REACH: usize = NODE_LINES.next_power_of_two();
 
 /// Eight bits of an address: 256 words, of which only those that differ from their left neighbour are stored. The first
 /// line of the node.
@@ -209,22 +221,25 @@ impl Node {
     }
 }
 
-/// Last values that a wide node stores.
-pub const WIDE_ENDS: usize = 28;
+/// Ends in a wide node come in so many fours.
+pub const WIDE_FOURS: usize = 7;
+/// Last values that a wide node stores: one less than there is room for, so the last of the last four is never the end of
+/// a run.
+pub const WIDE_ENDS: usize = WIDE_FOURS * 4 - 1;
 /// Words of a wide node at most.
 pub const WIDE_RUNS: usize = WIDE_ENDS + 1;
 /// Stands for an end that is not there; no run but the last one ends here.
 pub const NO_END: u16 = u16::MAX;
 /// Position of the first stored word in a wide node, in words.
-pub const WIDE_HEAD: usize = WIDE_ENDS / 2;
+pub const WIDE_HEAD: usize = WIDE_FOURS * 2;
 
 /// Sixteen bits of an address that have few different words: each stands for a run of values. The first line of the
 /// node; what leads to it is marked (see `lpm`).
 #[repr(C, align(64))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Wide {
-    /// Last value of each run but the last one, ascending, then `NO_END`; four to a word, the first in its lowest bits
-    pub ends: [u64; WIDE_ENDS / 4],
+    /// Last value of each run but the last one, ascending, then `NO_END`
+    pub ends: [[u16; 4]; WIDE_FOURS],
     /// The first stored words; the others follow in the next lines
     pub words: [u32; LINE_WORDS - WIDE_HEAD],
 }
@@ -233,10 +248,7 @@ const _: () = assert!(size_of::<Wide>() == 64 && core::mem::offset_of!(Wide, wor
 impl Wide {
     /// Last values of the runs but the last one.
     pub fn ends(&self) -> impl Iterator<Item = u16> + '_ {
-        self.ends
-            .iter()
-            .flat_map(|four| [0, 16, 32, 48].map(|shift| (four >> shift) as u16))
-            .take_while(|end| *end != NO_END)
+        self.ends.as_flattened().iter().copied().take_while(|end| *end != NO_END)
     }
 
     /// The line.
@@ -329,6 +341,9 @@ pub struct PortStats {
     pub exceptions: [W64; crate::reason::REASONS],
 }
 const _: () = assert!(size_of::<PortStats>() == 512);
+
+/// The counters of one CPU, by slot.
+pub type CpuStats = [PortStats; PORT_SLOTS as usize];
 
 /// The shared tables, each an array of one record type. Names are the names of the BPF maps.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -3,11 +3,11 @@
 
 use crate::backing::{Backing, GrowError};
 use crate::grace::Grace;
-use crate::lpm::{self, INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
+use crate::lpm::{FirstLine, INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
 use crate::order;
 use crate::pool::{Runs, Slots};
 use crate::record::{
-    LINE_WORDS, Line, NO_END, NODE_HEAD, NODE_LINES, Node, TableId, WIDE_ENDS, WIDE_HEAD, WIDE_RUNS, Wide,
+    LINE_WORDS, Line, NO_END, NODE_HEAD, NODE_LINES, NODE_REACH, Node, TableId, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide,
 };
 
 /// The memory that routes are published in.
@@ -266,7 +266,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     fn write(&mut self, piece: &Lines) -> Option<u32> {
         let lines = piece.lines();
-        let limit = |room: usize| room.min(INDEX_LIMIT as usize) as u32;
+        let limit = |room: usize| room.saturating_sub(NODE_REACH).min(INDEX_LIMIT as usize) as u32;
         let index = self.allocate(TableId::Nodes, |store, room| store.nodes.take(lines.len(), limit(room)))?;
         self.mem.write_lines(index, lines);
         self.written += 1;
@@ -277,7 +277,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
     pub(crate) fn published(&self, word: Word) -> Published {
         match word.kind() {
             Kind::Node(index) if word.is_wide() => {
-                let starts = core::iter::once(0).chain(self.line(index).as_wide().ends().map(|end| end + 1));
+                let starts = core::iter::once(0).chain(self.node(index).line.as_wide().ends().map(|end| end + 1));
                 let words = (WIDE_HEAD as u32..).map(|position| self.stored(index, position));
                 Published::Wide(starts.zip(words).collect())
             }
@@ -293,18 +293,18 @@ impl<M: Memory, G: Grace> Store<M, G> {
         }
     }
 
-    fn line(&self, index: u32) -> &Line {
-        self.mem.line(index).expect("published words lead to nodes in the table")
+    fn node(&self, index: u32) -> FirstLine<'_> {
+        self.mem.node(index).expect("published words lead to nodes in the table")
     }
 
     fn stored(&self, node: u32, position: u32) -> Word {
-        lpm::stored(&self.mem, node, position).expect("published nodes lie in the table")
+        self.mem.stored(self.node(node), position).expect("published nodes lie in the table")
     }
 
     /// The 256 words that a word stands for; it does not lead to a wide node.
     pub(crate) fn expand(&self, word: Word) -> Words {
         let Kind::Node(index) = word.kind() else { return [word; 256] };
-        let bitmap = self.line(index).as_node().bitmap;
+        let bitmap = self.node(index).line.as_node().bitmap;
         let mut words = [Word::NONE; 256];
         let mut position = NODE_HEAD as u32;
         for (value, slot) in words.iter_mut().enumerate() {
@@ -316,7 +316,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Positions of the words that a node stores.
     fn positions(&self, word: Word, index: u32) -> core::ops::Range<u32> {
-        let line = self.line(index);
+        let line = self.node(index).line;
         let (head, count) = if word.is_wide() {
             (WIDE_HEAD, wide_count(line.as_wide()))
         } else {
@@ -371,10 +371,9 @@ pub(crate) fn wide_count(node: &Wide) -> u32 {
 
 /// The wide node for these words.
 fn wide(runs: &[(u16, Word)]) -> Lines {
-    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; LINE_WORDS - WIDE_HEAD] };
-    for (at, (start, _)) in runs[1..].iter().enumerate() {
-        let end = start - 1;
-        node.ends[at / 4] ^= u64::from(end ^ NO_END) << (at % 4 * 16);
+    let mut node = Wide { ends: [[NO_END; 4]; WIDE_FOURS], words: [0; LINE_WORDS - WIDE_HEAD] };
+    for ((start, _), end) in runs[1..].iter().zip(node.ends.as_flattened_mut()) {
+        *end = start - 1;
     }
     let mut lines = Lines::new(node.to_line(), WIDE_HEAD);
     runs.iter().for_each(|run| lines.push(run.1));

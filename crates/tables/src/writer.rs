@@ -311,16 +311,15 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// Sets a port. While what identifies it changes, it is not ready.
     pub fn set_port(&mut self, slot: u32, value: &PortValue) {
         let port = &self.view().ports()[slot as usize];
-        let [a, b, c, d, e, f] = value.mac;
+        let mac = mac_word(value.mac);
         let identity = [
-            (&port.mac_hi, u32::from_ne_bytes([a, b, c, d])),
-            (&port.mac_lo, u32::from(u16::from_ne_bytes([e, f]))),
             (&port.vlan, value.vlan.map_or(0, |(protocol, id)| u32::from(protocol) << 16 | u32::from(id))),
             (&port.lower, value.lower),
         ];
-        if identity.iter().any(|(word, value)| word.load() != *value) {
+        if port.mac.load() != mac || identity.iter().any(|(word, value)| word.load() != *value) {
             port.flags.store(port.flags.load() & !port_flags::READY);
         }
+        order::publish(&port.mac, mac);
         identity.iter().for_each(|(word, value)| order::publish(*word, *value));
         for family in 0..2 {
             port.ingress_policy[family].store(reason_word(value.ingress_policy[family]));
@@ -529,7 +528,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     pub fn reserve(&mut self) -> Result<(), GrowError> {
         let needed: usize = self.routes.values().map(|routes| routes!(routes, rib => rib.required())).sum();
         let published = self.store.used(TableId::Nodes).unwrap_or(0);
-        self.grow_to(TableId::Nodes, (needed + needed / 4).max(published + needed / 4) + 1)
+        self.grow_to(TableId::Nodes, (needed + needed / 4).max(published + needed / 4) + 1 + NODE_REACH)
     }
 
     fn grow_to(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {

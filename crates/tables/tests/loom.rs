@@ -10,7 +10,7 @@ use towpath_tables::backing::GrowError;
 use towpath_tables::grace::{self, Grace, NoReaders, Workers};
 use towpath_tables::lpm::{Kind, Leaf, LpmRead, lookup};
 use towpath_tables::order::{Shared, change, consistent, load, publish};
-use towpath_tables::record::{Line, TableId};
+use towpath_tables::record::{Line, NODE_REACH, TableId};
 use towpath_tables::rib::{Entry, Prefix, Rib};
 use towpath_tables::store::{Memory, Store};
 
@@ -78,7 +78,7 @@ impl LpmRead for Model {
 
 impl Memory for Model {
     fn elements(&self, table: TableId) -> usize {
-        if table == TableId::Nodes { self.0.lines.len() } else { 1 }
+        if table == TableId::Nodes { self.0.lines.len() + NODE_REACH } else { 1 }
     }
     fn write_lines(&mut self, index: u32, lines: &[Line]) {
         for (slot, line) in self.0.lines[index as usize..].iter().zip(lines) {

@@ -75,8 +75,8 @@ fn ports_lie_where_programs_look_for_them() {
     writer.set_port(6, &value);
     let port = &writer.view().ports()[6];
     assert_eq!(port.flags.load(), port_flags::PRESENT | port_flags::READY | port_flags::FORWARD_V4);
-    assert_eq!(port.mac_hi.load().to_ne_bytes(), [2, 3, 4, 5]);
-    assert_eq!((port.mac_lo.load() as u16).to_ne_bytes(), [6, 7]);
+    assert_eq!(port.mac.load(), destination_word(u64::from_ne_bytes([2, 3, 4, 5, 6, 7, 8, 9])));
+    assert_ne!(port.mac.load(), destination_word(u64::from_ne_bytes([2, 3, 4, 5, 6, 8, 8, 9])));
     assert_eq!([port.ingress_policy[0].load(), port.ingress_policy[1].load()], [0, 1 + Reason::PolicyTc as u32]);
     assert_eq!(
         (port.vlans.load(), port.vlan.load(), port.lower.load(), port.mtu.load()),

@@ -123,7 +123,7 @@ fn the_table_of_statistics_has_a_line_for_each_worker() {
     assert_eq!(worker.turn(), 1);
     worker.leave();
     assert!(tables.0.stats(IN).exceptions.iter().all(|counter| counter.load() == 0));
-    assert!(tables.0.slices().stats(1, IN).is_none());
+    assert!(tables.0.slices().stats(1).is_none());
 }
 
 fn start(tables: &Arc<Router>, linux: &Exceptions) -> Engine<Router> {

@@ -36,10 +36,12 @@ impl Sum {
     /// Whether this is what the sum folds to; cheaper than folding it. At most 65536 words were added.
     #[inline(always)]
     pub fn folds_to(self, folded: u16) -> bool {
-        // At most three times 0xffff, which folding takes off until no more than that is left.
-        let sum = (self.0 & 0xffff) + (self.0 >> 16 & 0xffff) + (self.0 >> 32);
-        let rest = sum.wrapping_sub(folded.into());
-        rest == 0 || (rest == 0xffff || rest == 0x1fffe) && folded != 0
+        // Folding takes multiples of 0xffff off until no more than that is left, and leaves zero only of zero. A number is a
+        // multiple exactly if its product with the inverse modulo 2^64 is its quotient, and so small.
+        const INVERSE: u64 = 0xfffe_fffe_fffe_ffff;
+        const _: () = assert!(INVERSE.wrapping_mul(0xffff) == 1);
+        let quotient = self.0.wrapping_sub(folded.into()).wrapping_mul(INVERSE);
+        quotient >> 48 == 0 && (folded != 0 || self.0 == 0)
     }
 }
 

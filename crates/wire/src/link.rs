@@ -5,8 +5,9 @@ use zerocopy::{byteorder::network_endian::U16, native_endian::U32, native_endian
 
 /// A link header of a fixed shape.
 pub trait Link: View {
-    /// The header whose bytes before the EtherType are the first of `l2` (words as on the wire).
-    fn new(l2: [u64; 3], ethertype: u16) -> Self;
+    /// The header whose bytes before the EtherType are the first of three words as on the wire, which `l2` gives one by
+    /// one.
+    fn new(l2: impl Fn(usize) -> u64, ethertype: u16) -> Self;
 }
 
 view! {
@@ -55,22 +56,22 @@ fn first_half(word: u64) -> U32 {
 
 impl Link for Untagged {
     #[inline(always)]
-    fn new(l2: [u64; 3], ethertype: u16) -> Self {
-        Self { first: U64::new(l2[0]), second: first_half(l2[1]), ethertype: U16::new(ethertype) }
+    fn new(l2: impl Fn(usize) -> u64, ethertype: u16) -> Self {
+        Self { first: U64::new(l2(0)), second: first_half(l2(1)), ethertype: U16::new(ethertype) }
     }
 }
 
 impl Link for Tagged {
     #[inline(always)]
-    fn new(l2: [u64; 3], ethertype: u16) -> Self {
-        Self { first: U64::new(l2[0]), second: U64::new(l2[1]), ethertype: U16::new(ethertype) }
+    fn new(l2: impl Fn(usize) -> u64, ethertype: u16) -> Self {
+        Self { first: U64::new(l2(0)), second: U64::new(l2(1)), ethertype: U16::new(ethertype) }
     }
 }
 
 impl Link for DoubleTagged {
     #[inline(always)]
-    fn new(l2: [u64; 3], ethertype: u16) -> Self {
-        let (first, second) = (U64::new(l2[0]), U64::new(l2[1]));
-        Self { first, second, third: first_half(l2[2]), ethertype: U16::new(ethertype) }
+    fn new(l2: impl Fn(usize) -> u64, ethertype: u16) -> Self {
+        let (first, second) = (U64::new(l2(0)), U64::new(l2(1)));
+        Self { first, second, third: first_half(l2(2)), ethertype: U16::new(ethertype) }
     }
 }

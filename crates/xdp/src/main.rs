@@ -1,7 +1,7 @@
 //! The XDP program: the packet path of crate `pipeline` over an XDP context and BPF maps.
 #![no_std]
 #![no_main]
-#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, asm_goto_with_outputs))]
 
 mod beside;
 mod constant;

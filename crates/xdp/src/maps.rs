@@ -8,9 +8,11 @@ use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
-use towpath_tables::lpm::LpmRead;
+use towpath_tables::lpm::{FirstLine, LpmRead, Word};
+use towpath_tables::opaque;
 use towpath_tables::record::{
-    Config, Group, Line, Nexthop, PORT_SLOTS, Port, PortStats, Root, SOCKET_QUEUES, TableId, VlanTable,
+    Config, CpuStats, Group, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId,
+    VlanTable,
 };
 use towpath_tables::word::W32;
 
@@ -49,42 +51,65 @@ tables! {
     STATS = Stats: ".bss.stats";
 }
 
-/// The number itself, of which the compiler no longer knows anything.
-#[cfg(target_arch = "bpf")]
-#[inline(always)]
-fn opaque(number: usize) -> usize {
-    let mut same = number;
-    // SAFETY: moves a register onto itself.
-    unsafe { core::arch::asm!("{0} = {0}", inout(reg) same, options(pure, nomem, nostack)) };
-    same
-}
-/// For lints, which look at the crate as the host sees it.
-#[cfg(not(target_arch = "bpf"))]
-use core::hint::black_box as opaque;
-
 /// A record of a table; the length is the one that is put there when the program is loaded.
 macro_rules! record {
     ($table:ident[$index:expr]: $record:ty, $id:ident) => {{
         const _: () = assert!(TableId::$id.element_size() == size_of::<$record>());
         // SAFETY: the table holds records of this type, as many as the number in place of the mark says.
-        unsafe { record::<$record>(constant!(sym $table), constant!(const TableId::$id.length_mark()), $index) }
+        let place = unsafe { place::<$record>(constant!(sym $table), constant!(const TableId::$id.length_mark()), $index) };
+        // SAFETY: the record lies in the table.
+        place.map(|record| unsafe { &*record })
     }};
 }
 
-/// A record. The comparison is made with the very register that is added to the address: the verifier does not follow
-/// copies that a compiler might use (Linux 6.1 forgets even more).
+/// Where a record is. The very register that is compared becomes the address, in one piece: a compiler may compare a copy, or
+/// form the address before, and verifiers (that of Linux 6.1 more than later ones) do not see that it is the same number.
 ///
 /// # Safety
 /// At `first`, which is not 0, there are `length` records.
+#[cfg(target_arch = "bpf")]
 #[inline(always)]
-unsafe fn record<T>(first: usize, length: usize, index: u32) -> Option<&'static T> {
-    let index = opaque(index as usize);
-    let first = first as *const T;
-    // SAFETY: by the promise.
-    unsafe {
-        core::hint::assert_unchecked(!first.is_null());
-        if index < length { Some(&*first.add(index)) } else { None }
+unsafe fn place<T>(first: usize, length: usize, index: u32) -> Option<*const T> {
+    let mut place = index as usize;
+    macro_rules! scaled {
+        ($operation:literal, $by:expr) => {
+            core::arch::asm!(
+                "if {place} >= {length} goto {outside}",
+                $operation,
+                "{place} += {first}",
+                place = inout(reg) place,
+                length = in(reg) length,
+                first = in(reg) first,
+                by = const $by,
+                outside = label { return None },
+                options(nomem, nostack),
+            )
+        };
     }
+    // SAFETY: changes a register; the address is that of a record, so it is not 0.
+    unsafe {
+        if const { size_of::<T>().is_power_of_two() } {
+            scaled!("{place} <<= {by}", size_of::<T>().trailing_zeros());
+        } else {
+            scaled!("{place} *= {by}", size_of::<T>());
+        }
+        core::hint::assert_unchecked(place != 0);
+    }
+    Some(place as *const T)
+}
+/// For lints.
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn place<T>(first: usize, length: usize, index: u32) -> Option<*const T> {
+    // SAFETY: by the promise.
+    ((index as usize) < length).then(|| unsafe { (first as *const T).add(index as usize) })
+}
+
+/// The first line of a node. See `NODE_REACH`.
+#[inline(always)]
+fn node(index: u32) -> Option<*const Line> {
+    let length = constant!(const TableId::Nodes.length_mark()) - NODE_REACH;
+    // SAFETY: the table has as many lines as the number in place of the mark says.
+    unsafe { place(constant!(sym NODES), length, index) }
 }
 
 /// The interface of each port, by slot: whom frames are redirected to.
@@ -123,7 +148,15 @@ impl LpmRead for Maps {
 
     #[inline(always)]
     fn line(&self, index: u32) -> Option<&Line> {
-        record!(NODES[index]: Line, Nodes)
+        // SAFETY: the line lies in the table.
+        node(index).map(|line| unsafe { &*line })
+    }
+
+    #[inline(always)]
+    fn stored(&self, node: FirstLine, position: u32) -> Option<Word> {
+        const WORDS: usize = NODE_REACH * LINE_WORDS;
+        // SAFETY: behind a node's first line the table goes on for as many words.
+        unsafe { Some(Word(*(&raw const *node.line).cast::<u32>().add(opaque(position as usize) % WORDS))) }
     }
 }
 
@@ -170,8 +203,10 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn stats(&self, cpu: u32, slot: u32) -> Option<&PortStats> {
-        record!(STATS[cpu * PORT_SLOTS + slot]: PortStats, Stats)
+    fn stats(&self, cpu: u32) -> Option<&CpuStats> {
+        let cpus = constant!(const TableId::Stats.length_mark()) / PORT_SLOTS as usize;
+        // SAFETY: the table has as many records as the number in place of the mark says.
+        unsafe { place(constant!(sym STATS), cpus, cpu).map(|stats| &*stats) }
     }
 
     /// Names the receiver for the verdict XDP_REDIRECT that is to follow.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use towpath_engine::{Engine, Options, PortRequest, Site, possible_cpus};
 use towpath_lab::{Lab, Node, PacketSocket, packet, wait_for};
 use towpath_tables::backing::{Backing, PerTable, initial_elements};
-use towpath_tables::record::{self, LAYOUT_VERSION, MAGIC, NO_VLANS, NexthopKind, TableId, port_flags};
+use towpath_tables::record::{self, LAYOUT_VERSION, MAGIC, NO_VLANS, NexthopKind, TableId, mac_word, port_flags};
 
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// The next hop that all routes lead to
@@ -79,8 +79,7 @@ impl Rig {
         for (request, name) in requests.iter().zip(["eth0", "eth1"]) {
             let port = &view.ports()[request.slot as usize];
             let mac = self.router.mac(name)?;
-            port.mac_hi.store(u32::from_ne_bytes([mac[0], mac[1], mac[2], mac[3]]));
-            port.mac_lo.store(u32::from(u16::from_ne_bytes([mac[4], mac[5]])));
+            port.mac.store(mac_word(mac));
             port.vlans.store(NO_VLANS);
             port.lower.store(request.slot);
             port.mtu.store(1500);

@@ -330,6 +330,11 @@ impl Cases {
         self.add("three tags", nothing, tagged(IN_DOUBLE, &[S300, C5, C100]), third);
         let alien = Expect::Exception(IN_VLAN, Reason::NotForUs);
         self.add("the sub-interface has a MAC address of its own", nothing, tagged(IN, &[C100]), alien);
+        for (name, first) in [("broadcast", 0xff), ("multicast", 1)] {
+            let group = with(tagged(IN_VLAN, &[C100]), |frame| frame[0] = first);
+            let counted = Expect::Exception(IN_VLAN, Reason::L2Multicast);
+            self.add(format!("{name} to a sub-interface"), nothing, group, counted);
+        }
         let down = |world: &mut World| world.unflag(IN_VLAN, READY);
         self.add(
             "sub-interface down",
@@ -949,7 +954,12 @@ impl Cases {
         let three = inner(&[(0x8100, 5), (0x8100, 100)]);
         case("a tag beside the frame and two in it", tag(0x88a8, 300), three, refused(IN_DOUBLE));
         let everyone = with(untagged.clone(), |frame| frame[..6].copy_from_slice(&[0xff; 6]));
-        case("broadcast with a tag beside it", tag(0x8100, 100), everyone, Expect::Exception(IN, Reason::L2Multicast));
+        case(
+            "broadcast with a tag beside it",
+            tag(0x8100, 100),
+            everyone,
+            Expect::Exception(IN_VLAN, Reason::L2Multicast),
+        );
         let both = Beside { partial: Some(true), ..tag(0x8100, 100) };
         case("a tag and a checksum beside the frame", both, untagged, Expect::Exception(IN, Reason::PartialChecksum));
     }

@@ -7,7 +7,7 @@ use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
     Config, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats,
-    Root, TableId, VlanTable, WIDE_ENDS, WIDE_HEAD, WIDE_RUNS, Wide, port_flags::*,
+    Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word, port_flags::*,
 };
 use towpath_tables::word::W32;
 use towpath_tables::{REASONS, Reason};
@@ -191,11 +191,9 @@ impl World {
 
     fn add_port(&self, slot: u32, lower: u32, vlan: u32) {
         let port = self.port(slot);
-        let [a, b, c, d, e, f] = mac(slot);
         port.ifindex.store(slot);
         port.flags.store(PRESENT | READY | FORWARD_V4 | FORWARD_V6 | REDIRECTS | if vlan != 0 { VLAN } else { 0 });
-        port.mac_hi.store(u32::from_ne_bytes([a, b, c, d]));
-        port.mac_lo.store(u16::from_ne_bytes([e, f]).into());
+        port.mac.store(mac_word(mac(slot)));
         port.root[1].store(1);
         port.vlans.store(NO_VLANS);
         port.vlan.store(vlan);
@@ -386,10 +384,8 @@ fn wide(words: &[u32; 256], beneath: impl Fn(u8) -> Option<[u32; 256]>) -> Optio
     if ends.len() >= WIDE_RUNS {
         return None;
     }
-    let mut node = Wide { ends: [u64::MAX; WIDE_ENDS / 4], words: [0; LINE_WORDS - WIDE_HEAD] };
-    for (at, end) in ends.iter().enumerate() {
-        node.ends[at / 4] &= !(0xffff << (at % 4 * 16)) | u64::from(*end) << (at % 4 * 16);
-    }
+    let mut node = Wide { ends: [[u16::MAX; 4]; WIDE_FOURS], words: [0; LINE_WORDS - WIDE_HEAD] };
+    node.ends.as_flattened_mut()[..ends.len()].copy_from_slice(&ends);
     ends.push(u16::MAX);
     let stored: Vec<u32> = ends.iter().map(|end| all[usize::from(*end)]).collect();
     Some(lines(&node.to_line().words[..WIDE_HEAD], &stored))
