@@ -3,6 +3,9 @@
 mod common;
 
 use common::{Daemon, LEFT, Net, RIGHT, Stream, eventually};
+use towpath_fpc::codec::Packet;
+use towpath_fpc::{Alarm, AlarmId, Connection, Message, Policy, PolicySource, Scope};
+use towpath_tables::{Reason, record::Family};
 
 /// Starts `towpath fpm` with no more capabilities than it needs.
 fn start_fpm(net: &Net) -> Daemon {
@@ -78,6 +81,58 @@ fn either_may_die_and_the_other_goes_on() {
     assert_eq!(net.traces(), clean);
     stream.finish_complete();
     drop(cm);
+}
+
+/// Alarms of three sources: from a watcher, about one interface, and of a description that was to come.
+fn alarms(net: &Net) -> Vec<Packet> {
+    let port = |name| net.router.ifindex(name).expect("an index");
+    let policies = [
+        (PolicySource::Nftables, Scope::Family(Family::V4), Reason::PolicyNetfilter),
+        (PolicySource::Tc, Scope::Egress(port("eth1"), None), Reason::PolicyTc),
+        (PolicySource::Ports, Scope::Ingress(port("eth0"), None), Reason::PortNotReady),
+    ];
+    let alarm = |(source, scope, reason)| {
+        let policy = Policy { source, scope, reason, detail: "the test".into() };
+        Packet::Message(Message::Alarm(Alarm { id: AlarmId { source, number: 1 }, policies: vec![policy] }))
+    };
+    policies.map(alarm).into()
+}
+
+#[test]
+fn what_a_dead_manager_raised_the_alarm_for_stays_linuxs_until_the_next_one_knows() {
+    let net = Net::new();
+    let mut fpm = start_fpm(&net);
+    let mut cm = start_cm(&net);
+    fpm.await_log("ready: 2 ports, ");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    let left = |fpm: &Daemon, times| {
+        let lines = || fpm.log().matches("the cache manager has left").count();
+        eventually("the loss is noticed", || (lines() == times).then_some(()));
+    };
+    cm.signal(libc::SIGKILL);
+    left(&fpm, 1);
+
+    // One that dies between an alarm and the snapshot that tells the same.
+    let path = format!("/run/towpath/{}/fpc.sock", net.inode());
+    let mut dying = Connection::connect(path.as_ref()).expect("connected");
+    alarms(&net).into_iter().for_each(|alarm| drop(dying.sender.push(alarm, false).expect("sent")));
+    dying.sender.flush_frames().expect("sent");
+    becomes(&net, RIGHT, "policy-netfilter");
+    drop(dying);
+    left(&fpm, 2);
+    let before = net.forwarded();
+    stream.advance(200);
+    assert_eq!(net.forwarded(), before, "all of it goes through Linux");
+    assert_eq!(verdict(&net, RIGHT), "policy-netfilter");
+    assert!(!in_sync(&net));
+
+    let _cm = start_cm(&net);
+    becomes(&net, RIGHT, "fast");
+    eventually("everything is described again", || in_sync(&net).then_some(()));
+    assert_eq!(net.json(&["status"])["policies"].as_array().expect("a list").len(), 0);
+    net.flows(100);
+    stream.finish_complete();
 }
 
 #[test]
