@@ -11,6 +11,8 @@ use towpath_tables::mix;
 
 /// More than this after the command is a leak, whatever else the machine does.
 const LEAK: Duration = Duration::from_secs(1);
+/// More than this is more than is promised; tests that want a machine of their own go by it.
+const PROMISED: Duration = Duration::from_millis(100);
 /// Settings that drop the stream, and how they are taken back: announced ones, ones that must be polled, and those that
 /// come as descriptions of a port.
 const SETTINGS: [(&str, &str, &str); 6] = [
@@ -72,12 +74,12 @@ fn set_while(net: &Net, beat: &Beat, mut busy: impl FnMut() -> bool) -> Vec<(&'s
     times
 }
 
-fn judge(what: &str, mut times: Vec<(&'static str, Duration)>) {
+fn judge(what: &str, mut times: Vec<(&'static str, Duration)>, limit: Duration) {
     assert!(times.len() >= 3, "{what}: it was over too soon: {times:?}");
     times.sort_by_key(|(_, time)| *time);
     let (median, longest) = (times[times.len() / 2].1, times[times.len() - 1]);
     println!("{what}: in force after {median:?} in the median, at most {longest:?}, of {}", times.len());
-    assert!(longest.1 < LEAK, "{what}: packets still passed: {times:?}");
+    assert!(longest.1 < limit, "{what}: packets still passed: {times:?}");
 }
 
 /// A router whose way in has the link-layer address that `SETTINGS` give back.
@@ -89,16 +91,16 @@ fn router() -> Net {
     net
 }
 
-fn loaded(count: usize) {
+fn loaded(count: usize, limit: Duration) {
     let net = router();
     let daemon = net.up(&["eth0", "eth1"]);
     let beat = Beat::start(&net, RIGHT);
-    burst(&net, &beat, count);
-    restarted(&net, daemon, &beat);
+    burst(&net, &beat, count, limit);
+    restarted(&net, daemon, &beat, limit);
 }
 
 /// As `loaded`, with what is told going through a socket.
-fn loaded_apart(count: usize) {
+fn loaded_apart(count: usize, limit: Duration) {
     let net = router();
     let process = |arguments: &[&str]| {
         let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
@@ -108,10 +110,10 @@ fn loaded_apart(count: usize) {
     let mut fpm = process(&["fpm", "eth0", "eth1"]);
     let _cm = process(&["cm"]);
     fpm.await_log("ready: 2 ports, ");
-    burst(&net, &Beat::start(&net, RIGHT), count);
+    burst(&net, &Beat::start(&net, RIGHT), count, limit);
 }
 
-fn burst(net: &Net, beat: &Beat, count: usize) {
+fn burst(net: &Net, beat: &Beat, count: usize, limit: Duration) {
     net.flows(50);
     // Adding, changing: each a burst as fast as the kernel is.
     for (what, lines) in [("added", lines("add", count, RIGHT)), ("changed", lines("replace", count, "192.0.2.2"))] {
@@ -121,7 +123,7 @@ fn burst(net: &Net, beat: &Beat, count: usize) {
         let times = set_while(net, beat, || child.try_wait().expect("ip").is_none());
         assert!(child.wait().expect("ip").success());
         println!("{expected} routes {what} in {:?}", begin.elapsed());
-        judge(&format!("while routes were {what}"), times);
+        judge(&format!("while routes were {what}"), times, limit);
         all_there(net, expected);
     }
 }
@@ -138,38 +140,38 @@ fn all_there(net: &Net, expected: u64) {
 }
 
 /// Policies hold while a new daemon reads all routes, and the programs of the one before still forward.
-fn restarted(net: &Net, mut daemon: Daemon, beat: &Beat) {
-    daemon.signal(libc::SIGKILL);
+fn restarted(net: &Net, mut killed: Daemon, beat: &Beat, limit: Duration) {
+    killed.signal(libc::SIGKILL);
     let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
     command.args(["up", "eth0", "eth1"]);
-    let mut process = net.router.start(command).expect("started");
-    std::thread::sleep(Duration::from_millis(150));
-    let times = set_while(net, beat, || !process.log().contains("ready: "));
+    let mut daemon = net.start(command);
+    daemon.await_tables();
+    let times = set_while(net, beat, || !daemon.log().contains("ready: "));
     println!("while a new daemon started: {times:?}");
-    assert!(times.iter().all(|(_, time)| *time < LEAK), "{times:?}");
-    process.wait_for_output(common::DEADLINE, "ready: ").expect("a readiness notice");
+    assert!(times.iter().all(|(_, time)| *time < limit), "{times:?}");
+    daemon.await_log("ready: ");
 }
 
 #[test]
 fn policies_overtake_routes() {
-    loaded(250_000);
+    loaded(250_000, LEAK);
 }
 
 #[test]
 fn policies_overtake_routes_on_a_socket() {
-    loaded_apart(250_000);
+    loaded_apart(250_000, LEAK);
 }
 
 #[test]
 #[ignore = "takes a minute; prints figures"]
 fn policies_overtake_a_million_routes() {
-    loaded(1_000_000);
+    loaded(1_000_000, PROMISED);
 }
 
 #[test]
 #[ignore = "takes a minute; prints figures"]
 fn policies_overtake_a_million_routes_on_a_socket() {
-    loaded_apart(1_000_000);
+    loaded_apart(1_000_000, PROMISED);
 }
 
 /// The tables grow from nothing to their full size beneath a stream.

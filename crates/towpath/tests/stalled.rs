@@ -4,7 +4,6 @@ mod common;
 
 use common::{Beat, Daemon, Net, RIGHT, eventually};
 use std::time::{Duration, Instant};
-use towpath_tables::record::TableId;
 
 /// More than this after the command is a leak, whatever else the machine does.
 const LEAK: Duration = Duration::from_secs(1);
@@ -97,8 +96,7 @@ fn policies_hold_while_tables_are_taken_over() {
     command.args(["up", "eth0", "eth1"]);
     let mut daemon = net.start(command);
     // From then on the tables are watched; the program that takes the place of the old one takes longer to load.
-    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("maps");
-    eventually("the tables are found", || (maps().matches("bpf-map").count() >= TableId::ALL.len()).then_some(()));
+    daemon.await_tables();
     std::thread::sleep(Duration::from_millis(50));
     assert!(!daemon.log().contains("ready"), "{}", daemon.log());
     with_stopped(&net, &beat, &mut daemon);

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use towpath_lab::{Lab, Node, Process, wait_for};
+use towpath_tables::record::TableId;
 
 pub const LEFT: &str = "192.0.2.2";
 pub const RIGHT: &str = "198.51.100.2";
@@ -237,6 +238,12 @@ impl Daemon {
 
     pub fn log(&self) -> String {
         self.0.log()
+    }
+
+    /// Waits until it has found the tables that another left.
+    pub fn await_tables(&self) {
+        let maps = || std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("maps");
+        eventually("the tables are found", || (maps().matches("bpf-map").count() >= TableId::ALL.len()).then_some(()));
     }
 
     /// Waits until it has said this.
