@@ -25,8 +25,9 @@ const TABLE_MAIN: u32 = 254;
 const TABLE_LOCAL: u32 = 255;
 /// Messages handed over at once.
 const BATCH: usize = 512;
-/// Notifications read before watchers and dumps get their turn again.
-const NOTIFICATIONS_PER_TURN: usize = 512;
+/// Notifications read before watchers and dumps get their turn again: work for about a quarter of a millisecond, so that
+/// where many want the processor, watchers need not wait for it more than once.
+const NOTIFICATIONS_PER_TURN: usize = 64;
 /// How often the settings of interfaces are read that nothing announces, so that they are described as they are. What
 /// stands in the way of the fast path is found by the watchers, sooner.
 const SETTINGS_INTERVAL: Duration = Duration::from_secs(1);
@@ -171,10 +172,14 @@ impl Cm {
             self.ahead &= full || busy;
             busy |= ports_busy;
             self.poll(sink)?;
-            self.flush(sink)?;
             if !full {
                 self.step_dump(sink, !busy)?;
                 self.begin_dump()?;
+            }
+            if busy {
+                // Batches become full, and fuller ones cost less.
+                self.alarm(sink)?;
+            } else {
                 self.flush(sink)?;
             }
         }
