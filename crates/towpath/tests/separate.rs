@@ -116,7 +116,9 @@ fn what_a_dead_manager_raised_the_alarm_for_stays_linuxs_until_the_next_one_know
     // One that dies between an alarm and the snapshot that tells the same.
     let path = format!("/run/towpath/{}/fpc.sock", net.inode());
     let mut dying = Connection::connect(path.as_ref()).expect("connected");
-    alarms(&net).into_iter().for_each(|alarm| drop(dying.sender.push(alarm, false).expect("sent")));
+    for alarm in alarms(&net) {
+        dying.sender.push(alarm, false).expect("sent");
+    }
     dying.sender.flush_frames().expect("sent");
     becomes(&net, RIGHT, "policy-netfilter");
     drop(dying);
