@@ -121,10 +121,14 @@ pub fn run(up: &Up, socket: Option<Option<PathBuf>>) -> Result<()> {
 pub fn down() -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(30);
     let instance = Instance::current()?;
-    if let Some(mut daemon) = control::Client::connect(&instance.control_socket())? {
-        let _stopping: bool = daemon.ask(&Request::Stop)?;
-    }
-    let lock = instance.lock_within(PATIENCE)?;
+    let mut asked = false;
+    let lock = instance.lock_within(PATIENCE, || {
+        // A daemon that is about to start listens somewhat later.
+        if !asked && let Some(mut daemon) = control::Client::connect(&instance.control_socket())? {
+            asked = daemon.ask(&Request::Stop)?;
+        }
+        Ok(())
+    })?;
     let removed = Site::prepare(Options::default()).and_then(Site::teardown);
     instance.remove(lock);
     Ok(removed?)

@@ -71,8 +71,8 @@ impl Instance {
         }
     }
 
-    /// As `lock`, but waits for a holder that is about to leave.
-    pub fn lock_within(&self, limit: Duration) -> Result<Lock> {
+    /// As `lock`, but waits for a holder to leave, and does `meanwhile` over and over as long as there is one.
+    pub fn lock_within(&self, limit: Duration, mut meanwhile: impl FnMut() -> Result<()>) -> Result<Lock> {
         let deadline = Instant::now() + limit;
         loop {
             match self.try_lock()? {
@@ -80,7 +80,10 @@ impl Instance {
                 Err(holder) if Instant::now() > deadline => {
                     bail!("the daemon (pid {holder}) did not stop within {} s", limit.as_secs())
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => {
+                    meanwhile()?;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
             }
         }
     }
@@ -178,7 +181,7 @@ mod tests {
     fn waiting_for_the_lock_ends() {
         let instance = scratch("wait");
         let lock = instance.lock().unwrap();
-        assert!(instance.lock_within(Duration::from_millis(30)).is_err());
+        assert!(instance.lock_within(Duration::from_millis(30), || Ok(())).is_err());
         instance.remove(lock);
     }
 }

@@ -141,6 +141,25 @@ fn down_removes_what_a_killed_daemon_left() {
 }
 
 #[test]
+fn down_stops_a_daemon_that_is_not_ready_yet() {
+    let net = Net::new();
+    let clean = net.traces();
+    let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+    command.args(["up", "eth0", "eth1"]);
+    let mut daemon = net.start(command);
+    eventually("a daemon that starts", || {
+        let status = net.towpath(&["status"]);
+        let early = String::from_utf8_lossy(&status.stderr).contains("not ready yet");
+        (early || status.status.success()).then_some(())
+    });
+    let down = net.towpath(&["down"]);
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    assert!(daemon.wait().success(), "{}", daemon.log());
+    assert_eq!(net.traces(), clean);
+    assert!(net.ping(&net.left, RIGHT));
+}
+
+#[test]
 fn a_restart_with_other_ports_changes_the_difference_only() {
     let net = Net::new();
     let mut daemon = net.up(&["eth0"]);
