@@ -50,7 +50,7 @@ fn either_may_die_and_the_other_goes_on() {
     becomes(&net, "203.0.113.1", "no-route");
 
     cm.signal(libc::SIGKILL);
-    fpm.await_log("the cache manager has left");
+    fpm.await_log("the fast path keeps its last state");
     eventually("the loss is known", || (!in_sync(&net)).then_some(()));
     net.ip("route add 203.0.113.0/24 via 198.51.100.2");
     net.flows(300);
@@ -107,7 +107,7 @@ fn what_a_dead_manager_raised_the_alarm_for_stays_linuxs_until_the_next_one_know
     let stream = Stream::start(&net, RIGHT);
     net.flows(100);
     let left = |fpm: &Daemon, times| {
-        let lines = || fpm.log().matches("the cache manager has left").count();
+        let lines = || fpm.log().matches("the fast path keeps its last state").count();
         eventually("the loss is noticed", || (lines() == times).then_some(()));
     };
     cm.signal(libc::SIGKILL);
