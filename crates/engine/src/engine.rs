@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use towpath_tables::backing::{Backing, GrowError, PerTable, RawTable};
+use towpath_tables::backing::{Backing, GrowError, PerTable, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::record::{SOCKET_QUEUES, TableId};
 
@@ -458,7 +458,9 @@ impl Engine {
     /// after a growth until they `refresh`.
     pub fn tables(&self) -> Tables {
         let core = self.core();
-        Tables { engine: self.clone(), maps: core.region.maps().clone(), brake: core.region.brake().clone() }
+        let maps = core.region.maps().clone();
+        let raw = maps.each_ref().map(|map| map.raw());
+        Tables { engine: self.clone(), _maps: maps, raw, brake: core.region.brake().clone() }
     }
 
     /// What holds for all tables, for as long as the engine is.
@@ -556,21 +558,23 @@ impl Engine {
 /// The tables as mapped by this process.
 pub struct Tables {
     engine: Engine,
-    maps: Maps,
+    /// Keeps mapped what `raw` gives the addresses of
+    _maps: Maps,
+    raw: RawTables,
     brake: Brake,
 }
 
 impl Tables {
     /// Looks at the tables as they are now, if some have grown.
     pub fn refresh(&mut self) {
-        self.maps = self.engine.core().region.maps().clone();
+        *self = self.engine.tables();
     }
 }
 
 // SAFETY: the mappings were made for their tables and live as long as `maps` holds them; `grow` alone replaces them.
 unsafe impl Backing for Tables {
-    fn table(&self, table: TableId) -> RawTable {
-        self.maps[table as usize].raw()
+    fn tables(&self) -> &RawTables {
+        &self.raw
     }
 
     fn grow(&mut self, table: TableId, elements: usize) -> std::result::Result<(), GrowError> {

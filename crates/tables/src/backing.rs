@@ -1,7 +1,6 @@
 //! Where the tables lie: raw arrays given by a `Backing` (heap here, mapped BPF arrays in the engine), seen through a
 //! typed `View`.
 
-use core::marker::PhantomData;
 use core::ptr::NonNull;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
@@ -69,6 +68,15 @@ impl RawTable {
     }
 }
 
+// SAFETY: an address and a size. What lies there is only read, or written word by word atomically, but for the free
+// lines of its single writer.
+unsafe impl Send for RawTable {}
+// SAFETY: as above.
+unsafe impl Sync for RawTable {}
+
+/// Every table's memory, in the order of `TableId::ALL`.
+pub type RawTables = [RawTable; TableId::ALL.len()];
+
 /// A table could not be made larger.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("table {} cannot grow to {elements} elements: {cause}", table.name())]
@@ -84,10 +92,11 @@ pub struct GrowError {
 /// Owner of the tables' memory.
 ///
 /// # Safety
-/// `table(id)` returns memory of table `id`, valid until `grow` for that table or the end of the backing.
+/// `tables()` returns the memory of each table in the order of `TableId::ALL`, one `Config` at least, valid until `grow`
+/// for that table or the end of the backing.
 pub unsafe trait Backing {
-    /// The memory of a table.
-    fn table(&self, table: TableId) -> RawTable;
+    /// The tables' memory, ready: the writer asks for it at every step.
+    fn tables(&self) -> &RawTables;
 
     /// Makes a table at least `elements` large, keeping its content and zeroing the rest. Returns when every reader
     /// uses the new memory.
@@ -98,22 +107,16 @@ pub unsafe trait Backing {
 
     /// The tables, typed.
     fn view(&self) -> View<'_> {
-        // SAFETY: by the contract of this trait the memory is right, and stays while `self` is borrowed.
-        unsafe { View::new(TableId::ALL.map(|table| self.table(table))) }
+        // By the contract of this trait the memory is right, and stays while `self` is borrowed.
+        View { tables: self.tables() }
     }
 }
 
 /// The tables, typed. Shared access only: what changes is made of atomic words, what does not is read in place.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
-    tables: [RawTable; TableId::ALL.len()],
-    backing: PhantomData<&'a ()>,
+    tables: &'a RawTables,
 }
-
-// SAFETY: through a view memory is only read, or written word by word atomically.
-unsafe impl Send for View<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for View<'_> {}
 
 macro_rules! slices {
     ($($(#[$doc:meta])* $name:ident: $record:ty = $table:ident;)*) => { $(
@@ -121,21 +124,13 @@ macro_rules! slices {
         #[inline(always)]
         pub fn $name(&self) -> &'a [$record] {
             let raw = &self.tables[TableId::$table as usize];
-            // SAFETY: `new` was promised records of this type, which consist of atomic words, for the lifetime 'a.
+            // SAFETY: `Backing` promises records of this type, which consist of atomic words, for the lifetime 'a.
             unsafe { core::slice::from_raw_parts(raw.base.cast().as_ptr(), raw.elements) }
         }
     )* };
 }
 
 impl<'a> View<'a> {
-    /// A view of tables given in the order of `TableId::ALL`.
-    ///
-    /// # Safety
-    /// As for `RawTable::from_raw`, for the lifetime 'a; there is at least one `Config`.
-    pub unsafe fn new(tables: [RawTable; TableId::ALL.len()]) -> Self {
-        Self { tables, backing: PhantomData }
-    }
-
     /// Elements of a table.
     pub fn elements(&self, table: TableId) -> usize {
         self.tables[table as usize].elements
@@ -144,7 +139,7 @@ impl<'a> View<'a> {
     /// The region's configuration.
     #[inline(always)]
     pub fn config(&self) -> &'a Config {
-        // SAFETY: `new` was promised one.
+        // SAFETY: `Backing` promises one.
         unsafe { self.tables[TableId::Config as usize].base.cast().as_ref() }
     }
 
@@ -210,15 +205,10 @@ impl LpmRead for View<'_> {
 
 /// Tables on the heap, for tests, tools and engines without BPF. Growing copies.
 pub struct HeapBacking {
-    tables: [RawTable; TableId::ALL.len()],
+    tables: RawTables,
     limits: PerTable,
     brake: Brake,
 }
-
-// SAFETY: the memory is owned, and only reached through `View`.
-unsafe impl Send for HeapBacking {}
-// SAFETY: as above.
-unsafe impl Sync for HeapBacking {}
 
 impl HeapBacking {
     /// Zeroed tables of these sizes, which may grow without limit.
@@ -247,8 +237,8 @@ fn allocate(table: TableId, elements: usize) -> RawTable {
 
 // SAFETY: each table was allocated for its id and is freed only when replaced or dropped.
 unsafe impl Backing for HeapBacking {
-    fn table(&self, table: TableId) -> RawTable {
-        self.tables[table as usize]
+    fn tables(&self) -> &RawTables {
+        &self.tables
     }
 
     fn grow(&mut self, table: TableId, elements: usize) -> Result<(), GrowError> {

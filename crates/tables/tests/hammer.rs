@@ -101,8 +101,8 @@ struct SharedTables(Arc<HeapBacking>);
 
 // SAFETY: the memory lives as long as the `Arc`, and never moves because it never grows.
 unsafe impl Backing for SharedTables {
-    fn table(&self, table: TableId) -> towpath_tables::backing::RawTable {
-        self.0.table(table)
+    fn tables(&self) -> &towpath_tables::backing::RawTables {
+        self.0.tables()
     }
     fn grow(&mut self, table: TableId, elements: usize) -> Result<(), towpath_tables::backing::GrowError> {
         Err(towpath_tables::backing::GrowError { table, elements, cause: "readers hold the tables".into() })

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use towpath_engine::{Engine, GraceMethod, Injector, Tables, possible_cpus};
-use towpath_tables::backing::{Backing, GrowError, RawTable};
+use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
 use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
@@ -298,8 +298,8 @@ impl Shared {
 
 // SAFETY: the tables are those of `Tables`, which keeps the promise.
 unsafe impl Backing for Shared {
-    fn table(&self, table: TableId) -> RawTable {
-        self.tables.table(table)
+    fn tables(&self) -> &RawTables {
+        self.tables.tables()
     }
 
     fn brake(&self) -> Brake {
