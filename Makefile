@@ -15,6 +15,7 @@ test: setup ## every test; ends with one line of totals
 	scripts/test.sh
 
 bench: build setup ## ratios to peers measured in this run, with a report in out/bench.html
+	scripts/dpdk.sh || echo "bench: without DPDK beside the user engine"
 	cargo run --release -q -p towpath-bench -- $(BENCH)
 
 lint: ## formatting and clippy only

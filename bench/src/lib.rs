@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod cost;
+pub mod dpdk;
 pub mod ethtool;
 pub mod findings;
 pub mod instructions;

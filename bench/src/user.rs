@@ -1,7 +1,8 @@
-//! What a forwarded packet costs a worker of the user engine: ports in memory, one core, no kernel. Each contender beside
-//! the others in every round.
+//! What a forwarded packet costs a worker of the user engine: ports in memory, one core, no kernel, beside DPDK's l3fwd.
+//! The contenders' windows alternate in every round.
 
-use crate::findings::Findings;
+use crate::dpdk::{self, Hugepages};
+use crate::findings::{Aim, Findings};
 use crate::path::pin;
 use crate::routes;
 use crate::stats::Summary;
@@ -39,11 +40,37 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// A contender with one table.
 #[derive(Clone, Debug, Serialize)]
 struct Outcome {
-    family: &'static str,
-    routes: usize,
+    case: Case,
     contender: &'static str,
     /// Nanoseconds a packet
     cost: Summary,
+    /// How many times that is what the worker took in the same round
+    to_worker: Summary,
+}
+
+/// What every contender gets.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Case {
+    family: &'static str,
+    routes: usize,
+    memory: Memory,
+}
+
+/// Where tables and buffers lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Memory {
+    SmallPages,
+    Hugepages,
+}
+
+impl Memory {
+    fn name(self) -> &'static str {
+        match self {
+            Self::SmallPages => "small pages",
+            Self::Hugepages => "hugepages",
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -54,16 +81,19 @@ enum Contender {
     OneByOne,
     /// The worker
     Worker,
+    /// DPDK's l3fwd
+    Peer,
 }
 
 impl Contender {
-    const ALL: [Self; 3] = [Self::Ports, Self::OneByOne, Self::Worker];
+    const OURS: [Self; 3] = [Self::Ports, Self::OneByOne, Self::Worker];
 
     fn name(self) -> &'static str {
         match self {
             Self::Ports => "the ports alone",
             Self::OneByOne => "one packet at a time",
             Self::Worker => "Towpath's worker",
+            Self::Peer => "DPDK's l3fwd (FIB)",
         }
     }
 }
@@ -71,37 +101,75 @@ impl Contender {
 /// Runs the section.
 pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Result<()> {
     println!("user engine, ports in memory: {rounds} rounds of windows of {WINDOW} packets each, {FRAME}-byte frames");
-    println!("  tables in small pages, as the daemon's are; peers (DPDK) are not measured by this section");
     // A thread of its own, since whatever it starts would stay on the core too.
     let measured = std::thread::spawn(move || measure_all(rounds)).join();
-    let outcomes = measured.map_err(|_| anyhow::anyhow!("the measurement panicked"))??;
+    let cases = measured.map_err(|_| anyhow::anyhow!("the measurement panicked"))??;
     report.section("A worker of the user engine").text(
         "Ports in memory on one core: a buffer is taken from the pool and 60 bytes are copied into it for each packet that \
-         arrives, and it is given back for each that leaves. CPU time of the thread per packet, windows of all contenders \
-         alternating.",
+         arrives, and it is given back for each that leaves; l3fwd's net_null ports are given the same frames in the same \
+         way. CPU time of the thread per packet, windows of all contenders alternating.",
     );
-    for chunk in outcomes.chunks(Contender::ALL.len()) {
-        let bars: Vec<Bar> = chunk.iter().map(Outcome::bar).collect();
-        let title =
-            format!("{}, {} routes: ns per packet, median, floor to 90th percentile", chunk[0].family, chunk[0].routes);
-        report.bars(&title, "ns", &bars)?;
+    for outcomes in &cases {
+        let bars: Vec<Bar> = outcomes.iter().map(Outcome::bar).collect();
+        let Some(Outcome { case, .. }) = outcomes.first() else { continue };
+        report.bars(&format!("{}: ns per packet, median, floor to 90th percentile", case.name()), "ns", &bars)?;
+        if let Some(peer) = outcomes.iter().find(|outcome| outcome.contender == Contender::Peer.name()) {
+            let what = format!("user engine, {}: times faster than DPDK's l3fwd", case.name());
+            findings.goal(what, peer.to_worker.median, Aim::AtLeast(1.2));
+        }
     }
-    findings.keep("user", &outcomes);
+    findings.keep("user", cases.concat());
     Ok(())
 }
 
-fn measure_all(rounds: usize) -> Result<Vec<Outcome>> {
+fn measure_all(rounds: usize) -> Result<Vec<Vec<Outcome>>> {
     pin(0, CORE)?;
-    let mut outcomes = Vec::new();
-    for (family, routes) in [
-        ("IPv4", routes::ipv4(1)),
-        ("IPv4", routes::ipv4(1_000_000)),
-        ("IPv6", routes::ipv6(1)),
-        ("IPv6", routes::ipv6(250_000)),
-    ] {
-        outcomes.extend(measure(family, &routes, rounds)?);
+    let peer = dpdk::check();
+    if let Err(error) = &peer {
+        println!("  without DPDK beside it: {error:#}");
     }
-    Ok(outcomes)
+    let hugepages = Hugepages::reserve();
+    if hugepages.is_none() {
+        println!("  small pages only: this machine grants no hugepages");
+    }
+    let mut all = Vec::new();
+    for memory in [Memory::SmallPages, Memory::Hugepages] {
+        if memory == Memory::Hugepages && hugepages.is_none() {
+            continue;
+        }
+        allow_hugepages(memory == Memory::Hugepages)?;
+        for (family, routes) in [
+            ("IPv4", routes::ipv4(1)),
+            ("IPv4", routes::ipv4(1_000_000)),
+            ("IPv6", routes::ipv6(1)),
+            ("IPv6", routes::ipv6(250_000)),
+        ] {
+            let case = Case { family, routes: routes.len(), memory };
+            all.push(measure(case, &routes, rounds, peer.is_ok() && family == "IPv4")?);
+        }
+    }
+    Ok(all)
+}
+
+/// Whether what this process allocates from now on may lie in hugepages.
+fn allow_hugepages(allowed: bool) -> Result<()> {
+    // SAFETY: no pointers.
+    match unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, libc::c_ulong::from(!allowed), 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context("cannot choose the size of pages"),
+    }
+}
+
+impl Case {
+    fn name(&self) -> String {
+        format!(
+            "{}, {} route{}, {}",
+            self.family,
+            self.routes,
+            if self.routes == 1 { "" } else { "s" },
+            self.memory.name()
+        )
+    }
 }
 
 impl Outcome {
@@ -110,29 +178,45 @@ impl Outcome {
     }
 }
 
-fn measure(family: &'static str, all: &[(IpAddr, u8)], rounds: usize) -> Result<Vec<Outcome>> {
+fn measure(case: Case, all: &[(IpAddr, u8)], rounds: usize, with_peer: bool) -> Result<Vec<Outcome>> {
     let tables = Arc::new(tables(all)?);
     let count = if all.len() == 1 { 1 } else { DESTINATIONS };
     let frames: Arc<[[u8; FRAME]]> = routes::destinations(all, count).into_iter().map(frame).collect();
+    let peer = with_peer.then(|| dpdk::Peer::start(CORE, case.memory == Memory::Hugepages, all, &frames, WINDOW));
+    let mut peer = peer.transpose()?;
     let mut bench = Bench::new(tables, &frames);
-    let mut costs = Contender::ALL.map(|_| Vec::new());
+    let contenders: Vec<_> = Contender::OURS.into_iter().chain(peer.as_ref().map(|_| Contender::Peer)).collect();
+    let mut costs = vec![Vec::new(); contenders.len()];
     // One round to warm caches; it is not counted.
     for round in 0..=rounds {
-        for (contender, costs) in Contender::ALL.into_iter().zip(&mut costs) {
-            let cost = bench.window(contender)?;
+        for (contender, costs) in contenders.iter().zip(&mut costs) {
+            let cost = match &mut peer {
+                Some(peer) if matches!(contender, Contender::Peer) => peer.window()?,
+                _ => bench.window(*contender)?,
+            };
             if round > 0 {
                 costs.push(cost);
             }
         }
     }
-    println!("{family}, {} routes:", all.len());
-    let summarise = |(contender, costs): (Contender, &Vec<f64>)| {
+    println!("{}:", case.name());
+    let worker = contenders.iter().position(|contender| matches!(contender, Contender::Worker));
+    let worker = costs.get(worker.context("a worker")?).cloned().unwrap_or_default();
+    let summarise = |(contender, costs): (&Contender, &Vec<f64>)| {
         let cost = Summary::of(costs).context("no windows")?;
+        let ratios: Vec<f64> = costs.iter().zip(&worker).map(|(cost, worker)| cost / worker).collect();
+        let to_worker = Summary::of(&ratios).context("no windows")?;
         let (floor, median, high) = (cost.floor, cost.median, cost.high);
-        println!("  {:22} floor {floor:5.1} ns  median {median:5.1} ns  90th {high:5.1} ns", contender.name());
-        Ok(Outcome { family, routes: all.len(), contender: contender.name(), cost })
+        println!(
+            "  {:22} floor {floor:5.1} ns  median {median:5.1} ns  90th {high:5.1} ns  to the worker {:.2} ({:.2} to {:.2})",
+            contender.name(),
+            to_worker.median,
+            to_worker.floor,
+            to_worker.high
+        );
+        Ok(Outcome { case, contender: contender.name(), cost, to_worker })
     };
-    Contender::ALL.into_iter().zip(&costs).map(summarise).collect()
+    contenders.iter().zip(&costs).map(summarise).collect()
 }
 
 /// A router with two ports; the routes lead to neighbours behind the second.
@@ -273,6 +357,7 @@ impl Bench {
                     self.worker.turn();
                     self.worker.leave();
                 }
+                Contender::Peer => anyhow::bail!("a process of its own"),
             }
         }
         let spent = cpu_time()? - start;
