@@ -11,7 +11,8 @@ use towpath_tables::record::{Config, GROUP_BUCKETS};
 use towpath_wire::transport::{Icmp, Ports, protocol};
 
 /// The bucket of a group that the packet's flow belongs to.
-#[inline(always)]
+#[cfg_attr(target_arch = "bpf", inline(always))]
+#[cfg_attr(not(target_arch = "bpf"), inline(never))]
 pub fn bucket<N: Network, F: Frame>(frame: &F, config: &Config, header: &N, parsed: &Parsed) -> Result<usize, Reason> {
     let seed = u64::from(config.hash_seed.load());
     let hash = match config.hash_policy[N::FAMILY as usize].load() {

@@ -2,7 +2,7 @@
 
 use crate::network::Network;
 use crate::{Frame, Tables, partial};
-use towpath_tables::record::{Config, Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, destination_word, port_flags};
+use towpath_tables::record::{Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, destination_word, port_flags};
 use towpath_tables::{Reason, opaque};
 use towpath_wire::ethernet::{self, Ethernet, Tag};
 use towpath_wire::ipv4::Ipv4;
@@ -53,27 +53,40 @@ impl<'t> Entry<'t> {
         Self { slot, port, flags: port.flags.load() }
     }
 
-    /// Goes on to the VLAN sub-interface that a tag names.
-    #[inline(always)]
-    fn descend<T: Tables>(&mut self, tables: &'t T, protocol: u16, id: u16) -> Result<(), Reason> {
+    /// The VLAN sub-interface that a tag names.
+    #[cfg_attr(target_arch = "bpf", inline(always))]
+    #[cfg_attr(not(target_arch = "bpf"), inline(never))]
+    fn beneath<T: Tables>(self, tables: &'t T, protocol: u16, id: u16) -> Result<Self, (Self, Reason)> {
         let table = match self.port.vlans.load() {
-            NO_VLANS => return Err(Reason::UnsupportedEncap),
-            index => tables.vlan_table(index).ok_or(Reason::Internal)?,
+            NO_VLANS => return Err((self, Reason::UnsupportedEncap)),
+            index => tables.vlan_table(index).ok_or((self, Reason::Internal))?,
         };
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
         // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: say it again.
         let place = opaque(usize::from(id / 2)) % table.slots.len();
-        let pair = table.slots.get(place).ok_or(Reason::Internal)?.load();
+        let pair = table.slots.get(place).ok_or((self, Reason::Internal))?.load();
         let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
-        let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
-        let port = tables.port(slot).ok_or(Reason::Internal)?;
+        let slot = slot.filter(|_| id != 0).ok_or((self, Reason::UnsupportedEncap))?;
+        let port = tables.port(slot).ok_or((self, Reason::Internal))?;
         if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
-            return Err(Reason::UnsupportedEncap);
+            return Err((self, Reason::UnsupportedEncap));
         }
         let known = !self.flags & port_flags::PARTIAL_CSUM;
-        *self = Self::new(slot, port);
-        self.flags &= !known;
-        self.ready()
+        let mut beneath = Self::new(slot, port);
+        beneath.flags &= !known;
+        beneath.ready().map_err(|reason| (beneath, reason))?;
+        Ok(beneath)
+    }
+
+    /// Goes on to the VLAN sub-interface that a tag names.
+    #[inline(always)]
+    fn descend<T: Tables>(&mut self, tables: &'t T, protocol: u16, id: u16) -> Result<(), Reason> {
+        let (entry, result) = match self.beneath(tables, protocol, id) {
+            Ok(entry) => (entry, Ok(())),
+            Err((entry, reason)) => (entry, Err(reason)),
+        };
+        *self = entry;
+        result
     }
 
     #[inline(always)]
@@ -115,6 +128,22 @@ impl<'t> Entry<'t> {
 /// Reads the frame's headers and leaves in `entry` the port that they belong to.
 #[inline(always)]
 pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Reason> {
+    let (ethertype, offset) = parse_link(frame, tables, entry)?;
+    match ethertype {
+        ethernet::IPV4 => parse_packet::<Ipv4, F, T>(frame, tables, entry, offset),
+        ethernet::IPV6 => parse_packet::<Ipv6, F, T>(frame, tables, entry, offset),
+        _ => Err(Reason::UnsupportedEncap),
+    }
+}
+
+/// Reads the Ethernet header and the tags, and leaves in `entry` the port that they belong to. What is behind them: its
+/// EtherType, and where it begins.
+#[inline(always)]
+pub(crate) fn parse_link<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &mut Entry<'t>,
+) -> Result<(u16, usize), Reason> {
     entry.ready()?;
     let ethernet = frame.get::<Ethernet>(0).ok_or(Reason::Truncated)?;
     entry.look_beside(frame, tables)?;
@@ -132,21 +161,18 @@ pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entr
     if destination_word(ethernet.first.get()) != entry.port.mac.load() {
         return Err(if ethernet.is_group() { Reason::L2Multicast } else { Reason::NotForUs });
     }
-    let config = tables.config().ok_or(Reason::Internal)?;
-    match ethertype {
-        ethernet::IPV4 => parse_packet::<Ipv4, F>(frame, config, entry, offset),
-        ethernet::IPV6 => parse_packet::<Ipv6, F>(frame, config, entry, offset),
-        _ => Err(Reason::UnsupportedEncap),
-    }
+    Ok((ethertype, offset))
 }
 
+/// Reads the packet's header.
 #[inline(always)]
-fn parse_packet<N: Network, F: Frame>(
+pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
     frame: &F,
-    config: &Config,
+    tables: &T,
     entry: &Entry,
     offset: usize,
 ) -> Result<Parsed, Reason> {
+    let config = tables.config().ok_or(Reason::Internal)?;
     entry.has(N::FORWARDING)?;
     policy(config.policy[N::FAMILY as usize].load())?;
     policy(entry.port.ingress_policy[N::FAMILY as usize].load())?;

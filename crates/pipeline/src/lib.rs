@@ -10,6 +10,8 @@
 //! ([`Search`]).
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+#[cfg(any(test, feature = "std"))]
+pub mod batch;
 pub mod cache;
 mod hash;
 mod ingress;
@@ -31,7 +33,7 @@ pub mod packet;
 
 pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
-pub use route::{Hop, Search, route, route_found};
+pub use route::{Hop, route};
 pub use slot_set::SlotSet;
 pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_lost};
 
@@ -87,6 +89,9 @@ pub trait Tables: LpmRead {
     fn vlan_table(&self, index: u32) -> Option<&VlanTable>;
     /// A next hop
     fn nexthop(&self, index: u32) -> Option<&Nexthop>;
+    /// Asks for the memory of a next hop, where that can be done.
+    #[inline(always)]
+    fn prefetch_nexthop(&self, _index: u32) {}
     /// A next-hop group
     fn group(&self, index: u32) -> Option<&Group>;
     /// The caller's CPU or worker, as `stats` numbers them
@@ -113,7 +118,7 @@ pub enum Verdict {
 #[inline(always)]
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> Verdict {
     let Some(mut entry) = Entry::find(tables, ifindex) else { return Verdict::NotAPort };
-    match forward(frame, tables, &mut entry) {
+    match take_along(frame, tables, &mut entry) {
         Ok(device) => Verdict::Forward(device),
         Err(reason) => {
             count_exception(tables, entry.slot, reason);
@@ -123,23 +128,18 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 }
 
 #[inline(always)]
-fn forward<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
+fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
     let parsed = parse(frame, tables, entry)?;
     let hop = route(frame, tables, entry, &parsed)?;
-    finish(frame, tables, entry, &parsed, &hop)
+    finish(frame, &parsed, &hop)?;
+    count_forward(tables, entry.slot, &parsed, &hop);
+    Ok(hop.device)
 }
 
-/// The last stage of a frame that is counted if it is forwarded: the slot of the interface that transmits it.
+/// The last stage of a frame; what is forwarded is then to be counted.
 #[inline(always)]
-pub fn finish<F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    entry: &Entry,
-    parsed: &Parsed,
-    hop: &Hop,
-) -> Result<u32, Reason> {
+fn finish<F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
     rewrite(frame, parsed, hop)?;
     hop.mark_hit();
-    count_forward(tables, entry.slot, parsed, hop);
-    Ok(hop.device)
+    Ok(())
 }

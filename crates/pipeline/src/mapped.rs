@@ -62,6 +62,12 @@ impl Tables for Mapped<'_> {
         self.view.nexthops().get(index as usize)
     }
     #[inline(always)]
+    fn prefetch_nexthop(&self, index: u32) {
+        if let Some(hop) = self.view.nexthops().get(index as usize) {
+            prefetch(hop);
+        }
+    }
+    #[inline(always)]
     fn group(&self, index: u32) -> Option<&Group> {
         self.view.groups().get(index as usize)
     }

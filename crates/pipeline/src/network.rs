@@ -31,6 +31,8 @@ pub trait Network: View {
     const FORWARDING: u32;
     /// Protocol number of the family's ICMP
     const ICMP: u8;
+    /// An address as it is on the wire
+    type Address: Copy;
 
     /// Checks the header against the bytes that the frame has from it on; the length of the packet.
     fn packet_len(&self, available: usize) -> Result<usize, Reason>;
@@ -40,10 +42,14 @@ pub trait Network: View {
     fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason>;
     /// The route to the destination
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal>;
-    /// Begins to do what `lookup` does, in steps
-    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk;
-    /// Takes a step of it if there is one to take; true if more are to come
-    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool;
+    /// The destination
+    fn destination(&self) -> Self::Address;
+    /// The steps of a look-up, see `lpm::Walk`
+    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk;
+    /// See `lpm::Walk::begin`
+    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk);
+    /// See `lpm::Walk::locate`
+    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool;
     /// Whether Linux may send a redirect for a packet that leaves by the port that it entered by
     fn redirects(flags: u32) -> bool;
     /// Time to live or hop limit
@@ -69,6 +75,7 @@ impl Network for Ipv4 {
     const ETHERTYPE: u16 = ethernet::IPV4;
     const FORWARDING: u32 = port_flags::FORWARD_V4;
     const ICMP: u8 = protocol::ICMP;
+    type Address = [u8; 4];
 
     #[inline(always)]
     fn packet_len(&self, available: usize) -> Result<usize, Reason> {
@@ -123,13 +130,23 @@ impl Network for Ipv4 {
     }
 
     #[inline(always)]
-    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk {
-        lpm::Walk::new(tables, root, &self.destination)
+    fn destination(&self) -> Self::Address {
+        self.destination
     }
 
     #[inline(always)]
-    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool {
-        walk.step(tables, root, &self.destination)
+    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk {
+        lpm::Walk::new(tables, root, to)
+    }
+
+    #[inline(always)]
+    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk) {
+        walk.begin(tables, root, to)
+    }
+
+    #[inline(always)]
+    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool {
+        walk.locate(tables, to)
     }
 
     #[inline(always)]
@@ -200,6 +217,7 @@ impl Network for Ipv6 {
     const ETHERTYPE: u16 = ethernet::IPV6;
     const FORWARDING: u32 = port_flags::FORWARD_V6;
     const ICMP: u8 = protocol::ICMPV6;
+    type Address = [u8; 16];
 
     /// Of the extension headers a router looks at hop-by-hop options only (RFC 8200, section 4), which is also what
     /// may say that the packet is a jumbogram. Any other payload length of zero means what it says.
@@ -249,13 +267,23 @@ impl Network for Ipv6 {
     }
 
     #[inline(always)]
-    fn walk<T: Tables>(&self, tables: &T, root: u32) -> lpm::Walk {
-        lpm::Walk::new(tables, root, &self.destination)
+    fn destination(&self) -> Self::Address {
+        self.destination
     }
 
     #[inline(always)]
-    fn step<T: Tables>(&self, tables: &T, root: u32, walk: &mut lpm::Walk) -> bool {
-        walk.step(tables, root, &self.destination)
+    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk {
+        lpm::Walk::new(tables, root, to)
+    }
+
+    #[inline(always)]
+    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk) {
+        walk.begin(tables, root, to)
+    }
+
+    #[inline(always)]
+    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool {
+        walk.locate(tables, to)
     }
 
     /// ip6_forward asks no sysctl.

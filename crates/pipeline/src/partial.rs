@@ -18,7 +18,8 @@ use towpath_wire::transport::{Sctp, Tcp, Udp, protocol};
 const ENCAPSULATIONS: [u16; 6] = [1701, 2152, 4789, 8472, 4790, 6081];
 
 /// Fails with `PartialChecksum` unless the packet's transport checksum is certainly complete.
-#[inline(always)]
+#[cfg_attr(target_arch = "bpf", inline(always))]
+#[cfg_attr(not(target_arch = "bpf"), inline(never))]
 pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<(), Reason> {
     if header.part() == Part::Later {
         return Ok(());

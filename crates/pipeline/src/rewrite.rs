@@ -19,7 +19,7 @@ pub fn rewrite<F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<()
 }
 
 #[inline(always)]
-fn rewrite_packet<N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
+pub(crate) fn rewrite_packet<N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
     match hop.tags() {
         0 => write::<Untagged, N, F>(frame, parsed, hop),
         1 => write::<Tagged, N, F>(frame, parsed, hop),

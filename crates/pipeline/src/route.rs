@@ -3,7 +3,7 @@
 use crate::network::Network;
 use crate::{Entry, Frame, Parsed, Tables, hash};
 use towpath_tables::Reason;
-use towpath_tables::lpm::{self, Kind, Word};
+use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::order;
 use towpath_tables::record::{Family, Nexthop, NexthopKind, port_flags};
 use towpath_wire::ipv4::Ipv4;
@@ -59,42 +59,30 @@ impl<'t> Hop<'t> {
         }
     }
 
+    /// Whether frames can be handed to the interface that transmits to it.
+    #[inline(always)]
+    fn check_device<T: Tables>(&self, tables: &T, parsed: &Parsed) -> Result<(), Reason> {
+        if parsed.several {
+            let device = tables.port(self.device).ok_or(Reason::EgressNotServed)?;
+            if device.flags.load() & port_flags::SINGLE_BUFFER != 0 {
+                return Err(Reason::EgressNotServed);
+            }
+        }
+        if tables.transmitter(self.device) { Ok(()) } else { Err(Reason::EgressNotServed) }
+    }
+
+    #[cfg(any(test, feature = "std"))]
+    /// Whether the record is what it was when it was begun to be read.
+    #[inline(always)]
+    fn is_current(&self) -> bool {
+        order::unchanged(&self.record.sequence, self.sequence)
+    }
+
     /// Sets the hit flag; the line is only written if that changes something.
     #[inline(always)]
     pub fn mark_hit(&self) {
         if self.record.hit.load() == 0 {
             self.record.hit.store(1);
-        }
-    }
-}
-
-/// A look-up of a packet's route that engines take a step at a time, with each packet of a batch in turn: memory comes
-/// while the others are worked on.
-#[derive(Clone, Copy, Debug)]
-pub struct Search {
-    root: u32,
-    walk: lpm::Walk,
-}
-
-impl Search {
-    /// Begins.
-    #[inline(always)]
-    pub fn new<F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, parsed: &Parsed) -> Result<Self, Reason> {
-        let root = entry.port.root[parsed.family as usize].load();
-        let walk = match parsed.family {
-            Family::V4 => frame.get::<Ipv4>(parsed.offset).ok_or(Reason::Truncated)?.walk(tables, root),
-            Family::V6 => frame.get::<Ipv6>(parsed.offset).ok_or(Reason::Truncated)?.walk(tables, root),
-        };
-        Ok(Self { root, walk })
-    }
-
-    /// Takes a step if there is one to take; true if more are to come.
-    #[inline(always)]
-    pub fn step<F: Frame, T: Tables>(&mut self, frame: &F, tables: &T, parsed: &Parsed) -> bool {
-        let Self { root, walk } = self;
-        match parsed.family {
-            Family::V4 => frame.get::<Ipv4>(parsed.offset).is_some_and(|header| header.step(tables, *root, walk)),
-            Family::V6 => frame.get::<Ipv6>(parsed.offset).is_some_and(|header| header.step(tables, *root, walk)),
         }
     }
 }
@@ -107,32 +95,9 @@ pub fn route<'t, F: Frame, T: Tables>(
     entry: &Entry,
     parsed: &Parsed,
 ) -> Result<Hop<'t>, Reason> {
-    route_family(frame, tables, entry, parsed, None)
-}
-
-/// As `route`, by a search that has taken all its steps.
-#[inline(always)]
-pub fn route_found<'t, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &'t T,
-    entry: &Entry,
-    parsed: &Parsed,
-    search: &Search,
-) -> Result<Hop<'t>, Reason> {
-    route_family(frame, tables, entry, parsed, Some(search.walk.found()))
-}
-
-#[inline(always)]
-fn route_family<'t, F: Frame, T: Tables>(
-    frame: &F,
-    tables: &'t T,
-    entry: &Entry,
-    parsed: &Parsed,
-    found: Option<Result<Word, lpm::Internal>>,
-) -> Result<Hop<'t>, Reason> {
     match parsed.family {
-        Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed, found),
-        Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed, found),
+        Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed),
+        Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed),
     }
 }
 
@@ -142,11 +107,26 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     tables: &'t T,
     entry: &Entry,
     parsed: &Parsed,
-    found: Option<Result<Word, lpm::Internal>>,
 ) -> Result<Hop<'t>, Reason> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     let root = entry.port.root[N::FAMILY as usize].load();
-    let word = found.unwrap_or_else(|| header.lookup(tables, root)).map_err(|_| Reason::Internal)?;
+    let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
+    let hop = find_hop(frame, tables, header, parsed, word)?;
+    hop.check()?;
+    check_packet(tables, entry, header, parsed, &hop)?;
+    hop.check_device(tables, parsed)?;
+    Ok(hop)
+}
+
+/// The next hop that a look-up came to.
+#[inline(always)]
+fn find_hop<'t, N: Network, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    header: &N,
+    parsed: &Parsed,
+    word: Word,
+) -> Result<Hop<'t>, Reason> {
     let index = match word.kind() {
         Kind::Nexthop(index) => index,
         Kind::Group(index) => {
@@ -158,8 +138,18 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
         Kind::None => return Err(Reason::NoRoute),
         Kind::Node(_) => return Err(Reason::Internal),
     };
-    let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
-    hop.check()?;
+    Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)
+}
+
+/// What depends on the packet as well as on the next hop.
+#[inline(always)]
+fn check_packet<N: Network, T: Tables>(
+    tables: &T,
+    entry: &Entry,
+    header: &N,
+    parsed: &Parsed,
+    hop: &Hop,
+) -> Result<(), Reason> {
     header.check_source(tables, entry)?;
     if header.hops_left() <= 1 {
         return Err(Reason::TtlExpired);
@@ -170,14 +160,42 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     if parsed.packet_len > hop.record.mtu.load() as usize {
         return Err(Reason::MtuExceeded);
     }
-    if parsed.several {
-        let device = tables.port(hop.device).ok_or(Reason::EgressNotServed)?;
-        if device.flags.load() & port_flags::SINGLE_BUFFER != 0 {
-            return Err(Reason::EgressNotServed);
+    Ok(())
+}
+
+#[cfg(any(test, feature = "std"))]
+/// The next hop that the packet before took, if that was the only thing in its way.
+pub(crate) struct Last<'t>(Option<(Word, Hop<'t>)>);
+
+#[cfg(any(test, feature = "std"))]
+impl<'t> Last<'t> {
+    /// There was none.
+    pub const NONE: Self = Self(None);
+
+    /// As `route_packet`, for a packet whose look-up came to this word.
+    #[inline(always)]
+    pub fn route<N: Network, F: Frame, T: Tables>(
+        &mut self,
+        frame: &F,
+        tables: &'t T,
+        entry: &Entry,
+        parsed: &Parsed,
+        word: Word,
+    ) -> Result<&Hop<'t>, Reason> {
+        let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
+        // What was found of a single next hop still holds, as long as its record does.
+        let same = matches!(&self.0, Some((last, hop)) if *last == word && hop.is_current()) && !parsed.several;
+        if !same {
+            let hop = find_hop(frame, tables, header, parsed, word)?;
+            hop.check()?;
+            check_packet(tables, entry, header, parsed, &hop)?;
+            hop.check_device(tables, parsed)?;
+            // A group may lead the next packet elsewhere.
+            let word = if matches!(word.kind(), Kind::Nexthop(_)) { word } else { Word::NONE };
+            return Ok(&self.0.insert((word, hop)).1);
         }
+        let Some((_, hop)) = &self.0 else { return Err(Reason::Internal) };
+        check_packet(tables, entry, header, parsed, hop)?;
+        Ok(hop)
     }
-    if !tables.transmitter(hop.device) {
-        return Err(Reason::EgressNotServed);
-    }
-    Ok(hop)
 }

@@ -76,6 +76,12 @@ impl Tables for Slices<'_> {
         self.nexthops.get(index as usize)
     }
     #[inline(always)]
+    fn prefetch_nexthop(&self, index: u32) {
+        if let Some(hop) = self.nexthops.get(index as usize) {
+            prefetch(hop);
+        }
+    }
+    #[inline(always)]
     fn group(&self, index: u32) -> Option<&Group> {
         self.groups.get(index as usize)
     }

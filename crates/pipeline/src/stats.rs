@@ -20,13 +20,51 @@ pub fn count_exception<T: Tables>(tables: &T, slot: u32, reason: Reason) {
 /// Counts a forwarded packet on the port that it entered by and on the one that it leaves by.
 #[inline(always)]
 pub fn count_forward<T: Tables>(tables: &T, slot: u32, parsed: &Parsed, hop: &Hop) {
-    let Some(stats) = tables.stats(tables.cpu()) else { return };
-    let port = of_port(stats, slot);
-    add(&port.rx_packets, 1);
-    add(&port.rx_bytes, parsed.frame_len as u64);
-    let port = of_port(stats, hop.port);
-    add(&port.tx_packets, 1);
-    add(&port.tx_bytes, (hop.link_len() + parsed.packet_len) as u64);
+    Tally::of(slot, parsed, hop).write(tables);
+}
+
+/// Forwarded packets of one pair of ports, to be counted together.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Tally {
+    /// Slots of the port that they entered by and of the one that they leave by
+    ports: (u32, u32),
+    packets: u64,
+    rx_bytes: u64,
+    tx_bytes: u64,
+}
+
+impl Tally {
+    #[inline(always)]
+    fn of(slot: u32, parsed: &Parsed, hop: &Hop) -> Self {
+        let tx_bytes = (hop.link_len() + parsed.packet_len) as u64;
+        Self { ports: (slot, hop.port), packets: 1, rx_bytes: parsed.frame_len as u64, tx_bytes }
+    }
+
+    #[cfg(any(test, feature = "std"))]
+    /// Adds a packet; those of another pair of ports are counted first.
+    #[inline(always)]
+    pub fn add<T: Tables>(&mut self, tables: &T, slot: u32, parsed: &Parsed, hop: &Hop) {
+        let one = Self::of(slot, parsed, hop);
+        if self.ports != one.ports {
+            self.write(tables);
+            *self = Self { ports: one.ports, ..Self::default() };
+        }
+        self.packets += one.packets;
+        self.rx_bytes += one.rx_bytes;
+        self.tx_bytes += one.tx_bytes;
+    }
+
+    /// Counts them.
+    #[inline(always)]
+    pub fn write<T: Tables>(&self, tables: &T) {
+        let Some(stats) = tables.stats(tables.cpu()) else { return };
+        let port = of_port(stats, self.ports.0);
+        add(&port.rx_packets, self.packets);
+        add(&port.rx_bytes, self.rx_bytes);
+        let port = of_port(stats, self.ports.1);
+        add(&port.tx_packets, self.packets);
+        add(&port.tx_bytes, self.tx_bytes);
+    }
 }
 
 /// Counts packets that were forwarded by the interface in `slot` and found no room in its ring.

@@ -2,7 +2,7 @@
 //! typed `View`.
 
 use core::ptr::NonNull;
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 
 use crate::brake::Brake;
 use crate::lpm::LpmRead;
@@ -222,15 +222,28 @@ impl HeapBacking {
     }
 }
 
+/// Size of a huge page. Tables of that size and more may lie in such pages: a look-up among many routes then waits for one
+/// memory access where there would be several, to the translations of addresses.
+const HUGE: usize = 2 << 20;
+
 fn layout(table: TableId, elements: usize) -> Layout {
     // One element at least, so that the size is never zero.
-    Layout::from_size_align(table.element_size() * elements.max(1), TABLE_ALIGN).expect("a table's size fits")
+    let bytes = table.element_size() * elements.max(1);
+    let layout = Layout::from_size_align(bytes, TABLE_ALIGN).expect("a table's size fits");
+    if cfg!(miri) || bytes < HUGE { layout } else { layout.align_to(HUGE).expect("a table's size fits").pad_to_align() }
 }
 
 fn allocate(table: TableId, elements: usize) -> RawTable {
     let layout = layout(table, elements);
     // SAFETY: the size is not zero.
-    let base = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+    let base = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+    if layout.align() == HUGE {
+        // Before the first touch, which is what chooses the pages. The kernel may ignore it.
+        // SAFETY: the range is one allocation, aligned to pages; the advice changes no contents.
+        unsafe { libc::madvise(base.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
+    }
+    // SAFETY: as large as that.
+    unsafe { base.write_bytes(0, layout.size()) };
     // SAFETY: just allocated, zeroed, with the size and alignment asked for.
     unsafe { RawTable::from_raw(base, elements) }
 }

@@ -168,105 +168,106 @@ pub fn lookup<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYT
     }
 }
 
-/// A look-up in steps, each of which reads memory that the step before asked for. An engine that looks several addresses
-/// up at once takes a step with each in turn, and waits for none.
+/// A look-up in steps, each of which asks for the memory that the next one reads. An engine that looks several addresses
+/// up at once takes each step with all of them, and waits for none: `begin`, then `locate` and `follow` in turn for as long
+/// as `locate` finds something to follow.
 #[derive(Clone, Copy, Debug)]
 pub struct Walk {
-    next: Next,
+    /// How far it has come
+    word: Word,
+    /// The line that holds the next word
+    line: u32,
+    /// The word's place in that line
+    place: u8,
     /// Bytes of the address that have been looked at
     bytes: u8,
-    /// The line to be read next
-    line: u32,
-    found: Result<Word, Internal>,
 }
 
-/// What the next step of a walk reads.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Next {
-    Root,
-    /// The first line of a node
-    Node,
-    /// The first line of a wide node
-    Wide,
-    /// This word of a line
-    Stored(u8),
-    Nothing,
-}
+/// The bytes that a walk has looked at when it met an index that is out of range: there is no further step, and what it
+/// has come to is no leaf.
+const ASTRAY: u8 = u8::MAX;
 
 impl Walk {
-    /// Begins to look an address up.
+    /// Asks for the root's word.
     #[inline(always)]
     pub fn new<const BYTES: usize>(mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> Self {
         if let Some(slot) = first_pair(addr) {
             mem.prefetch_root_word(root, slot);
         }
-        Self { next: Next::Root, bytes: 2, line: 0, found: Err(Internal) }
+        Self { word: Word::node(0), line: 0, place: 0, bytes: ASTRAY }
     }
 
-    /// Takes a step if there is one to take; true if more are to come.
+    /// Reads the root's word.
     #[inline(always)]
-    pub fn step<const BYTES: usize>(&mut self, mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) -> bool {
-        let next = core::mem::replace(&mut self.next, Next::Nothing);
-        // An index out of range leaves what was found as it was at first: an error, and the end.
-        let _ = self.take(next, mem, root, addr);
-        self.next != Next::Nothing
+    pub fn begin<const BYTES: usize>(&mut self, mem: &impl LpmRead, root: u32, addr: &[u8; BYTES]) {
+        if let Some(word) = first_pair(addr).and_then(|slot| mem.root_word(root, slot)) {
+            self.bytes = 2;
+            self.come_to(mem, Word(word));
+        }
+    }
+
+    /// If it has come to a node, reads the node's first line; true if there is a word to follow.
+    #[inline(always)]
+    pub fn locate<const BYTES: usize>(&mut self, mem: &impl LpmRead, addr: &[u8; BYTES]) -> bool {
+        let Kind::Node(line) = self.word.kind() else { return false };
+        let position = self.position(mem, line, addr);
+        if let Some(position) = position {
+            self.line = line.wrapping_add(position / LINE_WORDS as u32);
+            self.place = (position % LINE_WORDS as u32) as u8;
+            mem.prefetch_line(self.line);
+        } else {
+            self.bytes = ASTRAY;
+        }
+        position.is_some()
+    }
+
+    /// Where in the node the word for the address lies.
+    #[inline(always)]
+    fn position<const BYTES: usize>(&mut self, mem: &impl LpmRead, line: u32, addr: &[u8; BYTES]) -> Option<u32> {
+        let at = usize::from(self.bytes);
+        if self.word.is_wide() {
+            self.bytes = self.bytes.saturating_add(2);
+            let value = u16::from_be_bytes([*addr.get(at)?, *addr.get(at + 1)?]);
+            return Some(WIDE_HEAD as u32 + wide_rank(mem.line(line)?.as_wide(), value)?);
+        }
+        self.bytes = self.bytes.saturating_add(1);
+        Some(NODE_HEAD as u32 + rank(mem.line(line)?.as_node(), *addr.get(at)?)?)
+    }
+
+    /// Reads the word that `locate` found, if it did.
+    #[inline(always)]
+    pub fn follow(&mut self, mem: &impl LpmRead) {
+        if !self.word.is_node() || self.bytes == ASTRAY {
+            return;
+        }
+        match mem.line(self.line).and_then(|line| line.words.get(usize::from(self.place))) {
+            Some(word) => self.come_to(mem, Word(*word)),
+            None => self.bytes = ASTRAY,
+        }
+    }
+
+    #[inline(always)]
+    fn come_to(&mut self, mem: &impl LpmRead, word: Word) {
+        self.word = word;
+        if let Kind::Node(line) = word.kind() {
+            mem.prefetch_line(line);
+        }
+    }
+
+    /// What it has come to: after the last step the longest match, but for the default route.
+    #[inline(always)]
+    pub fn word(&self) -> Word {
+        self.word
     }
 
     /// What `lookup` returns; an error before the last step.
     #[inline(always)]
-    pub fn found(&self) -> Result<Word, Internal> {
-        self.found
-    }
-
-    #[inline(always)]
-    fn take<const BYTES: usize>(
-        &mut self,
-        next: Next,
-        mem: &impl LpmRead,
-        root: u32,
-        addr: &[u8; BYTES],
-    ) -> Option<()> {
-        const WORDS: u32 = LINE_WORDS as u32;
-        let at = usize::from(self.bytes);
-        let position = match next {
-            Next::Nothing => return None,
-            Next::Root => return self.go_on::<BYTES>(mem, root, mem.root_word(root, first_pair(addr)?)?),
-            Next::Stored(position) => position.into(),
-            Next::Node => {
-                self.bytes += 1;
-                NODE_HEAD as u32 + rank(mem.line(self.line)?.as_node(), *addr.get(at)?)?
-            }
-            Next::Wide => {
-                self.bytes += 2;
-                let value = u16::from_be_bytes([*addr.get(at)?, *addr.get(at + 1)?]);
-                WIDE_HEAD as u32 + wide_rank(mem.line(self.line)?.as_wide(), value)?
-            }
-        };
-        if position < WORDS {
-            let word = *mem.line(self.line)?.words.get(position as usize)?;
-            return self.go_on::<BYTES>(mem, root, word);
+    pub fn found(&self, mem: &impl LpmRead, root: u32) -> Result<Word, Internal> {
+        match self.word.kind() {
+            Kind::Node(_) => Err(Internal),
+            Kind::None => mem.root_default(root).map(Word).ok_or(Internal),
+            _ => Ok(self.word),
         }
-        self.line = self.line.wrapping_add(position / WORDS);
-        self.next = Next::Stored((position % WORDS) as u8);
-        mem.prefetch_line(self.line);
-        Some(())
-    }
-
-    /// Goes where a word leads.
-    #[inline(always)]
-    fn go_on<const BYTES: usize>(&mut self, mem: &impl LpmRead, root: u32, word: u32) -> Option<()> {
-        let word = Word(word);
-        match word.kind() {
-            Kind::None => self.found = Ok(Word(mem.root_default(root)?)),
-            Kind::Node(line) if usize::from(self.bytes) < BYTES => {
-                self.next = if word.is_wide() { Next::Wide } else { Next::Node };
-                self.line = line;
-                mem.prefetch_line(line);
-            }
-            Kind::Node(_) => {}
-            _ => self.found = Ok(word),
-        }
-        Some(())
     }
 }
 
@@ -418,6 +419,17 @@ mod tests {
         }
     }
 
+    /// All steps of a walk.
+    fn walk(mem: &impl LpmRead, root: u32, address: [u8; 4]) -> Result<Word, Internal> {
+        let mut walk = Walk::new(mem, root, &address);
+        assert_eq!(walk.found(mem, root), Err(Internal), "nothing is read");
+        walk.begin(mem, root, &address);
+        while walk.locate(mem, &address) {
+            walk.follow(mem);
+        }
+        walk.found(mem, root)
+    }
+
     #[test]
     fn a_walk_reads_what_the_look_up_reads_and_asked_for_it_before() {
         for address in [[11, 0, 0, 1], [10, 0, 1, 1], [10, 0, 2, 64], [10, 0, 2, 255], [10, 0, 200, 0]] {
@@ -425,11 +437,11 @@ mod tests {
             let expected = lookup(&log, 0, &address);
             let mut reads = log.1.take();
             reads.dedup();
-            let mut walk = Walk::new(&log, 0, &address);
-            while walk.step(&log, 0, &address) {}
-            assert_eq!(walk.found(), expected);
-            let (asked, mut read): (Vec<_>, Vec<_>) =
+            assert_eq!(walk(&log, 0, address), expected);
+            let (mut asked, mut read): (Vec<_>, Vec<_>) =
                 log.1.borrow().iter().copied().partition(|(what, _)| what.starts_with("ask"));
+            // A node's first line is asked for again if it holds the word too.
+            asked.dedup();
             read.dedup();
             assert_eq!(read, reads, "{address:?}");
             let places: Vec<u32> = reads.iter().map(|read| read.1).collect();
@@ -444,11 +456,6 @@ mod tests {
 
     #[test]
     fn a_walk_finds_errors_where_the_look_up_does() {
-        let walk = |mem: &Fixture, root, address: [u8; 4]| {
-            let mut walk = Walk::new(mem, root, &address);
-            while walk.step(mem, root, &address) {}
-            walk.found()
-        };
         let mem = fixture();
         assert_eq!(walk(&mem, 1, [10, 0, 0, 1]), Err(Internal), "root");
         assert_eq!(walk(&Fixture(mem.0[..1].to_vec()), 0, [10, 0, 0, 1]), Err(Internal), "node");

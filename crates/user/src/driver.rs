@@ -3,8 +3,7 @@
 use crate::pool::{Buffer, Pool};
 use std::os::fd::BorrowedFd;
 
-/// Frames that a worker works on at once.
-pub const BATCH: usize = 64;
+pub use towpath_pipeline::batch::BATCH;
 
 /// The queues of one interface that a worker has to itself.
 pub trait PortDriver: Send {

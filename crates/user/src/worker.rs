@@ -3,15 +3,10 @@
 use crate::driver::{BATCH, Linux, PortDriver};
 use crate::exchange::Exchange;
 use crate::pool::{Area, Buffer, Pool};
-use arrayvec::ArrayVec;
 use std::sync::Arc;
-use towpath_pipeline::cache::prefetch;
+use towpath_pipeline::batch::{Ways, process_batch};
 use towpath_pipeline::mapped::Mapped;
-use towpath_pipeline::{
-    Entry, Parsed, Search, SlotSet, Tables, count_exception, count_exceptions_lost, count_tx_lost, finish, parse,
-    route_found,
-};
-use towpath_tables::Reason;
+use towpath_pipeline::{SlotSet, Tables, count_exceptions_lost, count_tx_lost};
 use towpath_tables::backing::Backing;
 use towpath_tables::grace;
 use towpath_tables::record::PORT_SLOTS;
@@ -215,39 +210,55 @@ impl<S: TableSource> Worker<S> {
     }
 
     fn serve(&mut self, place: usize) -> usize {
-        let Self { tables, pool, ports, batch, exchange, .. } = self;
+        let Self { tables, pool, ports, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         port.driver.receive(pool, batch);
         let received = batch.len();
         if received != 0 {
-            let (ifindex, slot) = (port.ifindex, port.slot);
+            let entered = (port.ifindex, port.slot);
+            // The clone is there so that the tables stay while the worker is changed; it costs little in a batch.
+            let tables = tables.clone();
             let tables = tables.seen(self.line, self.transmitters);
-            let ways = forward(&tables, ifindex, batch);
-            for (frame, slot) in batch.drain(..).zip(ways) {
-                let Some(slot) = slot else {
-                    self.exceptions.push(frame);
-                    continue;
-                };
-                let way = self.ways.get(slot as usize).copied().unwrap_or(Way::None);
-                let refused = match (way, &mut *exchange) {
-                    (Way::Own(place), _) if place < ports.len() => {
-                        ports[place].out.push(frame);
-                        None
-                    }
-                    (Way::Other(worker), Some(exchange)) => exchange.hand(worker, slot, frame),
-                    // Cannot be: `transmitters` holds those with a way only.
-                    _ => Some(frame),
-                };
-                if let Some(frame) = refused {
-                    count_tx_lost(&tables, slot, 1);
-                    pool.give(frame);
-                }
-            }
-            exchange.iter_mut().for_each(Exchange::wake);
-            deliver(&tables, &mut *self.linux, pool, (ifindex, slot), &mut self.exceptions);
-            ports.iter_mut().for_each(|served| transmit(&tables, pool, served));
+            let ways = forward(&tables, entered.0, batch);
+            self.sort_out(&tables, &ways);
+            deliver(&tables, &mut *self.linux, &mut self.pool, entered, &mut self.exceptions);
+            self.ports.iter_mut().for_each(|served| transmit(&tables, &mut self.pool, served));
         }
         received
+    }
+
+    /// Puts each frame of the batch where it is to go.
+    #[inline]
+    fn sort_out<T: Tables>(&mut self, tables: &T, ways: &Ways) {
+        let Self { pool, ports, batch, exchange, .. } = self;
+        if let Some(slot) = ways.all_one(batch.len())
+            && let Some(Way::Own(place)) = self.ways.get(slot as usize)
+            && let Some(Served { out, .. }) = ports.get_mut(*place)
+            && out.is_empty()
+        {
+            return std::mem::swap(batch, out);
+        }
+        for (frame, slot) in batch.drain(..).zip(ways.0) {
+            if slot == Ways::LINUX {
+                self.exceptions.push(frame);
+                continue;
+            }
+            let way = self.ways.get(slot as usize).copied().unwrap_or(Way::None);
+            let refused = match (way, &mut *exchange) {
+                (Way::Own(place), _) if place < ports.len() => {
+                    ports[place].out.push(frame);
+                    None
+                }
+                (Way::Other(worker), Some(exchange)) => exchange.hand(worker, slot, frame),
+                // Cannot be: `transmitters` holds those with a way only.
+                _ => Some(frame),
+            };
+            if let Some(frame) = refused {
+                count_tx_lost(tables, slot, 1);
+                pool.give(frame);
+            }
+        }
+        exchange.iter_mut().for_each(Exchange::wake);
     }
 
     /// Sends what other workers have handed over, a batch at most; how many frames that were.
@@ -289,63 +300,27 @@ fn copy(pool: &mut Pool, frame: &Buffer) -> Option<Buffer> {
     Some(buffer)
 }
 
-/// A frame of a batch on its way.
-struct Job<'t> {
-    /// Its place in the batch
-    place: usize,
-    entry: Entry<'t>,
-    parsed: Parsed,
-    search: Search,
-}
-
-/// Takes a batch that came in by an interface along the whole path; for each frame the slot of the interface that
-/// transmits it, or None if it is Linux's.
+/// Takes a batch that came in by an interface along the whole path.
 #[inline]
-fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> [Option<u32>; BATCH] {
-    let mut ways = [None; BATCH];
-    let Some(entry) = Entry::find(tables, ifindex) else { return ways };
-    batch.iter().filter_map(|frame| frame.bytes().first()).for_each(prefetch);
-    let mut jobs: ArrayVec<Job<'_>, BATCH> = ArrayVec::new();
-    for (place, frame) in batch.iter().enumerate() {
-        let mut entry = entry;
-        match begin(tables, &mut entry, frame) {
-            Ok((parsed, search)) => jobs.push(Job { place, entry, parsed, search }),
-            Err(reason) => count_exception(tables, entry.slot, reason),
-        }
+fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("bmi1")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("lzcnt")
+        && is_x86_feature_detected!("popcnt")
+    {
+        // SAFETY: this processor has what the function was compiled for.
+        return unsafe { forward_v3(tables, ifindex, batch) };
     }
-    let mut walking = true;
-    while walking {
-        walking = false;
-        for job in &mut jobs {
-            walking |= job.search.step(&batch[job.place], tables, &job.parsed);
-        }
-    }
-    for Job { place, entry, parsed, search } in &jobs {
-        let frame = &mut batch[*place];
-        match end(tables, entry, parsed, search, frame) {
-            Ok(slot) => ways[*place] = Some(slot),
-            Err(reason) => count_exception(tables, entry.slot, reason),
-        }
-    }
-    ways
+    process_batch(tables, ifindex, batch)
 }
 
-#[inline(always)]
-fn begin<'t, T: Tables>(tables: &'t T, entry: &mut Entry<'t>, frame: &Buffer) -> Result<(Parsed, Search), Reason> {
-    let parsed = parse(frame, tables, entry)?;
-    Ok((parsed, Search::new(frame, tables, entry, &parsed)?))
-}
-
-#[inline(always)]
-fn end<T: Tables>(
-    tables: &T,
-    entry: &Entry,
-    parsed: &Parsed,
-    search: &Search,
-    frame: &mut Buffer,
-) -> Result<u32, Reason> {
-    let hop = route_found(frame, tables, entry, parsed, search)?;
-    finish(frame, tables, entry, parsed, &hop)
+/// The same, compiled for the instructions that nearly all processors have (x86-64-v3).
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn forward_v3<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
+    process_batch(tables, ifindex, batch)
 }
 
 /// Hands frames that came in by an interface to Linux.

@@ -1,0 +1,163 @@
+//! The packet path for many frames at once: each stage with all of them, so that memory comes for one while the others are
+//! worked on. What becomes of each is what `process` would have made of it.
+
+use crate::cache::prefetch;
+use crate::ingress::{parse_link, parse_packet};
+use crate::network::Network;
+use crate::rewrite::rewrite_packet;
+use crate::route::Last;
+use crate::stats::Tally;
+use crate::{Entry, Frame, Parsed, Tables, count_exception};
+use arrayvec::ArrayVec;
+use towpath_tables::Reason;
+use towpath_tables::lpm::{Kind, Walk};
+use towpath_wire::ethernet::{self, Ethernet};
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
+
+/// Frames at once.
+pub const BATCH: usize = 64;
+
+/// For each frame of a batch the slot of the interface that is to transmit it, or `LINUX`.
+pub struct Ways(pub [u32; BATCH]);
+
+impl Ways {
+    /// Stands for a frame that is Linux's.
+    pub const LINUX: u32 = u32::MAX;
+
+    /// The slot of the interface that transmits the first frames, if one does for all of them.
+    #[inline]
+    pub fn all_one(&self, frames: usize) -> Option<u32> {
+        let (first, rest) = self.0.get(..frames)?.split_first()?;
+        (*first != Self::LINUX && rest.iter().all(|slot| slot == first)).then_some(*first)
+    }
+}
+
+/// A packet of one family on its way.
+struct Job<'t, N: Network> {
+    /// Place of its frame in the batch
+    place: usize,
+    entry: Entry<'t>,
+    parsed: Parsed,
+    to: N::Address,
+    root: u32,
+    walk: Walk,
+}
+
+type Jobs<'t, N> = ArrayVec<Job<'t, N>, BATCH>;
+
+/// Takes frames that came in by one interface along the whole path and counts them; those behind the first `BATCH` are left
+/// alone.
+#[inline(always)]
+pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut [F]) -> Ways {
+    let mut ways = Ways([Ways::LINUX; BATCH]);
+    let Some(entry) = Entry::find(tables, ifindex) else { return ways };
+    frames.iter().filter_map(|frame| frame.get::<Ethernet>(0)).for_each(prefetch);
+    let (mut four, mut six) = (Jobs::<Ipv4>::new(), Jobs::<Ipv6>::new());
+    for (place, frame) in frames.iter().enumerate().take(BATCH) {
+        let mut entry = entry;
+        if let Err(reason) = parse(frame, tables, &mut entry, place, &mut four, &mut six) {
+            count_exception(tables, entry.slot, reason);
+        }
+    }
+    finish(tables, frames, &mut four, &mut ways);
+    finish(tables, frames, &mut six, &mut ways);
+    ways
+}
+
+#[inline(always)]
+fn parse<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &mut Entry<'t>,
+    place: usize,
+    four: &mut Jobs<'t, Ipv4>,
+    six: &mut Jobs<'t, Ipv6>,
+) -> Result<(), Reason> {
+    let (ethertype, offset) = parse_link(frame, tables, entry)?;
+    match ethertype {
+        ethernet::IPV4 => four.push(job(frame, tables, *entry, place, offset)?),
+        ethernet::IPV6 => six.push(job(frame, tables, *entry, place, offset)?),
+        _ => return Err(Reason::UnsupportedEncap),
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn job<'t, N: Network, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: Entry<'t>,
+    place: usize,
+    offset: usize,
+) -> Result<Job<'t, N>, Reason> {
+    let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset)?;
+    let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
+    let root = entry.port.root[N::FAMILY as usize].load();
+    let walk = N::walk(&to, tables, root);
+    Ok(Job { place, entry, parsed, to, root, walk })
+}
+
+/// Finds the packets' next hops, and rewrites what is forwarded.
+#[inline(always)]
+fn finish<N: Network, F: Frame, T: Tables>(tables: &T, frames: &mut [F], jobs: &mut [Job<N>], ways: &mut Ways) {
+    if jobs.is_empty() {
+        return;
+    }
+    look_up(tables, jobs);
+    let (mut tally, mut last) = (Tally::default(), Last::NONE);
+    for job in jobs {
+        let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
+        match forward(tables, frame, job, &mut last, &mut tally) {
+            Ok(slot) => *way = slot,
+            Err(reason) => count_exception(tables, job.entry.slot, reason),
+        }
+    }
+    tally.write(tables);
+}
+
+/// Each step with all of them, until none goes on.
+#[inline(always)]
+fn look_up<N: Network, T: Tables>(tables: &T, jobs: &mut [Job<N>]) {
+    for Job { to, root, walk, .. } in &mut *jobs {
+        N::begin(to, tables, *root, walk);
+        ask_for_nexthop(tables, walk);
+    }
+    loop {
+        let mut on = false;
+        for Job { to, walk, .. } in &mut *jobs {
+            on |= N::locate(to, tables, walk);
+        }
+        if !on {
+            return;
+        }
+        for Job { walk, .. } in &mut *jobs {
+            walk.follow(tables);
+            ask_for_nexthop(tables, walk);
+        }
+    }
+}
+
+#[inline(always)]
+fn ask_for_nexthop<T: Tables>(tables: &T, walk: &Walk) {
+    if let Kind::Nexthop(index) = walk.word().kind() {
+        tables.prefetch_nexthop(index);
+    }
+}
+
+#[inline(always)]
+fn forward<'t, N: Network, F: Frame, T: Tables>(
+    tables: &'t T,
+    frame: &mut F,
+    job: &Job<N>,
+    last: &mut Last<'t>,
+    tally: &mut Tally,
+) -> Result<u32, Reason> {
+    let Job { entry, parsed, .. } = job;
+    let word = job.walk.found(tables, job.root).map_err(|_| Reason::Internal)?;
+    let hop = last.route::<N, F, T>(frame, tables, entry, parsed, word)?;
+    rewrite_packet::<N, F>(frame, parsed, hop)?;
+    hop.mark_hit();
+    tally.add(tables, entry.slot, parsed, hop);
+    Ok(hop.device)
+}
