@@ -8,13 +8,13 @@ build: ## the towpath command, with its BPF programs inside: target/release/towp
 setup: ## what the tests and the demo need on this machine
 	scripts/setup.sh
 
-demo: build setup ## a router with BGP, made faster while it runs; a report in out/demo.html
+demo: setup build ## a router with BGP, made faster while it runs; a report in out/demo.html
 	$(if $(filter 0,$(shell id -u)),,sudo) target/release/towpath-demo
 
 test: setup ## every test; ends with one line of totals
 	scripts/test.sh
 
-bench: build setup ## ratios to peers measured in this run, with a report in out/bench.html
+bench: setup build ## ratios to peers measured in this run, with a report in out/bench.html
 	scripts/dpdk.sh || echo "bench: without DPDK beside the user engine"
 	cargo run --release -q -p towpath-bench -- $(BENCH)
 

@@ -10,6 +10,8 @@ set -euo pipefail
 
 cache=${TOWPATH_BPF_TOOLCHAIN:-${XDG_CACHE_HOME:-$HOME/.cache}/towpath/bpf-toolchain}
 linker_version=0.10.3
+# The oldest Rust that the programs were built with.
+oldest_rust=1.96
 say() { echo "bpf-toolchain: $*" >&2; }
 die() { say "$*"; exit 1; }
 
@@ -33,18 +35,29 @@ nightly_with_source() {
     [ -d "$sysroot/lib/rustlib/src/rust/library/core" ] && echo "$sysroot"
 }
 
+# The shared libraries that this rustc is linked with and the machine lacks; LLVM's always, for an installed one is removed
+# some day.
+libraries() {
+    local only=(--no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances) name
+    apt-cache depends --recurse "${only[@]}" rustc-web "$1" | grep -E '^lib[^:<>]*$' | grep -v -e '-dev$' -e '^libstd-rust' |
+        while read -r name; do
+            [[ $name != libllvm* && $(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null) = installed ]] || echo "$name"
+        done
+}
+
 unpack_debian() {
     [ -e "$cache/debian/.complete" ] && return
     command -v apt-get >/dev/null && command -v dpkg >/dev/null || die \
         "no nightly Rust with rust-src, and this is not a Debian system: run 'rustup toolchain install nightly --component rust-src'"
     say "unpacking rustc with its library source from Debian's archive (about 150 MB; compiles the BPF programs)"
     rm -rf "$cache/debian" "$cache/deb" && mkdir -p "$cache/debian" "$cache/deb"
-    local std
+    local refresh="run 'apt-get update', or 'rustup toolchain install nightly --component rust-src'" std version
     std=$(apt-cache search --names-only '^libstd-rust-web-[0-9.]+$' | awk '{print $1}' | sort -V | tail -n 1)
-    [ -n "$std" ] || die "Debian's package lists hold no libstd-rust-web: run 'apt-get update', or 'rustup toolchain install nightly --component rust-src'"
-    local llvm
-    llvm=$(apt-cache depends rustc-web "$std" | awk '/Depends: libllvm/ {print $2}' | sort -V | tail -n 1)
-    (cd "$cache/deb" && apt-get download --quiet rustc-web libstd-rust-web-dev "$std" rust-web-src $llvm >&2) ||
+    [ -n "$std" ] || die "Debian's package lists hold no libstd-rust-web: $refresh"
+    version=${std##*-}
+    printf '%s\n' $oldest_rust "$version" | sort -V -C ||
+        die "Debian's package lists hold rustc-web $version, and $oldest_rust is needed: $refresh"
+    (cd "$cache/deb" && apt-get download --quiet rustc-web libstd-rust-web-dev "$std" rust-web-src $(libraries "$std") >&2) ||
         die "download of rustc-web failed: check the network and 'apt-get update'"
     for deb in "$cache"/deb/*.deb; do dpkg -x "$deb" "$cache/debian"; done
     rm -rf "$cache/deb"
