@@ -55,13 +55,6 @@ pub fn wait_for<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> O
     }
 }
 
-/// Whether the kernel is one that Towpath starts several workers on: from Linux 6.18 on.
-pub fn kernel_bears_several_workers() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(18))
-}
-
 /// Whether the kernel can do what `probe` tries. If it cannot, the calling test is to return at once: this says so on
 /// stderr, or panics where skipping is not allowed (TOWPATH_NO_SKIP, set in the test virtual machine).
 pub fn supported(what: &str, probe: impl FnOnce() -> Result<()>) -> bool {

@@ -39,36 +39,16 @@ impl Plan {
     /// served.
     pub fn new(cores: Option<&[u32]>, ports: &[u32]) -> Result<Self> {
         af_xdp::check()?;
-        let release = release()?;
-        let several = bears_several(&release);
         let cores: Vec<Core> = match cores {
             Some(cores) => cores.iter().map(|core| Core(*core)).collect(),
-            None => choose(&towpath_user::usable_cores()?, if several { ports.len() } else { 1 }),
+            None => choose(&towpath_user::usable_cores()?, ports.len()),
         };
         towpath_user::check_cores(&cores)?;
-        if cores.len() > 1 && !several {
-            bail!(
-                "several workers are not started on kernel {release}: they have locked Linux 6.1 up, and not 6.18; give one \
-                 core with --cores, or take --engine xdp"
-            );
-        }
         // An interface that has just gone is no reason to fail here.
         let queues = ports.iter().map(|port| towpath_engine::queues(*port).map_or(1, |(receiving, _)| receiving));
         let sockets = queues.map(|queues| (queues.min(SOCKET_QUEUES) as usize).div_ceil(cores.len().max(1))).sum();
         Ok(Self { cores, sockets })
     }
-}
-
-fn release() -> Result<String> {
-    let path = "/proc/sys/kernel/osrelease";
-    Ok(std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
-}
-
-/// Whether several workers were seen to run well on this kernel or an earlier one. With two of them and a veth of two
-/// queues, Linux 6.1 locks up: both processors go round in netif_receive_skb_list_internal under veth_poll for ever.
-fn bears_several(release: &str) -> bool {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(18))
 }
 
 /// The last ones, as many as there are ports, but not all: the first is left to everything else.
@@ -340,14 +320,6 @@ impl grace::Grace for Grace {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn several_workers_need_a_kernel_that_bears_them() {
-        assert!(["6.18.3", "6.18.0-rc1", "6.20.1", "7.0.0"].iter().all(|release| bears_several(release)));
-        assert!(
-            !["6.1.0-56-cloud-amd64", "6.17.13", "5.19.0", "unknown", ""].iter().any(|release| bears_several(release))
-        );
-    }
 
     #[test]
     fn one_core_is_left_to_everything_else_if_there_are_several() {

@@ -155,11 +155,6 @@ fn several_workers_and_queues_lose_nothing() {
     net.connect_right_with("numtxqueues 2 numrxqueues 2", "numtxqueues 2 numrxqueues 2");
     eventually("the neighbours resolve", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
     let up = [&UP[..], &["--cores", "0-1"]].concat();
-    if !towpath_lab::kernel_bears_several_workers() {
-        let message = net.refused(&[&["up"], &up[..]].concat());
-        assert!(message.contains("several workers") && message.contains("--cores"), "{message}");
-        return;
-    }
     let _daemon = net.up(&up);
     let status = net.json(&["status"]);
     let queues = |worker: usize| {
