@@ -215,7 +215,7 @@ fn check(program: &mut Program, case: &Case) -> Result<(), String> {
     let mut world = World::new();
     (case.configure)(&mut world);
     program.configure(&world);
-    case.expect.apply(&world, case.frame.len());
+    case.apply(&world);
     let (action, frame) = match &case.expect {
         Expect::NotAPort | Expect::Exception(..) => (XDP_PASS, &case.frame),
         Expect::Forward { frame, .. } => (XDP_REDIRECT, frame),

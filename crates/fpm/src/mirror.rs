@@ -208,7 +208,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let slot = match chain.get(1) {
             // Without the port underneath there is no way in or out.
             Some(lower) if !self.slots.contains_key(&lower.ifindex) => return None,
-            Some(_) => self.tables.alloc_vlan_port(ifindex),
+            Some(_) => self.tables.alloc_upper_port(ifindex),
             None => self.tables.alloc_port(ifindex),
         };
         slot.map_err(|error| self.port_refused(ifindex, error)).ok()

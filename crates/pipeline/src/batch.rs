@@ -91,7 +91,7 @@ fn job<'t, N: Network, F: Frame, T: Tables>(
     place: usize,
     offset: usize,
 ) -> Result<Job<'t, N>, Reason> {
-    let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset)?;
+    let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
     let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
     let root = entry.port.root[N::FAMILY as usize].load();
     let walk = N::walk(&to, tables, root);
@@ -108,7 +108,8 @@ fn finish<N: Network, F: Frame, T: Tables>(tables: &T, frames: &mut [F], jobs: &
     let (mut tally, mut last) = (Tally::default(), Last::NONE);
     for job in jobs {
         let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
-        match forward(tables, frame, job, &mut last, &mut tally) {
+        match forward(tables, frame, job, &mut last, &mut tally).or_else(|reason| tunnelled(tables, frame, job, reason))
+        {
             Ok(slot) => *way = slot,
             Err(reason) => count_exception(tables, job.entry.slot, reason),
         }
@@ -143,6 +144,17 @@ fn ask_for_nexthop<T: Tables>(tables: &T, walk: &Walk) {
     if let Kind::Nexthop(index) = walk.word().kind() {
         tables.prefetch_nexthop(index);
     }
+}
+
+/// Seldom enough to be kept out of the way.
+#[inline(never)]
+fn tunnelled<N: Network, F: Frame, T: Tables>(
+    tables: &T,
+    frame: &mut F,
+    job: &Job<N>,
+    reason: Reason,
+) -> Result<u32, Reason> {
+    frame.tunnelled(tables, &job.entry, &job.parsed, reason)
 }
 
 #[inline(always)]

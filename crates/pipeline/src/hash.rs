@@ -25,6 +25,13 @@ pub fn bucket<N: Network, F: Frame>(frame: &F, config: &Config, header: &N, pars
     Ok((mix(hash, 0) >> 56) as usize % GROUP_BUCKETS)
 }
 
+/// The bucket of the flow that all of a tunnel's packets are.
+#[inline(always)]
+pub fn bucket_of_tunnel<N: Network>(config: &Config, header: &N) -> usize {
+    let hash = addresses(u64::from(config.hash_seed.load()), header);
+    (mix(hash, 0) >> 56) as usize % GROUP_BUCKETS
+}
+
 #[inline(always)]
 fn addresses<N: Network>(seed: u64, header: &N) -> u64 {
     header.flow_words().into_iter().fold(seed, mix)

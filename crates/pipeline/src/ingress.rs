@@ -48,8 +48,9 @@ impl<'t> Entry<'t> {
         None
     }
 
+    /// The port in a slot.
     #[inline(always)]
-    fn new(slot: u32, port: &'t Port) -> Self {
+    pub fn new(slot: u32, port: &'t Port) -> Self {
         Self { slot, port, flags: port.flags.load() }
     }
 
@@ -90,7 +91,7 @@ impl<'t> Entry<'t> {
     }
 
     #[inline(always)]
-    fn ready(&self) -> Result<(), Reason> {
+    pub(crate) fn ready(&self) -> Result<(), Reason> {
         self.has(port_flags::PRESENT | port_flags::READY)
     }
 
@@ -125,13 +126,30 @@ impl<'t> Entry<'t> {
     }
 }
 
+impl Parsed {
+    /// What `parse` found out about a frame with an IP header at `offset`, worked out again without its checks.
+    #[inline(always)]
+    pub fn again<F: Frame>(frame: &F, offset: usize) -> Result<Self, Reason> {
+        let header = frame.get::<Ipv4>(offset).ok_or(Reason::Truncated)?;
+        let (family, packet_len) = match header.version_ihl >> 4 {
+            4 => (Family::V4, usize::from(header.total_len.get())),
+            _ => {
+                let header = frame.get::<Ipv6>(offset).ok_or(Reason::Truncated)?;
+                (Family::V6, size_of::<Ipv6>() + usize::from(header.payload_len.get()))
+            }
+        };
+        let frame_len = frame.total_len();
+        Ok(Self { family, offset, packet_len, frame_len, several: frame_len != frame.first_len() })
+    }
+}
+
 /// Reads the frame's headers and leaves in `entry` the port that they belong to.
 #[inline(always)]
 pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Reason> {
     let (ethertype, offset) = parse_link(frame, tables, entry)?;
     match ethertype {
-        ethernet::IPV4 => parse_packet::<Ipv4, F, T>(frame, tables, entry, offset),
-        ethernet::IPV6 => parse_packet::<Ipv6, F, T>(frame, tables, entry, offset),
+        ethernet::IPV4 => parse_packet::<Ipv4, F, T>(frame, tables, entry, offset, frame.total_len()),
+        ethernet::IPV6 => parse_packet::<Ipv6, F, T>(frame, tables, entry, offset, frame.total_len()),
         _ => Err(Reason::UnsupportedEncap),
     }
 }
@@ -164,32 +182,33 @@ pub(crate) fn parse_link<'t, F: Frame, T: Tables>(
     Ok((ethertype, offset))
 }
 
-/// Reads the packet's header.
+/// Reads the header of the packet that lies at `offset` and before `end` and has come in by `entry`.
 #[inline(always)]
 pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
     entry: &Entry,
     offset: usize,
+    end: usize,
 ) -> Result<Parsed, Reason> {
     let config = tables.config().ok_or(Reason::Internal)?;
     entry.has(N::FORWARDING)?;
     policy(config.policy[N::FAMILY as usize].load())?;
     policy(entry.port.ingress_policy[N::FAMILY as usize].load())?;
     let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
-    let frame_len = frame.total_len();
-    let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
+    let packet_len = header.packet_len(end.wrapping_sub(offset))?;
     header.check_scopes(entry.flags)?;
     if entry.flags & port_flags::PARTIAL_CSUM != 0 {
         partial::check(frame, header, offset, packet_len)?;
     }
+    let frame_len = frame.total_len();
     let several = frame_len != frame.first_len();
     Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len, several })
 }
 
 /// A policy word: 0, or 1 + the reason for which packets are exceptions.
 #[inline(always)]
-fn policy(word: u32) -> Result<(), Reason> {
+pub(crate) fn policy(word: u32) -> Result<(), Reason> {
     match word {
         0 => Ok(()),
         word => Err(u8::try_from(word - 1).ok().and_then(Reason::from_index).unwrap_or(Reason::Internal)),

@@ -25,6 +25,7 @@ pub mod slices;
 mod slot_set;
 mod source;
 mod stats;
+mod tunnel;
 
 #[cfg(any(test, feature = "std"))]
 pub mod cases;
@@ -36,9 +37,10 @@ pub use rewrite::rewrite;
 pub use route::{Hop, route};
 pub use slot_set::SlotSet;
 pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_lost};
+pub use tunnel::forward as forward_tunnelled;
 
 use towpath_tables::Reason;
-use towpath_tables::lpm::LpmRead;
+use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::record::{Config, CpuStats, Group, Nexthop, Port, VlanTable};
 use towpath_wire::View;
 
@@ -61,7 +63,7 @@ impl Beside {
 }
 
 /// A frame, from its Ethernet header on. The first buffer of a multi-buffer frame is what can be read and written.
-pub trait Frame {
+pub trait Frame: Sized {
     /// A view of the bytes at `offset`; None if they are not all in the first buffer.
     fn get<T: View>(&self, offset: usize) -> Option<&T>;
     /// As `get`, to be written.
@@ -77,10 +79,27 @@ pub trait Frame {
     fn move_head(&mut self, by: i32) -> bool;
     /// Cuts `by` bytes off the end. False if it could not be done; then nothing changed.
     fn trim(&mut self, by: u32) -> bool;
+    /// The number itself, which is below 2^16. An engine whose code is verified may make the verifier forget what it knows
+    /// of it: it then takes frames for alike that came here by different ways, and looks at what follows once.
+    #[inline(always)]
+    fn forget(number: u32) -> u32 {
+        number
+    }
+    /// Where `forward_tunnelled` is called; an engine may make it a function of its own.
+    #[inline(always)]
+    fn tunnelled<T: Tables>(
+        &mut self,
+        tables: &T,
+        entry: &Entry,
+        parsed: &Parsed,
+        reason: Reason,
+    ) -> Result<u32, Reason> {
+        forward_tunnelled(self, tables, entry, parsed, reason)
+    }
 }
 
 /// The tables. Each look-up returns None if the index is outside its table.
-pub trait Tables: LpmRead {
+pub trait Tables: LpmRead + Sized {
     /// What holds for the whole region
     fn config(&self) -> Option<&Config>;
     /// A port by its slot
@@ -98,6 +117,26 @@ pub trait Tables: LpmRead {
     fn cpu(&self) -> u32;
     /// Counters that only this CPU or worker writes
     fn stats(&self, cpu: u32) -> Option<&CpuStats>;
+    /// The route to an IPv4 address
+    #[inline(always)]
+    fn lookup4(&self, root: u32, address: &[u8; 4]) -> Result<lpm::Word, lpm::Internal> {
+        lpm::lookup(self, root, address)
+    }
+    /// The route to an IPv6 address
+    #[inline(always)]
+    fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
+        lpm::lookup(self, root, address)
+    }
+    /// As `lookup4`, where the code may be called instead of being repeated
+    #[inline(always)]
+    fn far_lookup4(&self, root: u32, address: &[u8; 4]) -> Result<lpm::Word, lpm::Internal> {
+        self.lookup4(root, address)
+    }
+    /// As `lookup6`, likewise
+    #[inline(always)]
+    fn far_lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
+        self.lookup6(root, address)
+    }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.
     fn transmitter(&self, slot: u32) -> bool;
@@ -130,7 +169,10 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 #[inline(always)]
 fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
     let parsed = parse(frame, tables, entry)?;
-    let hop = route(frame, tables, entry, &parsed)?;
+    let hop = match route(frame, tables, entry, &parsed) {
+        Ok(hop) => hop,
+        Err(reason) => return frame.tunnelled(tables, entry, &parsed, reason),
+    };
     finish(frame, &parsed, &hop)?;
     count_forward(tables, entry.slot, &parsed, &hop);
     Ok(hop.device)

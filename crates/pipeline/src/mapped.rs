@@ -82,7 +82,8 @@ impl Tables for Mapped<'_> {
     }
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {
-        let serves = |port: &Port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0;
+        let serves =
+            |port: &Port| port.ifindex.load() != 0 && port.flags.load() & (port_flags::VLAN | port_flags::TUNNEL) == 0;
         self.transmitters.contains(slot) && self.port(slot).is_some_and(serves)
     }
 }

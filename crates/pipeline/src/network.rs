@@ -126,7 +126,7 @@ impl Network for Ipv4 {
 
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
-        lpm::lookup(tables, root, &self.destination)
+        tables.lookup4(root, &self.destination)
     }
 
     #[inline(always)]
@@ -263,7 +263,7 @@ impl Network for Ipv6 {
 
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
-        lpm::lookup(tables, root, &self.destination)
+        tables.lookup6(root, &self.destination)
     }
 
     #[inline(always)]

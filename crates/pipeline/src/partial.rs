@@ -11,6 +11,10 @@
 use crate::Frame;
 use crate::network::{Network, Part};
 use towpath_tables::Reason;
+use towpath_wire::ethernet;
+use towpath_wire::gre::{Gre, Keyed};
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
 use towpath_wire::transport::{Sctp, Tcp, Udp, protocol};
 
 /// UDP ports of encapsulations that can carry a partial checksum inside while their own is complete or absent:
@@ -21,12 +25,51 @@ const ENCAPSULATIONS: [u16; 6] = [1701, 2152, 4789, 8472, 4790, 6081];
 #[cfg_attr(target_arch = "bpf", inline(always))]
 #[cfg_attr(not(target_arch = "bpf"), inline(never))]
 pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<(), Reason> {
+    let complete = match header.protocol() {
+        protocol::GRE if header.part() == Part::Whole => {
+            tunnelled(frame, offset + size_of::<N>(), offset + packet_len)?
+        }
+        _ => is_complete(frame, header, offset, packet_len)?,
+    };
+    if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
+}
+
+/// Whether the checksum of what is in a GRE packet is certainly complete; GRE's own is taken not to be.
+#[inline(always)]
+fn tunnelled<F: Frame>(frame: &F, place: usize, end: usize) -> Result<bool, Reason> {
+    let gre = frame.get::<Gre>(place).ok_or(Reason::Truncated)?;
+    let place = match gre.flags.get() {
+        Gre::PLAIN => place + size_of::<Gre>(),
+        Gre::KEY => place + size_of::<Keyed>(),
+        _ => return Ok(false),
+    };
+    if place > end {
+        return Ok(false);
+    }
+    match gre.protocol.get() {
+        ethernet::IPV4 => is_inner_complete::<Ipv4, F>(frame, place, end),
+        ethernet::IPV6 => is_inner_complete::<Ipv6, F>(frame, place, end),
+        _ => Ok(false),
+    }
+}
+
+#[inline(always)]
+fn is_inner_complete<N: Network, F: Frame>(frame: &F, place: usize, end: usize) -> Result<bool, Reason> {
+    let header = frame.get::<N>(place).ok_or(Reason::Truncated)?;
+    match header.packet_len(end.wrapping_sub(place)) {
+        Ok(packet_len) => is_complete(frame, header, place, packet_len),
+        Err(_) => Ok(false),
+    }
+}
+
+#[inline(always)]
+fn is_complete<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<bool, Reason> {
     if header.part() == Part::Later {
-        return Ok(());
+        return Ok(true);
     }
     let place = offset + size_of::<N>();
     let len = packet_len - size_of::<N>();
-    let complete = match header.protocol() {
+    Ok(match header.protocol() {
         protocol::TCP if len >= size_of::<Tcp>() => {
             let tcp = frame.get::<Tcp>(place).ok_or(Reason::Truncated)?;
             !is_seed(header, len, tcp.checksum.get())
@@ -44,8 +87,7 @@ pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_
         protocol::ICMP | protocol::ICMPV6 | protocol::ESP | protocol::OSPF | protocol::NO_NEXT => true,
         // Tunnels and extension headers: what is inside may be partial
         _ => false,
-    };
-    if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
+    })
 }
 
 /// Whether this is what a sender leaves in the checksum field.

@@ -31,17 +31,18 @@ pub(crate) fn rewrite_packet<N: Network, F: Frame>(frame: &mut F, parsed: &Parse
 #[inline(always)]
 fn write<L: Link, N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
-    fit::<L, F>(frame, parsed)?;
+    fit(frame, parsed, size_of::<L>())?;
     let header = frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)?;
     header.decrement();
     *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
     Ok(())
 }
 
-/// Makes room for the new link header in place of the old one, and removes what pads the packet.
+/// Makes room for `len` bytes in place of what is before the packet, and removes what pads it. On failure the frame is as
+/// before.
 #[inline(always)]
-fn fit<L: Link, F: Frame>(frame: &mut F, parsed: &Parsed) -> Result<(), Reason> {
-    let by = parsed.offset as i32 - size_of::<L>() as i32;
+pub(crate) fn fit<F: Frame>(frame: &mut F, parsed: &Parsed, len: usize) -> Result<(), Reason> {
+    let by = parsed.offset as i32 - len as i32;
     if by != 0 && !frame.move_head(by) {
         return Err(Reason::Internal);
     }

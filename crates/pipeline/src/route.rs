@@ -23,7 +23,7 @@ pub struct Hop<'t> {
 
 impl<'t> Hop<'t> {
     #[inline(always)]
-    fn begin(record: &'t Nexthop) -> Option<Self> {
+    pub(crate) fn begin(record: &'t Nexthop) -> Option<Self> {
         let sequence = order::begin(&record.sequence)?;
         Some(Self {
             record,
@@ -47,13 +47,27 @@ impl<'t> Hop<'t> {
         self.state >> 16 & 0xff
     }
 
-    /// Ok if packets may be sent to it.
+    /// Whether packets to it go into the tunnel that its port is
     #[inline(always)]
-    fn check(&self) -> Result<(), Reason> {
+    pub(crate) fn is_tunnel(&self) -> bool {
+        self.state & 0xff == NexthopKind::Tunnel as u32
+    }
+
+    /// Whether a packet of this length fits.
+    #[inline(always)]
+    pub(crate) fn check_len(&self, packet_len: usize) -> Result<(), Reason> {
+        if packet_len > self.record.mtu.load() as usize { Err(Reason::MtuExceeded) } else { Ok(()) }
+    }
+
+    /// Ok if packets may be sent to it. `Tunnel` is for the tunnels' own stage.
+    #[inline(always)]
+    pub(crate) fn check(&self) -> Result<(), Reason> {
         const FORWARD: u32 = NexthopKind::Forward as u32;
         const EXCEPTION: u32 = NexthopKind::Exception as u32;
+        const TUNNEL: u32 = NexthopKind::Tunnel as u32;
         match self.state & 0xff {
             FORWARD => Ok(()),
+            TUNNEL => Err(Reason::Tunnel),
             EXCEPTION => Err(Reason::from_index((self.state >> 8) as u8).unwrap_or(Reason::Internal)),
             _ => Err(Reason::Internal),
         }
@@ -61,7 +75,7 @@ impl<'t> Hop<'t> {
 
     /// Whether frames can be handed to the interface that transmits to it.
     #[inline(always)]
-    fn check_device<T: Tables>(&self, tables: &T, parsed: &Parsed) -> Result<(), Reason> {
+    pub(crate) fn check_device<T: Tables>(&self, tables: &T, parsed: &Parsed) -> Result<(), Reason> {
         if parsed.several {
             let device = tables.port(self.device).ok_or(Reason::EgressNotServed)?;
             if device.flags.load() & port_flags::SINGLE_BUFFER != 0 {
@@ -71,10 +85,9 @@ impl<'t> Hop<'t> {
         if tables.transmitter(self.device) { Ok(()) } else { Err(Reason::EgressNotServed) }
     }
 
-    #[cfg(any(test, feature = "std"))]
     /// Whether the record is what it was when it was begun to be read.
     #[inline(always)]
-    fn is_current(&self) -> bool {
+    pub(crate) fn is_current(&self) -> bool {
         order::unchanged(&self.record.sequence, self.sequence)
     }
 
@@ -120,7 +133,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
 
 /// The next hop that a look-up came to.
 #[inline(always)]
-fn find_hop<'t, N: Network, F: Frame, T: Tables>(
+pub(crate) fn find_hop<'t, N: Network, F: Frame, T: Tables>(
     frame: &F,
     tables: &'t T,
     header: &N,
@@ -143,7 +156,7 @@ fn find_hop<'t, N: Network, F: Frame, T: Tables>(
 
 /// What depends on the packet as well as on the next hop.
 #[inline(always)]
-fn check_packet<N: Network, T: Tables>(
+pub(crate) fn check_packet<N: Network, T: Tables>(
     tables: &T,
     entry: &Entry,
     header: &N,
@@ -157,10 +170,7 @@ fn check_packet<N: Network, T: Tables>(
     if hop.port == entry.slot && N::redirects(entry.flags) {
         return Err(Reason::Redirect);
     }
-    if parsed.packet_len > hop.record.mtu.load() as usize {
-        return Err(Reason::MtuExceeded);
-    }
-    Ok(())
+    hop.check_len(parsed.packet_len)
 }
 
 #[cfg(any(test, feature = "std"))]

@@ -96,6 +96,8 @@ impl Tables for Slices<'_> {
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {
         self.transmitters.contains(slot)
-            && self.port(slot).is_some_and(|port| port.ifindex.load() != 0 && port.flags.load() & port_flags::VLAN == 0)
+            && self.port(slot).is_some_and(|port| {
+                port.ifindex.load() != 0 && port.flags.load() & (port_flags::VLAN | port_flags::TUNNEL) == 0
+            })
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{Tables, ingress::Entry};
 use towpath_tables::filter::local_filter_bit;
-use towpath_tables::lpm::{self, Kind, Word};
+use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::order;
 use towpath_tables::record::{GROUP_BUCKETS, Nexthop, NexthopKind, port_flags};
 use towpath_tables::{Reason, record::Family};
@@ -18,7 +18,7 @@ pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<()
         return Ok(());
     }
     let root = entry.port.root[Family::V4 as usize].load();
-    let word = lpm::lookup(tables, root, &source).map_err(|_| Reason::Internal)?;
+    let word = tables.lookup4(root, &source).map_err(|_| Reason::Internal)?;
     check_route(tables, entry, word, filtered)
 }
 
@@ -83,7 +83,7 @@ enum Way {
 fn way_back<T: Tables>(tables: &T, index: u32) -> Result<Way, Reason> {
     let hop = tables.nexthop(index).ok_or(Reason::Internal)?;
     let (state, port) = read(hop).ok_or(Reason::TableBusy)?;
-    if state & 0xff == NexthopKind::Forward as u32 {
+    if state & 0xff == NexthopKind::Forward as u32 || state & 0xff == NexthopKind::Tunnel as u32 {
         return Ok(Way::Unicast(port));
     }
     Ok(match Reason::from_index((state >> 8) as u8) {

@@ -67,6 +67,24 @@ impl Tally {
     }
 }
 
+/// Counts a packet of this length that came out of the tunnel in `slot` and was forwarded.
+#[inline(always)]
+pub(crate) fn count_out_of_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
+    let Some(stats) = tables.stats(tables.cpu()) else { return };
+    let port = of_port(stats, slot);
+    add(&port.rx_packets, 1);
+    add(&port.rx_bytes, packet_len as u64);
+}
+
+/// Counts a packet of this length that was put into the tunnel in `slot`.
+#[inline(always)]
+pub(crate) fn count_into_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
+    let Some(stats) = tables.stats(tables.cpu()) else { return };
+    let port = of_port(stats, slot);
+    add(&port.tx_packets, 1);
+    add(&port.tx_bytes, packet_len as u64);
+}
+
 /// Counts packets that were forwarded by the interface in `slot` and found no room in its ring.
 #[inline(always)]
 pub fn count_tx_lost<T: Tables>(tables: &T, slot: u32, packets: u64) {

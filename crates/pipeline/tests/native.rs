@@ -17,7 +17,7 @@ fn router(case: &Case) -> World {
 /// Runs a case; what is wrong with the outcome, if anything.
 fn run(case: &Case, headroom: usize) -> Result<(), String> {
     let (world, wanted) = (router(case), router(case));
-    case.expect.apply(&wanted, case.frame.len());
+    case.apply(&wanted);
     let mut packet = Packet::with_linear(&case.frame, headroom, FIRST);
     if let Some(beside) = case.beside {
         packet = packet.with_beside(beside);

@@ -31,6 +31,8 @@ pub mod record;
 pub mod rib;
 #[cfg(feature = "std")]
 pub mod store;
+#[cfg(feature = "std")]
+pub mod tunnel;
 pub mod word;
 #[cfg(feature = "std")]
 pub mod writer;

@@ -39,6 +39,8 @@ impl Header {
 pub enum Action {
     /// Sent with this header
     Forward(Header),
+    /// Put into the tunnel that the port is
+    Tunnel,
     /// Handed to Linux
     Exception(Reason),
 }
@@ -65,6 +67,7 @@ impl NexthopValue {
     fn words(&self) -> (u32, [u64; 3]) {
         match self.action {
             Action::Exception(reason) => (NexthopKind::Exception as u32 | (reason as u32) << 8, [0; 3]),
+            Action::Tunnel => (NexthopKind::Tunnel as u32, [0; 3]),
             Action::Forward(header) => {
                 let mut words = [0; 3];
                 for (word, bytes) in words.iter_mut().zip(header.bytes.as_chunks().0) {
@@ -78,6 +81,7 @@ impl NexthopValue {
     fn from_words(state: u32, l2: [u64; 3]) -> Option<Action> {
         const FORWARD: u8 = NexthopKind::Forward as u8;
         const EXCEPTION: u8 = NexthopKind::Exception as u8;
+        const TUNNEL: u8 = NexthopKind::Tunnel as u8;
         let [kind, reason, tags, _] = state.to_le_bytes();
         match kind {
             FORWARD if tags <= 2 => {
@@ -88,6 +92,7 @@ impl NexthopValue {
                 Some(Action::Forward(Header { bytes, tags }))
             }
             EXCEPTION => Reason::from_index(reason).map(Action::Exception),
+            TUNNEL => Some(Action::Tunnel),
             _ => None,
         }
     }
@@ -187,12 +192,13 @@ mod tests {
         for value in [
             NexthopValue { action: Action::Forward(header), port: 3, device: 2, mtu: 1496 },
             NexthopValue { action: Action::Exception(Reason::NoNeighbour), port: 3, device: 3, mtu: 1500 },
+            NexthopValue { action: Action::Tunnel, port: 200, device: 200, mtu: 1476 },
         ] {
             value.write(&record);
             assert_eq!(NexthopValue::read(&record), Some(value));
         }
-        assert_eq!(record.sequence.load(), 4);
-        record.sequence.store(5);
+        assert_eq!(record.sequence.load(), 6);
+        record.sequence.store(7);
         assert_eq!(NexthopValue::read(&record), None, "a record that is being changed");
 
         // SAFETY: as for `record`.

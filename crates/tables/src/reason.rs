@@ -73,6 +73,7 @@ reasons! {
     TableFull = 35, "table-full", "a table had no room for the entry this packet needs";
     Internal = 36, "internal", "an index in the tables was out of range";
     PolicyUnknown = 37, "policy-unknown", "a kernel setting could not be read, so nothing is assumed about it";
+    Tunnel = 38, "tunnel", "a tunnel's packet with something that only Linux does (checksum, sequence number, ECN, …)";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

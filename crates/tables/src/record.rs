@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -47,8 +47,23 @@ pub struct Config {
     /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
     /// that a source is not one of ours; a set bit sends the packet to the exact check.
     pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],
+    /// The tunnels' ports by what their packets bear: 1 + the slot, or 0. A tunnel has one of the `TUNNEL_PROBES` places
+    /// from its `tunnel_bucket` on.
+    pub tunnels: [W32; TUNNEL_BUCKETS],
 }
-const _: () = assert!(size_of::<Config>() == 64 + 512);
+const _: () = assert!(size_of::<Config>() == 64 + 512 + 512);
+
+/// Places in `Config::tunnels`.
+pub const TUNNEL_BUCKETS: usize = 128;
+/// Longest chain of places looked at to find a tunnel.
+pub const TUNNEL_PROBES: usize = 4;
+
+/// The first place to look for a tunnel at: addresses and key as on the wire (`u32::from_ne_bytes`), no key is key 0.
+#[inline(always)]
+pub const fn tunnel_bucket(local: u32, remote: u32, key: u32) -> usize {
+    let mixed = (local.rotate_left(16) ^ remote ^ key.rotate_left(8)).wrapping_mul(0x9e37_79b1);
+    (mixed >> 25) as usize % TUNNEL_BUCKETS
+}
 
 /// Slots in the table of ports.
 pub const PORT_SLOTS: u32 = 256;
@@ -92,11 +107,13 @@ pub mod port_flags {
     pub const SINGLE_BUFFER: u32 = 1 << 10;
     /// The engine may look at what travels beside frames that enter here
     pub const BESIDE: u32 = 1 << 11;
+    /// A tunnel (`Port::tunnel`): no XDP link of its own
+    pub const TUNNEL: u32 = 1 << 12;
 }
 
-/// One port: an interface that the fast path serves, or a VLAN sub-interface of one. Its index in the table is its
-/// *slot*: for an interface with a program, one of `PORT_PROBES` slots from `ifindex % slots` on; for a VLAN
-/// sub-interface, any.
+/// One port: an interface that the fast path serves, a VLAN sub-interface of one, or a tunnel. Its index in the table is
+/// its *slot*: for an interface with a program, one of `PORT_PROBES` slots from `ifindex % slots` on; for the others,
+/// any.
 #[repr(C, align(64))]
 pub struct Port {
     /// Interface index in Linux; 0 if the slot is free
@@ -119,8 +136,47 @@ pub struct Port {
     pub mtu: W32,
     /// Reserved, zero
     pub reserved: [W32; 4],
+    /// What makes it a tunnel, on a line of its own
+    pub tunnel: Tunnel,
 }
-const _: () = assert!(size_of::<Port>() == 64);
+const _: () = assert!(size_of::<Port>() == 128 && core::mem::offset_of!(Port, tunnel) == 64);
+
+/// `Tunnel::flags`
+pub mod tunnel_flags {
+    /// It is one: GRE over IPv4, as RFC 2784 and 2890 have it
+    pub const GRE: u32 = 1 << 0;
+    /// Packets to us bear a key
+    pub const INPUT_KEY: u32 = 1 << 1;
+    /// Packets from us bear a key
+    pub const OUTPUT_KEY: u32 = 1 << 2;
+}
+
+/// A tunnel. Changed in place under `sequence`: odd while a change is under way. Addresses and keys are as on the wire.
+#[repr(C, align(64))]
+pub struct Tunnel {
+    /// Sequence count
+    pub sequence: W32,
+    /// `tunnel_flags`; 0 if the port is no tunnel
+    pub flags: W32,
+    /// Our end; IPv4 in the first word
+    pub local: [W32; 4],
+    /// The other end
+    pub remote: [W32; 4],
+    /// Key of packets to us, or 0
+    pub input_key: W32,
+    /// Key of packets from us, or 0
+    pub output_key: W32,
+    /// Bits 0..8: time to live of packets from us, 0 to inherit it. Bits 8..16: their TOS as Linux has it (the lowest bit
+    /// set: inherited)
+    pub ttl_tos: W32,
+    /// Interface index of the only way out for packets from us, or 0
+    pub link: W32,
+    /// 0, or 1 + the `Reason` for which its packets are exceptions, in both directions
+    pub policy: W32,
+    /// Reserved, zero
+    pub reserved: W32,
+}
+const _: () = assert!(size_of::<Tunnel>() == 64);
 
 /// A MAC address as the number as which addresses are stored and compared.
 pub const fn mac_word([a, b, c, d, e, f]: [u8; 6]) -> u64 {
@@ -268,6 +324,8 @@ pub enum NexthopKind {
     Forward = 1,
     /// Hand it to Linux for the reason in the second byte
     Exception = 2,
+    /// Put it into the tunnel that `port` is
+    Tunnel = 3,
 }
 
 /// One next hop. Changed in place under `sequence`: odd while a change is under way.

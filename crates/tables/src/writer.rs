@@ -17,6 +17,7 @@ use crate::reason::{REASONS, Reason};
 use crate::record::*;
 use crate::rib::{Entry, Match, Prefix, Rib};
 use crate::store::{Memory, Piece, Store, TABLE_FULL};
+use crate::tunnel::{self, TunnelValue};
 
 /// Root of each family's main routes, by `Family`.
 pub const MAIN_ROOT: [u32; 2] = [0, 1];
@@ -272,8 +273,9 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         self.place_port(ifindex, (0..PORT_PROBES.min(slots)).map(|probe| (ifindex % slots + probe) % slots))
     }
 
-    /// The slot for a VLAN sub-interface: the one it has, or any that is free (from the end, away from the others).
-    pub fn alloc_vlan_port(&mut self, ifindex: u32) -> Result<u32, GrowError> {
+    /// The slot for a VLAN sub-interface or a tunnel: the one it has, or any that is free (from the end, away from the
+    /// others).
+    pub fn alloc_upper_port(&mut self, ifindex: u32) -> Result<u32, GrowError> {
         let slots = self.view().ports().len() as u32;
         self.place_port(ifindex, (0..slots).rev())
     }
@@ -297,6 +299,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         let port = &view.ports()[slot as usize];
         port.vlans.store(NO_VLANS);
         port.lower.store(slot);
+        port.tunnel.set(None);
         port.flags.store(port_flags::PRESENT);
         order::publish(&port.ifindex, ifindex);
         Ok(slot)
@@ -328,6 +331,17 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         port.vlans.store(value.vlans.unwrap_or(NO_VLANS));
         port.mtu.store(value.mtu);
         order::publish(&port.flags, value.flags | port_flags::PRESENT);
+    }
+
+    /// Makes a port a tunnel, or none.
+    pub fn set_tunnel(&mut self, slot: u32, value: Option<&TunnelValue>) {
+        self.view().ports()[slot as usize].tunnel.set(value);
+    }
+
+    /// Makes packets to these tunnels be found in these slots, and no others; gives the slots of tunnels for which there
+    /// is no place.
+    pub fn index_tunnels(&mut self, tunnels: &[(TunnelValue, u32)]) -> Vec<u32> {
+        tunnel::index(self.view().config(), tunnels)
     }
 
     /// Frees a slot. No next hop may lead to it any more.

@@ -50,7 +50,7 @@ fn ports_lie_where_programs_look_for_them() {
     assert_eq!(writer.alloc_port(5 + slots).unwrap(), 6, "a port keeps its slot");
     let error = writer.alloc_port(5 + PORT_PROBES * slots).unwrap_err().to_string();
     assert!(error.contains("ports") && error.contains(&format!("interface {}", 5 + PORT_PROBES * slots)), "{error}");
-    assert_eq!(writer.alloc_vlan_port(77).unwrap(), slots - 1);
+    assert_eq!(writer.alloc_upper_port(77).unwrap(), slots - 1);
 
     let stats = writer.view().stats();
     stats[6].rx_packets.store(3);

@@ -97,7 +97,7 @@ fn difference(worker: &(World, Outcome), pipeline: &(World, Outcome)) -> Option<
 /// What the table of cases says of the frame alone.
 fn expected(case: &Case) -> (World, Outcome) {
     let world = router(case);
-    case.expect.apply(&world, case.frame.len());
+    case.apply(&world);
     let outcome = match &case.expect {
         Expect::Forward { frame, device, .. } => {
             Outcome { sent: [(*device, vec![frame.clone()])].into(), ..Outcome::default() }

@@ -13,6 +13,8 @@ pub mod protocol {
     pub const TCP: u8 = 6;
     /// UDP
     pub const UDP: u8 = 17;
+    /// Generic routing encapsulation
+    pub const GRE: u8 = 47;
     /// IPv6 fragment header
     pub const FRAGMENT: u8 = 44;
     /// Encapsulating security payload

@@ -2,8 +2,11 @@
 
 use crate::beside;
 use aya_ebpf::bindings::xdp_md;
-use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
-use towpath_pipeline::{Beside, Frame};
+use crate::maps::Maps;
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
+use towpath_pipeline::{Beside, Entry, Frame, Parsed, Tables, forward_tunnelled};
+use towpath_tables::{Reason, opaque};
+use towpath_tables::record::PORT_SLOTS;
 use towpath_wire::View;
 
 /// A first buffer with less in it than this is the whole frame: drivers fill it before they begin another, and none gives
@@ -83,10 +86,62 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
+    fn forget(number: u32) -> u32 {
+        // SAFETY: reads no memory. Its last argument comes back, since it is below 2^16 (net/core/filter.c,
+        // bpf_csum_diff, Linux 6.1 to 6.18), which the verifier does not know.
+        unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, core::ptr::null_mut(), 0, number) as u32 }
+    }
+
+    #[inline(always)]
+    fn tunnelled<T: Tables>(&mut self, _: &T, entry: &Entry, parsed: &Parsed, reason: Reason) -> Result<u32, Reason> {
+        let through = match reason {
+            Reason::LocalDestination => THROUGH,
+            Reason::Tunnel => 0,
+            _ => return Err(reason),
+        };
+        let what = entry.slot << OFFSET_BITS | parsed.offset as u32 & OFFSET | through;
+        let answer = tunnelled(self.ctx, Self::forget(what));
+        self.reload();
+        match answer.checked_sub(REFUSED) {
+            None => Ok(answer),
+            Some(reason) => Err(Reason::from_index(reason as u8).unwrap_or(Reason::Internal)),
+        }
+    }
+
+    #[inline(always)]
     fn trim(&mut self, by: u32) -> bool {
         // SAFETY: as for `move_head`.
         let done = unsafe { bpf_xdp_adjust_tail(self.ctx, -(by as i32)) } == 0;
         self.reload();
         done
     }
+}
+
+/// What `tunnelled` is told: the IP header's place, whether the packet is to be looked through, and the slot above.
+const OFFSET: u32 = 0x1f;
+const THROUGH: u32 = 0x20;
+const OFFSET_BITS: u32 = 6;
+const _: () = assert!(PORT_SLOTS << OFFSET_BITS <= 1 << 16);
+/// What it answers: a slot, or a reason from here on
+const REFUSED: u32 = PORT_SLOTS;
+
+#[inline(never)]
+fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    match go_on(&mut frame, what) {
+        Ok(device) => device,
+        // A compiler that knew nothing against it would add before it looks whether there is a reason, and a verifier
+        // objects to adding to what may be anything.
+        Err(reason) => opaque(reason as usize) as u32 + REFUSED,
+    }
+}
+
+#[inline(always)]
+fn go_on(frame: &mut XdpFrame, what: u32) -> Result<u32, Reason> {
+    let reason = if what & THROUGH != 0 { Reason::LocalDestination } else { Reason::Tunnel };
+    let slot = what >> OFFSET_BITS;
+    let entry = Entry::new(slot, Maps.port(slot).ok_or(Reason::Internal)?);
+    let parsed = Parsed::again(frame, (what & OFFSET) as usize)?;
+    forward_tunnelled(frame, &Maps, &entry, &parsed, reason)
 }

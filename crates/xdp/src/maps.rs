@@ -8,7 +8,7 @@ use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
-use towpath_tables::lpm::{FirstLine, LpmRead, Word};
+use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::opaque;
 use towpath_tables::record::{
     Config, CpuStats, Group, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId,
@@ -120,6 +120,27 @@ static DEVICES: DevMap = DevMap::with_max_entries(PORT_SLOTS, 0);
 #[map(name = "sockets")]
 static SOCKETS: XskMap = XskMap::with_max_entries(PORT_SLOTS * SOCKET_QUEUES, 0);
 
+/// A word that was found, as a number; or that there is none, which no word is.
+const INTERNAL: u64 = u64::MAX;
+
+#[inline(always)]
+fn found(word: u64) -> Result<Word, Internal> {
+    if word == INTERNAL { Err(Internal) } else { Ok(Word(word as u32)) }
+}
+
+/// Look-ups as functions of their own.
+#[inline(never)]
+fn lookup4(root: u32, address: u32) -> u64 {
+    lpm::lookup(&Maps, root, &address.to_ne_bytes()).map_or(INTERNAL, |word| word.0.into())
+}
+/// As `lookup4`; the address in two words as on the wire.
+#[inline(never)]
+fn lookup6(root: u32, high: u64, low: u64) -> u64 {
+    // SAFETY: as in `far_lookup6`.
+    let address: [u8; 16] = unsafe { core::mem::transmute([high, low]) };
+    lpm::lookup(&Maps, root, &address).map_or(INTERNAL, |word| word.0.into())
+}
+
 /// The maps of this program.
 pub struct Maps;
 
@@ -207,6 +228,18 @@ impl Tables for Maps {
         let cpus = constant!(const TableId::Stats.length_mark()) / PORT_SLOTS as usize;
         // SAFETY: the table has as many records as the number in place of the mark says.
         unsafe { place(constant!(sym STATS), cpus, cpu).map(|stats| &*stats) }
+    }
+
+    #[inline(always)]
+    fn far_lookup4(&self, root: u32, address: &[u8; 4]) -> Result<Word, Internal> {
+        found(lookup4(root, u32::from_ne_bytes(*address)))
+    }
+
+    #[inline(always)]
+    fn far_lookup6(&self, root: u32, address: &[u8; 16]) -> Result<Word, Internal> {
+        // SAFETY: both are sixteen bytes, of any value.
+        let [high, low]: [u64; 2] = unsafe { core::mem::transmute(*address) };
+        found(lookup6(root, high, low))
     }
 
     /// Names the receiver for the verdict XDP_REDIRECT that is to follow.

@@ -2,11 +2,16 @@
 //! native build and the BPF object are both held against it.
 
 pub mod frames;
+mod tunnels;
 pub mod world;
 
 use crate::Beside;
 use frames::*;
-use towpath_tables::record::port_flags::*;
+use towpath_tables::record::port_flags::{
+    BESIDE, FORWARD_V4, FORWARD_V6, PARTIAL_CSUM, PRESENT, READY, REDIRECTS, ROUTE_LOCALNET, RP_LOOSE, RP_STRICT,
+    SINGLE_BUFFER,
+};
+use towpath_tables::record::tunnel_bucket;
 use towpath_tables::{REASONS, Reason};
 use world::*;
 
@@ -44,11 +49,37 @@ pub struct Case {
     pub beside: Option<Beside>,
     /// What must become of it
     pub expect: Expect,
+    /// Packets that tunnels count: slot, direction, and length
+    pub tunnels: Vec<(u32, Way, usize)>,
+}
+
+/// Which way a packet passes a tunnel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// Out of it
+    Out,
+    /// Into it
+    Into,
+}
+
+impl Case {
+    /// Writes into the router the counters and hit flags that must be found afterwards.
+    pub fn apply(&self, world: &World) {
+        self.expect.apply(world, self.frame.len());
+        for (slot, way, len) in &self.tunnels {
+            let stats = world.stats(*slot);
+            let (packets, bytes) = match way {
+                Way::Out => (&stats.rx_packets, &stats.rx_bytes),
+                Way::Into => (&stats.tx_packets, &stats.tx_bytes),
+            };
+            packets.store(1);
+            bytes.store(*len as u64);
+        }
+    }
 }
 
 impl Expect {
-    /// Writes into the router the counters and hit flags that must be found afterwards.
-    pub fn apply(&self, world: &World, frame_len: usize) {
+    fn apply(&self, world: &World, frame_len: usize) {
         match self {
             Expect::NotAPort => {}
             Expect::Exception(slot, reason) => world.stats(*slot).exceptions[*reason as usize].store(1),
@@ -79,6 +110,7 @@ pub fn all() -> Vec<Case> {
     cases.groups();
     cases.partial_checksums();
     cases.beside();
+    cases.tunnels();
     cases.0
 }
 
@@ -135,7 +167,14 @@ impl Cases {
         frame: Vec<u8>,
         expect: Expect,
     ) {
-        self.0.push(Case { name: name.into(), configure: Box::new(configure), frame, beside: None, expect });
+        self.0.push(Case {
+            name: name.into(),
+            configure: Box::new(configure),
+            frame,
+            beside: None,
+            expect,
+            tunnels: Vec::new(),
+        });
     }
 
     /// The frame is an exception of `IN`.
@@ -750,7 +789,7 @@ impl Cases {
             let (four, frame) = (name == "IPv4", arrive(&packet));
             let busy = |world: &mut World| world.nexthop(HOP).sequence.store(9);
             self.except(format!("{name}, next hop in change"), busy, frame.clone(), Reason::TableBusy);
-            for state in [0u32, 3, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | 38 << 8] {
+            for state in [0u32, 4, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | 39 << 8] {
                 let wild = move |world: &mut World| world.nexthop(HOP).state.store(state);
                 self.except(format!("{name}, next hop state {state:x}"), wild, frame.clone(), Reason::Internal);
             }

@@ -7,7 +7,8 @@ use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
     Config, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats,
-    Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word, port_flags::*,
+    Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
+    port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
 use towpath_tables::word::W32;
 use towpath_tables::{REASONS, Reason};
@@ -32,6 +33,12 @@ pub const OUT_VLAN: u32 = 11;
 /// Sub-interface of a sub-interface of `OTHER`
 pub const OUT_DOUBLE: u32 = 14;
 
+/// A tunnel without key
+pub const TUNNEL: u32 = 200;
+/// A tunnel with keys
+pub const KEYED: u32 = 201;
+pub(super) const TUNNEL_FLAG: u32 = towpath_tables::record::port_flags::TUNNEL;
+
 /// Next hops: the router itself
 pub const LOCAL: u32 = 1;
 /// Next hop by `OUT`
@@ -44,6 +51,10 @@ pub const HOP_DOUBLE: u32 = 4;
 pub const HOP_OTHER: u32 = 5;
 /// Next hop by `IN`
 pub const HOP_BACK: u32 = 6;
+/// Next hop into `TUNNEL`
+pub const INTO: u32 = 7;
+/// Next hop into `KEYED`
+pub const INTO_KEYED: u32 = 8;
 /// Next hops of kind exception, one for each reason from here on
 pub const HOP_REASON: u32 = 16;
 /// The group of `HOP` and `HOP_OTHER`, by turns
@@ -148,6 +159,7 @@ impl World {
             world.insert(0, &[10, 200, index], hop(HOP_REASON + u32::from(index)));
             world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, 0xff, 0, index], hop(HOP_REASON + u32::from(index)));
         }
+        world.add_tunnels();
         world.local(0, &[192, 0, 2, 1]);
         world
     }
@@ -189,7 +201,7 @@ impl World {
         word.store(word.load() & !flags);
     }
 
-    fn add_port(&self, slot: u32, lower: u32, vlan: u32) {
+    pub(super) fn add_port(&self, slot: u32, lower: u32, vlan: u32) {
         let port = self.port(slot);
         port.ifindex.store(slot);
         port.flags.store(PRESENT | READY | FORWARD_V4 | FORWARD_V6 | REDIRECTS | if vlan != 0 { VLAN } else { 0 });
@@ -228,6 +240,14 @@ impl World {
         hop.mtu.store(1500);
     }
 
+    pub(super) fn add_tunnel_hop(&self, index: u32, port: u32) {
+        let hop = self.nexthop(index);
+        hop.state.store(NexthopKind::Tunnel as u32);
+        hop.port.store(port);
+        hop.device.store(port);
+        hop.mtu.store(1476);
+    }
+
     fn add_exception(&self, index: u32, reason: Reason, port: u32) {
         let hop = self.nexthop(index);
         hop.state.store(NexthopKind::Exception as u32 | (reason as u32) << 8);
@@ -260,7 +280,7 @@ impl World {
         self.render();
     }
 
-    fn insert(&mut self, root: u32, prefix: &[u8], leaf: Leaf) {
+    pub(super) fn insert(&mut self, root: u32, prefix: &[u8], leaf: Leaf) {
         let [high, low, rest @ ..] = prefix else { panic!("prefix shorter than 16 bits") };
         let mut inherited = self.direct(root, *high, *low).load();
         if rest.is_empty() {

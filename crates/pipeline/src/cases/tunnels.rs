@@ -1,0 +1,511 @@
+//! Cases of tunnels: out of them, into them, from one into another.
+
+use super::*;
+use towpath_tables::record::tunnel_flags;
+
+/// The router's end of its tunnels
+const NEAR: [u8; 4] = [192, 0, 2, 1];
+/// The other ends of `TUNNEL` and `KEYED`, both behind `OUT`
+const FAR: [u8; 4] = [198, 51, 100, 50];
+/// See `FAR`
+const FAR_KEYED: [u8; 4] = [198, 51, 100, 51];
+const GRE: u8 = 47;
+
+/// What comes before a packet in a GRE packet.
+fn gre(key: Option<u32>, ethertype: u16) -> Vec<u8> {
+    let flags: u16 = if key.is_some() { 0x2000 } else { 0 };
+    let mut header = [flags.to_be_bytes(), ethertype.to_be_bytes()].concat();
+    header.extend(key.into_iter().flat_map(u32::to_be_bytes));
+    header
+}
+
+fn ethertype(packet: &[u8]) -> u16 {
+    if packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd }
+}
+
+/// The packet in one from a tunnel's other end.
+fn wrapped(from: [u8; 4], key: Option<u32>, packet: &[u8]) -> Vec<u8> {
+    ipv4(from, NEAR, GRE, &[gre(key, ethertype(packet)), packet.to_vec()].concat())
+}
+
+/// As `wrapped`, the other way, as Linux makes it but for the identification.
+fn wrap(to: [u8; 4], key: Option<u32>, tos: u8, ttl: u8, packet: &[u8]) -> Vec<u8> {
+    with4(ipv4(NEAR, to, GRE, &[gre(key, ethertype(packet)), packet.to_vec()].concat()), |p| {
+        (p[1], p[8]) = (tos, ttl);
+        p[4..8].copy_from_slice(&[0, 0, 0x40, 0]);
+    })
+}
+
+/// The packet with one hop less.
+fn aged(packet: &[u8]) -> Vec<u8> {
+    if packet[0] >> 4 == 4 { with4(packet.to_vec(), |p| p[8] -= 1) } else { with(packet.to_vec(), |p| p[7] -= 1) }
+}
+
+/// The frame in which the packet leaves by a port as it is.
+fn leave(slot: u32, packet: &[u8]) -> Vec<u8> {
+    let mut frame = [neighbour(slot), mac(slot)].concat();
+    frame.extend(ethertype(packet).to_be_bytes());
+    frame.extend(packet);
+    frame
+}
+
+/// What leaves by `OUT`.
+fn sent(frame: Vec<u8>) -> Expect {
+    Expect::Forward { frame, from: IN, to: OUT, device: OUT, hop: HOP }
+}
+
+/// To what is behind `TUNNEL` and behind `KEYED`.
+fn behind(second: u8, third: u16, len: usize) -> [Vec<u8>; 2] {
+    [packet4([10, second, 0, 9], len), packet6(address6(third, 0, 7), len)]
+}
+
+impl Cases {
+    fn tunnelled(
+        &mut self,
+        name: impl Into<String>,
+        configure: impl Fn(&mut World) + 'static,
+        frame: Vec<u8>,
+        expect: Expect,
+        tunnels: &[(u32, Way, usize)],
+    ) {
+        self.add(name, configure, frame, expect);
+        self.0.last_mut().expect("just added").tunnels = tunnels.to_vec();
+    }
+
+    pub(super) fn tunnels(&mut self) {
+        self.out_of_tunnels();
+        self.not_out_of_tunnels();
+        self.into_tunnels();
+        self.not_into_tunnels();
+        self.between_tunnels();
+        self.partial_in_tunnels();
+    }
+
+    fn out_of_tunnels(&mut self) {
+        for (family, packet) in [("IPv4", plain4()), ("IPv6", plain6())] {
+            for (tunnel, from, key) in [(TUNNEL, FAR, None), (KEYED, FAR_KEYED, Some(7))] {
+                for padding in [0, 5, 200] {
+                    let frame = [arrive(&wrapped(from, key, &packet)), vec![0xee; padding]].concat();
+                    let expect = sent(forwarded(OUT, &[], &packet));
+                    let counted = [(tunnel, Way::Out, packet.len())];
+                    let name = format!("out of a tunnel, {family}, key {key:?}, padding {padding}");
+                    self.tunnelled(name, nothing, frame, expect, &counted);
+                }
+            }
+            let large = |world: &mut World| world.nexthop(HOP).mtu.store(9000);
+            let packet = with_data(&packet, 4000);
+            let expect = sent(forwarded(OUT, &[], &packet));
+            let frame = arrive(&wrapped(FAR, None, &packet));
+            let counted = [(TUNNEL, Way::Out, packet.len())];
+            self.tunnelled(format!("out of a tunnel, {family}, several buffers"), large, frame, expect, &counted);
+        }
+        let packet = plain4();
+        let counted = [(TUNNEL, Way::Out, packet.len())];
+        let frame = [link(IN_DOUBLE, &[(0x88a8, 300), (0x8100, 5)], 0x0800), wrapped(FAR, None, &packet)].concat();
+        let expect =
+            Expect::Forward { frame: forwarded(OUT, &[], &packet), from: IN_DOUBLE, to: OUT, device: OUT, hop: HOP };
+        self.tunnelled("out of a tunnel, outer tags", nothing, frame, expect, &counted);
+        let to_tags = packet4([203, 1, 113, 7], 22);
+        let expect = Expect::Forward {
+            frame: forwarded(OUT_DOUBLE, &[(0x88a8, 400), (0x8100, 7)], &to_tags),
+            from: IN,
+            to: OUT_DOUBLE,
+            device: OTHER,
+            hop: HOP_DOUBLE,
+        };
+        let frame = arrive(&wrapped(FAR, None, &to_tags));
+        self.tunnelled("out of a tunnel, into tags", nothing, frame, expect, &counted);
+        for (outer, inner) in [(0, 0), (0, 1), (0, 2), (0, 3), (2, 1), (2, 2), (2, 3)] {
+            let packet = with4(plain4(), |p| p[1] = 0xb8 | inner);
+            let frame = arrive(&with4(wrapped(FAR, None, &packet), |p| p[1] = 0x20 | outer));
+            let name = format!("out of a tunnel, ECN {outer} outside, {inner} inside");
+            self.tunnelled(name, nothing, frame, sent(forwarded(OUT, &[], &packet)), &counted);
+        }
+        let strict = |world: &mut World| {
+            world.flag(TUNNEL, RP_STRICT);
+            world.route(0, &[192, 0, 2, 99], hop(INTO));
+        };
+        let frame = arrive(&wrapped(FAR, None, &packet));
+        self.tunnelled(
+            "out of a tunnel, the way back is the tunnel",
+            strict,
+            frame,
+            sent(forwarded(OUT, &[], &packet)),
+            &counted,
+        );
+        // Three other tunnels have the places before.
+        let crowded = |world: &mut World| {
+            let place = world.tunnel_place(TUNNEL);
+            for tunnel in 0..3 {
+                world.config().tunnels[place + tunnel].store(1 + KEYED);
+            }
+            world.config().tunnels[place + 3].store(1 + TUNNEL);
+        };
+        let frame = arrive(&wrapped(FAR, None, &packet));
+        self.tunnelled(
+            "out of a tunnel at its last place",
+            crowded,
+            frame,
+            sent(forwarded(OUT, &[], &packet)),
+            &counted,
+        );
+    }
+
+    fn not_out_of_tunnels(&mut self) {
+        use Reason::*;
+        let packet = plain4();
+        let good = || wrapped(FAR, None, &plain4());
+        type Change = fn(&mut Vec<u8>);
+        let changes: [(&str, Change, Reason); 12] = [
+            ("checksum", |p| p[20] = 0x80, Tunnel),
+            ("sequence number", |p| p[20] = 0x10, Tunnel),
+            ("routing", |p| p[20] = 0x40, Tunnel),
+            ("version 1", |p| p[21] = 1, Tunnel),
+            ("recursion", |p| p[20] = 1, Tunnel),
+            ("bridged Ethernet", |p| p[22..24].copy_from_slice(&[0x65, 0x58]), Tunnel),
+            ("MPLS", |p| p[22..24].copy_from_slice(&[0x88, 0x47]), Tunnel),
+            ("another protocol", |p| p[9] = 4, LocalDestination),
+            ("another's tunnel", |p| p[15] = 60, LocalDestination),
+            ("first fragment", |p| p[6] = 0x20, Fragment),
+            ("last fragment", |p| p[7] = 9, Fragment),
+            ("source of our own", |p| p[12..16].copy_from_slice(&NEAR), LocalDestination),
+        ];
+        for (name, change, reason) in changes {
+            self.except(format!("not out of a tunnel: {name}"), nothing, arrive(&with4(good(), change)), reason);
+        }
+        for (outer, inner) in [(1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (3, 1), (3, 2), (3, 3)] {
+            let packet = with4(plain4(), |p| p[1] = inner);
+            let frame = arrive(&with4(wrapped(FAR, None, &packet), |p| p[1] = outer));
+            self.except(format!("not out of a tunnel: ECN {outer} outside, {inner} inside"), nothing, frame, Tunnel);
+        }
+        for (name, from, key) in
+            [("key where none is", FAR, Some(7)), ("no key", FAR_KEYED, None), ("other key", FAR_KEYED, Some(9))]
+        {
+            let frame = arrive(&wrapped(from, key, &packet));
+            self.except(format!("not out of a tunnel: {name}"), nothing, frame, LocalDestination);
+        }
+        let key_of_none = |world: &mut World| {
+            world.port(KEYED).tunnel.input_key.store(0);
+            world.index_tunnels();
+        };
+        self.except(
+            "not out of a tunnel: no key instead of key 0",
+            key_of_none,
+            arrive(&wrapped(FAR_KEYED, None, &packet)),
+            LocalDestination,
+        );
+        type Step = fn(&mut World);
+        let steps: [(&str, Step, Reason); 10] = [
+            ("down", |w| w.unflag(TUNNEL, READY), PortNotReady),
+            ("not forwarding", |w| w.unflag(TUNNEL, FORWARD_V4), PortNotReady),
+            ("policy of its port", |w| w.port(TUNNEL).ingress_policy[0].store(1 + PolicyTc as u32), PolicyTc),
+            ("policy of its own", |w| w.port(TUNNEL).tunnel.policy.store(1 + PolicyXfrm as u32), PolicyXfrm),
+            ("in change", |w| w.port(TUNNEL).tunnel.sequence.store(3), TableBusy),
+            ("place out of range", |w| w.config().tunnels[w.tunnel_place(TUNNEL)].store(5000), Internal),
+            ("no place", |w| w.config().tunnels.iter().for_each(|place| place.store(0)), LocalDestination),
+            (
+                "source outside refused",
+                |w| {
+                    w.flag(IN, RP_STRICT);
+                },
+                RpFilter,
+            ),
+            ("source inside refused", |w| w.flag(TUNNEL, RP_STRICT), RpFilter),
+            ("too large for its way out", |w| w.nexthop(HOP).mtu.store(40), MtuExceeded),
+        ];
+        for (name, step, reason) in steps {
+            self.except(format!("not out of a tunnel: {name}"), step, arrive(&good()), reason);
+        }
+        let inside: [(&str, Vec<u8>, Reason); 9] = [
+            ("last hop", with4(plain4(), |p| p[8] = 1), TtlExpired),
+            ("last hop, IPv6", with(plain6(), |p| p[7] = 1), TtlExpired),
+            ("wrong checksum", with(plain4(), |p| p[10] ^= 1), BadChecksum),
+            ("to the router", packet4(NEAR, 8), LocalDestination),
+            ("multicast", packet4([224, 0, 0, 5], 8), Multicast),
+            ("options", with(plain4(), |p| p[0] = 0x46), IpOptions),
+            ("longer than what it is in", with4(plain4(), |p| p[3] += 1), Truncated),
+            ("no route", packet4([8, 8, 8, 8], 8), NoRoute),
+            ("redirect", packet6(address6(11, 0, 7), 8), Redirect),
+        ];
+        for (name, packet, reason) in inside {
+            let frame = [arrive(&wrapped(FAR, None, &packet)), vec![0; 9]].concat();
+            self.except(format!("not out of a tunnel: inside {name}"), nothing, frame, reason);
+        }
+        for cut in [20, 22, 24, 26, 27, 30, 43] {
+            let packet = with4(good(), |p| p[3] = cut as u8);
+            let name = format!("not out of a tunnel: {cut} bytes");
+            self.except(name.clone(), nothing, arrive(&packet[..cut]), Truncated);
+            self.except(format!("{name}, the rest is padding"), nothing, arrive(&packet), Truncated);
+        }
+    }
+
+    fn into_tunnels(&mut self) {
+        for (tunnel, to, key, second, third, tos, ttl) in
+            [(TUNNEL, FAR, None, 2, 11, 0, 63), (KEYED, FAR_KEYED, Some(9), 3, 12, 0x48, 33)]
+        {
+            for packet in behind(second, third, 22) {
+                for padding in [0, 5, 100] {
+                    let frame = [arrive(&packet), vec![0xee; padding]].concat();
+                    let expect = sent(leave(OUT, &wrap(to, key, tos, ttl, &aged(&packet))));
+                    let counted = [(tunnel, Way::Into, packet.len())];
+                    let name = format!("into a tunnel, {:04x}, key {key:?}, padding {padding}", ethertype(&packet));
+                    self.tunnelled(name, nothing, frame, expect, &counted);
+                }
+            }
+        }
+        let counted = |packet: &Vec<u8>| [(TUNNEL, Way::Into, packet.len())];
+        for packet in behind(2, 11, 22) {
+            let four = packet[0] >> 4 == 4;
+            let family = ethertype(&packet);
+            let classed = |class: u8| {
+                if four {
+                    with4(packet.clone(), |p| p[1] = class)
+                } else {
+                    with(packet.clone(), |p| (p[0], p[1]) = (0x60 | class >> 4, class << 4))
+                }
+            };
+            for (class, outer) in [(0xb8, 0), (0xb9, 1), (0xba, 2), (0xbb, 2)] {
+                let packet = classed(class);
+                let expect = sent(leave(OUT, &wrap(FAR, None, outer, 63, &aged(&packet))));
+                let name = format!("into a tunnel, {family:04x}, class {class:x}");
+                self.tunnelled(name, nothing, arrive(&packet), expect, &counted(&packet));
+                let inherit = |world: &mut World| world.port(TUNNEL).tunnel.ttl_tos.store(0x4100);
+                let expect = sent(leave(OUT, &wrap(FAR, None, 0xb8 | outer, 63, &aged(&packet))));
+                let name = format!("into a tunnel, {family:04x}, class {class:x} inherited");
+                let inherit = move |world: &mut World| {
+                    inherit(world);
+                };
+                self.tunnelled(name, inherit, arrive(&packet), expect, &counted(&packet));
+            }
+            let tags = |world: &mut World| world.route(0, &FAR, hop(HOP_DOUBLE));
+            let inside = aged(&packet);
+            let frame = with(link(OUT_DOUBLE, &[(0x88a8, 400), (0x8100, 7)], 0x0800), |f| {
+                f[..6].copy_from_slice(&neighbour(OUT_DOUBLE));
+                f[6..12].copy_from_slice(&mac(OUT_DOUBLE));
+                f.extend(wrap(FAR, None, 0, 63, &inside));
+            });
+            let expect = Expect::Forward { frame, from: IN, to: OUT_DOUBLE, device: OTHER, hop: HOP_DOUBLE };
+            self.tunnelled(
+                format!("into a tunnel, {family:04x}, into tags"),
+                tags,
+                arrive(&packet),
+                expect,
+                &counted(&packet),
+            );
+            let largest = with_data(&packet, 1476 - if four { 28 } else { 48 });
+            let expect = sent(leave(OUT, &wrap(FAR, None, 0, 63, &aged(&largest))));
+            self.tunnelled(
+                format!("into a tunnel, {family:04x}, largest"),
+                nothing,
+                arrive(&largest),
+                expect,
+                &counted(&largest),
+            );
+            let large = |world: &mut World| [HOP, INTO].iter().for_each(|hop| world.nexthop(*hop).mtu.store(9000));
+            let several = with_data(&packet, 4000);
+            let expect = sent(leave(OUT, &wrap(FAR, None, 0, 63, &aged(&several))));
+            let name = format!("into a tunnel, {family:04x}, several buffers");
+            self.tunnelled(name, large, arrive(&several), expect, &counted(&several));
+        }
+        let packet = behind(2, 11, 22)[0].clone();
+        let expect = sent(leave(OUT, &wrap(FAR, None, 0, 63, &aged(&packet))));
+        let bound = |world: &mut World| world.port(TUNNEL).tunnel.link.store(OUT);
+        self.tunnelled("into a tunnel bound to its way out", bound, arrive(&packet), expect, &counted(&packet));
+        let grouped = |world: &mut World| {
+            world.route(0, &FAR, group(GROUP));
+            world.group(GROUP).buckets.iter().for_each(|bucket| bucket.store(HOP_OTHER));
+        };
+        let frame = leave(OTHER, &wrap(FAR, None, 0, 63, &aged(&packet)));
+        let expect = Expect::Forward { frame, from: IN, to: OTHER, device: OTHER, hop: HOP_OTHER };
+        self.tunnelled("into a tunnel, by a group", grouped, arrive(&packet), expect, &counted(&packet));
+    }
+
+    fn not_into_tunnels(&mut self) {
+        use Reason::*;
+        type Step = fn(&mut World);
+        let steps: [(&str, Step, Reason); 13] = [
+            ("policy of its own", |w| w.port(TUNNEL).tunnel.policy.store(1 + PolicyXfrm as u32), PolicyXfrm),
+            ("in change", |w| w.port(TUNNEL).tunnel.sequence.store(3), TableBusy),
+            ("gone", |w| w.port(TUNNEL).tunnel.flags.store(0), TableBusy),
+            ("next hop in change", |w| w.nexthop(INTO).sequence.store(1), TableBusy),
+            ("port out of range", |w| w.nexthop(INTO).port.store(999), Internal),
+            ("way out in change", |w| w.nexthop(HOP).sequence.store(1), TableBusy),
+            ("no way out", |w| w.route(0, &FAR, hop(HOP_REASON + NoNeighbour as u32)), NoNeighbour),
+            ("way out by itself", |w| w.route(0, &FAR, hop(INTO)), Tunnel),
+            ("way out too narrow", |w| w.nexthop(HOP).mtu.store(50), MtuExceeded),
+            ("too narrow", |w| w.nexthop(INTO).mtu.store(49), MtuExceeded),
+            ("bound to another way out", |w| w.port(TUNNEL).tunnel.link.store(OTHER), Tunnel),
+            (
+                "bound, by a group",
+                |w| {
+                    w.route(0, &FAR, group(GROUP));
+                    w.port(TUNNEL).tunnel.link.store(OUT);
+                },
+                Tunnel,
+            ),
+            ("way out by nothing that transmits", |w| w.port(OUT).ifindex.store(0), EgressNotServed),
+        ];
+        for (name, step, reason) in steps {
+            for packet in behind(2, 11, 22) {
+                let family = ethertype(&packet);
+                self.except(format!("not into a tunnel, {family:04x}: {name}"), step, arrive(&packet), reason);
+            }
+        }
+        let policy = |w: &mut World| w.config().policy[0].store(1 + PolicyNetfilter as u32);
+        let [four, six] = behind(2, 11, 22);
+        self.except("not into a tunnel: policy of IPv4 outside", policy, arrive(&six), PolicyNetfilter);
+        self.except("not into a tunnel: last hop", nothing, arrive(&with4(four.clone(), |p| p[8] = 1)), TtlExpired);
+        self.except("not into a tunnel: last hop, IPv6", nothing, arrive(&with(six.clone(), |p| p[7] = 1)), TtlExpired);
+        self.except(
+            "not into a tunnel: source refused",
+            |w| w.flag(IN, RP_STRICT),
+            arrive(&with4(four.clone(), |p| p[12] = 172)),
+            RpFilter,
+        );
+        for packet in [four, six] {
+            let header = if packet[0] >> 4 == 4 { 28 } else { 48 };
+            let larger = with_data(&packet, 1477 - header);
+            let family = ethertype(&packet);
+            self.except(
+                format!("not into a tunnel, {family:04x}: a byte too long"),
+                nothing,
+                arrive(&larger),
+                MtuExceeded,
+            );
+            let wide = |world: &mut World| world.nexthop(INTO).mtu.store(9000);
+            self.except(
+                format!("not into a tunnel, {family:04x}: a byte too long for the way out"),
+                wide,
+                arrive(&larger),
+                MtuExceeded,
+            );
+            let huge = |world: &mut World| {
+                [HOP, INTO].iter().for_each(|hop| world.nexthop(*hop).mtu.store(9000));
+                world.flag(OUT, SINGLE_BUFFER);
+            };
+            let several = arrive(&with_data(&packet, 4000));
+            self.except(
+                format!("not into a tunnel, {family:04x}: several buffers to a port that sends one"),
+                huge,
+                several,
+                EgressNotServed,
+            );
+        }
+    }
+
+    fn between_tunnels(&mut self) {
+        for (from, (near, source, key), (far, to, out_key, second, third, tos, ttl)) in [
+            ("plain", (TUNNEL, FAR, None), (KEYED, FAR_KEYED, Some(9), 3, 12, 0x48, 33)),
+            ("keyed", (KEYED, FAR_KEYED, Some(7)), (TUNNEL, FAR, None, 2, 11, 0, 63)),
+        ] {
+            for packet in behind(second, third, 22) {
+                for padding in [0, 9] {
+                    let frame = [arrive(&wrapped(source, key, &packet)), vec![1; padding]].concat();
+                    let expect = sent(leave(OUT, &wrap(to, out_key, tos, ttl, &aged(&packet))));
+                    let counted = [(near, Way::Out, packet.len()), (far, Way::Into, packet.len())];
+                    let name = format!("tunnel to tunnel, {from} first, {:04x}, padding {padding}", ethertype(&packet));
+                    self.tunnelled(name, nothing, frame, expect, &counted);
+                }
+            }
+        }
+        let packet = behind(3, 12, 22)[0].clone();
+        let frame = arrive(&wrapped(FAR, None, &packet));
+        let policy = |w: &mut World| w.port(KEYED).tunnel.policy.store(1 + Reason::PolicyXfrm as u32);
+        self.except("tunnel to tunnel, policy of the second", policy, frame, Reason::PolicyXfrm);
+        let packet = behind(2, 11, 22)[0].clone();
+        let same = |w: &mut World| w.unflag(TUNNEL, REDIRECTS);
+        let expect = sent(leave(OUT, &wrap(FAR, None, 0, 63, &aged(&packet))));
+        let counted = [(TUNNEL, Way::Out, packet.len()), (TUNNEL, Way::Into, packet.len())];
+        let frame = arrive(&wrapped(FAR, None, &packet));
+        self.tunnelled("out of a tunnel and back into it", same, frame.clone(), expect, &counted);
+        self.except("out of a tunnel and back into it, redirects", nothing, frame, Reason::Redirect);
+    }
+
+    /// Ports where frames may carry checksums that are to be completed.
+    fn partial_in_tunnels(&mut self) {
+        let partial = |world: &mut World| world.flag(IN, PARTIAL_CSUM);
+        for (packet, header) in [(plain4(), 20), (plain6(), 40)] {
+            let family = ethertype(&packet);
+            for key in [None, Some(7)] {
+                let (tunnel, far) = if key.is_some() { (KEYED, FAR_KEYED) } else { (TUNNEL, FAR) };
+                let frame = arrive(&wrapped(far, key, &packet));
+                let counted = [(tunnel, Way::Out, packet.len())];
+                let name = format!("complete in a tunnel, {family:04x}, key {key:?}");
+                self.tunnelled(name, partial, frame, sent(forwarded(OUT, &[], &packet)), &counted);
+                let seed = seed(&packet, UDP).to_be_bytes();
+                let left = with(packet.clone(), |p| p[header + 6..header + 8].copy_from_slice(&seed));
+                let frame = arrive(&wrapped(far, key, &left));
+                self.except(
+                    format!("partial in a tunnel, {family:04x}, key {key:?}"),
+                    partial,
+                    frame,
+                    Reason::PartialChecksum,
+                );
+            }
+        }
+        // A router on the way looks inside, too.
+        let through = |packet: &[u8]| ipv4(SOURCE4, DESTINATION4, GRE, &[gre(None, 0x0800), packet.to_vec()].concat());
+        self.pass("GRE on its way, complete inside", partial, through(&plain4()), 0);
+        for (name, change) in [
+            ("GRE's checksum", (|p: &mut Vec<u8>| p[20] = 0x80) as fn(&mut Vec<u8>)),
+            ("a tunnel inside", |p| p[24 + 9] = GRE),
+            ("bridged Ethernet", |p| p[22..24].copy_from_slice(&[0x65, 0x58])),
+            ("nonsense inside", |p| p[24] = 0x51),
+        ] {
+            let packet = with4(through(&plain4()), |p| {
+                change(p);
+                fix4(&mut p[24..]);
+            });
+            self.except(format!("GRE on its way, {name}"), partial, arrive(&packet), Reason::PartialChecksum);
+        }
+    }
+}
+
+/// The packet with so much data instead of its own.
+fn with_data(packet: &[u8], len: usize) -> Vec<u8> {
+    if packet[0] >> 4 == 4 {
+        packet4(packet[16..20].try_into().expect("four bytes"), len)
+    } else {
+        packet6(packet[24..40].try_into().expect("sixteen bytes"), len)
+    }
+}
+
+impl World {
+    /// Adds the tunnels: `TUNNEL` without key and with everything inherited but TOS, `KEYED` with a key in each
+    /// direction and settings of its own. 10.2 and 2001:db8:b are behind the one, 10.3 and 2001:db8:c behind the other.
+    pub(super) fn add_tunnels(&mut self) {
+        let keys = tunnel_flags::INPUT_KEY | tunnel_flags::OUTPUT_KEY;
+        for (slot, next, remote, flags, keys, ttl_tos, second, third) in [
+            (TUNNEL, INTO, FAR, 0, (0, 0), 0, 2, 11),
+            (KEYED, INTO_KEYED, FAR_KEYED, keys, (7, 9), 0x48 << 8 | 33, 3, 12),
+        ] {
+            self.add_port(slot, slot, 0);
+            self.flag(slot, TUNNEL_FLAG);
+            self.port(slot).mtu.store(1476);
+            let tunnel = &self.port(slot).tunnel;
+            tunnel.sequence.store(2);
+            tunnel.flags.store(tunnel_flags::GRE | flags);
+            tunnel.local[0].store(u32::from_ne_bytes(NEAR));
+            tunnel.remote[0].store(u32::from_ne_bytes(remote));
+            tunnel.input_key.store(u32::to_be(keys.0));
+            tunnel.output_key.store(u32::to_be(keys.1));
+            tunnel.ttl_tos.store(ttl_tos);
+            self.add_tunnel_hop(next, slot);
+            self.insert(0, &[10, second], hop(next));
+            self.insert(1, &[0x20, 1, 0xd, 0xb8, 0, third], hop(next));
+        }
+        self.index_tunnels();
+    }
+
+    /// Where the tunnel in a slot is looked for first.
+    pub(super) fn tunnel_place(&self, slot: u32) -> usize {
+        let tunnel = &self.port(slot).tunnel;
+        tunnel_bucket(tunnel.local[0].load(), tunnel.remote[0].load(), tunnel.input_key.load())
+    }
+
+    pub(super) fn index_tunnels(&self) {
+        for slot in [TUNNEL, KEYED] {
+            self.config().tunnels[self.tunnel_place(slot)].store(1 + slot);
+        }
+    }
+}

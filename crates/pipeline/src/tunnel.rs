@@ -1,0 +1,403 @@
+//! Tunnels: GRE over IPv4 (RFC 2784, keys of RFC 2890), as Linux's tunnel interfaces have it (6.1,
+//! net/ipv4/{ip_gre,ip_tunnel,ip_tunnel_core}.c).
+//!
+//! A packet to the router itself that is one of a tunnel's is looked *through*: what is inside is routed as what came in
+//! by the tunnel. Only if that ends in sending it are the outer headers cut off. Otherwise the packet is Linux's as it
+//! arrived, and Linux finds out by itself what is inside. In the other direction a next hop may be a tunnel; then the
+//! outer headers are made, their destination is looked up, and they are written once all is decided.
+
+use crate::network::Network;
+use crate::rewrite::fit;
+use crate::route::{check_packet, find_hop};
+use crate::stats::{count_into_tunnel, count_out_of_tunnel};
+use crate::{Entry, Frame, Hop, Parsed, Tables, count_forward, hash, ingress, rewrite, route};
+use towpath_tables::lpm::{self, Kind, LpmRead, Word};
+use towpath_tables::record::{
+    Config, CpuStats, Family, Group, Line, Nexthop, Port, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, VlanTable,
+    tunnel_bucket, tunnel_flags,
+};
+use towpath_tables::{Reason, opaque, order};
+use towpath_wire::ethernet;
+use towpath_wire::gre::{Gre, Keyed};
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
+use towpath_wire::link::{DoubleTagged, Link, Tagged, Untagged};
+use towpath_wire::transport::protocol;
+use zerocopy::{byteorder::network_endian::U16, native_endian};
+
+/// Explicit congestion notification: both bits of TOS, and the values (RFC 3168)
+const ECN: u8 = 3;
+const ECT_0: u8 = 2;
+const CONGESTED: u8 = 3;
+/// The lowest bit of a tunnel's TOS: inherited
+const INHERIT: u8 = 1;
+
+/// Goes on with a packet that `route` refused for this reason, if a tunnel is the cause: the slot of the interface that
+/// transmits it.
+#[inline(always)]
+pub fn forward<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    parsed: &Parsed,
+    reason: Reason,
+) -> Result<u32, Reason> {
+    let through = reason == Reason::LocalDestination && parsed.family == Family::V4;
+    if !through && reason != Reason::Tunnel {
+        return Err(reason);
+    }
+    let tables = &Far(tables);
+    let (from, inner) = if through { look_through(frame, tables, entry, parsed)? } else { (*entry, *parsed) };
+    let (from, inner) = resume(frame, tables, &from, &inner)?;
+    let routed = if through { route(frame, tables, &from, &inner) } else { Err(reason) };
+    let device = match routed {
+        Ok(hop) => {
+            rewrite(frame, &inner, &hop)?;
+            hop.mark_hit();
+            count_forward(tables, entry.slot, &inner, &hop);
+            hop.device
+        }
+        Err(Reason::Tunnel) => encapsulate(frame, tables, &from, entry.slot, &inner)?,
+        Err(reason) => return Err(reason),
+    };
+    if through {
+        count_out_of_tunnel(tables, from.slot, inner.packet_len);
+    }
+    Ok(device)
+}
+
+/// What is known of the packet, found again where the verifier is to have forgotten it.
+#[inline(always)]
+fn resume<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
+) -> Result<(Entry<'t>, Parsed), Reason> {
+    let what = F::forget(entry.slot << 8 | parsed.offset as u32);
+    let slot = what >> 8;
+    let entry = Entry::new(slot, tables.port(slot).ok_or(Reason::Internal)?);
+    Ok((entry, Parsed::again(frame, (what & 0xff) as usize)?))
+}
+
+/// The tunnel that a packet to this host comes out of, and what is inside, checked as far as `parse` checks a packet.
+#[inline(always)]
+fn look_through<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    entry: &Entry,
+    parsed: &Parsed,
+) -> Result<(Entry<'t>, Parsed), Reason> {
+    let outer = frame.get::<Ipv4>(parsed.offset).ok_or(Reason::Truncated)?;
+    if outer.protocol != protocol::GRE {
+        return Err(Reason::LocalDestination);
+    }
+    if outer.fragment.get() & (Ipv4::MORE_FRAGMENTS | Ipv4::OFFSET) != 0 {
+        return Err(Reason::Fragment);
+    }
+    let place = parsed.offset + size_of::<Ipv4>();
+    let gre = frame.get::<Gre>(place).ok_or(Reason::Truncated)?;
+    let (flags, key, offset) = match gre.flags.get() {
+        Gre::PLAIN => (tunnel_flags::GRE, 0, place + size_of::<Gre>()),
+        Gre::KEY => {
+            let keyed = frame.get::<Keyed>(place).ok_or(Reason::Truncated)?;
+            (tunnel_flags::GRE | tunnel_flags::INPUT_KEY, keyed.key.get(), place + size_of::<Keyed>())
+        }
+        _ => return Err(Reason::Tunnel),
+    };
+    let end = parsed.offset + parsed.packet_len;
+    if offset > end {
+        return Err(Reason::Truncated);
+    }
+    let from = find(tables, outer, flags, key)?;
+    from.ready()?;
+    outer.check_source(tables, entry)?;
+    let inner = match gre.protocol.get() {
+        ethernet::IPV4 => ingress::parse_packet::<Ipv4, F, _>(frame, tables, &from, offset, end)?,
+        ethernet::IPV6 => ingress::parse_packet::<Ipv6, F, _>(frame, tables, &from, offset, end)?,
+        _ => return Err(Reason::Tunnel),
+    };
+    // INET_ECN_decapsulate (6.1, include/net/inet_ecn.h) changes the packet inside, or drops it, unless:
+    let inner_ecn = match inner.family {
+        Family::V4 => frame.get::<Ipv4>(offset).ok_or(Reason::Truncated)?.class(),
+        Family::V6 => frame.get::<Ipv6>(offset).ok_or(Reason::Truncated)?.class(),
+    } & ECN;
+    match outer.tos & ECN {
+        0 => Ok((from, inner)),
+        ECT_0 if inner_ecn != 0 => Ok((from, inner)),
+        _ => Err(Reason::Tunnel),
+    }
+}
+
+/// The tunnel that a packet belongs to (ip_tunnel_lookup); the writer indexes only those that Linux could not mistake for
+/// another.
+#[inline(always)]
+fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Result<Entry<'t>, Reason> {
+    let (local, remote) = (u32::from_ne_bytes(outer.destination), u32::from_ne_bytes(outer.source));
+    let config = tables.config().ok_or(Reason::Internal)?;
+    let first = tunnel_bucket(local, remote, key);
+    for probe in 0..TUNNEL_PROBES {
+        let place = opaque(first + probe) % TUNNEL_BUCKETS;
+        let Some(slot) = config.tunnels.get(place).ok_or(Reason::Internal)?.load().checked_sub(1) else { continue };
+        let port = tables.port(slot).ok_or(Reason::Internal)?;
+        let tunnel = &port.tunnel;
+        let sequence = order::begin(&tunnel.sequence).ok_or(Reason::TableBusy)?;
+        let same = tunnel.local[0].load() == local
+            && tunnel.remote[0].load() == remote
+            && tunnel.flags.load() & !tunnel_flags::OUTPUT_KEY == flags
+            && tunnel.input_key.load() == key;
+        let policy = tunnel.policy.load();
+        if !order::unchanged(&tunnel.sequence, sequence) {
+            return Err(Reason::TableBusy);
+        }
+        if same {
+            ingress::policy(policy)?;
+            return Ok(Entry::new(slot, port));
+        }
+    }
+    Err(Reason::LocalDestination)
+}
+
+/// What is written before a packet that goes into a tunnel, without the link header.
+struct Outer {
+    ip: Ipv4,
+    key: Option<u32>,
+}
+
+impl Outer {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        size_of::<Ipv4>() + if self.key.is_some() { size_of::<Keyed>() } else { size_of::<Gre>() }
+    }
+}
+
+/// Sends a packet that came in by `entry` (in a frame that came in by the port in slot `device`) into the tunnel that its
+/// next hop names.
+#[inline(always)]
+fn encapsulate<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    device: u32,
+    parsed: &Parsed,
+) -> Result<u32, Reason> {
+    match parsed.family {
+        Family::V4 => encapsulate_packet::<Ipv4, F, T>(frame, tables, entry, device, parsed),
+        Family::V6 => encapsulate_packet::<Ipv6, F, T>(frame, tables, entry, device, parsed),
+    }
+}
+
+#[inline(always)]
+fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    device: u32,
+    parsed: &Parsed,
+) -> Result<u32, Reason> {
+    let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
+    let word = header.lookup(tables, entry.port.root[N::FAMILY as usize].load()).map_err(|_| Reason::Internal)?;
+    let into = find_hop(frame, tables, header, parsed, word)?;
+    if !into.is_tunnel() {
+        into.check()?;
+        return Err(Reason::TableBusy);
+    }
+    check_packet(tables, entry, header, parsed, &into)?;
+    let config = tables.config().ok_or(Reason::Internal)?;
+    ingress::policy(config.policy[Family::V4 as usize].load())?;
+    let port = tables.port(into.port).ok_or(Reason::Internal)?;
+    let sequence = order::begin(&port.tunnel.sequence).ok_or(Reason::TableBusy)?;
+    let outer = outer(header, parsed, &port.tunnel)?;
+    let link = port.tunnel.link.load();
+    if !order::unchanged(&port.tunnel.sequence, sequence) || !into.is_current() {
+        return Err(Reason::TableBusy);
+    }
+    let hop = way_out(tables, &outer.ip, port.root[Family::V4 as usize].load(), link)?;
+    let sent = Parsed { packet_len: outer.len() + parsed.packet_len, ..*parsed };
+    hop.check_len(sent.packet_len)?;
+    hop.check_device(tables, parsed)?;
+    match hop.tags() {
+        0 => write::<Untagged, N, F>(frame, parsed, &hop, &outer)?,
+        1 => write::<Tagged, N, F>(frame, parsed, &hop, &outer)?,
+        2 => write::<DoubleTagged, N, F>(frame, parsed, &hop, &outer)?,
+        _ => return Err(Reason::Internal),
+    }
+    hop.mark_hit();
+    count_forward(tables, device, &sent, &hop);
+    count_into_tunnel(tables, into.port, parsed.packet_len);
+    Ok(hop.device)
+}
+
+/// The outer headers (ip_tunnel_xmit, iptunnel_xmit). The packet always says "don't fragment", since tunnels that do not
+/// are Linux's; so its identification means nothing (RFC 6864), and is 0 where Linux's cannot be foretold.
+#[inline(always)]
+fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer, Reason> {
+    let flags = tunnel.flags.load();
+    if flags & tunnel_flags::GRE == 0 {
+        return Err(Reason::TableBusy);
+    }
+    ingress::policy(tunnel.policy.load())?;
+    let [ttl, tos, ..] = tunnel.ttl_tos.load().to_le_bytes();
+    let class = header.class();
+    let tos = if tos & INHERIT != 0 { class } else { tos };
+    let ecn = if class & ECN == CONGESTED { ECT_0 } else { class & ECN };
+    let key = (flags & tunnel_flags::OUTPUT_KEY != 0).then(|| tunnel.output_key.load());
+    let ip = Ipv4 {
+        version_ihl: Ipv4::PLAIN,
+        tos: tos & !ECN | ecn,
+        total_len: U16::new(0),
+        id: U16::new(0),
+        fragment: U16::new(Ipv4::DONT_FRAGMENT),
+        ttl: if ttl == 0 { header.hops_left().wrapping_sub(1) } else { ttl },
+        protocol: protocol::GRE,
+        checksum: native_endian::U16::new(0),
+        source: tunnel.local[0].load().to_ne_bytes(),
+        destination: tunnel.remote[0].load().to_ne_bytes(),
+    };
+    let mut outer = Outer { ip, key };
+    let len = outer.len() + parsed.packet_len;
+    outer.ip.total_len.set(u16::try_from(len).map_err(|_| Reason::MtuExceeded)?);
+    outer.ip.set_checksum();
+    Ok(outer)
+}
+
+/// The next hop of a packet that is the router's own. `link`: the only interface it may leave by, if not 0; Linux then
+/// passes over other routes, which come to the same if the first is one of that interface.
+#[inline(always)]
+fn way_out<'t, T: Tables>(tables: &'t T, outer: &Ipv4, root: u32, link: u32) -> Result<Hop<'t>, Reason> {
+    let index = match outer.lookup(tables, root).map_err(|_| Reason::Internal)?.kind() {
+        Kind::Nexthop(index) => index,
+        Kind::Group(_) if link != 0 => return Err(Reason::Tunnel),
+        Kind::Group(index) => {
+            let config = tables.config().ok_or(Reason::Internal)?;
+            let group = tables.group(index).ok_or(Reason::Internal)?;
+            group.buckets.get(hash::bucket_of_tunnel(config, outer)).ok_or(Reason::Internal)?.load()
+        }
+        Kind::None => return Err(Reason::NoRoute),
+        Kind::Node(_) => return Err(Reason::Internal),
+    };
+    let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
+    hop.check()?;
+    if link != 0 && tables.port(hop.port).ok_or(Reason::Internal)?.ifindex.load() != link {
+        return Err(Reason::Tunnel);
+    }
+    Ok(hop)
+}
+
+#[inline(always)]
+fn write<L: Link, N: Network, F: Frame>(
+    frame: &mut F,
+    parsed: &Parsed,
+    hop: &Hop,
+    outer: &Outer,
+) -> Result<(), Reason> {
+    let link = hop.link::<L>(ethernet::IPV4).ok_or(Reason::TableBusy)?;
+    let base = |flags| Gre { flags: U16::new(flags), protocol: U16::new(N::ETHERTYPE) };
+    match outer.key {
+        None => write_headers::<L, Gre, N, F>(frame, parsed, link, &outer.ip, base(Gre::PLAIN)),
+        Some(key) => {
+            let gre = Keyed { base: base(Gre::KEY), key: native_endian::U32::new(key) };
+            write_headers::<L, Keyed, N, F>(frame, parsed, link, &outer.ip, gre)
+        }
+    }
+}
+
+#[inline(always)]
+fn write_headers<L: Link, G: towpath_wire::View, N: Network, F: Frame>(
+    frame: &mut F,
+    parsed: &Parsed,
+    link: L,
+    ip: &Ipv4,
+    gre: G,
+) -> Result<(), Reason> {
+    let (ip_at, gre_at) = (size_of::<L>(), size_of::<L>() + size_of::<Ipv4>());
+    let inner_at = gre_at + size_of::<G>();
+    fit(frame, parsed, inner_at)?;
+    frame.get_mut::<N>(inner_at).ok_or(Reason::Internal)?.decrement();
+    *frame.get_mut::<G>(gre_at).ok_or(Reason::Internal)? = gre;
+    *frame.get_mut::<Ipv4>(ip_at).ok_or(Reason::Internal)? = *ip;
+    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
+    Ok(())
+}
+
+/// Tables whose look-ups are called: there are so many of them on a tunnelled packet's way that a verifier would not come
+/// to an end.
+struct Far<'t, T>(&'t T);
+
+impl<T: Tables> LpmRead for Far<'_, T> {
+    #[inline(always)]
+    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
+        self.0.root_word(root, slot)
+    }
+    #[inline(always)]
+    fn root_default(&self, root: u32) -> Option<u32> {
+        self.0.root_default(root)
+    }
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.0.line(index)
+    }
+}
+
+impl<T: Tables> Tables for Far<'_, T> {
+    #[inline(always)]
+    fn config(&self) -> Option<&Config> {
+        self.0.config()
+    }
+    #[inline(always)]
+    fn port(&self, slot: u32) -> Option<&Port> {
+        self.0.port(slot)
+    }
+    #[inline(always)]
+    fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
+        self.0.vlan_table(index)
+    }
+    #[inline(always)]
+    fn nexthop(&self, index: u32) -> Option<&Nexthop> {
+        self.0.nexthop(index)
+    }
+    #[inline(always)]
+    fn group(&self, index: u32) -> Option<&Group> {
+        self.0.group(index)
+    }
+    #[inline(always)]
+    fn cpu(&self) -> u32 {
+        self.0.cpu()
+    }
+    #[inline(always)]
+    fn stats(&self, cpu: u32) -> Option<&CpuStats> {
+        self.0.stats(cpu)
+    }
+    #[inline(always)]
+    fn lookup4(&self, root: u32, address: &[u8; 4]) -> Result<Word, lpm::Internal> {
+        self.0.far_lookup4(root, address)
+    }
+    #[inline(always)]
+    fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<Word, lpm::Internal> {
+        self.0.far_lookup6(root, address)
+    }
+    #[inline(always)]
+    fn transmitter(&self, slot: u32) -> bool {
+        self.0.transmitter(slot)
+    }
+}
+
+/// What tunnels ask of a packet's header besides.
+trait Inner: Network {
+    /// TOS or traffic class
+    fn class(&self) -> u8;
+}
+
+impl Inner for Ipv4 {
+    #[inline(always)]
+    fn class(&self) -> u8 {
+        self.tos
+    }
+}
+
+impl Inner for Ipv6 {
+    #[inline(always)]
+    fn class(&self) -> u8 {
+        (self.version_class_flow.get() >> 20) as u8
+    }
+}
