@@ -139,6 +139,7 @@ impl Ports {
         };
         let served = |link: &Link| match (serve, link.kind) {
             (_, PortKind::Loopback | PortKind::Other) => false,
+            (_, PortKind::Tunnel(_)) => true,
             (None, _) => true,
             (Some(serve), kind) => {
                 let lower = if let PortKind::Vlan { lower, .. } = kind { names.get(&lower).copied() } else { None };
@@ -179,7 +180,9 @@ impl Ports {
     pub fn take_changed(&mut self) -> Vec<Policy> {
         let policy = |scope| {
             let (reason, detail) = match scope {
-                Scope::Family(_) => (Reason::PolicySysctl, "fib_multipath_hash_policy has just changed".to_owned()),
+                Scope::Family(_) | Scope::Local(_) => {
+                    (Reason::PolicySysctl, "fib_multipath_hash_policy has just changed".to_owned())
+                }
                 Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
                     let name = self.index.get(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone());
                     (Reason::PortNotReady, format!("{name} has just changed"))

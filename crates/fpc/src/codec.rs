@@ -19,7 +19,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -406,6 +406,7 @@ macro_rules! structs {
 structs! {
     Hello { magic, version }
     Port { ifindex, name, mac, mtu, kind, up, carrier, master, promiscuous, family, send_redirects, rp_filter, route_localnet, unsupported }
+    Tunnel { local, remote, link, input_key, output_key, ttl, tos }
     PortFamily { forwarding, ignore_linkdown }
     Address { ifindex, address, prefix_len }
     NeighbourKey { ifindex, address }
@@ -451,11 +452,11 @@ macro_rules! enums {
 
 enums! {
     Snapshot { 0 => Ports, 1 => Addresses(family), 2 => Neighbours(family), 3 => Nexthops, 4 => Routes(family), 5 => Policies(source) }
-    PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other }
+    PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other, 5 => Tunnel(tunnel) }
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }
-    PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl, 7 => Ports }
-    Scope { 0 => Family(family), 1 => Ingress(ifindex, family), 2 => Egress(ifindex, family) }
+    PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl, 7 => Ports, 8 => Tunnels }
+    Scope { 0 => Family(family), 1 => Ingress(ifindex, family), 2 => Egress(ifindex, family), 3 => Local(family) }
 }
 
 #[cfg(test)]

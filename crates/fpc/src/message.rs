@@ -146,6 +146,28 @@ pub enum PortKind {
     Loopback,
     /// Anything else: not served
     Other,
+    /// A GRE tunnel for IP packets
+    Tunnel(Tunnel),
+}
+
+/// A tunnel, as Linux's tunnel interfaces have it. What it has beyond this is in `Port::unsupported`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tunnel {
+    /// This host's end; unspecified if it takes packets to any address
+    pub local: IpAddr,
+    /// The other end; unspecified if it takes packets from any
+    pub remote: IpAddr,
+    /// Interface index of the only way out, 0 if any will do. Of tunnels that a packet may belong to, one that is bound to
+    /// the interface that it came in by goes before others
+    pub link: u32,
+    /// Key of packets in
+    pub input_key: Option<u32>,
+    /// Key of packets out
+    pub output_key: Option<u32>,
+    /// Time to live of packets out; 0 to inherit it
+    pub ttl: u8,
+    /// TOS of packets out; with the lowest bit set it is inherited
+    pub tos: u8,
 }
 
 /// An address of this host.
@@ -317,6 +339,8 @@ pub enum PolicySource {
     Capture = 5,
     /// sysctls
     Sysctl = 6,
+    /// What Linux learned about tunnels, and who else listens to their packets
+    Tunnels = 8,
     /// Interfaces described anew: alarms only, until the description that follows has been taken
     Ports = 7,
 }
@@ -343,13 +367,15 @@ pub enum Scope {
     Ingress(u32, Option<Family>),
     /// Packets that leave by the interface, of one family or (None) of both
     Egress(u32, Option<Family>),
+    /// Packets to this host and from it: of what is forwarded, those that carry a tunnel's
+    Local(Family),
 }
 
 impl Scope {
     /// Whether there are packets of the family in it.
     pub fn concerns(&self, family: Family) -> bool {
         match self {
-            Self::Family(of) => *of == family,
+            Self::Family(of) | Self::Local(of) => *of == family,
             Self::Ingress(_, of) | Self::Egress(_, of) => of.is_none_or(|of| of == family),
         }
     }

@@ -197,7 +197,17 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         for (ifindex, slot) in &gone {
             self.close_port(*ifindex, *slot);
         }
+        self.place_tunnels(state, chains.iter().filter(|chain| wanted.contains(&chain[0].ifindex)));
         gone.into_iter().map(|(_, slot)| slot).collect()
+    }
+
+    /// Makes packets to this host be looked up among its tunnels.
+    fn place_tunnels<'s>(&mut self, state: &State, chains: impl Iterator<Item = &'s Vec<&'s Port>>) {
+        let tunnels = chains.filter_map(|chain| Some((state.tunnel(chain[0])?, self.slots[&chain[0].ifindex])));
+        let tunnels: Vec<_> = tunnels.collect();
+        for slot in self.tables.index_tunnels(&tunnels) {
+            tracing::warn!(slot, "too many tunnels: packets out of this one are left to Linux");
+        }
     }
 
     fn slot_for(&mut self, chain: &[&Port]) -> Option<u32> {
@@ -209,6 +219,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             // Without the port underneath there is no way in or out.
             Some(lower) if !self.slots.contains_key(&lower.ifindex) => return None,
             Some(_) => self.tables.alloc_upper_port(ifindex),
+            None if is_tunnel(chain) => self.tables.alloc_upper_port(ifindex),
             None => self.tables.alloc_port(ifindex),
         };
         slot.map_err(|error| self.port_refused(ifindex, error)).ok()
@@ -247,6 +258,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             lower: chain.get(1).and_then(|lower| self.slots.get(&lower.ifindex)).copied().unwrap_or(slot),
             mtu: port.mtu,
         };
+        self.tables.set_tunnel(slot, state.tunnel(port).as_ref());
         self.tables.set_port(slot, &value);
     }
 
@@ -284,6 +296,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             mtu: 0,
         };
         self.tables.set_port(slot, &closed);
+        self.tables.set_tunnel(slot, None);
         if let Some(vlans) = self.vlans.remove(&ifindex) {
             self.tables.free_vlans(vlans);
         }
@@ -316,7 +329,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let policies = FAMILIES.into_iter().filter(|family| users[*family as usize] > 0);
         let reasons = [
             // Of a port that is down Linux has no neighbours either, but it may not consider the route at all.
-            (lladdr.is_none() && !down).then_some(Reason::NoNeighbour),
+            (lladdr.is_none() && !down && !is_tunnel(chain)).then_some(Reason::NoNeighbour),
             down.then_some(Reason::NexthopDown),
             (!is_ready(chain) || state.transmit(chain) == Transmit::Nothing).then_some(Reason::EgressNotServed),
         ];
@@ -324,6 +337,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             reasons.into_iter().flatten().chain(policies.filter_map(|family| state.egress_policy(chain, family))).min();
         let header = lladdr.zip(chain[0].mac).and_then(|(lladdr, mac)| Header::new(lladdr, mac, &tags(chain)));
         match (reason, header) {
+            // The other end is all the neighbour there is (IFF_NOARP).
+            (None, _) if is_tunnel(chain) => Action::Tunnel,
             (None, Some(header)) => Action::Forward(header),
             (reason, _) => Action::Exception(reason.unwrap_or(Reason::EgressNotServed)),
         }
@@ -691,9 +706,13 @@ fn usable_lladdr(state: &State, key: &NeighbourKey) -> Option<[u8; 6]> {
     state.neighbours.get(key)?.value.lladdr.filter(|lladdr| lladdr[0] & 1 == 0 && *lladdr != [0; 6])
 }
 
+fn is_tunnel(chain: &[&Port]) -> bool {
+    chain.iter().any(|port| matches!(port.kind, PortKind::Tunnel(_)))
+}
+
 /// Whether a port takes part: its own settings and those of what is underneath.
 fn is_ready(chain: &[&Port]) -> bool {
-    chain.iter().all(|port| port.master == 0 && port.mac.is_some())
+    chain.iter().all(|port| port.master == 0 && (port.mac.is_some() || is_tunnel(chain)))
 }
 
 /// The largest packet that the kernel redirects to the device underneath, with its tags: a frame may be longer than the
@@ -729,6 +748,7 @@ fn flags(state: &State, chain: &[&Port]) -> u32 {
         (virtual_below, port_flags::PARTIAL_CSUM),
         (state.sees_beside(chain), port_flags::BESIDE),
         (matches!(port.kind, PortKind::Vlan { .. }), port_flags::VLAN),
+        (is_tunnel(chain), port_flags::TUNNEL),
         (state.transmit(chain) == Transmit::SingleBuffer, port_flags::SINGLE_BUFFER),
     ]
     .into_iter()

@@ -8,6 +8,7 @@ use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use towpath_fpc::*;
+use towpath_tables::tunnel::TunnelValue;
 use towpath_tables::{Reason, record::Family};
 
 /// Both families.
@@ -335,6 +336,10 @@ impl State {
     fn policy_changed(&mut self, scope: Scope) {
         match scope {
             Scope::Family(_) => self.changes.config = true,
+            Scope::Local(_) => {
+                let tunnels: Vec<_> = self.tunnels().collect();
+                self.changes.ports.extend(tunnels);
+            }
             Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
                 self.changes.ports.insert(ifindex);
             }
@@ -343,23 +348,52 @@ impl State {
 
     // ---- answers
 
-    /// A port and the interfaces underneath it down to the one with a driver; None if the interface is not a port: not
-    /// served, nor a VLAN sub-interface (of at most two tags) of one that is.
+    /// A port and the interfaces underneath it down to the one with a driver, or a tunnel alone; None if the interface is
+    /// not a port: not served, nor a VLAN sub-interface (of at most two tags) of one that is, nor a tunnel that the fast
+    /// path can serve.
     pub fn chain(&self, ifindex: u32) -> Option<Vec<&Port>> {
         let mut chain = vec![&self.ports.get(&ifindex)?.value];
         loop {
             let bottom = *chain.last()?;
             match bottom.kind {
                 PortKind::Vlan { lower, .. } if chain.len() <= MAX_TAGS => chain.push(&self.ports.get(&lower)?.value),
+                PortKind::Tunnel(_) if self.tunnel(bottom).is_some() => return Some(chain),
                 PortKind::Ethernet | PortKind::Virtual if self.served.contains(&bottom.ifindex) => return Some(chain),
                 _ => return None,
             }
         }
     }
 
-    /// The given interfaces and all VLAN sub-interfaces over them.
+    /// The tunnel that an interface is, if the fast path can serve it: between two addresses, one of them ours, and not to
+    /// be mistaken for another.
+    pub fn tunnel(&self, port: &Port) -> Option<TunnelValue> {
+        let PortKind::Tunnel(own) = port.kind else { return None };
+        let (IpAddr::V4(local), IpAddr::V4(remote)) = (own.local, own.remote) else { return None };
+        let is_host = |address: Ipv4Addr| {
+            !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast() && !address.is_loopback()
+        };
+        // Without it Linux finds no way out (ip_route_output_key_hash_rcu, net/ipv4/route.c).
+        let ours = self.addresses.keys().any(|address| address.address == own.local);
+        let rivals = self.ports.values().filter(|other| other.value.ifindex != port.ifindex);
+        let clear = !rivals.into_iter().any(|other| is_rival(&own, &other.value));
+        let sound = port.unsupported.is_none() && is_host(local) && is_host(remote) && ours && clear;
+        (sound && !self.served.is_empty()).then(|| TunnelValue {
+            local,
+            remote,
+            input_key: own.input_key,
+            output_key: own.output_key,
+            ttl: own.ttl,
+            tos: own.tos,
+            link: own.link,
+            policy: self.policy(|scope| matches!(scope, Scope::Local(Family::V4))),
+        })
+    }
+
+    /// The given interfaces and all VLAN sub-interfaces over them; and all tunnels, since what one may be depends on the
+    /// others and on addresses of any interface.
     pub fn with_uppers(&self, interfaces: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = interfaces.clone();
+        all.extend(self.tunnels());
         for _ in 0..MAX_TAGS {
             for (ifindex, port) in &self.ports {
                 if matches!(port.value.kind, PortKind::Vlan { lower, .. } if all.contains(&lower)) {
@@ -368,6 +402,13 @@ impl State {
             }
         }
         all
+    }
+
+    fn tunnels(&self) -> impl Iterator<Item = u32> {
+        self.ports
+            .iter()
+            .filter(|(_, port)| matches!(port.value.kind, PortKind::Tunnel(_)))
+            .map(|(ifindex, _)| *ifindex)
     }
 
     /// The reason that counts (the lowest) among the policies that `applies` picks.
@@ -521,6 +562,19 @@ fn kind_reason(kind: u8) -> Option<Reason> {
         kind::MULTICAST => Some(Reason::Multicast),
         _ => Some(Reason::NonUnicastRoute),
     }
+}
+
+/// Whether Linux might take a packet of the one tunnel for one of the other (ip_tunnel_lookup, net/ipv4/ip_tunnel.c): one
+/// for any address goes before if it is bound to the interface that the packet came in by, and so may one for the same
+/// addresses.
+fn is_rival(own: &Tunnel, other: &Port) -> bool {
+    let PortKind::Tunnel(other) = other.kind else { return false };
+    let (same_local, same_remote) = (other.local == own.local, other.remote == own.remote);
+    other.input_key.unwrap_or(0) == own.input_key.unwrap_or(0)
+        && (same_local || other.local.is_unspecified())
+        && (same_remote || other.remote.is_unspecified())
+        && other.link != own.link
+        && (other.link != 0 || same_local && same_remote)
 }
 
 fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool {

@@ -14,7 +14,9 @@ use towpath_tables::backing::{HeapBacking, View, initial_elements};
 use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::{Action, NexthopValue};
-use towpath_tables::record::{NO_VLANS, TableId, port_flags};
+use towpath_tables::record::{
+    NO_VLANS, TUNNEL_BUCKETS, TUNNEL_PROBES, TableId, port_flags, tunnel_bucket, tunnel_flags,
+};
 use towpath_tables::writer::MAIN_ROOT;
 
 type TestFpm = Fpm<HeapBacking, NoReaders>;
@@ -105,6 +107,7 @@ fn outcome(view: &View, index: u32) -> Outcome {
     let value = NexthopValue::read(&view.nexthops()[index as usize]).expect("a next hop in use");
     match value.action {
         Action::Exception(reason) => Outcome::Exception(reason),
+        Action::Tunnel => Outcome::Tunnel { port: view.ports()[value.port as usize].ifindex.load(), mtu: value.mtu },
         Action::Forward(header) => {
             let ifindex = |slot: u32| view.ports()[slot as usize].ifindex.load();
             Outcome::Forward {
@@ -1091,4 +1094,145 @@ fn a_million_routes() {
         fixture.fpm.apply(Message::SnapshotEnd(class));
         println!("end of a snapshot {what}: {:?}", used() - start);
     }
+}
+
+const GRE: Tunnel = Tunnel {
+    local: IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 9)),
+    remote: IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 7)),
+    link: 0,
+    input_key: None,
+    output_key: Some(5),
+    ttl: 64,
+    tos: 1,
+};
+
+fn tunnel(ifindex: u32, tunnel: Tunnel) -> Port {
+    Port { kind: PortKind::Tunnel(tunnel), mac: None, mtu: 1472, ..port(ifindex) }
+}
+
+fn own(address: &str) -> Address {
+    Address { ifindex: 2, address: ip(address), prefix_len: 24 }
+}
+
+impl Fixture {
+    /// Interface 7 is a tunnel, and 10.7.0.0/16 and 2001:db8:7::/48 are behind it.
+    fn with_tunnel() -> Self {
+        let mut fixture = Self::new();
+        fixture.batch([
+            Message::Address(own("198.51.100.9")),
+            Message::Port(tunnel(7, GRE)),
+            Message::Route(route("10.7.0.0/16", &[hop(7, None)])),
+            Message::Route(route("2001:db8:7::/48", &[hop(7, Some("fe80::7"))])),
+        ]);
+        fixture
+    }
+
+    /// Interface of the tunnel that packets with these addresses and this key belong to, and its words.
+    fn tunnel_for(&self, tunnel: Tunnel) -> Option<(u32, u32, u32, u32)> {
+        let (IpAddr::V4(local), IpAddr::V4(remote)) = (tunnel.local, tunnel.remote) else { panic!("no IPv4") };
+        let [local, remote] = [local, remote].map(|address| u32::from_ne_bytes(address.octets()));
+        let key = tunnel.input_key.unwrap_or(0).to_be();
+        let first = tunnel_bucket(local, remote, key);
+        let view = self.fpm.tables().view();
+        (first..first + TUNNEL_PROBES).find_map(|place| {
+            let slot = view.config().tunnels[place % TUNNEL_BUCKETS].load().checked_sub(1)?;
+            let port = &view.ports()[slot as usize];
+            let record = &port.tunnel;
+            let same =
+                (record.local[0].load(), record.remote[0].load(), record.input_key.load()) == (local, remote, key);
+            same.then(|| (port.ifindex.load(), record.flags.load(), record.ttl_tos.load(), record.policy.load()))
+        })
+    }
+}
+
+const INTO_7: Outcome = Outcome::Tunnel { port: 7, mtu: 1472 };
+const FLAGS: u32 = tunnel_flags::GRE | tunnel_flags::OUTPUT_KEY;
+
+#[test]
+fn tunnels_are_ports_and_next_hops() {
+    let mut fixture = Fixture::with_tunnel();
+    let found = Some((7, FLAGS, 0x140, 0));
+    fixture.expect("10.7.1.1", INTO_7).expect("2001:db8:7::1", INTO_7);
+    assert_eq!(fixture.tunnel_for(GRE), found);
+    assert_eq!(fixture.flags(7) & (port_flags::TUNNEL | port_flags::READY), port_flags::TUNNEL | port_flags::READY);
+    // It changes.
+    let changed = Tunnel { input_key: Some(8), output_key: None, ttl: 0, tos: 0, ..GRE };
+    fixture.batch([Message::Port(tunnel(7, changed))]).expect("10.7.1.1", INTO_7);
+    assert_eq!((fixture.tunnel_for(GRE), fixture.tunnel_for(changed).map(|found| found.0)), (None, Some(7)));
+    fixture.batch([Message::Port(tunnel(7, GRE))]);
+    // It is down, has policies of its own, and goes.
+    fixture.batch([Message::Port(Port { up: false, ..tunnel(7, GRE) })]).exception("10.7.1.1", Reason::NexthopDown);
+    assert_eq!(fixture.flags(7) & port_flags::READY, 0);
+    fixture
+        .batch([Message::Port(tunnel(7, GRE)), policy(Scope::Egress(7, None), Reason::PolicyTc)])
+        .exception("10.7.1.1", Reason::PolicyTc);
+    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), []).expect("10.7.1.1", INTO_7);
+    fixture.batch([Message::PortDelete(7)]).exception("10.7.1.1", Reason::EgressNotServed);
+    assert_eq!(fixture.tunnel_for(GRE), None);
+    fixture.batch([Message::Port(tunnel(7, GRE))]).expect("10.7.1.1", INTO_7);
+    assert_eq!(fixture.tunnel_for(GRE), found);
+}
+
+#[test]
+fn policies_of_the_hosts_own_packets_hold_for_tunnels() {
+    let mut fixture = Fixture::with_tunnel();
+    let policy_of = |fixture: &Fixture| fixture.tunnel_for(GRE).map(|found| found.3);
+    fixture.batch([policy(Scope::Local(Family::V4), Reason::PolicyNetfilter)]).expect(VIA_2, via_2());
+    assert_eq!(policy_of(&fixture), Some(1 + Reason::PolicyNetfilter as u32));
+    fixture.snapshot(Snapshot::Policies(PolicySource::Tc), [policy(Scope::Local(Family::V6), Reason::PolicyNetfilter)]);
+    assert_eq!(policy_of(&fixture), Some(0), "nothing of this tunnel's is IPv6 outside");
+}
+
+#[test]
+fn tunnels_that_linux_might_mistake_are_its_own() {
+    let any = ip("0.0.0.0");
+    let others: [(Tunnel, bool); 9] = [
+        (Tunnel { input_key: Some(1), link: 1, ..GRE }, true),
+        (Tunnel { remote: ip("203.0.113.8"), link: 1, ..GRE }, true),
+        (Tunnel { local: any, remote: any, ..GRE }, true),
+        (Tunnel { local: any, ..GRE }, true),
+        (Tunnel { link: 1, ..GRE }, false),
+        (Tunnel { local: any, link: 1, ..GRE }, false),
+        (Tunnel { remote: any, link: 1, ..GRE }, false),
+        (Tunnel { local: any, remote: any, link: 1, ..GRE }, false),
+        (Tunnel { local: any, remote: any, link: 1, input_key: Some(0), ..GRE }, false),
+    ];
+    for (other, clear) in others {
+        let mut fixture = Fixture::with_tunnel();
+        fixture.batch([Message::Port(tunnel(8, other))]);
+        let expected = if clear { INTO_7 } else { Outcome::Exception(Reason::EgressNotServed) };
+        fixture.expect("10.7.1.1", expected);
+        assert_eq!(fixture.tunnel_for(GRE).is_some(), clear, "{other:?}");
+        fixture.batch([Message::PortDelete(8)]).expect("10.7.1.1", INTO_7);
+    }
+    // Two bound to the same interface cannot be mistaken.
+    let mut fixture = Fixture::with_tunnel();
+    fixture.batch([
+        Message::Port(tunnel(7, Tunnel { link: 1, ..GRE })),
+        Message::Port(tunnel(8, Tunnel { local: any, link: 1, ..GRE })),
+    ]);
+    fixture.expect("10.7.1.1", INTO_7);
+}
+
+#[test]
+fn tunnels_that_cannot_be_served_are_linuxs() {
+    let cases: [(&str, Port); 6] = [
+        ("no other end", tunnel(7, Tunnel { remote: ip("0.0.0.0"), ..GRE })),
+        ("multicast", tunnel(7, Tunnel { remote: ip("224.0.0.9"), ..GRE })),
+        ("no end of ours", tunnel(7, Tunnel { local: ip("0.0.0.0"), ..GRE })),
+        ("another's end", tunnel(7, Tunnel { local: ip("198.51.100.10"), ..GRE })),
+        ("IPv6", tunnel(7, Tunnel { local: ip("2001:db8::1"), remote: ip("2001:db8::2"), ..GRE })),
+        ("unsupported", Port { unsupported: Some("GRE in UDP".into()), ..tunnel(7, GRE) }),
+    ];
+    for (name, port) in cases {
+        let mut fixture = Fixture::with_tunnel();
+        fixture.batch([Message::Port(port)]);
+        assert_eq!(fixture.tunnel_for(GRE), None, "{name}");
+        fixture.exception("10.7.1.1", Reason::EgressNotServed);
+    }
+    let mut fixture = Fixture::with_tunnel();
+    fixture.batch([Message::AddressDelete(own("198.51.100.9"))]).exception("10.7.1.1", Reason::EgressNotServed);
+    assert_eq!(fixture.tunnel_for(GRE), None);
+    fixture.batch([Message::Address(own("198.51.100.9"))]).expect("10.7.1.1", INTO_7);
+    assert!(fixture.tunnel_for(GRE).is_some());
 }

@@ -143,6 +143,7 @@ impl Daemon {
         let served = self.engine.port(port.ifindex);
         let mode = match port.kind {
             PortKind::Vlan { .. } => "vlan",
+            PortKind::Tunnel(_) => "tunnel",
             _ if self.workers.as_ref().is_some_and(|workers| workers.serves(port.ifindex)) => "user",
             _ => served.and_then(|served| served.mode).unwrap_or("none"),
         };
@@ -236,6 +237,7 @@ impl Daemon {
             .map(|hop| {
                 let (lladdr, reason) = match hop.value.map(|value: NexthopValue| value.action) {
                     Some(Action::Forward(header)) => (Some(mac(header.bytes().get(..6))), None),
+                    Some(Action::Tunnel) => (None, None),
                     Some(Action::Exception(reason)) => (None, Some(reason)),
                     None => (None, Some(Reason::TableBusy)),
                 };

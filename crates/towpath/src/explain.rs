@@ -240,6 +240,7 @@ impl<'a> Walk<'a> {
         let family = self.family();
         let touches = |scope: Scope| match scope {
             Scope::Family(of) => of == family,
+            Scope::Local(of) => of == Family::V4,
             Scope::Ingress(ifindex, of) => ifindex == self.ingress.port && of.is_none_or(|of| of == family),
             Scope::Egress(ifindex, of) => {
                 target.is_none_or(|target| target.ifindex == Some(ifindex)) && of.is_none_or(|of| of == family)

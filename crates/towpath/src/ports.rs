@@ -138,6 +138,7 @@ fn obstacle(port: &Port, ours: &[u32]) -> Option<String> {
 fn unservable(kind: PortKind) -> Option<&'static str> {
     match kind {
         PortKind::Vlan { .. } => Some("a VLAN sub-interface is served with the interface underneath it"),
+        PortKind::Tunnel(_) => Some("a tunnel is served with the interfaces that its packets come in by"),
         PortKind::Loopback => Some("what comes in by it is this host's own"),
         PortKind::Other => Some("it has no driver of its own that receives packets"),
         PortKind::Ethernet | PortKind::Virtual => None,

@@ -116,6 +116,7 @@ pub fn policy(policy: &Policy, name: impl Fn(u32) -> String) -> report::Policy {
         Scope::Family(of) => ("all", None, Some(of)),
         Scope::Ingress(ifindex, of) => ("ingress", Some(name(ifindex)), of),
         Scope::Egress(ifindex, of) => ("egress", Some(name(ifindex)), of),
+        Scope::Local(of) => ("local", None, Some(of)),
     };
     report::Policy {
         source: policy_source(policy.source).into(),
@@ -137,6 +138,7 @@ fn policy_source(source: PolicySource) -> &'static str {
         PolicySource::Capture => "capture",
         PolicySource::Sysctl => "sysctl",
         PolicySource::Ports => "ports",
+        PolicySource::Tunnels => "tunnels",
     }
 }
 

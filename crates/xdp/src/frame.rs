@@ -1,12 +1,12 @@
 //! A frame in an XDP context.
 
 use crate::beside;
-use aya_ebpf::bindings::xdp_md;
 use crate::maps::Maps;
+use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
 use towpath_pipeline::{Beside, Entry, Frame, Parsed, Tables, forward_tunnelled};
-use towpath_tables::{Reason, opaque};
 use towpath_tables::record::PORT_SLOTS;
+use towpath_tables::{Reason, opaque};
 use towpath_wire::View;
 
 /// A first buffer with less in it than this is the whole frame: drivers fill it before they begin another, and none gives

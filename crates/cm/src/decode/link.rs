@@ -2,7 +2,8 @@
 
 use super::{attrs, fixed, int16, int32, split};
 use crate::error::CmError;
-use towpath_fpc::PortKind;
+use std::net::Ipv4Addr;
+use towpath_fpc::{PortKind, Tunnel};
 
 const WHAT: &str = "link message";
 const IFLA_ADDRESS: u16 = 1;
@@ -23,7 +24,30 @@ const IFLA_VLAN_PROTOCOL: u16 = 5;
 /// VLAN_FLAG_REORDER_HDR, what a VLAN has unless it was told otherwise
 const VLAN_DEFAULT_FLAGS: u32 = 1;
 
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
+const IFLA_GRE_LINK: u16 = 1;
+const IFLA_GRE_IFLAGS: u16 = 2;
+const IFLA_GRE_OFLAGS: u16 = 3;
+const IFLA_GRE_IKEY: u16 = 4;
+const IFLA_GRE_OKEY: u16 = 5;
+const IFLA_GRE_LOCAL: u16 = 6;
+const IFLA_GRE_REMOTE: u16 = 7;
+const IFLA_GRE_TTL: u16 = 8;
+const IFLA_GRE_TOS: u16 = 9;
+const IFLA_GRE_PMTUDISC: u16 = 10;
+const IFLA_GRE_ENCAP_TYPE: u16 = 14;
+const IFLA_GRE_ENCAP_FLAGS: u16 = 15;
+const IFLA_GRE_ENCAP_SPORT: u16 = 16;
+const IFLA_GRE_ENCAP_DPORT: u16 = 17;
+const IFLA_GRE_COLLECT_METADATA: u16 = 18;
+const IFLA_GRE_IGNORE_DF: u16 = 19;
+const IFLA_GRE_FWMARK: u16 = 20;
+/// GRE_KEY of include/uapi/linux/if_tunnel.h
+const GRE_KEY: u16 = 0x2000;
+
 const ARPHRD_ETHER: u16 = 1;
+const ARPHRD_IPGRE: u16 = 778;
 const ARPHRD_LOOPBACK: u16 = 772;
 const IF_OPER_UNKNOWN: u8 = 0;
 const IF_OPER_UP: u8 = 6;
@@ -58,6 +82,7 @@ struct Info<'a> {
     kind: &'a [u8],
     vlan_id: Option<u16>,
     vlan_protocol: Option<u16>,
+    tunnel: Option<Tunnel>,
     unsupported: Option<String>,
 }
 
@@ -72,6 +97,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
     let flags = i32::from_ne_bytes([f0, f1, f2, f3]);
     let (mut name, mut mac, mut mtu, mut master, mut lower) = (String::new(), None, 0, 0, None);
     let (mut operstate, mut promiscuity, mut foreign_lower) = (IF_OPER_UNKNOWN, 0, false);
+    let mut xdp = false;
     let mut info = Info::default();
     for attr in attrs(WHAT, rest) {
         let (kind, value) = attr?;
@@ -85,6 +111,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
             IFLA_PROMISCUITY => promiscuity = int32(WHAT, value)?,
             IFLA_LINK_NETNSID => foreign_lower = true,
             IFLA_LINKINFO => info = link_info(value)?,
+            IFLA_XDP => xdp = has_program(value)?,
             _ => {}
         }
     }
@@ -96,8 +123,15 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
             (Some(lower), Some(protocol), Some(id)) if !foreign_lower => PortKind::Vlan { lower, protocol, id },
             _ => PortKind::Other,
         },
+        (ARPHRD_IPGRE, b"gre") => info.tunnel.map_or(PortKind::Other, PortKind::Tunnel),
         _ => PortKind::Other,
     };
+    if let PortKind::Tunnel(_) = kind {
+        let told = info.unsupported.take();
+        info.unsupported = told
+            .or_else(|| foreign_lower.then(|| "the tunnel's ends are in another network namespace".into()))
+            .or_else(|| xdp.then(|| "an XDP program on a tunnel".into()));
+    }
     Ok(Some(Link {
         ifindex: u32::from_ne_bytes([i0, i1, i2, i3]),
         name,
@@ -122,10 +156,62 @@ fn link_info(bytes: &[u8]) -> Result<Info<'_>, CmError> {
             _ => {}
         }
     }
-    if info.kind == b"vlan" {
-        vlan_info(data, &mut info)?;
+    match info.kind {
+        b"vlan" => vlan_info(data, &mut info)?,
+        b"gre" => gre_info(data, &mut info)?,
+        _ => {}
     }
     Ok(info)
+}
+
+/// Whether a program is attached in any mode.
+fn has_program(bytes: &[u8]) -> Result<bool, CmError> {
+    for attr in attrs(WHAT, bytes) {
+        if let (IFLA_XDP_ATTACHED, value) = attr? {
+            let [mode] = fixed(WHAT, value)?;
+            return Ok(mode != 0);
+        }
+    }
+    Ok(false)
+}
+
+/// ipgre_fill_info (net/ipv4/ip_gre.c, Linux 6.1). Of a tunnel that takes its other end from routes or sockets
+/// (collect_md) nothing is told but that.
+fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
+    let any = Ipv4Addr::UNSPECIFIED.into();
+    let mut tunnel = Tunnel { local: any, remote: any, link: 0, input_key: None, output_key: None, ttl: 0, tos: 0 };
+    let (mut flags, mut keys, mut metadata) = ([0; 2], [0; 2], false);
+    let mut refuse = |what: &str| info.unsupported = info.unsupported.take().or_else(|| Some(what.to_owned()));
+    for attr in attrs(WHAT, bytes) {
+        match attr? {
+            (IFLA_GRE_LINK, value) => tunnel.link = int32(WHAT, value)?,
+            (IFLA_GRE_IFLAGS, value) => flags[0] = u16::from_be(int16(WHAT, value)?),
+            (IFLA_GRE_OFLAGS, value) => flags[1] = u16::from_be(int16(WHAT, value)?),
+            (IFLA_GRE_IKEY, value) => keys[0] = u32::from_be(int32(WHAT, value)?),
+            (IFLA_GRE_OKEY, value) => keys[1] = u32::from_be(int32(WHAT, value)?),
+            (IFLA_GRE_LOCAL, value) => tunnel.local = Ipv4Addr::from(fixed::<4>(WHAT, value)?).into(),
+            (IFLA_GRE_REMOTE, value) => tunnel.remote = Ipv4Addr::from(fixed::<4>(WHAT, value)?).into(),
+            (IFLA_GRE_TTL, value) => [tunnel.ttl] = fixed(WHAT, value)?,
+            (IFLA_GRE_TOS, value) => [tunnel.tos] = fixed(WHAT, value)?,
+            (IFLA_GRE_PMTUDISC, value) if value == [0] => refuse("GRE with nopmtudisc"),
+            (IFLA_GRE_ENCAP_TYPE, value) if int16(WHAT, value)? != 0 => refuse("GRE in UDP"),
+            (IFLA_GRE_COLLECT_METADATA, _) => metadata = true,
+            (IFLA_GRE_IGNORE_DF, value) if value != [0] => refuse("GRE with ignore-df"),
+            (IFLA_GRE_FWMARK, value) if int32(WHAT, value)? != 0 => refuse("GRE with fwmark"),
+            (
+                IFLA_GRE_PMTUDISC | IFLA_GRE_ENCAP_TYPE | IFLA_GRE_ENCAP_FLAGS | IFLA_GRE_ENCAP_SPORT
+                | IFLA_GRE_ENCAP_DPORT | IFLA_GRE_IGNORE_DF | IFLA_GRE_FWMARK,
+                _,
+            ) => {}
+            (other, _) => refuse(&format!("GRE attribute {other}")),
+        }
+    }
+    if flags.iter().any(|flags| flags & !GRE_KEY != 0) {
+        refuse("GRE with checksums or sequence numbers");
+    }
+    let [input_key, output_key] = [0, 1].map(|at: usize| (flags[at] & GRE_KEY != 0).then_some(keys[at]));
+    info.tunnel = (!metadata).then_some(Tunnel { input_key, output_key, ..tunnel });
+    Ok(())
 }
 
 fn vlan_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {

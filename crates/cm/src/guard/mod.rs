@@ -104,7 +104,18 @@ impl Told {
 
 /// Whether the interface can be a port at all; others need not be looked at.
 pub(crate) fn can_be_port(port: &Port) -> bool {
-    port.master == 0 && matches!(port.kind, PortKind::Ethernet | PortKind::Virtual | PortKind::Vlan { .. })
+    let kind = matches!(port.kind, PortKind::Ethernet | PortKind::Virtual | PortKind::Vlan { .. });
+    port.master == 0 && (kind || is_tunnel(port))
+}
+
+/// Whether it is a tunnel to one other end.
+fn is_tunnel(port: &Port) -> bool {
+    matches!(port.kind, PortKind::Tunnel(tunnel) if !tunnel.remote.is_unspecified())
+}
+
+/// Whether packets that the host itself receives and sends matter: those that carry a tunnel's.
+pub(crate) fn has_tunnels(ports: &PortIndex) -> bool {
+    ports.iter().any(is_tunnel)
 }
 
 /// The interfaces that can be ports.

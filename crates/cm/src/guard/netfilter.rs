@@ -1,6 +1,7 @@
 //! What nftables and xtables have in common: the hooks, and which matches and targets leave connection tracking alone.
 
 use super::FAMILIES;
+use towpath_fpc::Scope;
 use towpath_tables::record::Family;
 
 /// Protocol families of netfilter (include/uapi/linux/netfilter.h).
@@ -17,6 +18,20 @@ pub mod pf {
 
 /// Hooks of IPv4 and IPv6 that a forwarded packet passes, with their names.
 pub const FORWARD_PATH: [(u32, &str); 3] = [(0, "prerouting"), (2, "forward"), (4, "postrouting")];
+
+/// Hooks that packets to the host itself and from it pass besides.
+pub const LOCAL_PATH: [(u32, &str); 2] = [(1, "input"), (3, "output")];
+
+/// The hooks that matter, and whether only to the host's own packets.
+pub fn hooks(tunnels: bool) -> impl Iterator<Item = (u32, &'static str, bool)> {
+    let own = LOCAL_PATH.into_iter().filter(move |_| tunnels).map(|(hook, name)| (hook, name, true));
+    FORWARD_PATH.into_iter().map(|(hook, name)| (hook, name, false)).chain(own)
+}
+
+/// What a hook touches.
+pub fn scope(family: Family, local: bool) -> Scope {
+    if local { Scope::Local(family) } else { Scope::Family(family) }
+}
 
 /// The families that a netfilter family covers; none for ARP, bridge and netdev.
 pub fn families(pf: u8) -> &'static [Family] {

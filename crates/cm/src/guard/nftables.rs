@@ -8,7 +8,7 @@
 mod hooks;
 mod ruleset;
 
-use super::{Finding, POLL, Told, nl};
+use super::{Finding, POLL, Told, has_tunnels, nl};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
@@ -98,7 +98,7 @@ impl Nftables {
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         self.refresh()?;
         let mut findings = self.ruleset.findings(ports);
-        findings.extend(self.hooks.findings(&mut self.netlink)?);
+        findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports))?);
         Ok(findings)
     }
 }

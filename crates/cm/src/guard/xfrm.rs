@@ -4,14 +4,15 @@
 //!
 //! Sources: include/uapi/linux/xfrm.h, net/xfrm/xfrm_user.c (Linux 6.1).
 
+use super::netfilter::scope;
 use super::nl::{Message, Netlink, Wakeup, ne32};
-use super::{FAMILIES, Finding, Told, count};
+use super::{FAMILIES, Finding, Told, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource};
+use towpath_fpc::{Policy, PolicySource, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -26,6 +27,7 @@ const GETDEFAULT: u16 = 0x28;
 /// xfrm_userpolicy_info: where the selector's family and the direction are.
 const SELECTOR_FAMILY: usize = 40;
 const DIRECTION: usize = 160;
+const IN: u8 = 0;
 const OUT: u8 = 1;
 const FORWARD: u8 = 2;
 const BLOCK: u8 = 1;
@@ -86,13 +88,14 @@ impl Watcher for Xfrm {
         self.sockets.as_ref().map(|_| RECOUNT)
     }
 
-    fn poll(&mut self, _: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
         if let Err(e) = self.refresh() {
             self.counted = None;
             self.told.forget();
             return Err(e);
         }
-        Ok(self.told.tell(self.findings.clone()))
+        let matters = |finding: &&Finding| has_tunnels(ports) || !matches!(finding.scope, Scope::Local(_));
+        Ok(self.told.tell(self.findings.iter().filter(matters).cloned()))
     }
 }
 
@@ -101,15 +104,16 @@ fn is_unsupported(e: &std::io::Error) -> bool {
 }
 
 fn policy_findings(netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
-    let mut numbers: BTreeMap<Option<Family>, usize> = BTreeMap::new();
-    for family in netlink.dump("XFRM policies", GETPOLICY, &[], on_the_way)? {
-        *numbers.entry(family).or_default() += 1;
+    let mut numbers: BTreeMap<(Option<Family>, bool), usize> = BTreeMap::new();
+    for met in netlink.dump("XFRM policies", GETPOLICY, &[], on_the_way)? {
+        *numbers.entry(met).or_default() += 1;
     }
     Ok(numbers
         .into_iter()
-        .flat_map(|(family, number)| {
-            let detail = format!("{} of XFRM in direction fwd or out", count(number, "policy"));
-            families(family).iter().map(move |f| Finding::family(*f, Reason::PolicyXfrm, detail.clone()))
+        .flat_map(|((family, local), number)| {
+            let direction = if local { "in" } else { "fwd or out" };
+            let detail = format!("{} of XFRM in direction {direction}", count(number, "policy"));
+            families(family).iter().map(move |f| Finding::new(scope(*f, local), Reason::PolicyXfrm, detail.clone()))
         })
         .collect())
 }
@@ -122,22 +126,25 @@ fn families(family: Option<Family>) -> &'static [Family] {
     }
 }
 
-/// The family (None: either) of a policy that forwarded packets meet; nothing if they do not.
-fn on_the_way(message: Message<'_>) -> Result<Option<Option<Family>>, CmError> {
+/// The family (None: either) of a policy, and whether only packets to the host itself meet it.
+fn on_the_way(message: Message<'_>) -> Result<Option<(Option<Family>, bool)>, CmError> {
     if message.kind != NEWPOLICY {
         return Ok(None);
     }
     let short = || CmError::decode("XFRM policies", "shorter than a policy");
     let direction = *message.payload.get(DIRECTION).ok_or_else(short)?;
     let family = message.payload.get(SELECTOR_FAMILY..).and_then(|b| b.first_chunk()).ok_or_else(short)?;
-    if !matches!(direction, OUT | FORWARD) {
-        return Ok(None);
-    }
-    Ok(Some(match i32::from(u16::from_ne_bytes(*family)) {
+    let local = match direction {
+        IN => true,
+        OUT | FORWARD => false,
+        _ => return Ok(None),
+    };
+    let family = match i32::from(u16::from_ne_bytes(*family)) {
         libc::AF_INET => Some(Family::V4),
         libc::AF_INET6 => Some(Family::V6),
         _ => None,
-    }))
+    };
+    Ok(Some((family, local)))
 }
 
 /// The namespace's default for packets that no policy covers (Linux 5.15; earlier ones have none).
@@ -149,11 +156,13 @@ fn default_findings(netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
     };
     // xfrm_userpolicy_default: in, fwd, out.
     let word = ne32(&default).ok_or_else(|| CmError::decode("XFRM default policy", "too short"))?.to_ne_bytes();
-    if word[1] != BLOCK && word[2] != BLOCK {
-        return Ok(Vec::new());
-    }
+    let local = match word {
+        [_, BLOCK, ..] | [_, _, BLOCK, _] => false,
+        [BLOCK, ..] => true,
+        _ => return Ok(Vec::new()),
+    };
     let detail = "XFRM blocks what no policy covers (ip xfrm policy setdefault)";
-    Ok(FAMILIES.map(|f| Finding::family(f, Reason::PolicyXfrm, detail)).into())
+    Ok(FAMILIES.map(|f| Finding::new(scope(f, local), Reason::PolicyXfrm, detail)).into())
 }
 
 #[cfg(test)]
@@ -168,12 +177,13 @@ mod tests {
     }
 
     #[test]
-    fn forward_and_out_count_in_does_not() {
+    fn forward_and_out_count_in_does_for_tunnels() {
         let decode = |payload: &[u8]| on_the_way(Message { kind: NEWPOLICY, payload });
-        assert_eq!(decode(&policy(libc::AF_INET, 0)).unwrap(), None);
-        assert_eq!(decode(&policy(libc::AF_INET, 1)).unwrap(), Some(Some(Family::V4)));
-        assert_eq!(decode(&policy(libc::AF_INET6, 2)).unwrap(), Some(Some(Family::V6)));
-        assert_eq!(decode(&policy(0, 2)).unwrap(), Some(None));
+        assert_eq!(decode(&policy(libc::AF_INET, 0)).unwrap(), Some((Some(Family::V4), true)));
+        assert_eq!(decode(&policy(libc::AF_INET, 1)).unwrap(), Some((Some(Family::V4), false)));
+        assert_eq!(decode(&policy(libc::AF_INET6, 2)).unwrap(), Some((Some(Family::V6), false)));
+        assert_eq!(decode(&policy(0, 2)).unwrap(), Some((None, false)));
+        assert_eq!(decode(&policy(libc::AF_INET, 3)).unwrap(), None, "a socket's");
         assert!(decode(&policy(libc::AF_INET, 1)[..100]).is_err());
     }
 }

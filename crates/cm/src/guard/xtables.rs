@@ -4,9 +4,9 @@
 //! policies and for matches that track connections. Only tables that exist already are asked for, since asking makes
 //! them. Sources: include/uapi/linux/netfilter_ipv{4,6}/ip{,6}_tables.h, net/netfilter/x_tables.c (Linux 6.1).
 
-use super::netfilter::{FORWARD_PATH, xt_tracks};
+use super::netfilter::{hooks, scope, xt_tracks};
 use super::nl::{ne32, text_of};
-use super::{Finding, POLL, Told, count};
+use super::{Finding, POLL, Told, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::fs::File;
@@ -96,10 +96,10 @@ impl Watcher for Xtables {
         Some(POLL)
     }
 
-    fn poll(&mut self, _: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
         let mut findings = Vec::new();
         for tables in &mut self.families {
-            findings.extend(tables.findings().inspect_err(|_| self.told.forget())?);
+            findings.extend(tables.findings(has_tunnels(ports)).inspect_err(|_| self.told.forget())?);
         }
         Ok(self.told.tell(findings))
     }
@@ -129,19 +129,22 @@ impl Tables {
         Ok(Self { layout, socket, names: None, buffer: Vec::new() })
     }
 
-    fn findings(&mut self) -> Result<Vec<Finding>, CmError> {
+    fn findings(&mut self, tunnels: bool) -> Result<Vec<Finding>, CmError> {
         let Some(socket) = self.socket.as_ref().map(|s| s.as_raw_fd()) else { return Ok(Vec::new()) };
         let infos = self.existing()?.iter().map(|name| self.info(socket, name)).collect::<Result<Vec<_>, _>>()?;
         let infos: Vec<_> = infos.into_iter().flatten().collect();
         let tool = self.layout.tool;
         let mut findings: Vec<_> = infos
             .iter()
-            .filter_map(|info| info.rules_on_the_way().map(|chain| (&info.name, chain)))
-            .map(|(name, chain)| self.finding(Reason::PolicyNetfilter, format!("{tool} -t {name}: rules in {chain}")))
+            .flat_map(|info| info.rules_on_the_way(tunnels).map(|(chain, local)| (&info.name, chain, local)))
+            .map(|(name, chain, local)| {
+                let detail = format!("{tool} -t {name}: rules in {chain}");
+                Finding::new(scope(self.layout.family, local), Reason::PolicyNetfilter, detail)
+            })
             .collect();
-        if findings.is_empty() {
+        if !findings.iter().any(|finding| finding.scope == scope(self.layout.family, false)) {
             for info in &infos {
-                findings.extend(self.read(socket, info)?);
+                findings.extend(self.read(socket, info, tunnels)?);
             }
         }
         Ok(findings)
@@ -186,7 +189,7 @@ impl Tables {
     }
 
     /// Judges a table by all its entries.
-    fn read(&mut self, socket: i32, info: &Info) -> Result<Vec<Finding>, CmError> {
+    fn read(&mut self, socket: i32, info: &Info, tunnels: bool) -> Result<Vec<Finding>, CmError> {
         let (tool, name) = (self.layout.tool, &info.name);
         if info.size > LARGEST {
             let detail = format!("{tool} -t {name}: {}, too many to be watched", count(info.entries, "entry"));
@@ -199,7 +202,9 @@ impl Tables {
         buffer[TABLE_NAME..TABLE_NAME + 4].copy_from_slice(&(info.size as u32).to_ne_bytes());
         let what = || format!("{tool}: entries of table {name}");
         let findings = match getsockopt(socket, self.layout.level, GET_ENTRIES, &mut buffer) {
-            Ok(_) => self.judge(info, &buffer[ENTRIES_AT..]).ok_or_else(|| CmError::decode(what(), "malformed entry")),
+            Ok(_) => self
+                .judge(info, &buffer[ENTRIES_AT..], tunnels)
+                .ok_or_else(|| CmError::decode(what(), "malformed entry")),
             // The table has been replaced since its size was told: something is going on, the next poll sees what.
             Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => {
                 Ok(vec![self.finding(Reason::PolicyNetfilter, format!("{tool} -t {name}: being replaced"))])
@@ -211,13 +216,13 @@ impl Tables {
     }
 
     /// None if an entry does not hold what it says.
-    fn judge(&self, info: &Info, entries: &[u8]) -> Option<Vec<Finding>> {
+    fn judge(&self, info: &Info, entries: &[u8], tunnels: bool) -> Option<Vec<Finding>> {
         let (tool, name) = (self.layout.tool, &info.name);
         let mut findings = Vec::new();
-        for (chain, _, end) in info.chains() {
+        for (chain, local, _, end) in info.chains(tunnels) {
             if !accepts(self.layout, entries.get(end..)?)? {
                 let detail = format!("{tool} -t {name}: policy of {chain} is not ACCEPT");
-                findings.push(self.finding(Reason::PolicyNetfilter, detail));
+                findings.push(Finding::new(scope(self.layout.family, local), Reason::PolicyNetfilter, detail));
             }
         }
         let mut rest = entries;
@@ -261,17 +266,21 @@ impl Info {
         Some(info)
     }
 
-    /// The built-in chains on a forwarded packet's way: name, first entry, and the entry that is the policy.
-    fn chains(&self) -> impl Iterator<Item = (String, usize, usize)> + '_ {
-        FORWARD_PATH.iter().filter(|(hook, _)| self.valid_hooks & (1 << hook) != 0).map(|(hook, name)| {
-            let hook = *hook as usize;
-            (name.to_uppercase(), self.hook_entry[hook] as usize, self.underflow[hook] as usize)
+    /// The built-in chains on a packet's way: name, whether only the host's own packets pass it, first entry, and the
+    /// entry that is the policy.
+    fn chains(&self, tunnels: bool) -> impl Iterator<Item = (String, bool, usize, usize)> + '_ {
+        hooks(tunnels).filter(|(hook, ..)| self.valid_hooks & (1 << hook) != 0).map(|(hook, name, local)| {
+            let hook = hook as usize;
+            (name.to_uppercase(), local, self.hook_entry[hook] as usize, self.underflow[hook] as usize)
         })
     }
 
-    /// The first of those that has rules.
-    fn rules_on_the_way(&self) -> Option<String> {
-        self.chains().find(|(_, first, policy)| first != policy).map(|(chain, ..)| chain)
+    /// Of those on a forwarded packet's way, and of those on the host's own packets', the first that has rules.
+    fn rules_on_the_way(&self, tunnels: bool) -> impl Iterator<Item = (String, bool)> {
+        [false, true].into_iter().filter_map(move |of| {
+            let mut ruled = self.chains(tunnels).filter(|(_, local, first, policy)| *local == of && first != policy);
+            ruled.next().map(|(chain, local, ..)| (chain, local))
+        })
     }
 }
 
@@ -361,16 +370,17 @@ mod tests {
     #[test]
     fn input_rules_are_not_in_the_way_but_tracking_ones_are() {
         let (info, bytes) = table(&entry(&["tcp", "comment", "REJECT"], 0), ACCEPT);
-        assert_eq!(info.rules_on_the_way(), None);
-        assert_eq!(tables().judge(&info, &bytes), Some(vec![]));
+        assert_eq!(info.rules_on_the_way(false).next(), None);
+        assert_eq!(info.rules_on_the_way(true).collect::<Vec<_>>(), [("INPUT".to_owned(), true)]);
+        assert_eq!(tables().judge(&info, &bytes, true), Some(vec![]));
         let (info, bytes) = table(&entry(&["conntrack", ""], ACCEPT), ACCEPT);
-        assert_eq!(tables().judge(&info, &bytes).unwrap()[0].reason, Reason::PolicyConntrack);
+        assert_eq!(tables().judge(&info, &bytes, false).unwrap()[0].reason, Reason::PolicyConntrack);
     }
 
     #[test]
     fn a_drop_policy_is_in_the_way() {
         let (info, bytes) = table(&[], -1);
-        let found = tables().judge(&info, &bytes).unwrap();
+        let found = tables().judge(&info, &bytes, true).unwrap();
         let detail = "iptables-legacy -t filter: policy of FORWARD is not ACCEPT";
         assert_eq!(found, [Finding::family(Family::V4, Reason::PolicyNetfilter, detail)]);
     }
@@ -379,10 +389,10 @@ mod tests {
     fn malformed_entries_are_noticed() {
         let (info, bytes) = table(&entry(&["tcp", "REJECT"], 0), ACCEPT);
         for length in 1..bytes.len() {
-            let result = tables().judge(&info, &bytes[..length]);
+            let result = tables().judge(&info, &bytes[..length], true);
             assert!(result.is_none_or(|found| found.is_empty()), "{length}");
         }
-        assert_eq!(tables().judge(&info, &vec![0; bytes.len()]), None);
+        assert_eq!(tables().judge(&info, &vec![0; bytes.len()], true), None);
     }
 
     #[test]

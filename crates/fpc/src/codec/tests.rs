@@ -34,6 +34,20 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
     ]
 }
 
+fn tunnel() -> impl Strategy<Value = Tunnel> {
+    (ip(), ip(), any::<(u32, Option<u32>, Option<u32>, u8, u8)>()).prop_map(
+        |(local, remote, (link, input_key, output_key, ttl, tos))| Tunnel {
+            local,
+            remote,
+            link,
+            input_key,
+            output_key,
+            ttl,
+            tos,
+        },
+    )
+}
+
 fn port() -> impl Strategy<Value = Port> {
     let kind = prop_oneof![
         Just(PortKind::Ethernet),
@@ -41,6 +55,7 @@ fn port() -> impl Strategy<Value = Port> {
         any::<(u32, u16, u16)>().prop_map(|(lower, protocol, id)| PortKind::Vlan { lower, protocol, id }),
         Just(PortKind::Loopback),
         Just(PortKind::Other),
+        tunnel().prop_map(PortKind::Tunnel),
     ];
     let settings =
         any::<(bool, bool)>().prop_map(|(forwarding, ignore_linkdown)| PortFamily { forwarding, ignore_linkdown });

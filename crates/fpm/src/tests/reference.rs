@@ -11,6 +11,7 @@ use towpath_tables::record::Family;
 pub enum Outcome {
     Exception(Reason),
     Forward { port: u32, device: u32, mtu: u32, header: Vec<u8> },
+    Tunnel { port: u32, mtu: u32 },
 }
 
 #[derive(Default)]

@@ -5,7 +5,7 @@
 //! Hooks of a device (ingress, egress) are only ever those of nftables, which has been asked itself.
 
 use super::super::bpf::{self, NetfilterLinks};
-use super::super::netfilter::{FORWARD_PATH, families, pf};
+use super::super::netfilter::{families, hooks, pf, scope};
 use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
 use super::super::{FAMILIES, Finding};
 use super::header;
@@ -57,14 +57,14 @@ impl Hooks {
     }
 
     /// What hangs in the hooks now.
-    pub fn findings(&mut self, netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
+    pub fn findings(&mut self, netlink: &mut Netlink, tunnels: bool) -> Result<Vec<Finding>, CmError> {
         let mut findings = Vec::new();
         match self {
             Self::Listed => {
                 for pf in [pf::IPV4, pf::IPV6] {
-                    for (hook, name) in FORWARD_PATH {
+                    for (hook, name, local) in hooks(tunnels) {
                         for function in list(netlink, pf, hook)? {
-                            findings.extend(judge(pf, name, &function));
+                            findings.extend(judge(pf, (name, local), &function));
                         }
                     }
                 }
@@ -72,10 +72,12 @@ impl Hooks {
             Self::Guessed(links, ipvs) => {
                 let links = links.as_mut().map(NetfilterLinks::read).transpose()?.unwrap_or_default();
                 for bpf::NetfilterLink { id, pf, hook } in links {
-                    let Some((_, name)) = FORWARD_PATH.iter().find(|(h, _)| *h == hook) else { continue };
+                    let Some((_, name, local)) = hooks(tunnels).find(|(h, ..)| *h == hook) else { continue };
                     let detail = format!("BPF link {id} in netfilter's {name} hook (of some namespace)");
                     findings.extend(
-                        families(pf).iter().map(|f| Finding::family(*f, Reason::PolicyNetfilter, detail.clone())),
+                        families(pf)
+                            .iter()
+                            .map(|f| Finding::new(scope(*f, local), Reason::PolicyNetfilter, detail.clone())),
                     );
                 }
                 if ipvs.serves()? {
@@ -101,14 +103,14 @@ fn unlisted(error: CmError) -> CmError {
     }
 }
 
-fn judge(pf: u8, hook: &str, function: &str) -> Vec<Finding> {
+fn judge(pf: u8, (hook, local): (&str, bool), function: &str) -> Vec<Finding> {
     if JUDGED.contains(&function) || JUDGED_PREFIXES.iter().any(|prefix| function.starts_with(prefix)) {
         return Vec::new();
     }
     let tracks = function.contains("conntrack");
     let reason = if tracks { Reason::PolicyConntrack } else { Reason::PolicyNetfilter };
     let detail = format!("netfilter hook {hook}: kernel function {function}");
-    families(pf).iter().map(|f| Finding::family(*f, reason, detail.clone())).collect()
+    families(pf).iter().map(|f| Finding::new(scope(*f, local), reason, detail.clone())).collect()
 }
 
 /// Names of the functions in a hook.
@@ -155,17 +157,19 @@ impl Ipvs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use towpath_fpc::Scope;
     use towpath_tables::record::Family;
 
     #[test]
     fn only_unknown_functions_stand_in_the_way() {
         for harmless in ["nft_do_chain_inet", "ipt_do_table", "nf_nat_ipv4_out", "apparmor_ip_postroute"] {
-            assert_eq!(judge(pf::IPV4, "forward", harmless), [], "{harmless}");
+            assert_eq!(judge(pf::IPV4, ("forward", false), harmless), [], "{harmless}");
         }
-        let found = judge(pf::IPV6, "prerouting", "ipv6_conntrack_in");
+        let found = judge(pf::IPV6, ("prerouting", false), "ipv6_conntrack_in");
         let detail = "netfilter hook prerouting: kernel function ipv6_conntrack_in";
         assert_eq!(found, [Finding::family(Family::V6, Reason::PolicyConntrack, detail)]);
-        assert_eq!(judge(pf::IPV4, "forward", "nf_hook_run_bpf")[0].reason, Reason::PolicyNetfilter);
+        assert_eq!(judge(pf::IPV4, ("forward", false), "nf_hook_run_bpf")[0].reason, Reason::PolicyNetfilter);
+        assert_eq!(judge(pf::IPV4, ("input", true), "nf_hook_run_bpf")[0].scope, Scope::Local(Family::V4));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The rule set as far as it matters: base chains and where they hang, how many rules they hold, and what uses
 //! connection tracking.
 
-use super::super::netfilter::{FORWARD_PATH, families, pf, xt_tracks};
+use super::super::netfilter::{families, hooks, pf, scope, xt_tracks};
 use super::super::nl::{Message, Netlink, attrs, be32, find, text_of};
-use super::super::{Finding, count};
+use super::super::{Finding, count, has_tunnels};
 use super::{SUBSYSTEM, header};
 use crate::error::CmError;
 use crate::watch::PortIndex;
@@ -113,10 +113,10 @@ impl Chain {
         match (self.table.0, self.hook) {
             (pf::INET, INET_INGRESS) | (pf::NETDEV, NETDEV_INGRESS) => ingress(),
             (pf::NETDEV, NETDEV_EGRESS) => indices(&self.devices, ports).map(|i| Scope::Egress(i, None)).collect(),
-            (pf, hook) if FORWARD_PATH.iter().any(|(h, _)| *h == hook) => {
-                families(pf).iter().map(|f| Scope::Family(*f)).collect()
+            (pf, hook) => {
+                let own = hooks(has_tunnels(ports)).find(|(h, ..)| *h == hook).map(|(.., local)| local);
+                own.map_or_else(Vec::new, |local| families(pf).iter().map(|f| scope(*f, local)).collect())
             }
-            _ => Vec::new(),
         }
     }
 }

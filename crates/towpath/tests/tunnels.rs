@@ -1,0 +1,254 @@
+//! GRE: what the fast path puts into tunnels and takes out of them, byte for byte what Linux did before, and what becomes
+//! of a tunnel that changes, vanishes and comes back.
+//!
+//!     left 192.0.2.2 -- eth0 [router] eth1 -- right 198.51.100.2
+//!                             gre1  ==========  10.99.0.0/24, 2001:db8:99::/64
+//!                             gre2  ==========  10.98.0.0/24, 2001:db8:98::/64   (with keys)
+
+mod common;
+
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT};
+use std::net::{IpAddr, UdpSocket};
+use towpath_lab::packet::{checksum, udp};
+use towpath_lab::{PacketSocket, supported};
+
+const NEAR: &str = "198.51.100.1";
+const IN_KEY: u32 = 70_000;
+const OUT_KEY: u32 = 9;
+
+fn networks() -> Option<(Net, Wire)> {
+    let net = Net::new();
+    let probe = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
+    if !supported("GRE", || net.router.sh(probe).map(drop)) {
+        return None;
+    }
+    net.ip("tunnel delete probe");
+    make_gre1(&net);
+    let other_end = format!("local {RIGHT} remote {NEAR}");
+    for line in [
+        format!("ip tunnel add gre1 mode gre {other_end}"),
+        format!("ip tunnel add gre2 mode gre {other_end} ikey {OUT_KEY} okey {IN_KEY}"),
+        "ip link set gre1 up; ip address add 10.0.1.2/30 dev gre1; ip route add 192.0.2.0/24 via 10.0.1.1".into(),
+        "ip link set gre2 up; ip address add 10.0.2.2/30 dev gre2".into(),
+        "ip address add 10.99.0.2/32 dev lo; ip address add 10.98.0.2/32 dev lo".into(),
+        "ip address add 2001:db8:99::2/128 dev lo; ip address add 2001:db8:98::2/128 dev lo".into(),
+    ] {
+        net.right.sh(&line).expect("the other end");
+    }
+    net.ip(&format!(
+        "tunnel add gre2 mode gre local {NEAR} remote {RIGHT} ikey {IN_KEY} okey {OUT_KEY} ttl 33 tos 0x48"
+    ));
+    for line in [
+        "link set gre2 up",
+        "address add 10.0.2.1/30 dev gre2",
+        "route add 10.98.0.0/24 dev gre2",
+        "route add 2001:db8:98::/64 dev gre2",
+    ] {
+        net.ip(line);
+    }
+    let wire = Wire::new(&net);
+    Some((net, wire))
+}
+
+/// Makes the tunnel without keys, and the routes that lead there.
+fn make_gre1(net: &Net) {
+    net.ip(&format!("tunnel add gre1 mode gre local {NEAR} remote {RIGHT} ttl inherit tos inherit"));
+    for line in [
+        "link set gre1 up",
+        "address add 10.0.1.1/30 dev gre1",
+        "route add 10.99.0.0/24 via 10.0.1.2",
+        "route add 2001:db8:99::/64 dev gre1",
+    ] {
+        net.ip(line);
+    }
+}
+
+/// What the router's neighbours send and see.
+struct Wire {
+    left: PacketSocket,
+    right: PacketSocket,
+    /// (host, router), on the left and on the right
+    macs: [([u8; 6], [u8; 6]); 2],
+    /// So that nobody answers that the port is closed
+    _open: [UdpSocket; 2],
+}
+
+/// A way through the router.
+#[derive(Clone, Copy, Debug)]
+struct Path {
+    /// Comes in on the right, in the tunnel, and leaves on the left; otherwise the other way
+    out_of: bool,
+    keyed: bool,
+    ipv6: bool,
+    tos: u8,
+    /// TOS of what it comes in
+    outer_tos: u8,
+    ttl: u8,
+    /// Don't fragment (IPv4)
+    df: bool,
+    /// Bytes of the IP packet inside
+    length: usize,
+    /// None if it is the fast path's
+    reason: Option<&'static str>,
+}
+
+const INTO: Path = Path {
+    out_of: false,
+    keyed: false,
+    ipv6: false,
+    tos: 0,
+    outer_tos: 0,
+    ttl: 64,
+    df: true,
+    length: 100,
+    reason: None,
+};
+
+fn paths() -> Vec<Path> {
+    let mut paths = Vec::new();
+    for (out_of, keyed, ipv6) in [0, 1, 2, 3, 4, 5, 6, 7].map(|bits: u8| (bits & 4 != 0, bits & 2 != 0, bits & 1 != 0))
+    {
+        let path = Path { out_of, keyed, ipv6, ..INTO };
+        // Without the tunnel's headers, what the links carry.
+        let largest = if keyed { 1472 } else { 1476 };
+        paths.extend([path, Path { df: false, ..path }, Path { ttl: 2, ..path }, Path { length: largest, ..path }]);
+        paths.extend([0xb8, 1, 2, 3].map(|tos| Path { tos, ..path }));
+        paths.push(Path { ttl: 255, length: 61, ..path });
+        if out_of {
+            paths.push(Path { outer_tos: 0xb8, ..path });
+            paths.push(Path { outer_tos: 2, tos: 1, ..path });
+            paths.push(Path { outer_tos: 3, tos: 2, reason: Some("tunnel"), ..path });
+            paths.push(Path { outer_tos: 1, tos: 2, reason: Some("tunnel"), ..path });
+        }
+    }
+    paths
+}
+
+impl Wire {
+    fn new(net: &Net) -> Self {
+        let mac = |node: &towpath_lab::Node, port| node.mac(port).expect("a MAC address");
+        Self {
+            left: net.left.packet_socket("up0").expect("a packet socket"),
+            right: net.right.packet_socket("up0").expect("a packet socket"),
+            macs: [
+                (mac(&net.left, "up0"), mac(&net.router, "eth0")),
+                (mac(&net.right, "up0"), mac(&net.router, "eth1")),
+            ],
+            _open: [&net.left, &net.right]
+                .map(|host| host.enter(|| UdpSocket::bind("[::]:7")).expect("in the node").expect("bound")),
+        }
+    }
+
+    /// The frame that comes in by a path.
+    fn frame(&self, path: &Path, payload: u8) -> Vec<u8> {
+        let behind = match (path.keyed, path.ipv6) {
+            (false, false) => "10.99.0.2",
+            (true, false) => "10.98.0.2",
+            (false, true) => "2001:db8:99::2",
+            (true, true) => "2001:db8:98::2",
+        };
+        let left = if path.ipv6 { LEFT6 } else { LEFT };
+        let (source, destination) = if path.out_of { (behind, left) } else { (left, behind) };
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let payload = vec![payload; path.length - if path.ipv6 { 48 } else { 28 }];
+        let macs = self.macs[usize::from(path.out_of)];
+        let mut frame = udp(macs, (address(source), address(destination)), (7, 7), &payload);
+        if path.ipv6 {
+            frame[14] |= path.tos >> 4;
+            frame[15] |= path.tos << 4;
+            frame[21] = path.ttl;
+        } else {
+            (frame[15], frame[22]) = (path.tos, path.ttl);
+            frame[20] = if path.df { 0x40 } else { 0 };
+            fix(&mut frame[14..34]);
+        }
+        if !path.out_of {
+            return frame;
+        }
+        let ethertype = [frame[12], frame[13]];
+        let mut gre = if path.keyed { vec![0x20, 0] } else { vec![0, 0] };
+        gre.extend(ethertype);
+        gre.extend(IN_KEY.to_be_bytes().into_iter().filter(|_| path.keyed));
+        let mut outer = vec![0x45, path.outer_tos, 0, 0, 0x12, 0x34, 0x40, 0, 64, 47, 0, 0];
+        outer.extend([198, 51, 100, 2, 198, 51, 100, 1]);
+        let length = (outer.len() + gre.len() + frame.len() - 14) as u16;
+        outer[2..4].copy_from_slice(&length.to_be_bytes());
+        fix(&mut outer);
+        [&frame[..12], &[8, 0], &outer, &gre, &frame[14..]].concat()
+    }
+
+    fn send(&self, path: &Path, payload: u8) {
+        let from = if path.out_of { &self.right } else { &self.left };
+        from.send(&self.frame(path, payload)).expect("sent");
+    }
+
+    /// The frame with this payload that comes out at the other side. The identification of packets into tunnels, which
+    /// nobody can foretell, is blotted out, as is what follows from it.
+    fn arrival(&self, path: &Path, payload: u8) -> Vec<u8> {
+        let at = if path.out_of { &self.left } else { &self.right };
+        // Not what hosts answer, which quotes it
+        let headers = if path.out_of { 14 } else { 38 + if path.keyed { 4 } else { 0 } };
+        let ours = |bytes: &[u8]| bytes.len() == headers + path.length && bytes.ends_with(&[payload; 9]);
+        let found = at.receive_matching(DEADLINE, |frame| ours(&frame.bytes)).expect("frames");
+        let mut bytes = found.unwrap_or_else(|| panic!("a frame in time: {path:?}")).bytes;
+        if !path.out_of {
+            assert_eq!((bytes[20] & 0x40, bytes[23]), (0x40, 47), "don't fragment, GRE: {bytes:x?}");
+            assert_eq!(checksum(&bytes[14..34]), 0, "header checksum: {bytes:x?}");
+            bytes[18..20].fill(0);
+            bytes[24..26].fill(0);
+        }
+        bytes
+    }
+}
+
+/// Makes an IPv4 header's checksum right.
+fn fix(header: &mut [u8]) {
+    header[10..12].fill(0);
+    let sum = checksum(header);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// What the ports have counted, as `show stats` tells it.
+struct Counts(serde_json::Value);
+
+impl Counts {
+    fn of(net: &Net) -> Self {
+        Self(net.json(&["show", "stats"]))
+    }
+
+    /// Packets and bytes that came in by a port and were forwarded, and that left by it.
+    fn of_port(&self, port: &str) -> [u64; 4] {
+        let rows = self.0["ports"].as_array().expect("ports");
+        let row = rows.iter().find(|row| row["port"] == port).unwrap_or_else(|| panic!("{port} in {}", self.0));
+        ["rx_packets", "rx_bytes", "tx_packets", "tx_bytes"].map(|name| row[name].as_u64().expect("a count"))
+    }
+}
+
+#[test]
+fn packets_pass_tunnels_as_linux_sends_them() {
+    let Some((net, wire)) = networks() else { return };
+    let paths = paths();
+    let by_linux: Vec<_> = paths
+        .iter()
+        .zip(1..)
+        .map(|(path, number)| {
+            wire.send(path, number);
+            wire.arrival(path, number)
+        })
+        .collect();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    for ((path, number), by_linux) in paths.iter().zip(1..).zip(by_linux) {
+        let (tunnel, port) = (if path.keyed { "gre2" } else { "gre1" }, if path.out_of { "eth1" } else { "eth0" });
+        let reason = |net: &Net| path.reason.map_or(0, |reason| net.exceptions(reason));
+        let (before, excepted) = (Counts::of(&net), reason(&net));
+        wire.send(path, number);
+        assert_eq!(wire.arrival(path, number), by_linux, "{path:?}");
+        let (after, fast) = (Counts::of(&net), u64::from(path.reason.is_none()));
+        let mut expected = before.of_port(tunnel);
+        expected[if path.out_of { 0 } else { 2 }] += fast;
+        expected[if path.out_of { 1 } else { 3 }] += fast * path.length as u64;
+        assert_eq!(after.of_port(tunnel), expected, "{path:?}");
+        assert_eq!(after.of_port(port)[0], before.of_port(port)[0] + fast, "{path:?}");
+        assert_eq!(reason(&net) - excepted, 1 - fast, "{path:?}");
+    }
+}
