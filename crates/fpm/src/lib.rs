@@ -62,7 +62,7 @@ pub fn all_classes() -> impl Iterator<Item = Snapshot> {
     let of_families = families
         .into_iter()
         .flat_map(|family| [Snapshot::Addresses(family), Snapshot::Neighbours(family), Snapshot::Routes(family)]);
-    let policies = [Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl].map(Snapshot::Policies);
+    let policies = [Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl, Tunnels].map(Snapshot::Policies);
     [Snapshot::Ports, Snapshot::Nexthops].into_iter().chain(of_families).chain(policies)
 }
 

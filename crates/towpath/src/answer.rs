@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::ops::Bound;
 use std::time::{SystemTime, UNIX_EPOCH};
 use towpath_engine::{Mode, Notice, TransmitSupport};
-use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Via};
+use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
 use towpath_tables::Reason;
 use towpath_tables::nexthop::{Action, NexthopValue};
@@ -292,8 +292,14 @@ impl Daemon {
             Some(name) => (self.port_named(name)?, "as asked".into()),
             None => self.port_towards(packet.source)?,
         };
-        let (device, tags) = self.underneath(port)?;
-        let ingress = Ingress { device, port: port.ifindex, tags, mac: port.mac.unwrap_or_default(), because };
+        // What comes out of a tunnel came in by the port that leads to its other end.
+        let (arrival, tunnel) = match port.kind {
+            PortKind::Tunnel(tunnel) => (self.port_towards(tunnel.remote)?.0, Some(tunnel)),
+            _ => (port, None),
+        };
+        let (device, tags) = self.underneath(arrival)?;
+        let mac = arrival.mac.unwrap_or_default();
+        let ingress = Ingress { device, port: port.ifindex, tags, mac, tunnel, because };
         Ok(explain::explain(packet, &ingress, self.fpm.tables().view(), self))
     }
 
@@ -367,6 +373,13 @@ impl Names for Daemon {
 
     fn unsupported(&self, ifindex: u32) -> Option<String> {
         self.interface_by_index(ifindex)?.unsupported.clone()
+    }
+
+    fn tunnel(&self, ifindex: u32) -> Option<Tunnel> {
+        match self.interface_by_index(ifindex)?.kind {
+            PortKind::Tunnel(tunnel) => Some(tunnel),
+            _ => None,
+        }
     }
 
     fn cannot_transmit(&self, ifindex: u32) -> Option<String> {

@@ -2,13 +2,13 @@
 //! names to what decides. The verdict is the pipeline's; only the words around it are made here.
 
 use crate::control::Packet;
-use crate::frame::{Link, build};
+use crate::frame::{Link, build, tunnelled};
 use crate::report::{Explanation, Step, Verdict};
 use std::net::IpAddr;
-use towpath_fpc::{Policy, Scope};
+use towpath_fpc::{Policy, Scope, Tunnel};
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
-use towpath_pipeline::{Entry, Parsed, SlotSet, parse, rewrite, route};
+use towpath_pipeline::{Entry, Frame, Parsed, SlotSet, parse, rewrite, route};
 use towpath_tables::Reason;
 use towpath_tables::backing::View;
 use towpath_tables::lpm::{self, Kind};
@@ -30,6 +30,8 @@ pub trait Names {
     fn policies(&self) -> Vec<&Policy>;
     /// A setting of an interface alone that the fast path does not repeat
     fn unsupported(&self, ifindex: u32) -> Option<String>;
+    /// The tunnel that an interface is
+    fn tunnel(&self, ifindex: u32) -> Option<Tunnel>;
     /// Why nothing can be redirected to an interface
     fn cannot_transmit(&self, ifindex: u32) -> Option<String>;
     /// Why packets that come in by an interface cannot take the fast path
@@ -44,15 +46,21 @@ pub struct Ingress {
     pub port: u32,
     /// VLAN tags on the wire, outermost first
     pub tags: Vec<(u16, u16)>,
-    /// MAC address of the port
+    /// MAC address of the port that the frame is meant for
     pub mac: [u8; 6],
+    /// The tunnel that the packet comes out of, if it does
+    pub tunnel: Option<Tunnel>,
     /// Why this port
     pub because: String,
 }
 
 /// Says what becomes of the packet.
 pub fn explain(packet: &Packet, ingress: &Ingress, view: View<'_>, names: &dyn Names) -> Explanation {
-    let frame = build(packet, &Link { mac: ingress.mac, tags: ingress.tags.clone() });
+    let link = Link { mac: ingress.mac, tags: ingress.tags.clone() };
+    let frame = match &ingress.tunnel {
+        Some(tunnel) => tunnelled(packet, &link, tunnel),
+        None => build(packet, &link),
+    };
     let walk = Walk {
         packet,
         ingress,
@@ -112,7 +120,13 @@ impl<'a> Walk<'a> {
         };
         self.accepted(entry.port, &parsed);
         let target = self.look_up(entry.port);
-        match route(&frame, &tables, &entry, &parsed) {
+        let routed = route(&frame, &tables, &entry, &parsed);
+        if let Err(reason @ (Reason::LocalDestination | Reason::Tunnel)) = routed
+            && let Ok(device) = frame.tunnelled(&tables, &entry, &parsed, reason)
+        {
+            return self.through_tunnels(&frame, device, target);
+        }
+        match routed {
             Ok(hop) => {
                 let out = self.interface_in(hop.port);
                 self.step("source", format!("{} may come in here", self.packet.source));
@@ -130,10 +144,31 @@ impl<'a> Walk<'a> {
                 Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
             }
             Err(reason) => {
+                let reason = frame.tunnelled(&tables, &entry, &parsed, reason).err().unwrap_or(reason);
                 let detail = self.detail(reason, target, Some(&parsed));
                 self.left_to_linux(reason, detail)
             }
         }
+    }
+
+    /// What left by a device, out of a tunnel or into one or both.
+    fn through_tunnels(mut self, frame: &packet::Packet, device: u32, target: Option<Target>) -> Explanation {
+        if let Some(tunnel) = &self.ingress.tunnel {
+            let name = self.names.interface(self.ingress.port);
+            self.step("tunnel", format!("out of {name}: in GRE from {} to {}", tunnel.remote, tunnel.local));
+        }
+        self.step("source", format!("{} may come in here", self.packet.source));
+        if let Some(out) = target.and_then(|target| target.ifindex) {
+            self.step("next hop", self.describe(out, target));
+            if let Some(Tunnel { local, remote, .. }) = self.names.tunnel(out) {
+                let name = self.names.interface(out);
+                self.step("tunnel", format!("into {name}: in GRE from {local} to {remote}"));
+            }
+        }
+        let port = self.names.interface(self.interface_in(device));
+        let bytes = frame.bytes();
+        let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
+        Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
     }
 
     /// Steps for what `parse` has let pass.

@@ -3,6 +3,7 @@
 use crate::cli::Protocol;
 use crate::control::Packet;
 use std::net::IpAddr;
+use towpath_fpc::Tunnel;
 
 /// Frames are padded to this length, as on a wire without the checksum.
 const SHORTEST: usize = 60;
@@ -13,6 +14,26 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Tags in front of the packet, outermost first: protocol and VLAN identifier
     pub tags: Vec<(u16, u16)>,
+}
+
+/// The frame as it arrives in a tunnel from its other end (GRE over IPv4).
+pub fn tunnelled(packet: &Packet, link: &Link, tunnel: &Tunnel) -> Vec<u8> {
+    let header = 14 + 4 * link.tags.len();
+    let mut frame = build(packet, link);
+    let inner = frame.split_off(header);
+    let ethertype = frame.split_off(header - 2);
+    let flags: u16 = if tunnel.input_key.is_some() { 0x2000 } else { 0 };
+    let mut gre = [&flags.to_be_bytes(), &ethertype[..]].concat();
+    gre.extend(tunnel.input_key.into_iter().flat_map(u32::to_be_bytes));
+    frame[..6].copy_from_slice(&link.mac);
+    frame.extend([8, 0]);
+    if let (IpAddr::V4(remote), IpAddr::V4(local)) = (tunnel.remote, tunnel.local) {
+        let length = (20 + gre.len() + inner.len()) as u16;
+        frame.extend(ipv4_header(length, [64, 47], remote.octets(), local.octets()));
+    }
+    frame.extend(gre);
+    frame.extend(inner);
+    frame
 }
 
 /// The frame as it arrives. Lengths are those of the request: at least 48 bytes for IPv4, 60 for IPv6 with TCP.
@@ -58,12 +79,17 @@ fn receiver(destination: IpAddr, port: [u8; 6]) -> [u8; 6] {
 }
 
 fn ipv4(packet: &Packet, source: [u8; 4], destination: [u8; 4]) -> Vec<u8> {
-    let [high, low] = packet.length.to_be_bytes();
-    let mut bytes = vec![0x45, 0, high, low, 0, 0, 0, 0, packet.ttl, number(packet.protocol), 0, 0];
+    let mut bytes = ipv4_header(packet.length, [packet.ttl, number(packet.protocol)], source, destination);
+    bytes.extend(transport(packet, &source, &destination, usize::from(packet.length).saturating_sub(20)));
+    bytes
+}
+
+fn ipv4_header(length: u16, [ttl, protocol]: [u8; 2], source: [u8; 4], destination: [u8; 4]) -> Vec<u8> {
+    let [high, low] = length.to_be_bytes();
+    let mut bytes = vec![0x45, 0, high, low, 0, 0, 0, 0, ttl, protocol, 0, 0];
     bytes.extend(source.into_iter().chain(destination));
     let sum = checksum(&bytes);
     bytes[10..12].copy_from_slice(&sum.to_be_bytes());
-    bytes.extend(transport(packet, &source, &destination, usize::from(packet.length).saturating_sub(20)));
     bytes
 }
 

@@ -7,8 +7,9 @@
 
 mod common;
 
-use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT};
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, eventually};
 use std::net::{IpAddr, UdpSocket};
+use std::os::fd::{FromRawFd, OwnedFd};
 use towpath_lab::packet::{checksum, udp};
 use towpath_lab::{PacketSocket, supported};
 
@@ -250,5 +251,119 @@ fn packets_pass_tunnels_as_linux_sends_them() {
         assert_eq!(after.of_port(tunnel), expected, "{path:?}");
         assert_eq!(after.of_port(port)[0], before.of_port(port)[0] + fast, "{path:?}");
         assert_eq!(reason(&net) - excepted, 1 - fast, "{path:?}");
+    }
+}
+
+/// Waits until `explain` says this of packets from left to what is behind gre1.
+fn becomes(net: &Net, reason: Option<&str>) {
+    let verdict = || net.json(&["explain", LEFT, "10.99.0.2"])["verdict"].clone();
+    eventually(&format!("{reason:?}"), || {
+        let now = verdict();
+        (now["reason"].as_str() == reason && (reason.is_some() || now["path"] == "fast")).then_some(())
+    });
+}
+
+/// Whether packets into gre1 and out of it are forwarded by the fast path.
+fn is_fast(net: &Net, wire: &Wire) -> [bool; 2] {
+    [INTO, Path { out_of: true, ..INTO }].map(|path| {
+        let counts = || Counts::of(net).0["ports"].as_array().expect("ports").iter().map(rx_packets).sum::<u64>();
+        let before = counts();
+        wire.send(&path, 5);
+        wire.arrival(&path, 5);
+        counts() > before
+    })
+}
+
+fn rx_packets(row: &serde_json::Value) -> u64 {
+    row["rx_packets"].as_u64().expect("a count")
+}
+
+#[test]
+fn a_tunnel_changes_vanishes_and_comes_back() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    becomes(&net, None);
+    assert_eq!(is_fast(&net, &wire), [true; 2]);
+
+    // What is in the tunnel, for people
+    let said = |arguments: &[&str]| net.json(arguments)["steps"].to_string();
+    let into = said(&["explain", LEFT, "10.99.0.2"]);
+    assert!(into.contains("into gre1: in GRE from 198.51.100.1 to 198.51.100.2"), "{into}");
+    let out = net.json(&["explain", "10.98.0.2", LEFT, "in", "gre2"]);
+    assert_eq!(out["verdict"]["path"], "fast", "{out}");
+    assert!(out["steps"].to_string().contains("out of gre2: in GRE from 198.51.100.2"), "{out}");
+    let ports = net.json(&["show", "ports"]).to_string();
+    assert!(ports.contains("\"tunnel\""), "{ports}");
+
+    // Rules for the router's own packets are on the way of those that carry a tunnel's.
+    net.exec("nft add table ip own");
+    net.exec("nft add chain ip own in { type filter hook input priority 0 ; }");
+    net.exec("nft add rule ip own in ip protocol gre counter accept");
+    becomes(&net, Some("policy-netfilter"));
+    assert_eq!(is_fast(&net, &wire), [false; 2]);
+    net.exec("nft delete table ip own");
+    becomes(&net, None);
+
+    // Linux learns that less fits through: its word counts.
+    let path_mtu = "ip route get 198.51.100.2 | grep -c expires || true";
+    assert_eq!(net.router.sh(path_mtu).expect("a route").trim(), "0");
+    wire.right.send(&fragmentation_needed(&wire, 1300)).expect("sent");
+    becomes(&net, Some("tunnel"));
+    assert_eq!(is_fast(&net, &wire), [false, true]);
+    net.ip("route flush cache");
+    becomes(&net, None);
+    assert_eq!(is_fast(&net, &wire), [true; 2]);
+
+    // Somebody else listens.
+    let listener = net.router.enter(raw_gre_socket).expect("in the router");
+    eventually("a raw socket is seen", || net.json(&["status"]).to_string().contains("raw socket").then_some(()));
+    assert_eq!(is_fast(&net, &wire), [true, false]);
+    drop(listener);
+    eventually("it is gone", || (!net.json(&["status"]).to_string().contains("raw socket")).then_some(()));
+
+    // What the fast path does not repeat
+    net.ip("link set gre1 type gre local 198.51.100.1 remote 198.51.100.2 ttl 64 nopmtudisc");
+    becomes(&net, Some("egress-not-served"));
+    assert_eq!(is_fast(&net, &wire), [false; 2]);
+    net.ip("link set gre1 type gre local 198.51.100.1 remote 198.51.100.2 ttl 64 pmtudisc");
+    becomes(&net, None);
+    assert_eq!(is_fast(&net, &wire), [true; 2]);
+
+    // It goes down, vanishes, and comes back.
+    net.ip("link set gre1 down");
+    becomes(&net, Some("no-route"));
+    net.ip("tunnel delete gre1");
+    eventually("it is gone", || (!net.json(&["show", "ports"]).to_string().contains("gre1")).then_some(()));
+    let local = net.exceptions("local-destination");
+    wire.send(&Path { out_of: true, ..INTO }, 6);
+    eventually("its packets are Linux's", || (net.exceptions("local-destination") > local).then_some(()));
+    make_gre1(&net);
+    becomes(&net, None);
+    assert_eq!(is_fast(&net, &wire), [true; 2]);
+}
+
+/// What a router on the tunnel's way would say of a packet that is too large for it.
+fn fragmentation_needed(wire: &Wire, mtu: u16) -> Vec<u8> {
+    let [high, low] = mtu.to_be_bytes();
+    let mut quoted = vec![0x45, 0, 5, 0, 0, 0, 0x40, 0, 64, 47, 0, 0, 198, 51, 100, 1, 198, 51, 100, 2];
+    fix(&mut quoted);
+    quoted.extend([0, 0, 8, 0, 0x45, 0, 4, 0xe8]);
+    let mut icmp = vec![3, 4, 0, 0, 0, 0, high, low];
+    icmp.extend(quoted);
+    let sum = checksum(&icmp);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    let length = (20 + icmp.len()) as u8;
+    let mut ip = vec![0x45, 0, 0, length, 0, 0, 0, 0, 64, 1, 0, 0, 198, 51, 100, 2, 198, 51, 100, 1];
+    fix(&mut ip);
+    let (host, router) = wire.macs[1];
+    [&router[..], &host, &[8, 0], &ip, &icmp].concat()
+}
+
+fn raw_gre_socket() -> OwnedFd {
+    // SAFETY: the call takes numbers only, and gives a new descriptor or none.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 47);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
     }
 }

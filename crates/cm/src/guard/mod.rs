@@ -13,6 +13,7 @@ mod nl;
 mod rules;
 pub mod sysctl;
 mod tc;
+mod tunnels;
 mod xfrm;
 mod xtables;
 
@@ -28,6 +29,7 @@ pub use nftables::Nftables;
 pub use rules::Rules;
 pub use sysctl::Sysctl;
 pub use tc::Tc;
+pub use tunnels::Tunnels;
 pub use xfrm::Xfrm;
 pub use xtables::Xtables;
 
@@ -48,6 +50,7 @@ pub fn watchers() -> Result<Vec<Box<dyn Watcher>>, CmError> {
         Box::new(Tc::new()?),
         Box::new(Capture::new()?),
         Box::new(Sysctl::new()?),
+        Box::new(Tunnels::new()?),
     ])
 }
 

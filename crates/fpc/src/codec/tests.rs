@@ -20,7 +20,7 @@ fn neighbour_key() -> impl Strategy<Value = NeighbourKey> {
 
 fn source() -> impl Strategy<Value = PolicySource> {
     use PolicySource::*;
-    prop::sample::select(vec![Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl])
+    prop::sample::select(vec![Nftables, Xtables, Xfrm, Rules, Tc, Capture, Sysctl, Ports, Tunnels])
 }
 
 fn snapshot() -> impl Strategy<Value = Snapshot> {

@@ -1,0 +1,179 @@
+//! What decides over tunnels' packets and is no setting of an interface.
+//!
+//! - A path MTU that Linux has learned for a tunnel's other end: it limits what goes into the tunnel (ip_tunnel.c,
+//!   tnl_update_pmtu), unlike what is only forwarded. Linux tells what it would do with a packet to there, and that what
+//!   it knows will expire (rt_fill_info, net/ipv4/route.c, Linux 6.1).
+//! - Raw sockets for GRE, which see its packets beside the tunnels (raw_local_deliver, net/ipv4/raw.c).
+//!
+//! Nothing announces either; both are read at every poll, while there are tunnels.
+
+use super::nl::{self, Netlink, attrs, find, ne32};
+use super::{Finding, POLL, Told, is_tunnel};
+use crate::error::CmError;
+use crate::watch::{PortIndex, Watcher};
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use towpath_fpc::{Policy, PolicySource, PortKind, Scope, Tunnel};
+use towpath_tables::Reason;
+
+const NETLINK_ROUTE: isize = 0;
+const GETROUTE: u16 = 26;
+const RTA_DST: u16 = 1;
+const RTA_SRC: u16 = 2;
+const RTA_OIF: u16 = 4;
+const RTA_METRICS: u16 = 8;
+const RTA_CACHEINFO: u16 = 12;
+const RTAX_MTU: u16 = 2;
+const RTMSG: usize = 12;
+/// rta_cacheinfo: after two words
+const EXPIRES: usize = 8;
+const GRE: u32 = 47;
+const RAW: &str = "/proc/thread-self/net/raw";
+
+/// The watcher of what Linux knows about tunnels.
+pub struct Tunnels {
+    netlink: Netlink,
+    raw: File,
+    told: Told,
+}
+
+impl Tunnels {
+    /// Watches the thread's network namespace.
+    pub fn new() -> Result<Self, CmError> {
+        Ok(Self {
+            netlink: Netlink::open(NETLINK_ROUTE).map_err(|e| CmError::io("tunnels: netlink socket", e))?,
+            raw: File::open(RAW).map_err(|e| CmError::io(RAW, e))?,
+            told: Told::new(PolicySource::Tunnels),
+        })
+    }
+
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        let mut findings = Vec::new();
+        let mut tunnels = ports.iter().filter(|port| is_tunnel(port)).peekable();
+        let listeners = if tunnels.peek().is_some() { self.listeners()? } else { 0 };
+        for port in tunnels {
+            let PortKind::Tunnel(tunnel) = port.kind else { continue };
+            if let Some(mtu) = self.learned(&tunnel)? {
+                let detail = format!("Linux has learned a path MTU of {mtu} to {}", tunnel.remote);
+                findings.push(Finding::new(Scope::Egress(port.ifindex, None), Reason::Tunnel, detail));
+            }
+            if listeners > 0 {
+                let detail = format!("{} for GRE", super::count(listeners, "raw socket"));
+                findings.push(Finding::new(Scope::Ingress(port.ifindex, None), Reason::PolicyCapture, detail));
+            }
+        }
+        Ok(findings)
+    }
+
+    /// The path MTU to a tunnel's other end, if Linux knows another than the route's.
+    fn learned(&mut self, tunnel: &Tunnel) -> Result<Option<u32>, CmError> {
+        let Some(request) = request(tunnel) else { return Ok(None) };
+        match self.netlink.ask("route to a tunnel's other end", GETROUTE, &request) {
+            Ok((_, payload)) => expiring_mtu(&payload),
+            // No route, or no such address of ours: nothing goes into the tunnel.
+            Err(CmError::Kernel { .. }) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Raw sockets for GRE.
+    fn listeners(&self) -> Result<usize, CmError> {
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            match self.raw.read_at(&mut chunk, text.len() as u64).map_err(|e| CmError::io(RAW, e))? {
+                0 => break,
+                length => text.extend_from_slice(&chunk[..length]),
+            }
+        }
+        Ok(io::BufRead::lines(&*text).map_while(Result::ok).filter(|line| protocol(line) == Some(GRE)).count())
+    }
+}
+
+impl Watcher for Tunnels {
+    fn name(&self) -> &'static str {
+        "tunnels"
+    }
+
+    fn source(&self) -> PolicySource {
+        PolicySource::Tunnels
+    }
+
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        Some(POLL)
+    }
+
+    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+        let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
+        Ok(self.told.tell(findings))
+    }
+}
+
+/// rtmsg and attributes: where would a packet of the tunnel go?
+fn request(tunnel: &Tunnel) -> Option<Vec<u8>> {
+    let (IpAddr::V4(local), IpAddr::V4(remote)) = (tunnel.local, tunnel.remote) else { return None };
+    let mut request = vec![libc::AF_INET as u8, 32, if local.is_unspecified() { 0 } else { 32 }];
+    request.resize(RTMSG, 0);
+    let mut address = |kind, address: Ipv4Addr| request.extend(nl::attr(kind, &address.octets()));
+    address(RTA_DST, remote);
+    if !local.is_unspecified() {
+        address(RTA_SRC, local);
+    }
+    if tunnel.link != 0 {
+        request.extend(nl::attr(RTA_OIF, &tunnel.link.to_ne_bytes()));
+    }
+    Some(request)
+}
+
+/// The MTU in a route's message, if it expires.
+fn expiring_mtu(payload: &[u8]) -> Result<Option<u32>, CmError> {
+    let what = "route to a tunnel's other end";
+    let attributes = attrs(what, payload.get(RTMSG..).unwrap_or_default())?;
+    let expires = find(&attributes, RTA_CACHEINFO).and_then(|info| ne32(info.get(EXPIRES..)?)).unwrap_or(0);
+    if expires == 0 {
+        return Ok(None);
+    }
+    let metrics = attrs(what, find(&attributes, RTA_METRICS).unwrap_or_default())?;
+    Ok(find(&metrics, RTAX_MTU).and_then(ne32))
+}
+
+/// The protocol of a raw socket, which stands where ports do: "  47: 00000000:002F 00000000:0000 07 …".
+fn protocol(line: &str) -> Option<u32> {
+    let (_, protocol) = line.split_whitespace().nth(1)?.split_once(':')?;
+    u32::from_str_radix(protocol, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::nl::attr;
+    use super::*;
+
+    #[test]
+    fn an_mtu_counts_only_while_it_lasts() {
+        let message = |expires: u32, mtu: Option<u32>| {
+            let info: Vec<u8> = [0, 0, expires, 0, 0, 0, 0, 0].iter().flat_map(|w: &u32| w.to_ne_bytes()).collect();
+            let metrics: Vec<u8> = mtu.iter().flat_map(|mtu| attr(RTAX_MTU, &mtu.to_ne_bytes())).collect();
+            [vec![0; RTMSG], attr(RTA_CACHEINFO, &info), attr(RTA_METRICS, &metrics)].concat()
+        };
+        assert_eq!(expiring_mtu(&message(50_000, Some(1400))).unwrap(), Some(1400));
+        assert_eq!(expiring_mtu(&message(0, Some(1400))).unwrap(), None, "the route's own");
+        assert_eq!(expiring_mtu(&message(0, None)).unwrap(), None);
+        assert_eq!(expiring_mtu(&[0; RTMSG]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_raw_sockets_protocol_stands_where_ports_do() {
+        let line = "   47: 00000000:002F 00000000:0000 07 00000000:00000000 00:00000000 00000000 0 0 1 2 0 0";
+        assert_eq!(protocol(line), Some(GRE));
+        let heading = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout";
+        assert_eq!(protocol(heading), None);
+    }
+}
