@@ -10,8 +10,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Where scripts/dpdk.sh leaves the program.
 const PROGRAM: &str = "target/dpdk/l3fwd";
-/// Megabytes that l3fwd takes without hugepages: its two tables are made for many routes.
-const MEGABYTES: &str = "4096";
+/// Options for DPDK without hugepages. l3fwd's two tables are made for many routes and need this much memory.
+pub const SMALL_PAGES: &str = "--no-huge -m 4096 --no-pci --no-telemetry --no-shconf";
+const HUGE_PAGES: &str = "--in-memory --no-pci --no-telemetry --no-shconf";
 /// Hugepages of 2 MiB that it needs.
 const HUGEPAGES: usize = 1200;
 /// Frames that l3fwd keeps back at most, to be sent together.
@@ -24,23 +25,60 @@ pub struct Peer {
     answers: BufReader<ChildStdout>,
     window: usize,
     sent: usize,
-    _files: Files,
+    _rules: Rules,
 }
 
-/// What l3fwd reads; removed when dropped.
-struct Files(PathBuf);
+/// Files that l3fwd reads; removed when dropped.
+pub struct Rules(PathBuf);
 
-impl Drop for Files {
+impl Rules {
+    /// These IPv4 routes, all by the second port.
+    pub fn write(name: &str, routes: &[(IpAddr, u8)]) -> Result<Self> {
+        let rules = Self(std::env::temp_dir().join(format!("towpath-bench-{}-{name}", std::process::id())));
+        std::fs::create_dir_all(&rules.0).with_context(|| format!("cannot make {}", rules.0.display()))?;
+        let mut text = String::new();
+        for (address, length) in routes {
+            writeln!(text, "R{address}/{length} 1")?;
+        }
+        std::fs::write(rules.path("ipv4"), text)?;
+        std::fs::write(rules.path("ipv6"), "R2001:db8::/32 1\n")?;
+        Ok(rules)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.0.join(file)
+    }
+}
+
+impl Drop for Rules {
     fn drop(&mut self) {
         // Files in a folder for temporary ones.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
+/// Options for l3fwd with two ports on a core.
+pub fn l3fwd_options(core: usize, rules: &Rules) -> String {
+    format!(
+        "-P -p 3 --lookup=fib --parse-ptype --config=(0,0,{core}),(1,0,{core}) --rule_ipv4={} --rule_ipv6={}",
+        rules.path("ipv4").display(),
+        rules.path("ipv6").display()
+    )
+}
+
+/// Options for ports on these interfaces by AF_XDP.
+pub fn xdp_ports(first: &str, second: &str) -> String {
+    format!("--vdev=net_af_xdp0,iface={first} --vdev=net_af_xdp1,iface={second}")
+}
+
 /// Whether the peer is there; if not, what to do.
 pub fn check() -> Result<()> {
-    ensure!(Path::new(PROGRAM).exists(), "there is no {PROGRAM}; run: scripts/dpdk.sh");
-    Ok(())
+    program().map(drop)
+}
+
+/// The path of l3fwd.
+pub fn program() -> Result<PathBuf> {
+    Path::new(PROGRAM).canonicalize().with_context(|| format!("there is no {PROGRAM}; run: scripts/dpdk.sh"))
 }
 
 impl Peer {
@@ -52,22 +90,13 @@ impl Peer {
         frames: &[[u8; 60]],
         window: usize,
     ) -> Result<Self> {
-        check()?;
-        let files = Files(std::env::temp_dir().join(format!("towpath-bench-{}", std::process::id())));
-        std::fs::create_dir_all(&files.0).with_context(|| format!("cannot make {}", files.0.display()))?;
-        let (four, six, arriving) = (files.0.join("ipv4"), files.0.join("ipv6"), files.0.join("frames"));
-        std::fs::write(&four, rules(routes)?)?;
-        std::fs::write(&six, "R2001:db8::/32 1\n")?;
+        let rules = Rules::write("memory", routes)?;
+        let arriving = rules.path("frames");
         std::fs::write(&arriving, frames.as_flattened())?;
-        let memory: &[&str] = if hugepages { &["--in-memory"] } else { &["--no-huge", "-m", MEGABYTES] };
-        let mut child = Command::new(PROGRAM)
-            .args(memory)
-            .args(["--no-pci", "--no-telemetry", "--no-shconf", "-l", &core.to_string()])
-            .args(["--vdev=net_null0,size=60", "--vdev=net_null1,size=60,no-rx=1", "--"])
-            .args(["-P", "-p", "3", "--lookup=fib", "--parse-ptype"])
-            .arg(format!("--config=(0,0,{core}),(1,0,{core})"))
-            .arg(format!("--rule_ipv4={}", four.display()))
-            .arg(format!("--rule_ipv6={}", six.display()))
+        let mut child = Command::new(program()?)
+            .args(if hugepages { HUGE_PAGES } else { SMALL_PAGES }.split(' '))
+            .args(["-l", &core.to_string(), "--vdev=net_null0,size=60", "--vdev=net_null1,size=60,no-rx=1", "--"])
+            .args(l3fwd_options(core, &rules).split(' '))
             .env("TOWPATH_FRAMES", &arriving)
             .env("TOWPATH_WINDOW", window.to_string())
             .stdin(Stdio::piped())
@@ -77,7 +106,7 @@ impl Peer {
             .with_context(|| format!("cannot start {PROGRAM}"))?;
         let commands = child.stdin.take().context("no pipe to l3fwd")?;
         let answers = BufReader::new(child.stdout.take().context("no pipe from l3fwd")?);
-        let mut peer = Self { child, commands, answers, window, sent: 0, _files: files };
+        let mut peer = Self { child, commands, answers, window, sent: 0, _rules: rules };
         peer.answer("ready")?;
         Ok(peer)
     }
@@ -120,15 +149,6 @@ impl Drop for Peer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// All by the second port.
-fn rules(routes: &[(IpAddr, u8)]) -> Result<String> {
-    let mut text = String::new();
-    for (address, length) in routes {
-        writeln!(text, "R{address}/{length} 1")?;
-    }
-    Ok(text)
 }
 
 /// Hugepages for l3fwd, of which there are as many as before when this is dropped.

@@ -10,6 +10,7 @@ pub mod instructions;
 pub mod latency;
 pub mod path;
 pub mod routes;
+pub mod sockets;
 pub mod source;
 pub mod stats;
 pub mod sync;

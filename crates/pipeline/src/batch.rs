@@ -173,3 +173,63 @@ fn forward<'t, N: Network, F: Frame, T: Tables>(
     tally.add(tables, entry.slot, parsed, hop);
     Ok(hop.device)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::frames::{address6, ipv4, ipv6, link, udp};
+    use crate::cases::world::*;
+    use crate::packet::Packet;
+    use crate::{Verdict, process};
+    use std::collections::BTreeSet;
+    use towpath_tables::record::TableId;
+
+    /// Packets of both families in turn: two to each place, then on to the next one, from another source each time.
+    fn frames(batch: u16) -> Vec<Packet> {
+        let frame = |n: u16| {
+            let (payload, from) = (udp(1000, 9, &[]), batch * 100 + n);
+            let [high, low] = from.to_be_bytes();
+            let frame = match n / 2 % 4 {
+                0 => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [10, 1, 0, 1], 17, &payload)],
+                1 => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [203, 0, 0, 1], 17, &payload)],
+                2 => [link(IN, &[], ethernet::IPV6), ipv6(address6(9, 9, from), address6(0xa, 0, 1), 17, &payload)],
+                _ => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [9, 9, 9, 9], 17, &payload)],
+            };
+            Packet::new(&frame.concat(), 64)
+        };
+        (0..BATCH as u16).map(frame).collect()
+    }
+
+    #[test]
+    fn a_batch_becomes_what_each_frame_becomes() {
+        let (alone, together) = (World::new(), World::new());
+        let mut seen = BTreeSet::new();
+        for batch in 0..8 {
+            let (mut one, mut all) = (frames(batch), frames(batch));
+            let ways = process_batch(&together.slices(), INGRESS, &mut all);
+            for (place, (frame, way)) in one.iter_mut().zip(ways.0).enumerate() {
+                let wanted = match process(frame, &alone.slices(), INGRESS) {
+                    Verdict::Forward(slot) => slot,
+                    _ => Ways::LINUX,
+                };
+                assert_eq!(way, wanted, "batch {batch}, frame {place}");
+                seen.insert(way);
+            }
+            assert!(one == all, "batch {batch}");
+        }
+        assert_eq!(seen, [OUT, OTHER, Ways::LINUX].into(), "both of the group's, and Linux's");
+        for id in TableId::ALL {
+            assert!(alone.table(id) == together.table(id), "table {}", id.name());
+        }
+    }
+
+    #[test]
+    fn one_way_for_all_is_seen() {
+        let mut ways = Ways([Ways::LINUX; BATCH]);
+        assert_eq!((ways.all_one(0), ways.all_one(1), ways.all_one(BATCH + 1)), (None, None, None));
+        ways.0[..3].fill(7);
+        assert_eq!((ways.all_one(3), ways.all_one(4)), (Some(7), None));
+        ways.0[1] = 8;
+        assert_eq!(ways.all_one(3), None);
+    }
+}
