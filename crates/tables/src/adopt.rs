@@ -4,7 +4,7 @@ use crate::backing::View;
 use crate::layout::layout_hash;
 use crate::lpm::{Kind, LpmRead, Word};
 use crate::record::*;
-use crate::store::{InUse, stored_count, wide_count};
+use crate::store::{InUse, all_ends, ends, lines_of, stored, stored_count};
 
 /// Tables that cannot be taken over; new ones must be made.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -108,7 +108,7 @@ impl Scan<'_> {
                 None => damaged(format!("a route leads to group {index}, which is not there")),
             },
             Kind::Node(index) if levels == 0 => damaged(format!("node {index} is deeper than an address is long")),
-            Kind::Node(index) => self.node(index, word.is_wide(), levels),
+            Kind::Node(index) => self.node(word, index, levels),
         }
     }
 
@@ -122,23 +122,21 @@ impl Scan<'_> {
         }
     }
 
-    fn node(&mut self, index: u32, wide: bool, levels: usize) -> Result<(), AdoptError> {
+    /// Looks through the node to which `word` leads.
+    fn node(&mut self, word: Word, index: u32, levels: usize) -> Result<(), AdoptError> {
         let Some(node) = self.view.node(index).filter(|_| index != 0) else {
             return damaged(format!("a route leads to node {index}, which is not there"));
         };
-        let first = node.line;
-        let (bytes, head, stored) = if wide {
-            (2, WIDE_HEAD, wide_count(first.as_wide()))
+        let (bytes, sound) = if word.is_wide() {
+            (2, levels.is_multiple_of(2) && is_sound_wide(word, node.line))
         } else {
-            (1, NODE_HEAD, stored_count(first.as_node()))
+            (1, is_sound(node.line.as_node()))
         };
-        let sound =
-            if wide { levels.is_multiple_of(2) && is_sound_wide(first.as_wide()) } else { is_sound(first.as_node()) };
         if !sound {
             return damaged(format!("node {index} contradicts itself"));
         }
-        let end = head as u32 + stored;
-        let lines = end.div_ceil(LINE_WORDS as u32);
+        let count = stored_count(word, node.line);
+        let lines = lines_of(word, count);
         let Some(taken) = self.lines.get_mut(index as usize..index as usize + lines as usize) else {
             return damaged(format!("node {index} does not end inside the table"));
         };
@@ -146,8 +144,8 @@ impl Scan<'_> {
             return damaged(format!("node {index} is part of two routes' ways"));
         }
         self.used.nodes.push((index, lines));
-        for word in (head as u32..end).filter_map(|position| self.view.stored(node, position)) {
-            self.word(word, levels - bytes)?;
+        for next in (0..count).filter_map(|rank| stored(self.view, word, node, rank)) {
+            self.word(next, levels - bytes)?;
         }
         Ok(())
     }
@@ -162,34 +160,40 @@ fn is_sound(node: &Node) -> bool {
 }
 
 /// Ends ascend, nothing follows the last one, and there is no end where there may be none.
-fn is_sound_wide(node: &Wide) -> bool {
-    let ends: Vec<u16> = node.ends().collect();
-    let all = node.ends.as_flattened().iter();
+fn is_sound_wide(word: Word, first: &Line) -> bool {
+    let all = all_ends(word, first);
+    let ends: Vec<u16> = ends(word, first).collect();
     !ends.is_empty()
-        && ends.len() <= WIDE_ENDS
+        && ends.len() < all.len()
         && ends.is_sorted_by(|a, b| a < b)
-        && all.skip(ends.len()).all(|end| *end == NO_END)
+        && all.iter().skip(ends.len()).all(|end| *end == NO_END)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// The line of a wide node, packed or not, that begins with these ends.
+    fn wide_line(places: usize, first: &[u16]) -> Line {
+        let mut line = Line::ZERO;
+        let ends = first.iter().copied().chain(std::iter::repeat(NO_END)).take(places);
+        ends.zip(line.bytes_mut().as_chunks_mut::<2>().0).for_each(|(end, bytes)| *bytes = end.to_ne_bytes());
+        line
+    }
+
     #[test]
     fn ends_of_a_wide_node_ascend_and_stop() {
-        let sound = |first: &[u16]| {
-            let mut ends = [[NO_END; 4]; WIDE_FOURS];
-            ends.as_flattened_mut()[..first.len()].copy_from_slice(first);
-            is_sound_wide(&Wide { ends, words: [0; 2] })
-        };
-        assert!(sound(&[0]));
-        assert!(sound(&[1, 2, 3, 4, 5, 0xfffe]));
-        assert!(!sound(&[]), "one word only");
-        assert!(!sound(&[1, 3, 3, 4]), "twice the same");
-        assert!(!sound(&[2, 1, 3, 4]), "descending");
-        assert!(!sound(&[1, 2, 3, NO_END, 5]), "a gap");
-        let full: Vec<u16> = (0..WIDE_ENDS as u16).collect();
-        assert!(sound(&full));
-        assert!(!sound(&[full, vec![WIDE_ENDS as u16]].concat()), "an end in the last place");
+        for (word, runs) in [(Word::wide(1), WIDE_RUNS), (Word::wide(1).to_packed(), PACKED_WIDE_RUNS)] {
+            let sound = |first: &[u16]| is_sound_wide(word, &wide_line(runs, first));
+            assert!(sound(&[0]));
+            assert!(sound(&[1, 2, 3, 4, 5, 0xfffe]));
+            assert!(!sound(&[]), "one word only");
+            assert!(!sound(&[1, 3, 3, 4]), "twice the same");
+            assert!(!sound(&[2, 1, 3, 4]), "descending");
+            assert!(!sound(&[1, 2, 3, NO_END, 5]), "a gap");
+            let full: Vec<u16> = (1..runs as u16).collect();
+            assert!(sound(&full));
+            assert!(!sound(&[full, vec![runs as u16]].concat()), "an end in the last place");
+        }
     }
 }

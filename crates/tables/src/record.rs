@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -216,6 +216,8 @@ const _: () = assert!(size_of::<Root>() == 65536 * 4 + 64);
 
 /// Words of a line.
 pub const LINE_WORDS: usize = 16;
+/// Bytes of a line.
+pub const LINE_BYTES: usize = 4 * LINE_WORDS;
 
 /// One cache line of the table of nodes. A node takes one line or several in a row: what finds the word for a value (see
 /// `Node` and `Wide`), and right behind it, up to the end of the last line, the words. Immutable once published. So a
@@ -245,10 +247,32 @@ impl Line {
         // SAFETY: as for `as_node`.
         unsafe { &*(&raw const *self).cast() }
     }
+
+    /// The line read as a packed wide node.
+    #[inline(always)]
+    pub fn as_packed_wide(&self) -> &PackedWide {
+        // SAFETY: as for `as_node`.
+        unsafe { &*(&raw const *self).cast() }
+    }
+
+    /// The line's bytes.
+    #[inline(always)]
+    pub fn bytes(&self) -> &[u8; LINE_BYTES] {
+        // SAFETY: as for `as_node`.
+        unsafe { &*(&raw const *self).cast() }
+    }
+
+    /// The line's bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8; LINE_BYTES] {
+        // SAFETY: as for `as_node`; any bytes make a line.
+        unsafe { &mut *(&raw mut *self).cast() }
+    }
 }
 
 /// Position of the first stored word in a node, in words.
 pub const NODE_HEAD: usize = 9;
+/// Position of the first stored byte in a packed node, in bytes.
+pub const PACKED_HEAD: usize = 4 * NODE_HEAD;
 /// Lines of the largest node.
 pub const NODE_LINES: usize = (NODE_HEAD + 256).div_ceil(LINE_WORDS);
 /// So many lines at the end of the table are never used. A power of two, and no node is longer: one comparison of a node's
@@ -277,6 +301,25 @@ impl Node {
     }
 }
 
+/// Ends in a packed wide node come in so many fours.
+pub const PACKED_FOURS: usize = 5;
+/// Runs of a packed wide node at most; as in `Wide`, the last of the last four is never an end.
+pub const PACKED_WIDE_RUNS: usize = PACKED_FOURS * 4;
+/// Position of the first stored byte in a packed wide node, in bytes.
+pub const PACKED_WIDE_HEAD: usize = PACKED_FOURS * 8;
+
+/// A wide node (see `Wide`) whose words are leaves that fit into a byte each: one line.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PackedWide {
+    /// As in `Wide`
+    pub ends: [[u16; 4]; PACKED_FOURS],
+    /// See `Word::packed`
+    pub leaves: [u8; LINE_BYTES - PACKED_WIDE_HEAD],
+}
+const _: () = assert!(size_of::<PackedWide>() == 64 && core::mem::offset_of!(PackedWide, leaves) == PACKED_WIDE_HEAD);
+const _: () = assert!(PACKED_WIDE_HEAD + PACKED_WIDE_RUNS <= LINE_BYTES);
+
 /// Ends in a wide node come in so many fours.
 pub const WIDE_FOURS: usize = 7;
 /// Last values that a wide node stores: one less than there is room for, so the last of the last four is never the end of
@@ -302,11 +345,6 @@ pub struct Wide {
 const _: () = assert!(size_of::<Wide>() == 64 && core::mem::offset_of!(Wide, words) == WIDE_HEAD * 4);
 
 impl Wide {
-    /// Last values of the runs but the last one.
-    pub fn ends(&self) -> impl Iterator<Item = u16> + '_ {
-        self.ends.as_flattened().iter().copied().take_while(|end| *end != NO_END)
-    }
-
     /// The line.
     pub fn to_line(self) -> Line {
         // SAFETY: as for `Line::as_node`.

@@ -337,7 +337,7 @@ impl<const BYTES: usize> Rib<BYTES> {
             lines > 0
         };
         if let Some(runs) = wide_runs(&words, parts.iter().map(|(byte, _, part)| (*byte, *part))) {
-            add(wide_footprint(runs.len()));
+            add(wide_footprint(&runs));
             return Word::node(index);
         }
         for (byte, child, part) in parts {

@@ -3,11 +3,12 @@
 
 use crate::backing::{Backing, GrowError};
 use crate::grace::Grace;
-use crate::lpm::{FirstLine, INDEX_LIMIT, Kind, Leaf, LpmRead, Word};
+use crate::lpm::{FirstLine, Kind, Leaf, LpmRead, NODE_LIMIT, Word};
 use crate::order;
 use crate::pool::{Runs, Slots};
 use crate::record::{
-    LINE_WORDS, Line, NO_END, NODE_HEAD, NODE_LINES, NODE_REACH, Node, TableId, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide,
+    LINE_BYTES, Line, NO_END, NODE_HEAD, NODE_LINES, NODE_REACH, Node, PACKED_HEAD, PACKED_WIDE_HEAD, PACKED_WIDE_RUNS,
+    TableId, WIDE_HEAD, WIDE_RUNS,
 };
 
 /// The memory that routes are published in.
@@ -255,18 +256,22 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Writes a node with these words; None if there is no room.
     pub(crate) fn add(&mut self, words: &Words) -> Option<Word> {
-        self.write(&compress(words)).map(Word::node)
+        let packed = fits_packed(words.iter());
+        let index = self.write(&compress(words, packed))?;
+        Some(if packed { Word::node(index).to_packed() } else { Word::node(index) })
     }
 
     /// Writes a wide node with these words, of which there must be at least two and at most `WIDE_RUNS`; None if there
     /// is no room.
     pub(crate) fn add_wide(&mut self, runs: &[(u16, Word)]) -> Option<Word> {
-        self.write(&wide(runs)).map(Word::wide)
+        let packed = fits_packed_wide(runs);
+        let index = self.write(&wide(runs, packed))?;
+        Some(if packed { Word::wide(index).to_packed() } else { Word::wide(index) })
     }
 
     fn write(&mut self, piece: &Lines) -> Option<u32> {
         let lines = piece.lines();
-        let limit = |room: usize| room.saturating_sub(NODE_REACH).min(INDEX_LIMIT as usize) as u32;
+        let limit = |room: usize| room.saturating_sub(NODE_REACH).min(NODE_LIMIT as usize) as u32;
         let index = self.allocate(TableId::Nodes, |store, room| store.nodes.take(lines.len(), limit(room)))?;
         self.mem.write_lines(index, lines);
         self.written += 1;
@@ -277,9 +282,8 @@ impl<M: Memory, G: Grace> Store<M, G> {
     pub(crate) fn published(&self, word: Word) -> Published {
         match word.kind() {
             Kind::Node(index) if word.is_wide() => {
-                let starts = core::iter::once(0).chain(self.node(index).line.as_wide().ends().map(|end| end + 1));
-                let words = (WIDE_HEAD as u32..).map(|position| self.stored(index, position));
-                Published::Wide(starts.zip(words).collect())
+                let starts = core::iter::once(0).chain(ends(word, self.node(index).line).map(|end| end + 1));
+                Published::Wide(starts.zip((0..).map(|rank| self.stored(word, index, rank))).collect())
             }
             _ => Published::Bytes(Box::new(self.expand(word))),
         }
@@ -297,8 +301,9 @@ impl<M: Memory, G: Grace> Store<M, G> {
         self.mem.node(index).expect("published words lead to nodes in the table")
     }
 
-    fn stored(&self, node: u32, position: u32) -> Word {
-        self.mem.stored(self.node(node), position).expect("published nodes lie in the table")
+    /// One of the words that the node to which `word` leads stores.
+    fn stored(&self, word: Word, index: u32, rank: u32) -> Word {
+        stored(&self.mem, word, self.node(index), rank).expect("published nodes lie in the table")
     }
 
     /// The 256 words that a word stands for; it does not lead to a wide node.
@@ -306,76 +311,119 @@ impl<M: Memory, G: Grace> Store<M, G> {
         let Kind::Node(index) = word.kind() else { return [word; 256] };
         let bitmap = self.node(index).line.as_node().bitmap;
         let mut words = [Word::NONE; 256];
-        let mut position = NODE_HEAD as u32;
+        let (mut ranks, mut last) = (0.., Word::NONE);
         for (value, slot) in words.iter_mut().enumerate() {
-            position += (bitmap[value / 64] >> (value % 64) & 1) as u32;
-            *slot = self.stored(index, position - 1);
+            if bitmap[value / 64] >> (value % 64) & 1 != 0
+                && let Some(rank) = ranks.next()
+            {
+                last = self.stored(word, index, rank);
+            }
+            *slot = last;
         }
         words
-    }
-
-    /// Positions of the words that a node stores.
-    fn positions(&self, word: Word, index: u32) -> core::ops::Range<u32> {
-        let line = self.node(index).line;
-        let (head, count) = if word.is_wide() {
-            (WIDE_HEAD, wide_count(line.as_wide()))
-        } else {
-            (NODE_HEAD, stored_count(line.as_node()))
-        };
-        head as u32..head as u32 + count
     }
 
     /// Retires the node that a word leads to, if it does, but nothing that its words lead to.
     pub(crate) fn retire_node(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
-        let lines = self.positions(word, index).end.div_ceil(LINE_WORDS as u32);
+        let lines = lines_of(word, stored_count(word, self.node(index).line));
         self.retire(Piece::Node(index, lines));
     }
 
     /// Retires everything that a word leads to.
     pub(crate) fn retire_tree(&mut self, word: Word) {
         let Kind::Node(index) = word.kind() else { return };
-        self.positions(word, index).for_each(|position| self.retire_tree(self.stored(index, position)));
+        if !word.is_packed() {
+            let count = stored_count(word, self.node(index).line);
+            (0..count).for_each(|rank| self.retire_tree(self.stored(word, index, rank)));
+        }
         self.retire_node(word);
     }
 }
 
+/// Last values of the runs of a wide node but the last one; `word` leads to it.
+pub(crate) fn ends(word: Word, first: &Line) -> impl Iterator<Item = u16> + '_ {
+    all_ends(word, first).iter().copied().take_while(|end| *end != NO_END)
+}
+
+/// The places for ends in a wide node.
+pub(crate) fn all_ends(word: Word, first: &Line) -> &[u16] {
+    if word.is_packed() { first.as_packed_wide().ends.as_flattened() } else { first.as_wide().ends.as_flattened() }
+}
+
+/// Number of words that a node stores; `word` leads to it.
+pub(crate) fn stored_count(word: Word, first: &Line) -> u32 {
+    if word.is_wide() {
+        ends(word, first).count() as u32 + 1
+    } else {
+        first.as_node().bitmap.iter().map(|quarter| quarter.count_ones()).sum()
+    }
+}
+
+/// One of the words that a node stores; `word` leads to it.
+pub(crate) fn stored(mem: &impl LpmRead, word: Word, node: FirstLine, rank: u32) -> Option<Word> {
+    let position = word.head() + rank;
+    if word.is_packed() { mem.byte(node, position).map(Word::unpack) } else { mem.stored(node, position) }
+}
+
+/// Lines of a node that stores so many words; `word` leads to it.
+pub(crate) fn lines_of(word: Word, count: u32) -> u32 {
+    (word.head() + count).div_ceil(word.line_elements())
+}
+
 /// The lines of a node under construction.
 pub(crate) struct Lines {
-    words: [Line; NODE_LINES],
-    /// Words so far
+    lines: [Line; NODE_LINES],
+    /// Bytes so far
     len: usize,
+    packed: bool,
 }
 
 impl Lines {
-    fn new(first: Line, head: usize) -> Self {
-        let mut words = [Line::ZERO; NODE_LINES];
-        words[0] = first;
-        Self { words, len: head }
+    fn new(head: usize, packed: bool) -> Self {
+        Self { lines: [Line::ZERO; NODE_LINES], len: head, packed }
     }
 
+    /// Adds a word; one that can be packed if the node is.
     fn push(&mut self, word: Word) {
-        self.words[self.len / LINE_WORDS].words[self.len % LINE_WORDS] = word.0;
-        self.len += 1;
+        match word.pack().filter(|_| self.packed) {
+            Some(byte) => self.push_bytes(&[byte]),
+            None => self.push_bytes(&word.0.to_ne_bytes()),
+        }
+    }
+
+    fn push_bytes(&mut self, bytes: &[u8]) {
+        let at = self.len % LINE_BYTES;
+        self.lines[self.len / LINE_BYTES].bytes_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+
+    /// Sets the beginning.
+    fn set_head(&mut self, head: &[u8]) {
+        self.lines[0].bytes_mut()[..head.len()].copy_from_slice(head);
     }
 
     fn lines(&self) -> &[Line] {
-        &self.words[..self.len.div_ceil(LINE_WORDS)]
+        &self.lines[..self.len.div_ceil(LINE_BYTES)]
     }
 }
 
-/// Number of words that a wide node stores.
-pub(crate) fn wide_count(node: &Wide) -> u32 {
-    node.ends().count() as u32 + 1
+fn fits_packed<'w>(mut words: impl Iterator<Item = &'w Word>) -> bool {
+    words.all(|word| word.pack().is_some())
+}
+
+fn fits_packed_wide(runs: &[(u16, Word)]) -> bool {
+    runs.len() <= PACKED_WIDE_RUNS && fits_packed(runs.iter().map(|run| &run.1))
 }
 
 /// The wide node for these words.
-fn wide(runs: &[(u16, Word)]) -> Lines {
-    let mut node = Wide { ends: [[NO_END; 4]; WIDE_FOURS], words: [0; LINE_WORDS - WIDE_HEAD] };
-    for ((start, _), end) in runs[1..].iter().zip(node.ends.as_flattened_mut()) {
-        *end = start - 1;
+fn wide(runs: &[(u16, Word)], packed: bool) -> Lines {
+    let head = if packed { PACKED_WIDE_HEAD } else { 4 * WIDE_HEAD };
+    let mut lines = Lines::new(0, packed);
+    runs[1..].iter().for_each(|(start, _)| lines.push_bytes(&(start - 1).to_ne_bytes()));
+    while lines.len < head {
+        lines.push_bytes(&NO_END.to_ne_bytes());
     }
-    let mut lines = Lines::new(node.to_line(), WIDE_HEAD);
     runs.iter().for_each(|run| lines.push(run.1));
     lines
 }
@@ -419,25 +467,23 @@ pub(crate) fn wide_runs(words: &Words, inner: impl Iterator<Item = (u8, Words)>)
     (fits && runs.iter().any(|run| run.0 & 0xff != 0)).then_some(runs)
 }
 
-/// Number of words that a node stores.
-pub(crate) fn stored_count(node: &Node) -> u32 {
-    node.bitmap.iter().map(|quarter| quarter.count_ones()).sum()
-}
-
 /// The node for 256 words.
-fn compress(words: &Words) -> Lines {
-    let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; LINE_WORDS - NODE_HEAD] };
-    let mut lines = Lines::new(Line::ZERO, NODE_HEAD);
+fn compress(words: &Words, packed: bool) -> Lines {
+    let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; _] };
+    let head = if packed { PACKED_HEAD } else { 4 * NODE_HEAD };
+    let mut lines = Lines::new(head, packed);
+    let mut count = 0;
     for (value, word) in words.iter().enumerate() {
         if value % 64 == 0 {
-            node.counts[value / 64] = (lines.len - NODE_HEAD) as u8;
+            node.counts[value / 64] = count;
         }
         if value == 0 || words[value - 1] != *word {
             node.bitmap[value / 64] |= 1 << (value % 64);
             lines.push(*word);
+            count = count.wrapping_add(1);
         }
     }
-    lines.words[0].words[..NODE_HEAD].copy_from_slice(&node.to_line().words[..NODE_HEAD]);
+    lines.set_head(&node.to_line().bytes()[..head]);
     lines
 }
 
@@ -445,11 +491,12 @@ fn compress(words: &Words) -> Lines {
 pub(crate) fn footprint(words: &Words) -> usize {
     match 1 + words.windows(2).filter(|pair| pair[0] != pair[1]).count() {
         1 => 0,
-        count => (NODE_HEAD + count).div_ceil(LINE_WORDS),
+        count if fits_packed(words.iter()) => (PACKED_HEAD + count).div_ceil(LINE_BYTES),
+        count => (4 * (NODE_HEAD + count)).div_ceil(LINE_BYTES),
     }
 }
 
-/// Lines that a wide node with so many words takes.
-pub(crate) fn wide_footprint(count: usize) -> usize {
-    (WIDE_HEAD + count).div_ceil(LINE_WORDS)
+/// Lines that a wide node with these words takes.
+pub(crate) fn wide_footprint(runs: &[(u16, Word)]) -> usize {
+    if fits_packed_wide(runs) { 1 } else { (4 * (WIDE_HEAD + runs.len())).div_ceil(LINE_BYTES) }
 }

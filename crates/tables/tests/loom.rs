@@ -100,18 +100,21 @@ impl Memory for Model {
 
 const PROBE: [u8; 4] = [10, 0, 1, 1];
 
-/// The nodes of a model: of one line, of two, or wide.
+/// The nodes of a model: packed in one line, or of words in two, or wide and packed.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
-    Short,
+    Packed,
     Long,
     Wide,
 }
 
+/// A next hop that does not fit into a byte.
+const LARGE: u32 = 1000;
+
 impl Form {
     /// Lines that `routes` takes.
     fn lines(self) -> usize {
-        if self == Form::Short { 1 } else { 2 }
+        if self == Form::Long { 2 } else { 1 }
     }
 }
 
@@ -120,7 +123,7 @@ fn routes(rib: &mut Rib<4>, nexthop: u32, form: Form) {
     let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), shadow: false };
     rib.set(Prefix::new(PROBE, 24).unwrap(), entry(nexthop));
     for third in (3..9).filter(|_| form == Form::Long) {
-        rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(90));
+        rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(LARGE));
     }
     if form == Form::Wide {
         rib.set(Prefix::new([10, 0, 9, 9], 32).unwrap(), entry(90));
@@ -151,7 +154,7 @@ fn publication(form: Form) {
 
 #[test]
 fn a_reader_sees_the_old_or_the_new_route() {
-    publication(Form::Short);
+    publication(Form::Packed);
 }
 
 #[test]
@@ -189,7 +192,7 @@ fn reuse<G: Grace + 'static>(form: Form, make: fn(Arc<Word>) -> G) {
 
 #[test]
 fn nodes_are_reused_only_after_grace() {
-    reuse(Form::Short, |word| Workers([word]));
+    reuse(Form::Packed, |word| Workers([word]));
 }
 
 #[test]
@@ -205,7 +208,7 @@ fn wide_nodes_are_reused_only_after_grace() {
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn without_grace_the_model_fails() {
-    reuse(Form::Short, |_| NoReaders);
+    reuse(Form::Packed, |_| NoReaders);
 }
 
 #[test]

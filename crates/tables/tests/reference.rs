@@ -47,11 +47,16 @@ fn address<const N: usize>() -> impl Strategy<Value = [u8; N]> {
         .prop_map(|bytes| bytes.try_into().unwrap())
 }
 
+/// Leaves, nearly all of which fit into a byte of a packed node.
+fn number() -> impl Strategy<Value = u32> {
+    prop_oneof![12 => 2u32..6, 1 => 190u32..194]
+}
+
 fn step<const N: usize>() -> impl Strategy<Value = Step<N>> {
     prop_oneof![
-        12 => (address(), 0..=8 * N as u8, 2u32..6, prop::bool::weighted(0.15)).prop_map(|(a, l, leaf, s)| Step::Set(a, l, leaf, s)),
+        12 => (address(), 0..=8 * N as u8, number(), prop::bool::weighted(0.15)).prop_map(|(a, l, leaf, s)| Step::Set(a, l, leaf, s)),
         // Longer prefixes in one place, so that there are nodes enough to grow and too many words for a wide one
-        8 => (any::<[u8; 2]>(), 2u32..6).prop_map(|(random, leaf)| {
+        8 => (any::<[u8; 2]>(), number()).prop_map(|(random, leaf)| {
             let mut a = [0; N];
             a[0] = 10;
             a[N - 2..].copy_from_slice(&random);
@@ -282,7 +287,8 @@ fn routes_under_one_slot_fill_the_table() {
     let mut subject = Subject::<4>::new(HeapBacking::with_limits(small(), limits));
     for third in 0..8 {
         for last in 0..=255 {
-            subject.apply(&Step::Set([10, 0, third, last], 32, 2 + u32::from(last % 2), false));
+            // Too large to be packed
+            subject.apply(&Step::Set([10, 0, third, last], 32, 1000 + u32::from(last % 2), false));
         }
     }
     subject.apply(&Step::Publish);
@@ -350,6 +356,39 @@ fn words_too_many_for_a_wide_node_go_to_ordinary_ones_and_come_back() {
         subject.rib.remove(route(n));
         check(&mut subject, n - 1);
     }
+    subject.empty();
+    subject.check_nothing_leaked();
+}
+
+/// Routes of 48 bits beneath one of 32, and then leaves that do not fit into a byte.
+#[test]
+fn nodes_are_packed_while_their_leaves_allow_it() {
+    let mut subject = Subject::<16>::new(HeapBacking::new(small()));
+    let route = |n: u8| [0x20, 1, n, 0, n, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // The words that lead to the wide node of 2001:n00::/32 and to the node of 2001::/16's first eight bits
+    let packed = |subject: &Subject<16>, n: u8| {
+        let root = Word(subject.store.mem.root_word(0, 0x2001).unwrap());
+        let Kind::Node(index) = root.kind() else { panic!("{root:?}") };
+        assert!(root.is_wide() && !root.is_packed(), "it leads to nodes");
+        let word =
+            subject.store.mem.stored(subject.store.mem.node(index).unwrap(), WIDE_HEAD as u32 + 2 * u32::from(n) - 1);
+        word.filter(|word| word.is_node() && word.is_wide()).expect("a route beneath").is_packed()
+    };
+    for n in [1, 2, 3] {
+        subject.apply(&Step::Set(route(n), 48, 2, false));
+    }
+    subject.apply(&Step::Publish);
+    subject.check(false);
+    assert_eq!([1, 2, 3].map(|n| packed(&subject, n)), [true; 3]);
+    assert_eq!(subject.store.used(TableId::Nodes), Some(5), "the node of words takes two lines, the others one");
+    for (n, leaf) in [(1, 192), (2, 190), (3, 65)] {
+        subject.apply(&Step::Set(route(n), 48, leaf, false));
+    }
+    subject.apply(&Step::Publish);
+    subject.check(false);
+    assert_eq!([1, 2, 3].map(|n| packed(&subject, n)), [false, true, false]);
+    subject.restart();
+    assert_eq!(subject.rib.publish(&mut subject.store), 0, "a restart changes nothing");
     subject.empty();
     subject.check_nothing_leaked();
 }

@@ -11,7 +11,7 @@ use towpath_pipeline::Tables;
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::opaque;
 use towpath_tables::record::{
-    Config, CpuStats, Group, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId,
+    Config, CpuStats, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId,
     VlanTable,
 };
 use towpath_tables::word::W32;
@@ -178,6 +178,13 @@ impl LpmRead for Maps {
         const WORDS: usize = NODE_REACH * LINE_WORDS;
         // SAFETY: behind a node's first line the table goes on for as many words.
         unsafe { Some(Word(*(&raw const *node.line).cast::<u32>().add(opaque(position as usize) % WORDS))) }
+    }
+
+    #[inline(always)]
+    fn byte(&self, node: FirstLine, position: u32) -> Option<u8> {
+        const BYTES: usize = NODE_REACH * LINE_BYTES;
+        // SAFETY: as for `stored`.
+        unsafe { Some(*(&raw const *node.line).cast::<u8>().add(opaque(position as usize) % BYTES)) }
     }
 }
 
