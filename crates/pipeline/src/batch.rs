@@ -76,26 +76,26 @@ fn parse<'t, F: Frame, T: Tables>(
 ) -> Result<(), Reason> {
     let (ethertype, offset) = parse_link(frame, tables, entry)?;
     match ethertype {
-        ethernet::IPV4 => four.push(job(frame, tables, *entry, place, offset)?),
-        ethernet::IPV6 => six.push(job(frame, tables, *entry, place, offset)?),
-        _ => return Err(Reason::UnsupportedEncap),
+        ethernet::IPV4 => add_job(frame, tables, *entry, (place, offset), four),
+        ethernet::IPV6 => add_job(frame, tables, *entry, (place, offset), six),
+        _ => Err(Reason::UnsupportedEncap),
     }
-    Ok(())
 }
 
 #[inline(always)]
-fn job<'t, N: Network, F: Frame, T: Tables>(
+fn add_job<'t, N: Network, F: Frame, T: Tables>(
     frame: &F,
     tables: &'t T,
     entry: Entry<'t>,
-    place: usize,
-    offset: usize,
-) -> Result<Job<'t, N>, Reason> {
+    (place, offset): (usize, usize),
+    jobs: &mut Jobs<'t, N>,
+) -> Result<(), Reason> {
     let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
     let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
     let root = entry.port.root[N::FAMILY as usize].load();
     let walk = N::walk(&to, tables, root);
-    Ok(Job { place, entry, parsed, to, root, walk })
+    jobs.push(Job { place, entry, parsed, to, root, walk });
+    Ok(())
 }
 
 /// Finds the packets' next hops, and rewrites what is forwarded.
