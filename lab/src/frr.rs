@@ -1,4 +1,4 @@
-//! FRR inside a node: zebra and bgpd with files of their own.
+//! FRR inside a node: zebra and a routing daemon with files of their own.
 
 use crate::{Node, Process, wait_for};
 use anyhow::{Context, Result};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 const DAEMONS: &str = "/usr/lib/frr";
 
-/// zebra and bgpd of one node; they end when this is dropped.
+/// zebra and a routing daemon of one node; they end when this is dropped.
 pub struct Frr {
     node: Node,
     folder: PathBuf,
@@ -16,8 +16,18 @@ pub struct Frr {
 }
 
 impl Frr {
-    /// Starts both daemons with a configuration for bgpd (`router bgp …`), and waits until they answer.
+    /// Starts zebra and bgpd with a configuration (`router bgp …`), and waits until they answer.
     pub fn start(node: &Node, bgpd: &str) -> Result<Frr> {
+        Self::start_daemon(node, "bgpd", bgpd, "show bgp summary json")
+    }
+
+    /// The same with ospfd (`router ospf …`).
+    pub fn start_ospf(node: &Node, ospfd: &str) -> Result<Frr> {
+        Self::start_daemon(node, "ospfd", ospfd, "show ip ospf json")
+    }
+
+    /// Starts zebra and another daemon, and waits until that one answers a question.
+    fn start_daemon(node: &Node, daemon: &str, configuration: &str, question: &str) -> Result<Frr> {
         let folder = node.folder("frr");
         std::fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         // The daemons give up root for the user that their package made; their sockets and pid files go here.
@@ -36,9 +46,9 @@ impl Frr {
         let zebra = start("zebra", "")?;
         wait_for(Duration::from_secs(20), "zebra's socket", || folder.join("zserv").exists().then_some(()))
             .with_context(|| zebra.log())?;
-        let bgpd = start("bgpd", bgpd)?;
-        let frr = Frr { node: node.clone(), folder: folder.clone(), _daemons: [zebra, bgpd] };
-        wait_for(Duration::from_secs(20), "bgpd's terminal", || frr.vtysh("show bgp summary json").ok())
+        let other = start(daemon, configuration)?;
+        let frr = Frr { node: node.clone(), folder: folder.clone(), _daemons: [zebra, other] };
+        wait_for(Duration::from_secs(20), &format!("{daemon}'s terminal"), || frr.vtysh(question).ok())
             .with_context(|| frr._daemons[1].log())?;
         Ok(frr)
     }

@@ -7,11 +7,12 @@
 
 mod common;
 
-use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, eventually};
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, Stream, eventually};
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 use towpath_lab::packet::{checksum, udp};
-use towpath_lab::{PacketSocket, supported};
+use towpath_lab::{Frr, PacketSocket, supported, wait_for};
 
 const NEAR: &str = "198.51.100.1";
 const IN_KEY: u32 = 70_000;
@@ -366,4 +367,44 @@ fn raw_gre_socket() -> OwnedFd {
         assert!(fd >= 0, "{}", std::io::Error::last_os_error());
         OwnedFd::from_raw_fd(fd)
     }
+}
+
+/// OSPF with hellos each second through gre1.
+fn ospf(node: &towpath_lab::Node, id: &str, networks: &[&str]) -> Frr {
+    let networks: String = networks.iter().map(|prefix| format!(" network {prefix} area 0\n")).collect();
+    let interface = "interface gre1\n ip ospf network point-to-point\n ip ospf hello-interval 1\n ip ospf dead-interval 4\n";
+    Frr::start_ospf(node, &format!("{interface}router ospf\n ospf router-id {id}\n{networks}")).expect("ospfd")
+}
+
+/// How often the neighbour's state has changed, if it is full.
+fn full_after(frr: &Frr) -> Option<String> {
+    let detail = frr.vtysh_all(&["show ip ospf neighbor detail"]).ok()?;
+    let full = detail.lines().any(|line| line.contains("State is Full"));
+    detail.lines().find(|line| line.contains("state changes")).filter(|_| full).map(str::to_owned)
+}
+
+#[test]
+fn ospf_comes_up_and_stays_up_beside_the_fast_paths_traffic() {
+    let Some((net, _)) = networks() else { return };
+    net.ip("route delete 10.99.0.0/24");
+    net.right.sh("ip route delete 192.0.2.0/24").expect("no route");
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let router = ospf(&net.router, "10.0.1.1", &["10.0.1.0/30", "192.0.2.0/24"]);
+    let _far = ospf(&net.right, "10.0.1.2", &["10.0.1.0/30", "10.99.0.2/32"]);
+    let changes = wait_for(Duration::from_secs(60), "an adjacency", || full_after(&router)).expect("in time");
+    let route = || net.ip("route show 10.99.0.2").contains("dev gre1 proto ospf").then_some(());
+    wait_for(Duration::from_secs(60), "the route by OSPF", route).expect("in time");
+    becomes(&net, None);
+    // Longer than it takes to give a silent neighbour up
+    let (before, since) = (Counts::of(&net).of_port("gre1")[2], Instant::now());
+    let stream = Stream::start(&net, "10.99.0.2");
+    while since.elapsed() < Duration::from_secs(10) {
+        stream.advance(100);
+    }
+    let (sent, lost) = stream.finish();
+    let fast = Counts::of(&net).of_port("gre1")[2] - before;
+    assert!(lost.is_empty() && sent > 100, "{} of {sent} lost", lost.len());
+    assert!(fast >= sent, "{fast} of {sent} by the fast path");
+    assert_eq!(full_after(&router), Some(changes), "the adjacency is the same");
+    assert!(net.exceptions("multicast") > 10, "hellos reach Linux");
 }

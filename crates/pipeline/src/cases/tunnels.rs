@@ -73,15 +73,15 @@ impl Cases {
     }
 
     pub(super) fn tunnels(&mut self) {
-        self.out_of_tunnels();
-        self.not_out_of_tunnels();
-        self.into_tunnels();
-        self.not_into_tunnels();
+        self.decapsulated();
+        self.not_decapsulated();
+        self.encapsulated();
+        self.not_encapsulated();
         self.between_tunnels();
         self.partial_in_tunnels();
     }
 
-    fn out_of_tunnels(&mut self) {
+    fn decapsulated(&mut self) {
         for (family, packet) in [("IPv4", plain4()), ("IPv6", plain6())] {
             for (tunnel, from, key) in [(TUNNEL, FAR, None), (KEYED, FAR_KEYED, Some(7))] {
                 for padding in [0, 5, 200] {
@@ -151,7 +151,7 @@ impl Cases {
         );
     }
 
-    fn not_out_of_tunnels(&mut self) {
+    fn not_decapsulated(&mut self) {
         use Reason::*;
         let packet = plain4();
         let good = || wrapped(FAR, None, &plain4());
@@ -239,7 +239,7 @@ impl Cases {
         }
     }
 
-    fn into_tunnels(&mut self) {
+    fn encapsulated(&mut self) {
         for (tunnel, to, key, second, third, tos, ttl) in
             [(TUNNEL, FAR, None, 2, 11, 0, 63), (KEYED, FAR_KEYED, Some(9), 3, 12, 0x48, 33)]
         {
@@ -320,7 +320,7 @@ impl Cases {
         self.tunnelled("into a tunnel, by a group", grouped, arrive(&packet), expect, &counted(&packet));
     }
 
-    fn not_into_tunnels(&mut self) {
+    fn not_encapsulated(&mut self) {
         use Reason::*;
         type Step = fn(&mut World);
         let steps: [(&str, Step, Reason); 13] = [
