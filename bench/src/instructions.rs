@@ -10,7 +10,7 @@ use crate::stats::Summary;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 use std::time::Instant;
 use towpath_report::{Bar, Report};
@@ -29,6 +29,10 @@ struct Counted(BTreeMap<String, f64>);
 const FLOWTABLE: &str = "netfilter flowtable";
 const VLAN: &str = "Towpath, VLAN to VLAN";
 const VLAN_LINUX: &str = "Linux, VLAN to VLAN";
+const INTO: &str = "Towpath, into GRE";
+const INTO_LINUX: &str = "Linux, into GRE";
+const OUT_OF: &str = "Towpath, out of GRE";
+const OUT_OF_LINUX: &str = "Linux, out of GRE";
 
 /// How the router is set up, and what it is sent.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,15 +43,21 @@ enum Scene {
     Offloaded,
     /// From one VLAN to another
     Vlan,
+    /// Untagged, into a GRE tunnel
+    IntoTunnel,
+    /// Out of one
+    OutOfTunnel,
 }
 
-/// The scenes, split over two virtual machines side by side: what is counted does not depend on how fast they are.
+/// The scenes, split over virtual machines of which two run side by side: what is counted does not depend on how fast they are.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Half {
     /// The plain one, with most contenders
     Plain,
-    /// The other scenes
+    /// VLANs and the flowtable
     Others,
+    /// Tunnels
+    Tunnels,
 }
 
 /// Starts a virtual machine and this program in it; gives instructions per packet by contender.
@@ -58,11 +68,16 @@ fn count_in_machine(half: Half) -> Result<BTreeMap<String, f64>> {
             "--append",
             "mitigations=off init_on_alloc=0",
             "--modules",
-            "veth,8021q,nft_flow_offload,nf_flow_table_inet,nf_conntrack",
+            "veth,8021q,ip_gre,nft_flow_offload,nf_flow_table_inet,nf_conntrack",
             "--",
         ])
         .arg(std::env::current_exe()?)
-        .args(["--inside", if half == Half::Plain { "plain" } else { "others" }])
+        .arg("--inside")
+        .arg(match half {
+            Half::Plain => "plain",
+            Half::Others => "others",
+            Half::Tunnels => "tunnels",
+        })
         .env("TOWPATH_BIN", towpath_binary()?)
         .stderr(std::process::Stdio::inherit())
         .output()
@@ -81,6 +96,7 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
     println!("instructions per packet, router alone, in virtual machines");
     let others = std::thread::spawn(|| count_in_machine(Half::Others));
     let mut counted = count_in_machine(Half::Plain)?;
+    counted.extend(count_in_machine(Half::Tunnels)?);
     counted.extend(others.join().map_err(|_| anyhow!("the second machine's thread panicked"))??);
     for (contender, instructions) in &counted {
         println!("  {contender:24} {instructions:7.0}");
@@ -90,6 +106,8 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
     findings.goal("instructions: Towpath over the flowtable", towpath / of(FLOWTABLE)?, Aim::AtMost(0.5));
     findings.goal("instructions: Linux over Towpath", of(Contender::Linux.name())? / towpath, Aim::AtLeast(2.0));
     findings.goal("instructions: VLAN to VLAN over untagged", of(VLAN)? / towpath, Aim::AtMost(1.15));
+    findings.goal("instructions: into GRE, Linux over Towpath", of(INTO_LINUX)? / of(INTO)?, Aim::AtLeast(3.0));
+    findings.goal("instructions: out of GRE, Linux over Towpath", of(OUT_OF_LINUX)? / of(OUT_OF)?, Aim::AtLeast(3.0));
     findings.goal("instructions: regression bound", towpath, Aim::AtMost(BOUND));
     let bars: Vec<Bar> = counted
         .iter()
@@ -108,7 +126,23 @@ pub fn run(findings: &mut Findings, report: &mut Report) -> Result<()> {
 pub fn inside(half: Half) -> Result<()> {
     let counted = match half {
         Half::Plain => plain()?,
-        Half::Others => others()?,
+        Half::Others => {
+            let scenes = [
+                ("instrft", Scene::Offloaded, Contender::Linux, FLOWTABLE),
+                ("instrvl", Scene::Vlan, Contender::Linux, VLAN_LINUX),
+                ("instrvt", Scene::Vlan, Contender::Towpath, VLAN),
+            ];
+            count_each(&scenes)?
+        }
+        Half::Tunnels => {
+            let scenes = [
+                ("instril", Scene::IntoTunnel, Contender::Linux, INTO_LINUX),
+                ("instrit", Scene::IntoTunnel, Contender::Towpath, INTO),
+                ("instrol", Scene::OutOfTunnel, Contender::Linux, OUT_OF_LINUX),
+                ("instrot", Scene::OutOfTunnel, Contender::Towpath, OUT_OF),
+            ];
+            count_each(&scenes)?
+        }
     };
     println!("{}", serde_json::to_string(&Counted(counted))?);
     Ok(())
@@ -120,17 +154,13 @@ fn plain() -> Result<BTreeMap<String, f64>> {
     count("instr", &contenders, Scene::Plain)
 }
 
-fn others() -> Result<BTreeMap<String, f64>> {
-    let scenes = [
-        ("instrft", Scene::Offloaded, Contender::Linux, FLOWTABLE),
-        ("instrvl", Scene::Vlan, Contender::Linux, VLAN_LINUX),
-        ("instrvt", Scene::Vlan, Contender::Towpath, VLAN),
-    ];
-    let count_one = |(name, scene, contender, what): (_, _, Contender, &str)| {
+/// Counts one contender in each scene: name of the lab, scene, contender, and what the figure is called.
+fn count_each(scenes: &[(&str, Scene, Contender, &str)]) -> Result<BTreeMap<String, f64>> {
+    let count_one = |&(name, scene, contender, what): &(&str, Scene, Contender, &str)| {
         let found = count(name, &[Contender::Drop, contender], scene)?;
         Ok((what.to_owned(), *found.get(contender.name()).context("not counted")?))
     };
-    scenes.into_iter().map(count_one).collect()
+    scenes.iter().map(count_one).collect()
 }
 
 fn count(name: &str, contenders: &[Contender], scene: Scene) -> Result<BTreeMap<String, f64>> {
@@ -143,9 +173,18 @@ fn count(name: &str, contenders: &[Contender], scene: Scene) -> Result<BTreeMap<
             arrangement.wait_for_route(&routes, VLAN_IN)?;
         }
     } else {
-        arrangement.add_routes(&routes)?;
+        if matches!(scene, Scene::IntoTunnel | Scene::OutOfTunnel) {
+            arrangement.tunnel()?;
+        }
+        match scene {
+            Scene::IntoTunnel => drop(arrangement.router.sh("ip route add 203.0.113.0/24 dev gre1")?),
+            _ => arrangement.add_routes(&routes)?,
+        }
         arrangement.wait_in_sync(&routes)?;
-        arrangement.set_destinations(&["203.0.113.9".parse()?], false)?;
+        match scene {
+            Scene::OutOfTunnel => arrangement.set_tunnelled("203.0.113.9".parse()?, TUNNEL)?,
+            _ => arrangement.set_destinations(&["203.0.113.9".parse()?], false)?,
+        }
     }
     if scene == Scene::Offloaded {
         arrangement.offload()?;
@@ -175,6 +214,9 @@ fn count(name: &str, contenders: &[Contender], scene: Scene) -> Result<BTreeMap<
     contenders[1..].iter().zip(&rounds[1..]).map(|(who, rounds)| Ok((who.name().to_owned(), cost(rounds)?))).collect()
 }
 
+/// The other end of the tunnel (the first gateway) and the router's.
+const TUNNEL: [Ipv4Addr; 2] = [Ipv4Addr::new(198, 19, 255, 2), Ipv4Addr::new(198, 19, 255, 1)];
+
 /// VLAN 10 of the port towards the last contender's source.
 const VLAN_IN: &str = "tagged";
 
@@ -188,6 +230,16 @@ impl Arrangement {
              ip address add 198.18.200.1/24 dev {VLAN_IN}; ip address add 198.19.200.1/24 dev out
              ip neighbor add 198.19.200.2 lladdr {GATEWAY_MAC}:00 dev out
              ip route add 203.0.113.0/24 via 198.19.200.2"
+        ))?;
+        Ok(())
+    }
+
+    /// Makes the tunnel.
+    fn tunnel(&self) -> Result<()> {
+        let [remote, local] = TUNNEL;
+        self.router.sh(&format!(
+            "ip tunnel add gre1 mode gre local {local} remote {remote} ttl 64; ip link set gre1 up
+             ip address add 10.0.1.1/30 dev gre1"
         ))?;
         Ok(())
     }

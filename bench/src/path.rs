@@ -163,10 +163,18 @@ impl Arrangement {
     /// What every source sends from now on: this IPv4 packet, in a frame of this VLAN.
     pub fn set_tagged(&mut self, destination: Ipv4Addr, vlan: u16) -> Result<()> {
         let template = source::template(PORT_MAC, "198.51.100.2".parse()?);
-        let frame = source::tagged(&template, destination, vlan);
+        self.set_frame(&source::tagged(&template, destination, vlan))
+    }
+
+    /// What every source sends from now on: an IPv4 packet in GRE from one address to another.
+    pub fn set_tunnelled(&mut self, destination: Ipv4Addr, outer: [Ipv4Addr; 2]) -> Result<()> {
+        self.set_frame(&source::tunnelled(PORT_MAC, ["198.51.100.2".parse()?, destination], outer))
+    }
+
+    fn set_frame(&mut self, frame: &[u8; 64]) -> Result<()> {
         self.entries.iter_mut().try_for_each(|entry| {
             entry.length = frame.len();
-            entry.object.set_source(&frame, 0, false, &[[0; 2]])
+            entry.object.set_source(frame, 0, false, &[[0; 2]])
         })
     }
 

@@ -96,6 +96,25 @@ pub fn tagged(template: &[u8; 64], destination: Ipv4Addr, vlan: u16) -> [u8; 64]
     frame
 }
 
+/// An IPv4 packet from and to `inner` in GRE from and to `outer`. It is one of ESP, of which six bytes find room: whatever
+/// has a checksum would have to be longer.
+pub fn tunnelled(destination_mac: [u8; 6], inner: [Ipv4Addr; 2], outer: [Ipv4Addr; 2]) -> [u8; 64] {
+    let header = |protocol, length, [source, destination]: [Ipv4Addr; 2]| {
+        let mut header = [0x45, 0, 0, length, 0, 0, 0x40, 0, 64, protocol, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        header[12..16].copy_from_slice(&source.octets());
+        header[16..].copy_from_slice(&destination.octets());
+        let sum = checksum(&header);
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        header
+    };
+    let mut frame = [0; 64];
+    frame[..14].copy_from_slice(&template(destination_mac, inner[0].into())[..14]);
+    frame[14..34].copy_from_slice(&header(47, 50, outer));
+    frame[34..38].copy_from_slice(&[0, 0, 8, 0]);
+    frame[38..58].copy_from_slice(&header(50, 26, inner));
+    frame
+}
+
 /// Sends `packets` frames by running the source program that often; returns when all were handed to the device.
 /// Must be called in the namespace of the interface `ifindex`.
 pub fn send(program: &ProgramFd, ifindex: u32, length: usize, packets: u32) -> Result<()> {

@@ -85,7 +85,7 @@ pub struct Port {
     /// Index in Linux; None while there is no such interface
     pub ifindex: Option<u32>,
     /// `native`, `generic`, `user` (native, and workers serve its queues), `vlan` (served by the interface underneath),
-    /// `none`
+    /// `tunnel`, `none`
     pub mode: String,
     /// Driver, if it is known
     pub driver: Option<String>,
