@@ -25,12 +25,8 @@ const ENCAPSULATIONS: [u16; 6] = [1701, 2152, 4789, 8472, 4790, 6081];
 #[cfg_attr(target_arch = "bpf", inline(always))]
 #[cfg_attr(not(target_arch = "bpf"), inline(never))]
 pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<(), Reason> {
-    let complete = match header.protocol() {
-        protocol::GRE if header.part() == Part::Whole => {
-            tunnelled(frame, offset + size_of::<N>(), offset + packet_len)?
-        }
-        _ => is_complete(frame, header, offset, packet_len)?,
-    };
+    let complete = is_complete(frame, header, offset, packet_len)?
+        || header.protocol() == protocol::GRE && tunnelled(frame, offset + size_of::<N>(), offset + packet_len)?;
     if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
 }
 
