@@ -33,18 +33,37 @@ impl Ways {
     }
 }
 
-/// A packet of one family on its way.
-struct Job<'t, N: Network> {
+/// A header whose destination has so many bytes.
+trait Header<const BYTES: usize>: Network {
+    fn destination(&self) -> [u8; BYTES];
+}
+
+impl Header<4> for Ipv4 {
+    #[inline(always)]
+    fn destination(&self) -> [u8; 4] {
+        self.destination
+    }
+}
+
+impl Header<16> for Ipv6 {
+    #[inline(always)]
+    fn destination(&self) -> [u8; 16] {
+        self.destination
+    }
+}
+
+/// A packet on its way to an address of so many bytes.
+struct Job<'t, const BYTES: usize> {
     /// Place of its frame in the batch
     place: usize,
     entry: Entry<'t>,
     parsed: Parsed,
-    to: N::Address,
+    to: [u8; BYTES],
     root: u32,
     walk: Walk,
 }
 
-type Jobs<'t, N> = ArrayVec<Job<'t, N>, BATCH>;
+type Jobs<'t, const BYTES: usize> = ArrayVec<Job<'t, BYTES>, BATCH>;
 
 /// Takes frames that came in by one interface along the whole path and counts them; those behind the first `BATCH` are left
 /// alone.
@@ -53,15 +72,15 @@ pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut
     let mut ways = Ways([Ways::LINUX; BATCH]);
     let Some(entry) = Entry::find(tables, ifindex) else { return ways };
     frames.iter().filter_map(|frame| frame.get::<Ethernet>(0)).for_each(prefetch);
-    let (mut four, mut six) = (Jobs::<Ipv4>::new(), Jobs::<Ipv6>::new());
+    let (mut four, mut six) = (Jobs::<4>::new(), Jobs::<16>::new());
     for (place, frame) in frames.iter().enumerate().take(BATCH) {
         let mut entry = entry;
         if let Err(reason) = parse(frame, tables, &mut entry, place, &mut four, &mut six) {
             count_exception(tables, entry.slot, reason);
         }
     }
-    finish(tables, frames, &mut four, &mut ways);
-    finish(tables, frames, &mut six, &mut ways);
+    finish::<Ipv4, 4, F, T>(tables, frames, &mut four, &mut ways);
+    finish::<Ipv6, 16, F, T>(tables, frames, &mut six, &mut ways);
     ways
 }
 
@@ -71,36 +90,41 @@ fn parse<'t, F: Frame, T: Tables>(
     tables: &'t T,
     entry: &mut Entry<'t>,
     place: usize,
-    four: &mut Jobs<'t, Ipv4>,
-    six: &mut Jobs<'t, Ipv6>,
+    four: &mut Jobs<'t, 4>,
+    six: &mut Jobs<'t, 16>,
 ) -> Result<(), Reason> {
     let (ethertype, offset) = parse_link(frame, tables, entry)?;
     match ethertype {
-        ethernet::IPV4 => add_job(frame, tables, *entry, (place, offset), four),
-        ethernet::IPV6 => add_job(frame, tables, *entry, (place, offset), six),
+        ethernet::IPV4 => add_job::<Ipv4, 4, F, T>(frame, tables, *entry, (place, offset), four),
+        ethernet::IPV6 => add_job::<Ipv6, 16, F, T>(frame, tables, *entry, (place, offset), six),
         _ => Err(Reason::UnsupportedEncap),
     }
 }
 
 #[inline(always)]
-fn add_job<'t, N: Network, F: Frame, T: Tables>(
+fn add_job<'t, N: Header<BYTES>, const BYTES: usize, F: Frame, T: Tables>(
     frame: &F,
     tables: &'t T,
     entry: Entry<'t>,
     (place, offset): (usize, usize),
-    jobs: &mut Jobs<'t, N>,
+    jobs: &mut Jobs<'t, BYTES>,
 ) -> Result<(), Reason> {
     let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
     let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
     let root = entry.port.root[N::FAMILY as usize].load();
-    let walk = N::walk(&to, tables, root);
+    let walk = Walk::new(tables, root, &to);
     jobs.push(Job { place, entry, parsed, to, root, walk });
     Ok(())
 }
 
 /// Finds the packets' next hops, and rewrites what is forwarded.
 #[inline(always)]
-fn finish<N: Network, F: Frame, T: Tables>(tables: &T, frames: &mut [F], jobs: &mut [Job<N>], ways: &mut Ways) {
+fn finish<N: Network, const BYTES: usize, F: Frame, T: Tables>(
+    tables: &T,
+    frames: &mut [F],
+    jobs: &mut [Job<BYTES>],
+    ways: &mut Ways,
+) {
     if jobs.is_empty() {
         return;
     }
@@ -108,7 +132,8 @@ fn finish<N: Network, F: Frame, T: Tables>(tables: &T, frames: &mut [F], jobs: &
     let (mut tally, mut last) = (Tally::default(), Last::NONE);
     for job in jobs {
         let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
-        match forward(tables, frame, job, &mut last, &mut tally).or_else(|reason| tunnelled(tables, frame, job, reason))
+        match forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally)
+            .or_else(|reason| tunnelled(tables, frame, job, reason))
         {
             Ok(slot) => *way = slot,
             Err(reason) => count_exception(tables, job.entry.slot, reason),
@@ -119,15 +144,15 @@ fn finish<N: Network, F: Frame, T: Tables>(tables: &T, frames: &mut [F], jobs: &
 
 /// Each step with all of them, until none goes on.
 #[inline(always)]
-fn look_up<N: Network, T: Tables>(tables: &T, jobs: &mut [Job<N>]) {
+fn look_up<const BYTES: usize, T: Tables>(tables: &T, jobs: &mut [Job<BYTES>]) {
     for Job { to, root, walk, .. } in &mut *jobs {
-        N::begin(to, tables, *root, walk);
+        walk.begin(tables, *root, to);
         ask_for_nexthop(tables, walk);
     }
     loop {
         let mut on = false;
         for Job { to, walk, .. } in &mut *jobs {
-            on |= N::locate(to, tables, walk);
+            on |= walk.locate(tables, to);
         }
         if !on {
             return;
@@ -148,20 +173,20 @@ fn ask_for_nexthop<T: Tables>(tables: &T, walk: &Walk) {
 
 /// Seldom enough to be kept out of the way.
 #[inline(never)]
-fn tunnelled<N: Network, F: Frame, T: Tables>(
+fn tunnelled<const BYTES: usize, F: Frame, T: Tables>(
     tables: &T,
     frame: &mut F,
-    job: &Job<N>,
+    job: &Job<BYTES>,
     reason: Reason,
 ) -> Result<u32, Reason> {
     frame.tunnelled(tables, &job.entry, &job.parsed, reason)
 }
 
 #[inline(always)]
-fn forward<'t, N: Network, F: Frame, T: Tables>(
+fn forward<'t, N: Network, const BYTES: usize, F: Frame, T: Tables>(
     tables: &'t T,
     frame: &mut F,
-    job: &Job<N>,
+    job: &Job<BYTES>,
     last: &mut Last<'t>,
     tally: &mut Tally,
 ) -> Result<u32, Reason> {

@@ -31,8 +31,6 @@ pub trait Network: View {
     const FORWARDING: u32;
     /// Protocol number of the family's ICMP
     const ICMP: u8;
-    /// An address as it is on the wire
-    type Address: Copy;
 
     /// Checks the header against the bytes that the frame has from it on; the length of the packet.
     fn packet_len(&self, available: usize) -> Result<usize, Reason>;
@@ -42,14 +40,6 @@ pub trait Network: View {
     fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason>;
     /// The route to the destination
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal>;
-    /// The destination
-    fn destination(&self) -> Self::Address;
-    /// The steps of a look-up, see `lpm::Walk`
-    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk;
-    /// See `lpm::Walk::begin`
-    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk);
-    /// See `lpm::Walk::locate`
-    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool;
     /// Whether Linux may send a redirect for a packet that leaves by the port that it entered by
     fn redirects(flags: u32) -> bool;
     /// Time to live or hop limit
@@ -75,7 +65,6 @@ impl Network for Ipv4 {
     const ETHERTYPE: u16 = ethernet::IPV4;
     const FORWARDING: u32 = port_flags::FORWARD_V4;
     const ICMP: u8 = protocol::ICMP;
-    type Address = [u8; 4];
 
     #[inline(always)]
     fn packet_len(&self, available: usize) -> Result<usize, Reason> {
@@ -127,26 +116,6 @@ impl Network for Ipv4 {
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
         tables.lookup4(root, &self.destination)
-    }
-
-    #[inline(always)]
-    fn destination(&self) -> Self::Address {
-        self.destination
-    }
-
-    #[inline(always)]
-    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk {
-        lpm::Walk::new(tables, root, to)
-    }
-
-    #[inline(always)]
-    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk) {
-        walk.begin(tables, root, to)
-    }
-
-    #[inline(always)]
-    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool {
-        walk.locate(tables, to)
     }
 
     #[inline(always)]
@@ -217,7 +186,6 @@ impl Network for Ipv6 {
     const ETHERTYPE: u16 = ethernet::IPV6;
     const FORWARDING: u32 = port_flags::FORWARD_V6;
     const ICMP: u8 = protocol::ICMPV6;
-    type Address = [u8; 16];
 
     /// Of the extension headers a router looks at hop-by-hop options only (RFC 8200, section 4), which is also what
     /// may say that the packet is a jumbogram. Any other payload length of zero means what it says.
@@ -264,26 +232,6 @@ impl Network for Ipv6 {
     #[inline(always)]
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal> {
         tables.lookup6(root, &self.destination)
-    }
-
-    #[inline(always)]
-    fn destination(&self) -> Self::Address {
-        self.destination
-    }
-
-    #[inline(always)]
-    fn walk<T: Tables>(to: &Self::Address, tables: &T, root: u32) -> lpm::Walk {
-        lpm::Walk::new(tables, root, to)
-    }
-
-    #[inline(always)]
-    fn begin<T: Tables>(to: &Self::Address, tables: &T, root: u32, walk: &mut lpm::Walk) {
-        walk.begin(tables, root, to)
-    }
-
-    #[inline(always)]
-    fn locate<T: Tables>(to: &Self::Address, tables: &T, walk: &mut lpm::Walk) -> bool {
-        walk.locate(tables, to)
     }
 
     /// ip6_forward asks no sysctl.
