@@ -372,7 +372,8 @@ fn raw_gre_socket() -> OwnedFd {
 /// OSPF with hellos each second through gre1.
 fn ospf(node: &towpath_lab::Node, id: &str, networks: &[&str]) -> Frr {
     let networks: String = networks.iter().map(|prefix| format!(" network {prefix} area 0\n")).collect();
-    let interface = "interface gre1\n ip ospf network point-to-point\n ip ospf hello-interval 1\n ip ospf dead-interval 4\n";
+    let interface =
+        "interface gre1\n ip ospf network point-to-point\n ip ospf hello-interval 1\n ip ospf dead-interval 4\n";
     Frr::start_ospf(node, &format!("{interface}router ospf\n ospf router-id {id}\n{networks}")).expect("ospfd")
 }
 
