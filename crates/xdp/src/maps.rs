@@ -11,8 +11,8 @@ use towpath_pipeline::Tables;
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::opaque;
 use towpath_tables::record::{
-    Config, CpuStats, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId,
-    VlanTable,
+    Config, CpuStats, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES,
+    TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 
