@@ -24,6 +24,9 @@ fn up_forwards_fast_and_down_gives_back_to_linux_without_loss() {
 
 #[test]
 fn interrupts_end_it_cleanly() {
+    // Tests that run under nohup(1) would have the daemon ignore it too.
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
     let net = Net::new();
     let clean = net.traces();
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
