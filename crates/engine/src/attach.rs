@@ -12,8 +12,9 @@
 use crate::beside::Places;
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
+use crate::grace::GraceMethod;
 use crate::interface::Interface;
-use crate::sys;
+use crate::sys::{self, AttachType};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -199,7 +200,7 @@ impl Attachment {
 impl Drop for Attachment {
     fn drop(&mut self) {
         if let Some(link) = &self.link {
-            log_failure("detach from", &self.interface.name, sys::link_detach(link.as_fd()));
+            log_failure("detach from", &self.interface.name, detach(link.as_fd()));
         }
         if self.plan.rx_vlan {
             log_failure("restore the VLAN offload of", &self.interface.name, self.interface.ethtool.set_rx_vlan(true));
@@ -213,7 +214,7 @@ impl Drop for Attachment {
 /// Takes the program off the interface `index`, whose link is pinned, and restores what the marks say.
 pub(crate) fn release(dir: &PinDir, index: u32) -> Result<()> {
     match sys::get_pinned(&dir.pin(&link_pin(index))) {
-        Ok(link) => match sys::link_detach(link.as_fd()) {
+        Ok(link) => match detach(link.as_fd()) {
             // ENOLINK: the interface went away and took the program with it.
             Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOLINK | libc::ENODEV)) => {
                 return Err(Error::privileged(format!("detach from interface {index}"), "CAP_NET_ADMIN", e));
@@ -232,6 +233,26 @@ pub(crate) fn release(dir: &PinDir, index: u32) -> Result<()> {
     }
     Ok(())
 }
+
+/// Detaches a link, after every packet has gone to Linux for a grace period. A veth that keeps its NAPI, for GRO, forgets
+/// the queue's device while a program may still run there (drivers/net/veth.c 6.1, `veth_disable_xdp`): one that asks
+/// for the interface would read through a null pointer.
+fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    if let Err(error) = let_pass(link) {
+        tracing::debug!("the program is taken off while it may run: {error}");
+    }
+    sys::link_detach(link)
+}
+
+fn let_pass(link: BorrowedFd<'_>) -> Result<()> {
+    let failed = |e| Error::io("let all packets of a port pass", e);
+    let pass = sys::prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &PASS, &mut []).map_err(failed)?;
+    sys::link_update(link, pass.as_fd()).map_err(failed)?;
+    GraceMethod::choose()?.wait()
+}
+
+/// `return XDP_PASS`
+const PASS: [u64; 2] = [0xb7 | 2 << 32, 0x95];
 
 fn log_failure(what: &str, port: &str, result: io::Result<()>) {
     if let Err(error) = result {
