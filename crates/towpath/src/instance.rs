@@ -44,7 +44,19 @@ impl Instance {
     }
 
     fn open_lock(&self) -> Result<File> {
+        const TIMES: usize = 100;
         let path = self.lock_file();
+        // Whoever ends may take the folder away just before the file is made in it.
+        for _ in 1..TIMES {
+            match self.make_lock(&path) {
+                Err(error) if is_missing(&error) => {}
+                made => return made,
+            }
+        }
+        self.make_lock(&path)
+    }
+
+    fn make_lock(&self, path: &Path) -> Result<File> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o755)
@@ -56,7 +68,7 @@ impl Instance {
             .create(true)
             .truncate(false)
             .mode(0o644)
-            .open(&path)
+            .open(path)
             .with_context(|| format!("cannot open {}; run as root", path.display()))
     }
 
@@ -154,9 +166,20 @@ fn write_pid(file: &mut File) -> std::io::Result<()> {
     writeln!(file, "{}", std::process::id())
 }
 
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_goes_is_told_from_one_that_may_not_be() {
+        let error = |number| anyhow::Error::from(std::io::Error::from_raw_os_error(number)).context("cannot open it");
+        assert!(is_missing(&error(libc::ENOENT)));
+        assert!(!is_missing(&error(libc::EACCES)));
+    }
 
     fn scratch(name: &str) -> Instance {
         let directory = std::env::temp_dir().join(format!("towpath-instance-{}-{name}", std::process::id()));
