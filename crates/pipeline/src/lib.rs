@@ -6,8 +6,7 @@
 //! one). A packet of a port that is in no slot is left alone and counted nowhere.
 //!
 //! Three stages: [`parse`] (ports, tags, headers), [`route`] (sources, look-up, next hop) and [`rewrite`]; [`process`] runs
-//! them one after another. Engines that run each over a batch take the look-up's steps with all packets in turn
-//! ([`Search`]).
+//! them one after another, [`batch`] each with all packets of a batch in turn.
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
 #[cfg(any(test, feature = "std"))]
@@ -117,7 +116,7 @@ pub trait Tables: LpmRead + Sized {
     fn cpu(&self) -> u32;
     /// Counters that only this CPU or worker writes
     fn stats(&self, cpu: u32) -> Option<&CpuStats>;
-    /// The route to an IPv4 address
+    /// The route to an IPv4 address. An engine may make look-ups functions of their own.
     #[inline(always)]
     fn lookup4(&self, root: u32, address: &[u8; 4]) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(self, root, address)
@@ -126,16 +125,6 @@ pub trait Tables: LpmRead + Sized {
     #[inline(always)]
     fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(self, root, address)
-    }
-    /// As `lookup4`, where the code may be called instead of being repeated
-    #[inline(always)]
-    fn far_lookup4(&self, root: u32, address: &[u8; 4]) -> Result<lpm::Word, lpm::Internal> {
-        self.lookup4(root, address)
-    }
-    /// As `lookup6`, likewise
-    #[inline(always)]
-    fn far_lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
-        self.lookup6(root, address)
     }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.

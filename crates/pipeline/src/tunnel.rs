@@ -11,11 +11,8 @@ use crate::rewrite::fit;
 use crate::route::{check_packet, find_hop};
 use crate::stats::{count_into_tunnel, count_out_of_tunnel};
 use crate::{Entry, Frame, Hop, Parsed, Tables, count_forward, hash, ingress, rewrite, route};
-use towpath_tables::lpm::{self, Kind, LpmRead, Word};
-use towpath_tables::record::{
-    Config, CpuStats, Family, Group, Line, Nexthop, Port, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, VlanTable,
-    tunnel_bucket, tunnel_flags,
-};
+use towpath_tables::lpm::Kind;
+use towpath_tables::record::{Family, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 use towpath_tables::{Reason, opaque, order};
 use towpath_wire::ethernet;
 use towpath_wire::gre::{Gre, Keyed};
@@ -46,7 +43,6 @@ pub fn forward<F: Frame, T: Tables>(
     if !through && reason != Reason::Tunnel {
         return Err(reason);
     }
-    let tables = &Far(tables);
     let (from, inner) = if through { look_through(frame, tables, entry, parsed)? } else { (*entry, *parsed) };
     let (from, inner) = resume(frame, tables, &from, &inner)?;
     let routed = if through { route(frame, tables, &from, &inner) } else { Err(reason) };
@@ -318,68 +314,6 @@ fn write_headers<L: Link, G: towpath_wire::View, N: Network, F: Frame>(
     *frame.get_mut::<Ipv4>(ip_at).ok_or(Reason::Internal)? = *ip;
     *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
     Ok(())
-}
-
-/// Tables whose look-ups are called: there are so many of them on a tunnelled packet's way that a verifier would not come
-/// to an end.
-struct Far<'t, T>(&'t T);
-
-impl<T: Tables> LpmRead for Far<'_, T> {
-    #[inline(always)]
-    fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
-        self.0.root_word(root, slot)
-    }
-    #[inline(always)]
-    fn root_default(&self, root: u32) -> Option<u32> {
-        self.0.root_default(root)
-    }
-    #[inline(always)]
-    fn line(&self, index: u32) -> Option<&Line> {
-        self.0.line(index)
-    }
-}
-
-impl<T: Tables> Tables for Far<'_, T> {
-    #[inline(always)]
-    fn config(&self) -> Option<&Config> {
-        self.0.config()
-    }
-    #[inline(always)]
-    fn port(&self, slot: u32) -> Option<&Port> {
-        self.0.port(slot)
-    }
-    #[inline(always)]
-    fn vlan_table(&self, index: u32) -> Option<&VlanTable> {
-        self.0.vlan_table(index)
-    }
-    #[inline(always)]
-    fn nexthop(&self, index: u32) -> Option<&Nexthop> {
-        self.0.nexthop(index)
-    }
-    #[inline(always)]
-    fn group(&self, index: u32) -> Option<&Group> {
-        self.0.group(index)
-    }
-    #[inline(always)]
-    fn cpu(&self) -> u32 {
-        self.0.cpu()
-    }
-    #[inline(always)]
-    fn stats(&self, cpu: u32) -> Option<&CpuStats> {
-        self.0.stats(cpu)
-    }
-    #[inline(always)]
-    fn lookup4(&self, root: u32, address: &[u8; 4]) -> Result<Word, lpm::Internal> {
-        self.0.far_lookup4(root, address)
-    }
-    #[inline(always)]
-    fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<Word, lpm::Internal> {
-        self.0.far_lookup6(root, address)
-    }
-    #[inline(always)]
-    fn transmitter(&self, slot: u32) -> bool {
-        self.0.transmitter(slot)
-    }
 }
 
 /// What tunnels ask of a packet's header besides.

@@ -1,7 +1,7 @@
 //! A frame in an XDP context.
 
 use crate::beside;
-use crate::maps::Maps;
+use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
 use towpath_pipeline::{Beside, Entry, Frame, Parsed, Tables, forward_tunnelled};
@@ -141,7 +141,7 @@ fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
 fn go_on(frame: &mut XdpFrame, what: u32) -> Result<u32, Reason> {
     let reason = if what & THROUGH != 0 { Reason::LocalDestination } else { Reason::Tunnel };
     let slot = what >> OFFSET_BITS;
-    let entry = Entry::new(slot, Maps.port(slot).ok_or(Reason::Internal)?);
+    let entry = Entry::new(slot, FAR_MAPS.port(slot).ok_or(Reason::Internal)?);
     let parsed = Parsed::again(frame, (what & OFFSET) as usize)?;
-    forward_tunnelled(frame, &Maps, &entry, &parsed, reason)
+    forward_tunnelled(frame, &FAR_MAPS, &entry, &parsed, reason)
 }

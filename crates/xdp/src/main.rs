@@ -10,7 +10,7 @@ mod maps;
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use frame::XdpFrame;
-use maps::Maps;
+use maps::{MAPS, Maps};
 use towpath_pipeline::{Entry, Frame, Verdict, parse, process};
 use towpath_tables::record::SOCKET_FRAME;
 
@@ -36,18 +36,18 @@ fn towpath_user(ctx: *mut xdp_md) -> u32 {
 /// whole in the frame and lies in one buffer can go there.
 #[inline(always)]
 fn is_for_socket(frame: &XdpFrame, ifindex: u32, queue: u32) -> bool {
-    let Some(mut entry) = Entry::find(&Maps, ifindex) else { return false };
+    let Some(mut entry) = Entry::find(&MAPS, ifindex) else { return false };
     let (slot, sees) = (entry.slot, entry.sees_beside());
     frame.total_len() <= SOCKET_FRAME
         && frame.total_len() == frame.first_len()
         && (!sees || frame.beside().tag.is_none())
-        && parse(frame, &Maps, &mut entry).is_ok()
+        && parse(frame, &MAPS, &mut entry).is_ok()
         && Maps::socket(slot, queue)
 }
 
 #[inline(always)]
 fn run(mut frame: XdpFrame, ifindex: u32) -> u32 {
-    match process(&mut frame, &Maps, ifindex) {
+    match process(&mut frame, &MAPS, ifindex) {
         // The receiver was named by `Maps::transmitter`.
         Verdict::Forward(_) => xdp_action::XDP_REDIRECT,
         Verdict::Exception(_) | Verdict::NotAPort => xdp_action::XDP_PASS,

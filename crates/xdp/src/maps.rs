@@ -131,20 +131,25 @@ fn found(word: u64) -> Result<Word, Internal> {
 /// Look-ups as functions of their own.
 #[inline(never)]
 fn lookup4(root: u32, address: u32) -> u64 {
-    lpm::lookup(&Maps, root, &address.to_ne_bytes()).map_or(INTERNAL, |word| word.0.into())
+    lpm::lookup(&MAPS, root, &address.to_ne_bytes()).map_or(INTERNAL, |word| word.0.into())
 }
 /// As `lookup4`; the address in two words as on the wire.
 #[inline(never)]
 fn lookup6(root: u32, high: u64, low: u64) -> u64 {
-    // SAFETY: as in `far_lookup6`.
+    // SAFETY: as in `Tables::lookup6`.
     let address: [u8; 16] = unsafe { core::mem::transmute([high, low]) };
-    lpm::lookup(&Maps, root, &address).map_or(INTERNAL, |word| word.0.into())
+    lpm::lookup(&MAPS, root, &address).map_or(INTERNAL, |word| word.0.into())
 }
 
-/// The maps of this program.
-pub struct Maps;
+/// The maps of this program. Look-ups of routes are called if `CALLS`, and repeated at every place otherwise.
+pub struct Maps<const CALLS: bool>;
 
-impl Maps {
+/// The maps, for the way that most packets take.
+pub const MAPS: Maps<false> = Maps;
+/// The maps, for a way with so many look-ups that a verifier would not come to an end of it.
+pub const FAR_MAPS: Maps<true> = Maps;
+
+impl Maps<false> {
     /// Names the socket of a port's queue for the verdict XDP_REDIRECT that is to follow, if there is one.
     #[inline(always)]
     pub fn socket(slot: u32, queue: u32) -> bool {
@@ -156,7 +161,7 @@ impl Maps {
     }
 }
 
-impl LpmRead for Maps {
+impl<const CALLS: bool> LpmRead for Maps<CALLS> {
     #[inline(always)]
     fn root_word(&self, root: u32, slot: u16) -> Option<u32> {
         record!(ROOTS[root]: Root, Roots)?.direct.get(usize::from(slot)).map(W32::load)
@@ -188,7 +193,7 @@ impl LpmRead for Maps {
     }
 }
 
-impl Tables for Maps {
+impl<const CALLS: bool> Tables for Maps<CALLS> {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         let config = constant!(sym CONFIG) as *const Config;
@@ -238,12 +243,15 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn far_lookup4(&self, root: u32, address: &[u8; 4]) -> Result<Word, Internal> {
-        found(lookup4(root, u32::from_ne_bytes(*address)))
+    fn lookup4(&self, root: u32, address: &[u8; 4]) -> Result<Word, Internal> {
+        if CALLS { found(lookup4(root, u32::from_ne_bytes(*address))) } else { lpm::lookup(self, root, address) }
     }
 
     #[inline(always)]
-    fn far_lookup6(&self, root: u32, address: &[u8; 16]) -> Result<Word, Internal> {
+    fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<Word, Internal> {
+        if !CALLS {
+            return lpm::lookup(self, root, address);
+        }
         // SAFETY: both are sixteen bytes, of any value.
         let [high, low]: [u64; 2] = unsafe { core::mem::transmute(*address) };
         found(lookup6(root, high, low))
