@@ -14,7 +14,7 @@ use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
 use crate::grace::GraceMethod;
 use crate::interface::Interface;
-use crate::sys::{self, AttachType};
+use crate::sys;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -246,13 +246,10 @@ fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
 
 fn let_pass(link: BorrowedFd<'_>) -> Result<()> {
     let failed = |e| Error::io("let all packets of a port pass", e);
-    let pass = sys::prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &PASS, &mut []).map_err(failed)?;
+    let pass = sys::load_pass().map_err(failed)?;
     sys::link_update(link, pass.as_fd()).map_err(failed)?;
     GraceMethod::choose()?.wait()
 }
-
-/// `return XDP_PASS`
-const PASS: [u64; 2] = [0xb7 | 2 << 32, 0x95];
 
 fn log_failure(what: &str, port: &str, result: io::Result<()>) {
     if let Err(error) = result {

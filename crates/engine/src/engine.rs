@@ -571,7 +571,7 @@ impl Tables {
     }
 }
 
-// SAFETY: the mappings were made for their tables and live as long as `maps` holds them; `grow` alone replaces them.
+// SAFETY: the mappings were made for their tables and live as long as `_maps` holds them; `grow` alone replaces them.
 unsafe impl Backing for Tables {
     fn tables(&self) -> &RawTables {
         &self.raw

@@ -5,12 +5,9 @@
 //! outside: what is written to a packet socket or a TAP leaves by the interface, or arrives by another.
 
 use crate::error::{Error, Result};
-use crate::sys::{self, AttachType};
+use crate::sys;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-
-/// `return XDP_PASS`
-const PASS: [u64; 2] = [0xb7 | 2 << 32, 0x95];
 
 /// A way into Linux.
 #[derive(Debug)]
@@ -19,9 +16,8 @@ pub struct Injector(OwnedFd);
 impl Injector {
     /// Opens it. Takes CAP_BPF and CAP_NET_ADMIN.
     pub fn open() -> Result<Self> {
-        let program = sys::prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &PASS, &mut []);
         let failed = |e| Error::privileged("load a program that hands frames to Linux", "CAP_BPF and CAP_NET_ADMIN", e);
-        program.map(Self).map_err(failed)
+        sys::load_pass().map(Self).map_err(failed)
     }
 
     /// Has Linux receive a frame by an interface of this thread's network namespace whose driver has memory for XDP (any

@@ -90,8 +90,7 @@ fn mmapable_array() -> io::Result<Option<OwnedFd>> {
 }
 
 fn fragments() -> io::Result<Option<OwnedFd>> {
-    const PASS: [u64; 2] = [0x2_0000_00b7, 0x95]; // r0 = XDP_PASS; exit
-    sys::prog_load("towpath_probe", c"Dual MIT/GPL", sys::AttachType::Xdp, &PASS, &mut []).map(Some)
+    sys::load_pass().map(Some)
 }
 
 /// A request for a link without a program fails with EBADF where XDP links are known.

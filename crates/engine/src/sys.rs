@@ -121,6 +121,13 @@ pub fn prog_load<I: Instruction>(
     bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
 }
 
+/// Loads an XDP program that only says XDP_PASS.
+pub fn load_pass() -> io::Result<OwnedFd> {
+    /// `r0 = XDP_PASS; exit`
+    const CODE: [u64; 2] = [0xb7 | 2 << 32, 0x95];
+    prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &CODE, &mut [])
+}
+
 /// Stores the plain value `value` at `key`. The value must have the map's value size.
 pub fn map_update<V: Copy>(map: BorrowedFd<'_>, key: u32, value: &V) -> io::Result<()> {
     let mut attr = attr();
