@@ -91,14 +91,19 @@ const LAST_BATCHES: usize = 64;
 pub struct Worker<S> {
     tables: Arc<S>,
     line: u32,
+    reading: Reading,
+    others: Vec<Others>,
+    transmitters: SlotSet,
+    sorter: Sorter,
+}
+
+/// What of a worker changes while it looks at the tables.
+struct Sorter {
     pool: Pool,
     linux: Box<dyn Linux>,
-    reading: Reading,
     ports: Vec<Served>,
-    others: Vec<Others>,
     /// By slot
     ways: [Way; PORT_SLOTS as usize],
-    transmitters: SlotSet,
     /// None if there is no other worker
     exchange: Option<Exchange>,
     batch: Vec<Buffer>,
@@ -109,20 +114,17 @@ impl<S: TableSource> Worker<S> {
     /// A worker without ports. `line`: which line of the statistics only it writes (see `PortStats`); `linux`: where its
     /// exceptions go.
     pub fn new(tables: Arc<S>, line: u32, pool: Pool, linux: Box<dyn Linux>) -> Self {
-        Self {
-            tables,
-            line,
+        let sorter = Sorter {
             pool,
             linux,
-            reading: Reading::default(),
             ports: Vec::new(),
-            others: Vec::new(),
             ways: [Way::None; PORT_SLOTS as usize],
-            transmitters: SlotSet::NONE,
             exchange: None,
             batch: Vec::with_capacity(BATCH),
             exceptions: Vec::with_capacity(BATCH),
-        }
+        };
+        let (reading, others, transmitters) = (Reading::default(), Vec::new(), SlotSet::NONE);
+        Self { tables, line, reading, others, transmitters, sorter }
     }
 
     /// The word to wait by for tables to be out of use.
@@ -132,17 +134,17 @@ impl<S: TableSource> Worker<S> {
 
     /// Memory of its pool.
     pub fn area(&self) -> Area {
-        self.pool.area()
+        self.sorter.pool.area()
     }
 
     /// Joins it with other workers.
     pub(crate) fn join(&mut self, exchange: Exchange) {
-        self.exchange = Some(exchange);
+        self.sorter.exchange = Some(exchange);
     }
 
     /// Buffers of its pool.
     pub(crate) fn buffers(&self) -> usize {
-        self.pool.count()
+        self.sorter.pool.count()
     }
 
     /// Looks at these tables from now on.
@@ -153,8 +155,8 @@ impl<S: TableSource> Worker<S> {
     /// Serves a port; one with the same index is replaced.
     pub fn add(&mut self, mut port: Port) {
         self.remove(port.ifindex);
-        port.driver.start(&mut self.pool);
-        self.ports.push(Served { port, out: Vec::with_capacity(BATCH) });
+        port.driver.start(&mut self.sorter.pool);
+        self.sorter.ports.push(Served { port, out: Vec::with_capacity(BATCH) });
         self.find_ways();
     }
 
@@ -168,21 +170,25 @@ impl<S: TableSource> Worker<S> {
     /// Serves a port no more; nothing if there is none with this index. What has arrived is forwarded, and what others have
     /// handed over is sent.
     pub fn remove(&mut self, ifindex: u32) {
-        if let Some(place) = self.ports.iter().position(|served| served.port.ifindex == ifindex) {
-            let _batches = (0..LAST_BATCHES).take_while(|_| self.serve(place) + self.take_parcels() != 0).count();
-            self.ports.remove(place).port.driver.close(&mut self.pool);
+        if let Some(place) = self.sorter.ports.iter().position(|served| served.port.ifindex == ifindex) {
+            let tables = self.tables.seen(self.line, self.transmitters);
+            let sorter = &mut self.sorter;
+            let mut batch = || sorter.serve(&tables, place) + sorter.take_parcels(&tables);
+            let _batches = (0..LAST_BATCHES).take_while(|_| batch() != 0).count();
+            sorter.ports.remove(place).port.driver.close(&mut sorter.pool);
         }
         self.others.retain(|other| other.ifindex != ifindex);
         self.find_ways();
     }
 
     fn find_ways(&mut self) {
-        self.ways = [Way::None; PORT_SLOTS as usize];
+        let Sorter { ports, ways, .. } = &mut self.sorter;
+        *ways = [Way::None; PORT_SLOTS as usize];
         self.transmitters = SlotSet::NONE;
-        let own = self.ports.iter().enumerate().map(|(place, served)| (served.port.slot, Way::Own(place)));
+        let own = ports.iter().enumerate().map(|(place, served)| (served.port.slot, Way::Own(place)));
         let others = self.others.iter().map(|other| (other.slot, Way::Other(other.worker)));
         for (slot, way) in own.chain(others) {
-            if let Some(entry) = self.ways.get_mut(slot as usize) {
+            if let Some(entry) = ways.get_mut(slot as usize) {
                 *entry = way;
                 self.transmitters.insert(slot);
             }
@@ -191,7 +197,7 @@ impl<S: TableSource> Worker<S> {
 
     /// The drivers, to ask what to wait for.
     pub fn drivers(&self) -> impl Iterator<Item = &dyn PortDriver> {
-        self.ports.iter().map(|served| &*served.port.driver)
+        self.sorter.ports.iter().map(|served| &*served.port.driver)
     }
 
     /// Between this and `leave` the tables stay what they are.
@@ -206,23 +212,26 @@ impl<S: TableSource> Worker<S> {
 
     /// One batch of each port, between `enter` and `leave`; how many frames were received.
     pub fn turn(&mut self) -> usize {
-        self.take_parcels() + (0..self.ports.len()).map(|place| self.serve(place)).sum::<usize>()
+        let Self { tables, line, transmitters, sorter, .. } = self;
+        let tables = tables.seen(*line, *transmitters);
+        sorter.take_parcels(&tables) + (0..sorter.ports.len()).map(|place| sorter.serve(&tables, place)).sum::<usize>()
     }
+}
 
-    fn serve(&mut self, place: usize) -> usize {
-        let Self { tables, pool, ports, batch, .. } = self;
+impl Sorter {
+    /// Forwards a batch of a port; how many frames were received.
+    fn serve<T: Tables>(&mut self, tables: &T, place: usize) -> usize {
+        let Self { pool, ports, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         port.driver.receive(pool, batch);
         let received = batch.len();
         if received != 0 {
             let entered = (port.ifindex, port.slot);
-            // The clone is there so that the tables stay while the worker is changed; it costs little in a batch.
-            let tables = tables.clone();
-            let tables = tables.seen(self.line, self.transmitters);
-            let ways = forward(&tables, entered.0, batch);
-            self.sort_out(&tables, &ways);
-            deliver(&tables, &mut *self.linux, &mut self.pool, entered, &mut self.exceptions);
-            self.ports.iter_mut().for_each(|served| transmit(&tables, &mut self.pool, served));
+            let ways = forward(tables, entered.0, batch);
+            self.sort_out(tables, &ways);
+            let Self { pool, linux, ports, exceptions, .. } = self;
+            deliver(tables, &mut **linux, pool, entered, exceptions);
+            ports.iter_mut().for_each(|served| transmit(tables, pool, served));
         }
         received
     }
@@ -262,12 +271,11 @@ impl<S: TableSource> Worker<S> {
     }
 
     /// Sends what other workers have handed over, a batch at most; how many frames that were.
-    fn take_parcels(&mut self) -> usize {
-        let Self { tables, pool, ports, exchange: Some(exchange), .. } = self else { return 0 };
+    fn take_parcels<T: Tables>(&mut self, tables: &T) -> usize {
+        let Self { pool, ports, exchange: Some(exchange), .. } = self else { return 0 };
         while let Some(buffer) = exchange.returned() {
             pool.give(buffer);
         }
-        let tables = tables.seen(self.line, self.transmitters);
         let mut taken = 0;
         while taken < BATCH
             && let Some(parcel) = exchange.take()
@@ -276,12 +284,12 @@ impl<S: TableSource> Worker<S> {
             let served = ports.iter_mut().find(|served| served.port.slot == parcel.slot);
             match served.and_then(|served| Some((served, copy(pool, &parcel.frame)?))) {
                 Some((served, frame)) => served.out.push(frame),
-                None => count_tx_lost(&tables, parcel.slot, 1),
+                None => count_tx_lost(tables, parcel.slot, 1),
             }
             exchange.give_back(parcel);
         }
         if taken != 0 {
-            ports.iter_mut().for_each(|served| transmit(&tables, pool, served));
+            ports.iter_mut().for_each(|served| transmit(tables, pool, served));
         }
         taken
     }
@@ -357,8 +365,7 @@ fn transmit<T: Tables>(tables: &T, pool: &mut Pool, Served { port, out }: &mut S
 
 impl<S> Drop for Worker<S> {
     fn drop(&mut self) {
-        for served in self.ports.drain(..) {
-            served.port.driver.close(&mut self.pool);
-        }
+        let Sorter { pool, ports, .. } = &mut self.sorter;
+        ports.drain(..).for_each(|served| served.port.driver.close(pool));
     }
 }
