@@ -23,4 +23,4 @@ mod watched;
 pub use error::CmError;
 pub use manager::{Cm, Options};
 pub use sink::FpcSink;
-pub use watch::{PortIndex, Watcher};
+pub use watch::{Finding, PortIndex, Watcher};

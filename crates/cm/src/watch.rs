@@ -5,7 +5,9 @@ use crate::error::CmError;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, Port};
+use towpath_fpc::{PolicySource, Port, Scope};
+use towpath_tables::Reason;
+use towpath_tables::record::Family;
 
 /// The interfaces of the namespace as CM knows them at the moment.
 #[derive(Default, Debug)]
@@ -40,6 +42,29 @@ impl PortIndex {
     }
 }
 
+/// Something that stands in the way: a policy, but for whose it is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finding {
+    /// What it touches
+    pub scope: Scope,
+    /// The reason counted
+    pub reason: Reason,
+    /// For people: the object that stands in the way
+    pub detail: String,
+}
+
+impl Finding {
+    /// A finding of any scope.
+    pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
+        Self { scope, reason, detail: detail.into() }
+    }
+
+    /// One that touches every forwarded packet of the family.
+    pub fn family(family: Family, reason: Reason, detail: impl Into<String>) -> Self {
+        Self::new(Scope::Family(family), reason, detail)
+    }
+}
+
 /// Finds the policies of one source. Made in the network namespace it watches, and used by one thread.
 pub trait Watcher {
     /// Short name for logs.
@@ -50,15 +75,17 @@ pub trait Watcher {
 
     /// Descriptors that wake it when they become readable (level-triggered; it must read them empty in `poll`). Asked
     /// for once, after creation; they must stay open until the watcher is dropped.
-    fn fds(&self) -> Vec<BorrowedFd<'_>>;
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
 
     /// Longest time between polls when nothing wakes it; None if its descriptors tell everything. Asked after each poll.
     fn interval(&self) -> Option<Duration>;
 
     /// Called once at the start, then when a descriptor is readable, when the interval has passed, and when the set of
-    /// interfaces changed. Gives the full current set, or None if it cannot have changed.
+    /// interfaces changed. Gives the full current set, in any order.
     ///
     /// After an error the loop declares everything unknown (`Reason::PolicyUnknown`, both families) and polls again
-    /// soon; the watcher must then start afresh and give a full set, never None.
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError>;
+    /// soon; the watcher must then start afresh.
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError>;
 }

@@ -1,9 +1,10 @@
 //! A watcher together with what the loop knows of it.
 
-use crate::watch::{PortIndex, Watcher};
+use crate::guard::FAMILIES;
+use crate::watch::{Finding, PortIndex, Watcher};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
-use towpath_tables::{Reason, record::Family};
+use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Snapshot};
+use towpath_tables::Reason;
 
 /// How soon a watcher that failed is tried again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -50,14 +51,14 @@ impl Watched {
 
     /// Polls it and gives what follows: nothing, or its whole set and what of it is new.
     pub fn poll(&mut self, ports: &PortIndex) -> Found {
-        let set = match self.watcher.poll(ports) {
-            Ok(set) => {
+        let findings = match self.watcher.findings(ports) {
+            Ok(findings) => {
                 if self.failing {
                     tracing::info!(watcher = self.watcher.name(), "can be read again");
                 }
                 self.failing = false;
                 self.due = self.watcher.interval().map(|interval| Instant::now() + interval);
-                set.or_else(|| self.told.is_none().then(Vec::new))
+                findings
             }
             Err(error) => {
                 if !self.failing {
@@ -65,29 +66,26 @@ impl Watched {
                 }
                 self.failing = true;
                 self.due = Some(Instant::now() + RETRY);
-                Some(self.unknown(&error.to_string()))
+                self.unknown(&error.to_string())
             }
         };
-        set.map(|set| self.tell(set)).unwrap_or_default()
+        self.tell(findings)
     }
 
-    fn unknown(&self, error: &str) -> Vec<Policy> {
+    fn unknown(&self, error: &str) -> Vec<Finding> {
+        let detail = format!("{}: {error}", self.watcher.name());
+        FAMILIES.map(|family| Finding::family(family, Reason::PolicyUnknown, &detail)).into()
+    }
+
+    fn tell(&mut self, findings: Vec<Finding>) -> Found {
         let source = self.watcher.source();
-        let policy = |family| Policy {
-            source,
-            scope: Scope::Family(family),
-            reason: Reason::PolicyUnknown,
-            detail: format!("{}: {error}", self.watcher.name()),
-        };
-        vec![policy(Family::V4), policy(Family::V6)]
-    }
-
-    fn tell(&mut self, mut set: Vec<Policy>) -> Found {
-        set.sort();
+        let policy = |Finding { scope, reason, detail }| Policy { source, scope, reason, detail };
+        let mut set: Vec<_> = findings.into_iter().map(policy).collect();
+        set.sort_unstable();
+        set.dedup();
         if self.told.as_ref() == Some(&set) {
             return Found::default();
         }
-        let source = self.watcher.source();
         let known = self.told.as_deref().unwrap_or_default();
         let new: Vec<_> = set.iter().filter(|policy| known.binary_search(policy).is_err()).cloned().collect();
         let snapshot = Snapshot::Policies(source);

@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::FamilyReader, watchers};
-use towpath_cm::{PortIndex, Watcher};
-use towpath_fpc::{Policy, Port, PortFamily, PortKind, Scope};
+use towpath_cm::{Finding, PortIndex, Watcher};
+use towpath_fpc::{Port, PortFamily, PortKind, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family::{V4, V6};
 
@@ -113,13 +113,13 @@ fn kernel_since(version: (u32, u32)) -> bool {
 /// A watcher with what it told last.
 struct Watched {
     watcher: Box<dyn Watcher>,
-    policies: Vec<Policy>,
+    policies: Vec<Finding>,
 }
 
 impl Watched {
     fn new(watcher: impl Watcher + 'static, ports: &PortIndex) -> Self {
         let mut watcher: Box<dyn Watcher> = Box::new(watcher);
-        let policies = watcher.poll(ports).unwrap().expect("the first poll tells everything");
+        let policies = watcher.findings(ports).unwrap();
         Self { watcher, policies }
     }
 
@@ -134,13 +134,10 @@ impl Watched {
         let timeout = self.watcher.interval().unwrap_or(Duration::from_millis(500)).as_millis() as i32;
         // SAFETY: the array lives through the call and its length is given.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
-        if let Some(policies) = self.watcher.poll(ports).unwrap() {
-            assert!(policies.iter().all(|policy| policy.source == self.watcher.source()));
-            self.policies = policies;
-        }
+        self.policies = self.watcher.findings(ports).unwrap();
     }
 
-    fn wait(&mut self, what: &str, ports: &PortIndex, done: impl Fn(&[Policy]) -> bool) -> Duration {
+    fn wait(&mut self, what: &str, ports: &PortIndex, done: impl Fn(&[Finding]) -> bool) -> Duration {
         let start = Instant::now();
         while !done(&self.policies) {
             assert!(start.elapsed() < DEADLINE, "{what}: still {:#?}", self.policies);
@@ -595,7 +592,7 @@ fn tcx_programs() {
     for (attach_type, scope) in [(46, Scope::Ingress(lab.g1, None)), (47, Scope::Egress(lab.g0, None))] {
         let ifindex = if attach_type == 46 { lab.g1 } else { lab.g0 };
         let Some(link) = bpf_link(classifier, attach_type, next, &[ifindex, attach_type, 0]) else { return };
-        let is = |p: &[Policy]| matches!(p, [p] if p.scope == scope && p.reason == Reason::PolicyTc);
+        let is = |p: &[Finding]| matches!(p, [p] if p.scope == scope && p.reason == Reason::PolicyTc);
         let came = tc.wait("tcx", &lab.ports, is);
         drop(link);
         let went = tc.wait("tcx", &lab.ports, |p| p.is_empty());
@@ -653,7 +650,7 @@ fn captures() {
     let scopes = |ifindex| [Scope::Ingress(ifindex, None), Scope::Egress(ifindex, None)];
     let is = |expected: &[Scope]| {
         let expected: BTreeSet<_> = expected.iter().copied().collect();
-        move |p: &[Policy]| {
+        move |p: &[Finding]| {
             p.iter().all(|p| p.reason == Reason::PolicyCapture)
                 && p.iter().map(|p| p.scope).collect::<BTreeSet<_>>() == expected
         }
@@ -832,7 +829,7 @@ fn watching_an_idle_router_costs_next_to_nothing() {
     run("nft 'add table inet t; add chain inet t c { type filter hook input priority 0; }; add rule inet t c counter'");
     let mut all: Vec<_> = watchers().unwrap().into_iter().map(|watcher| (watcher, Duration::ZERO)).collect();
     for (watcher, _) in &mut all {
-        assert_eq!(watcher.poll(&lab.ports).unwrap(), Some(vec![]), "{}", watcher.name());
+        assert_eq!(watcher.findings(&lab.ports).unwrap(), [], "{}", watcher.name());
     }
     let start = Instant::now();
     let before = cpu_time();
@@ -841,7 +838,7 @@ fn watching_an_idle_router_costs_next_to_nothing() {
         for (watcher, spent) in &mut all {
             if watcher.interval().is_some() {
                 let before = cpu_time();
-                assert_eq!(watcher.poll(&lab.ports).unwrap(), None, "{}", watcher.name());
+                assert_eq!(watcher.findings(&lab.ports).unwrap(), [], "{}", watcher.name());
                 *spent += cpu_time() - before;
             }
         }

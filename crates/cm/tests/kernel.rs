@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::*;
-use towpath_cm::{Cm, CmError, FpcSink, Options, PortIndex, Watcher};
+use towpath_cm::{Cm, CmError, Finding, FpcSink, Options, PortIndex, Watcher};
 use towpath_fpc::*;
 use towpath_tables::{Reason, record::Family};
 
@@ -559,7 +559,11 @@ fn any_history_ends_in_what_linux_has() {
 }
 
 /// A watcher that says what the test tells it.
-struct Told(std::sync::mpsc::Receiver<Result<Vec<Policy>, ()>>, std::io::PipeReader);
+struct Told {
+    said: std::sync::mpsc::Receiver<Result<Vec<Finding>, ()>>,
+    wake: std::io::PipeReader,
+    last: Vec<Finding>,
+}
 
 impl Watcher for Told {
     fn name(&self) -> &'static str {
@@ -569,19 +573,17 @@ impl Watcher for Told {
         PolicySource::Xfrm
     }
     fn fds(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
-        vec![std::os::fd::AsFd::as_fd(&self.1)]
+        vec![std::os::fd::AsFd::as_fd(&self.wake)]
     }
     fn interval(&self) -> Option<Duration> {
         None
     }
-    fn poll(&mut self, _: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        match self.0.try_recv() {
-            Err(_) => Ok(None),
-            Ok(said) => {
-                std::io::Read::read_exact(&mut self.1, &mut [0]).unwrap();
-                said.map(Some).map_err(|()| CmError::decode("xfrm", "gibberish"))
-            }
+    fn findings(&mut self, _: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        if let Ok(said) = self.said.try_recv() {
+            std::io::Read::read_exact(&mut self.wake, &mut [0]).unwrap();
+            self.last = said.map_err(|()| CmError::decode("xfrm", "gibberish"))?;
         }
+        Ok(self.last.clone())
     }
 }
 
@@ -591,27 +593,25 @@ fn a_watcher_that_fails_makes_everything_unknown() {
         topology();
         let (say, said) = std::sync::mpsc::channel();
         let (reader, mut wake) = std::io::pipe().unwrap();
-        let cm = Running::with(Options::default(), move || vec![Box::new(Told(said, reader))]);
+        let cm =
+            Running::with(Options::default(), move || vec![Box::new(Told { said, wake: reader, last: Vec::new() })]);
         let mut say = |what| {
             say.send(what).unwrap();
             std::io::Write::write_all(&mut wake, &[1]).unwrap();
         };
         let policies = |model: &Model| model.policies.get(&PolicySource::Xfrm).cloned();
         assert_eq!(policies(&cm.model()), Some(Vec::new()));
-        let policy = Policy {
-            source: PolicySource::Xfrm,
-            scope: Scope::Egress(1, None),
-            reason: Reason::PolicyXfrm,
-            detail: "one".into(),
-        };
-        say(Ok(vec![policy.clone()]));
+        let finding = Finding::new(Scope::Egress(1, None), Reason::PolicyXfrm, "one");
+        let Finding { scope, reason, detail } = finding.clone();
+        let policy = Policy { source: PolicySource::Xfrm, scope, reason, detail };
+        say(Ok(vec![finding.clone()]));
         cm.wait("policy", |model| (policies(model) == Some(vec![policy.clone()])).then_some(()));
         say(Err(()));
         let unknown = cm.wait("unknown", |model| policies(model).filter(|set| set.len() == 2));
         let scopes: Vec<_> = unknown.iter().map(|policy| (policy.scope, policy.reason)).collect();
         let family = |family| (Scope::Family(family), Reason::PolicyUnknown);
         assert_eq!(scopes, [family(Family::V4), family(Family::V6)]);
-        say(Ok(vec![policy.clone()]));
+        say(Ok(vec![finding.clone()]));
         cm.wait("known again", |model| (policies(model) == Some(vec![policy.clone()])).then_some(()));
     });
 }

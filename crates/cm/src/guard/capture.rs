@@ -6,13 +6,12 @@
 //! net/packet/diag.c, Linux 6.1).
 
 use super::nl::{Message, Netlink, attrs, find, ne32};
-use super::{Finding, POLL, Told, candidates};
+use super::{Finding, POLL, candidates};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::BTreeMap;
-use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, Scope};
+use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 
 const NETLINK_SOCK_DIAG: isize = 4;
@@ -26,14 +25,27 @@ const SEES_IP: &[u16] = &[0x0003, 0x0800, 0x86dd, 0x8100, 0x88a8];
 /// The watcher of packet sockets.
 pub struct Capture {
     netlink: Netlink,
-    told: Told,
 }
 
 impl Capture {
     /// Watches the thread's network namespace.
     pub fn new() -> Result<Self, CmError> {
         let netlink = Netlink::open(NETLINK_SOCK_DIAG).map_err(|e| CmError::io("captures: netlink socket", e))?;
-        Ok(Self { netlink, told: Told::new(PolicySource::Capture) })
+        Ok(Self { netlink })
+    }
+}
+
+impl Watcher for Capture {
+    fn name(&self) -> &'static str {
+        "capture"
+    }
+
+    fn source(&self) -> PolicySource {
+        PolicySource::Capture
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        Some(POLL)
     }
 
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
@@ -52,29 +64,6 @@ impl Capture {
         let everywhere = by_port.remove(&0);
         let all = everywhere.iter().flat_map(|socket| candidates(ports).map(|port| (port.ifindex, *socket)));
         Ok(all.chain(by_port).flat_map(|(ifindex, socket)| socket.findings(ifindex)).collect())
-    }
-}
-
-impl Watcher for Capture {
-    fn name(&self) -> &'static str {
-        "capture"
-    }
-
-    fn source(&self) -> PolicySource {
-        PolicySource::Capture
-    }
-
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
-    }
-
-    fn interval(&self) -> Option<Duration> {
-        Some(POLL)
-    }
-
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
-        Ok(self.told.tell(findings))
     }
 }
 

@@ -18,10 +18,9 @@ mod xfrm;
 mod xtables;
 
 use crate::error::CmError;
-use crate::watch::{PortIndex, Watcher};
+use crate::watch::{Finding, PortIndex, Watcher};
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, Port, PortKind, Scope};
-use towpath_tables::Reason;
+use towpath_fpc::{Port, PortKind};
 use towpath_tables::record::Family;
 
 pub use capture::Capture;
@@ -52,57 +51,6 @@ pub fn watchers() -> Result<Vec<Box<dyn Watcher>>, CmError> {
         Box::new(Sysctl::new()?),
         Box::new(Tunnels::new()?),
     ])
-}
-
-/// Something that stands in the way, before it is known whose it is.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Finding {
-    scope: Scope,
-    reason: Reason,
-    detail: String,
-}
-
-impl Finding {
-    fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into() }
-    }
-
-    fn family(family: Family, reason: Reason, detail: impl Into<String>) -> Self {
-        Self::new(Scope::Family(family), reason, detail)
-    }
-}
-
-/// The set told last, so that an unchanged one is not told again.
-pub(crate) struct Told {
-    source: PolicySource,
-    last: Option<Vec<Policy>>,
-}
-
-impl Told {
-    fn new(source: PolicySource) -> Self {
-        Self { source, last: None }
-    }
-
-    /// The findings as the full set of policies, or None if that is what was told last.
-    fn tell(&mut self, findings: impl IntoIterator<Item = Finding>) -> Option<Vec<Policy>> {
-        let source = self.source;
-        let mut policies: Vec<_> = findings
-            .into_iter()
-            .map(|Finding { scope, reason, detail }| Policy { source, scope, reason, detail })
-            .collect();
-        policies.sort_unstable();
-        policies.dedup();
-        if self.last.as_ref() == Some(&policies) {
-            return None;
-        }
-        self.last = Some(policies.clone());
-        Some(policies)
-    }
-
-    /// What was told counts no longer (after an error): the next set is told whatever it is.
-    fn forget(&mut self) {
-        self.last = None;
-    }
 }
 
 /// Whether the interface can be a port at all; others need not be looked at.

@@ -8,7 +8,7 @@
 mod hooks;
 mod ruleset;
 
-use super::{Finding, POLL, Told, has_tunnels, nl};
+use super::{Finding, POLL, has_tunnels, nl};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
@@ -16,7 +16,7 @@ use nl::{Netlink, Wakeup};
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
-use towpath_fpc::{Policy, PolicySource};
+use towpath_fpc::PolicySource;
 
 const NETLINK_NETFILTER: isize = 12;
 const SUBSYSTEM: u16 = 10;
@@ -43,7 +43,6 @@ pub struct Nftables {
     asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
-    told: Told,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,7 +64,6 @@ impl Nftables {
             generation: Generation::Unknown,
             asked: Instant::now(),
             ruleset: Ruleset::default(),
-            told: Told::new(PolicySource::Nftables),
         })
     }
 
@@ -94,13 +92,6 @@ impl Nftables {
         self.generation = generation;
         Ok(())
     }
-
-    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
-        self.refresh()?;
-        let mut findings = self.ruleset.findings(ports);
-        findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports))?);
-        Ok(findings)
-    }
 }
 
 impl Watcher for Nftables {
@@ -120,15 +111,11 @@ impl Watcher for Nftables {
         Some(POLL)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        match self.findings(ports) {
-            Ok(findings) => Ok(self.told.tell(findings)),
-            Err(e) => {
-                self.generation = Generation::Unknown;
-                self.told.forget();
-                Err(e)
-            }
-        }
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.refresh().inspect_err(|_| self.generation = Generation::Unknown)?;
+        let mut findings = self.ruleset.findings(ports);
+        findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports))?);
+        Ok(findings)
     }
 }
 

@@ -4,12 +4,12 @@
 //! Sources: include/uapi/linux/fib_rules.h, net/core/fib_rules.c (Linux 6.1).
 
 use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
-use super::{FAMILIES, Finding, Told, family_name};
+use super::{FAMILIES, Finding, family_name};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource};
+use towpath_fpc::PolicySource;
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -38,7 +38,6 @@ pub struct Rules {
     netlink: Netlink,
     read: bool,
     findings: Vec<Finding>,
-    told: Told,
 }
 
 impl Rules {
@@ -50,7 +49,6 @@ impl Rules {
             netlink: Netlink::open(NETLINK_ROUTE).map_err(open)?,
             read: false,
             findings: Vec::new(),
-            told: Told::new(PolicySource::Rules),
         })
     }
 
@@ -86,12 +84,9 @@ impl Watcher for Rules {
         None
     }
 
-    fn poll(&mut self, _: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        if let Err(e) = self.refresh() {
-            self.told.forget();
-            return Err(e);
-        }
-        Ok(self.told.tell(self.findings.clone()))
+    fn findings(&mut self, _: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.refresh().inspect_err(|_| self.read = false)?;
+        Ok(self.findings.clone())
     }
 }
 

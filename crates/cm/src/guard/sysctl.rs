@@ -21,16 +21,15 @@
 //! themselves, give it one); shared_media (redirects to the sender, on which the packet is Linux's); ARP and ND
 //! (proxy_arp, arp_*); and ip_forward_update_priority (orders packets within a full queue).
 
-use super::{FAMILIES, Finding, POLL, Told, candidates, family_name};
+use super::{FAMILIES, Finding, POLL, candidates, family_name};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use towpath_fpc::{FamilySettings, Policy, PolicySource, Port, Scope};
+use towpath_fpc::{FamilySettings, PolicySource, Port, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -110,7 +109,6 @@ pub struct Sysctl {
     proxy_ndp: Number,
     all: Redirects,
     ports: HashMap<u32, PortNumbers>,
-    told: Told,
 }
 
 /// `net.ipv4.conf.X.*` that hold for an interface together with those of `all`.
@@ -185,20 +183,7 @@ impl Sysctl {
             proxy_ndp: Number::new("net/ipv6/conf/all/proxy_ndp"),
             all: Redirects::new("all"),
             ports: HashMap::new(),
-            told: Told::new(PolicySource::Sysctl),
         })
-    }
-
-    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
-        let mut findings = self.namespace()?;
-        let all = self.all.read()?;
-        self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
-        for port in candidates(ports) {
-            let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
-            findings.extend(numbers.redirects.findings(port, all)?);
-            findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
-        }
-        Ok(findings)
     }
 
     fn namespace(&mut self) -> Result<Vec<Finding>, CmError> {
@@ -233,17 +218,20 @@ impl Watcher for Sysctl {
         PolicySource::Sysctl
     }
 
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
-    }
-
     fn interval(&self) -> Option<Duration> {
         Some(POLL)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
-        Ok(self.told.tell(findings))
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        let mut findings = self.namespace()?;
+        let all = self.all.read()?;
+        self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
+        for port in candidates(ports) {
+            let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
+            findings.extend(numbers.redirects.findings(port, all)?);
+            findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
+        }
+        Ok(findings)
     }
 }
 

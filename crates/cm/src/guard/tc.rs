@@ -9,13 +9,13 @@
 
 use super::bpf::{PROG_TYPE_CLASSIFIER, Programs, Tcx, tcx_programs};
 use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
-use super::{Finding, POLL, Told, candidates};
+use super::{Finding, POLL, candidates};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, Scope};
+use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 
 const NETLINK_ROUTE: isize = 0;
@@ -43,7 +43,6 @@ pub struct Tc {
     has_tcx: bool,
     /// What tcx could attach
     classifiers: Programs,
-    told: Told,
 }
 
 impl Tc {
@@ -57,7 +56,6 @@ impl Tc {
             findings: Vec::new(),
             has_tcx: true,
             classifiers: Programs::of(PROG_TYPE_CLASSIFIER),
-            told: Told::new(PolicySource::Tc),
         })
     }
 
@@ -150,16 +148,9 @@ impl Watcher for Tc {
         self.has_tcx.then_some(POLL)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        let tcx = self.refresh().and_then(|()| self.tcx(ports));
-        match tcx {
-            Ok(tcx) => Ok(self.told.tell(self.findings.iter().cloned().chain(tcx))),
-            Err(e) => {
-                self.read = false;
-                self.told.forget();
-                Err(e)
-            }
-        }
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.refresh().inspect_err(|_| self.read = false)?;
+        Ok([self.findings.clone(), self.tcx(ports)?].concat())
     }
 }
 

@@ -8,16 +8,15 @@
 //! Nothing announces either; both are read at every poll, while there are tunnels.
 
 use super::nl::{self, Netlink, attrs, find, ne32};
-use super::{Finding, POLL, Told, is_tunnel};
+use super::{Finding, POLL, is_tunnel};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, PortKind, Scope, Tunnel};
+use towpath_fpc::{PolicySource, PortKind, Scope, Tunnel};
 use towpath_tables::Reason;
 
 const NETLINK_ROUTE: isize = 0;
@@ -38,7 +37,6 @@ const RAW: &str = "/proc/thread-self/net/raw";
 pub struct Tunnels {
     netlink: Netlink,
     raw: File,
-    told: Told,
 }
 
 impl Tunnels {
@@ -47,26 +45,7 @@ impl Tunnels {
         Ok(Self {
             netlink: Netlink::open(NETLINK_ROUTE).map_err(|e| CmError::io("tunnels: netlink socket", e))?,
             raw: File::open(RAW).map_err(|e| CmError::io(RAW, e))?,
-            told: Told::new(PolicySource::Tunnels),
         })
-    }
-
-    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
-        let mut findings = Vec::new();
-        let mut tunnels = ports.iter().filter(|port| is_tunnel(port)).peekable();
-        let listeners = if tunnels.peek().is_some() { self.listeners()? } else { 0 };
-        for port in tunnels {
-            let PortKind::Tunnel(tunnel) = port.kind else { continue };
-            if let Some(mtu) = self.learned(&tunnel)? {
-                let detail = format!("Linux has learned a path MTU of {mtu} to {}", tunnel.remote);
-                findings.push(Finding::new(Scope::Egress(port.ifindex, None), Reason::Tunnel, detail));
-            }
-            if listeners > 0 {
-                let detail = format!("{} for GRE", super::count(listeners, "raw socket"));
-                findings.push(Finding::new(Scope::Ingress(port.ifindex, None), Reason::PolicyCapture, detail));
-            }
-        }
-        Ok(findings)
     }
 
     /// The path MTU to a tunnel's other end, if Linux knows another than the route's.
@@ -103,17 +82,26 @@ impl Watcher for Tunnels {
         PolicySource::Tunnels
     }
 
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
-    }
-
     fn interval(&self) -> Option<Duration> {
         Some(POLL)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        let findings = self.findings(ports).inspect_err(|_| self.told.forget())?;
-        Ok(self.told.tell(findings))
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        let mut findings = Vec::new();
+        let mut tunnels = ports.iter().filter(|port| is_tunnel(port)).peekable();
+        let listeners = if tunnels.peek().is_some() { self.listeners()? } else { 0 };
+        for port in tunnels {
+            let PortKind::Tunnel(tunnel) = port.kind else { continue };
+            if let Some(mtu) = self.learned(&tunnel)? {
+                let detail = format!("Linux has learned a path MTU of {mtu} to {}", tunnel.remote);
+                findings.push(Finding::new(Scope::Egress(port.ifindex, None), Reason::Tunnel, detail));
+            }
+            if listeners > 0 {
+                let detail = format!("{} for GRE", super::count(listeners, "raw socket"));
+                findings.push(Finding::new(Scope::Ingress(port.ifindex, None), Reason::PolicyCapture, detail));
+            }
+        }
+        Ok(findings)
     }
 }
 

@@ -6,13 +6,13 @@
 
 use super::netfilter::scope;
 use super::nl::{Message, Netlink, Wakeup, ne32};
-use super::{FAMILIES, Finding, Told, count, has_tunnels};
+use super::{FAMILIES, Finding, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource, Scope};
+use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -42,7 +42,6 @@ pub struct Xfrm {
     /// Number of policies as the kernel counts them, when they were last read
     counted: Option<Vec<u8>>,
     findings: Vec<Finding>,
-    told: Told,
 }
 
 impl Xfrm {
@@ -54,7 +53,7 @@ impl Xfrm {
             Err(e) if is_unsupported(&e) => None,
             Err(e) => return Err(CmError::io("XFRM: netlink socket", e)),
         };
-        Ok(Self { sockets, counted: None, findings: Vec::new(), told: Told::new(PolicySource::Xfrm) })
+        Ok(Self { sockets, counted: None, findings: Vec::new() })
     }
 
     fn refresh(&mut self) -> Result<(), CmError> {
@@ -88,14 +87,10 @@ impl Watcher for Xfrm {
         self.sockets.as_ref().map(|_| RECOUNT)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
-        if let Err(e) = self.refresh() {
-            self.counted = None;
-            self.told.forget();
-            return Err(e);
-        }
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.refresh().inspect_err(|_| self.counted = None)?;
         let matters = |finding: &&Finding| has_tunnels(ports) || !matches!(finding.scope, Scope::Local(_));
-        Ok(self.told.tell(self.findings.iter().filter(matters).cloned()))
+        Ok(self.findings.iter().filter(matters).cloned().collect())
     }
 }
 

@@ -6,15 +6,15 @@
 
 use super::netfilter::{hooks, scope, xt_tracks};
 use super::nl::{ne32, text_of};
-use super::{Finding, POLL, Told, count, has_tunnels};
+use super::{Finding, POLL, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use towpath_fpc::{Policy, PolicySource};
+use towpath_fpc::PolicySource;
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -68,14 +68,13 @@ const LAYOUTS: [Layout; 2] = [
 /// The watcher of xtables' own tables.
 pub struct Xtables {
     families: Vec<Tables>,
-    told: Told,
 }
 
 impl Xtables {
     /// Watches the thread's network namespace.
     pub fn new() -> Result<Self, CmError> {
         let families = LAYOUTS.iter().map(Tables::new).collect::<Result<_, _>>()?;
-        Ok(Self { families, told: Told::new(PolicySource::Xtables) })
+        Ok(Self { families })
     }
 }
 
@@ -88,20 +87,16 @@ impl Watcher for Xtables {
         PolicySource::Xtables
     }
 
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        Vec::new()
-    }
-
     fn interval(&self) -> Option<Duration> {
         Some(POLL)
     }
 
-    fn poll(&mut self, ports: &PortIndex) -> Result<Option<Vec<Policy>>, CmError> {
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         let mut findings = Vec::new();
         for tables in &mut self.families {
-            findings.extend(tables.findings(has_tunnels(ports)).inspect_err(|_| self.told.forget())?);
+            findings.extend(tables.findings(has_tunnels(ports))?);
         }
-        Ok(self.told.tell(findings))
+        Ok(findings)
     }
 }
 
