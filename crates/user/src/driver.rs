@@ -16,6 +16,12 @@ pub trait PortDriver: Send {
     /// Sends frames in their order and takes those that it sends out of `frames`; what remains found no room.
     fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
 
+    /// Hands frames that arrived here to Linux, if the port has a way of its own, so that Linux sees them received by its
+    /// interface. Returns how many could not be.
+    fn deliver(&mut self, _frames: &[Buffer]) -> Option<usize> {
+        None
+    }
+
     /// Appends what can be read from (`poll`) when frames have arrived; false if only asking tells.
     fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool;
 

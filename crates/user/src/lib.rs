@@ -12,11 +12,16 @@ mod driver;
 mod engine;
 mod exchange;
 pub mod memory;
+pub mod pcap;
 mod pool;
 mod ring;
+pub mod tap;
+pub mod twin;
+mod vnet;
 mod worker;
 
 pub use driver::{BATCH, Linux, PortDriver};
 pub use engine::{Core, Engine, Error, Grace, check_cores, usable_cores};
 pub use pool::{Area, Buffer, HEADROOM, Pool};
+pub use vnet::Vnet;
 pub use worker::{Port, Reading, TableSource, Worker};

@@ -230,7 +230,12 @@ impl Sorter {
             let ways = forward(tables, entered.0, batch);
             self.sort_out(tables, &ways);
             let Self { pool, linux, ports, exceptions, .. } = self;
-            deliver(tables, &mut **linux, pool, entered, exceptions);
+            if !exceptions.is_empty() {
+                let own = ports.get_mut(place).and_then(|served| served.port.driver.deliver(exceptions));
+                let lost = own.unwrap_or_else(|| linux.deliver(entered.0, exceptions));
+                count_exceptions_lost(tables, entered.1, lost as u64);
+                exceptions.drain(..).for_each(|frame| pool.give(frame));
+            }
             ports.iter_mut().for_each(|served| transmit(tables, pool, served));
         }
         received
@@ -329,25 +334,6 @@ fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn forward_v3<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
     process_batch(tables, ifindex, batch)
-}
-
-/// Hands frames that came in by an interface to Linux.
-#[inline]
-fn deliver<T: Tables>(
-    tables: &T,
-    linux: &mut dyn Linux,
-    pool: &mut Pool,
-    (ifindex, slot): (u32, u32),
-    frames: &mut Vec<Buffer>,
-) {
-    if frames.is_empty() {
-        return;
-    }
-    let lost = linux.deliver(ifindex, frames);
-    if lost != 0 {
-        count_exceptions_lost(tables, slot, lost as u64);
-    }
-    frames.drain(..).for_each(|frame| pool.give(frame));
 }
 
 /// Sends what a port has to send.
