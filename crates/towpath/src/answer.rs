@@ -4,6 +4,7 @@ use crate::control::{self, Packet, Request};
 use crate::daemon::Daemon;
 use crate::explain::{self, Ingress, Names, mac};
 use crate::report::{self, Families, Forwarding};
+use crate::wires::Wire;
 use crate::words;
 use anyhow::{Context, Result, bail};
 use std::net::IpAddr;
@@ -153,12 +154,22 @@ impl Daemon {
             ifindex: Some(port.ifindex),
             mode: mode.into(),
             driver: driver.ok(),
+            served_by: self.served_by(port.ifindex, mode),
             ready: why_not.is_none(),
             why_not,
             mac: port.mac.map(|bytes: [u8; 6]| mac(Some(bytes.as_slice()))),
             mtu: Some(port.mtu),
             promiscuous: Some(served.map_or(port.promiscuous, |served| served.promiscuous)),
             forwarding: Some(Forwarding { ipv4: port.family[0].forwarding, ipv6: port.family[1].forwarding }),
+        }
+    }
+
+    /// By what the frames of a port come and go.
+    fn served_by(&self, ifindex: u32, mode: &str) -> Option<String> {
+        match mode {
+            "user" => Some(self.wanted.wire(ifindex).map_or_else(|| "af_xdp".into(), Wire::to_string)),
+            "native" | "generic" => Some("xdp".into()),
+            _ => None,
         }
     }
 
@@ -400,6 +411,7 @@ fn absent(name: &str, ifindex: Option<u32>) -> report::Port {
         ifindex,
         mode: "none".into(),
         driver: None,
+        served_by: None,
         ready: false,
         why_not: Some(if ifindex.is_some() { "not in the tables" } else { "no such interface now" }.into()),
         mac: None,

@@ -1,5 +1,6 @@
 //! The command line: what may be asked for, and its help.
 
+use crate::wires::PortArgument;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -45,8 +46,9 @@ pub enum Command {
 /// `towpath up`
 #[derive(Args, Clone)]
 pub struct Up {
-    /// Interfaces to serve; none: every interface that can be served
-    pub ports: Vec<String>,
+    /// Interfaces to serve; none: every interface that can be served. With --engine user, PORT=tap:NAME and
+    /// PORT=pcap:IN,OUT have frames come and go by another TAP or by files; PORT is then a TAP with the port's settings
+    pub ports: Vec<PortArgument>,
     /// What runs the packet path
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub engine: Engine,

@@ -11,6 +11,7 @@ use crate::ports::Wanted;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
+use crate::wires::LARGEST_MTU;
 use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
 use crate::{interfaces, notify};
 use anyhow::{Result, bail};
@@ -211,11 +212,12 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
 
 /// What the user engine is to be, from the command line and the interfaces there are.
 fn plan(up: &Up, wanted: &Wanted, interfaces: &[(String, u32)]) -> Result<Plan> {
-    let mut ports = wanted.indices();
-    if ports.is_empty() {
+    let mut ports = wanted.with_driver();
+    let wires = wanted.indices().len() - ports.len();
+    if ports.is_empty() && wires == 0 {
         ports.extend(interfaces.iter().filter(|(name, _)| name != "lo").map(|(_, ifindex)| ifindex));
     }
-    Plan::new(up.cores.as_ref().map(|cores| cores.0.as_slice()), &ports)
+    Plan::new(up.cores.as_ref().map(|cores| cores.0.as_slice()), &ports, wires)
 }
 
 /// What works on the tables.
@@ -302,7 +304,7 @@ impl Daemon {
         self.wanted.choose(self.fpm.interfaces(), &self.engine);
         self.wanted.check(self.fpm.interfaces())?;
         let wanted = self.wanted.indices();
-        for notice in self.engine.announce(&wanted)? {
+        for notice in self.engine.announce(&self.wanted.with_driver())? {
             self.facts.notice(&notice);
         }
         wanted.iter().for_each(|ifindex| self.fpm.serve(*ifindex, true));
@@ -325,8 +327,8 @@ impl Daemon {
             };
             self.fpm.serve(ifindex, false);
         }
-        let wanted = self.wanted.indices();
-        for left in self.engine.ports().into_iter().filter(|ifindex| !wanted.contains(ifindex)) {
+        let (wanted, with_driver) = (self.wanted.indices(), self.wanted.with_driver());
+        for left in self.engine.ports().into_iter().filter(|ifindex| !with_driver.contains(ifindex)) {
             self.engine.detach(left)?;
         }
         let ports: Vec<_> = self.fpm.interfaces().filter(|port| wanted.contains(&port.ifindex)).cloned().collect();
@@ -337,20 +339,29 @@ impl Daemon {
         Ok(())
     }
 
-    /// Has the engine serve the ports, and the workers if there are any. Sockets come first: whether a port can have them
-    /// is to be known before anything changes.
+    /// Has the engine serve the ports, and the workers if there are any. Sockets and wires come first: whether a port can
+    /// have them is to be known before anything changes.
     fn attach_all(&mut self, requests: &[PortRequest]) -> Result<(), Refused> {
         let mut opened = Vec::new();
         for request in requests {
             let name = self.interface(request.ifindex);
             if let Some(workers) = &mut self.workers {
-                let sockets = workers.open(request.ifindex, &name);
-                opened.push((request.slot, sockets.map_err(|error| Refused::Port(request.ifindex, error))?));
+                let mtu = self.fpm.interfaces().find(|port| port.ifindex == request.ifindex).map_or(0, |port| port.mtu);
+                let port = match self.wanted.wire(request.ifindex) {
+                    Some(_) if mtu as usize > LARGEST_MTU => Err(anyhow::anyhow!(
+                        "{name} has an MTU of {mtu}, and packets of a port with a wire have at most {LARGEST_MTU} bytes; run: \
+                         ip link set {name} mtu {LARGEST_MTU}"
+                    )),
+                    wire => workers.open(request.ifindex, &name, wire),
+                };
+                opened.push((request.slot, port.map_err(|error| Refused::Port(request.ifindex, error))?));
             }
         }
-        self.engine.attach(requests).map_err(Refused::Engine)?;
-        for (slot, sockets) in opened {
-            self.hand_to_workers(slot, sockets);
+        let with_driver = self.wanted.with_driver();
+        let programs = requests.iter().filter(|request| with_driver.contains(&request.ifindex));
+        self.engine.attach(&programs.copied().collect::<Vec<_>>()).map_err(Refused::Engine)?;
+        for (slot, port) in opened {
+            self.hand_to_workers(slot, port);
         }
         Ok(())
     }

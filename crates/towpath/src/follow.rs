@@ -3,6 +3,7 @@
 use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
 use crate::source::Peer;
+use crate::wires::LARGEST_MTU;
 use crate::words;
 use crate::workers::Opened;
 use std::collections::BTreeSet;
@@ -76,11 +77,18 @@ impl Daemon {
             tracing::info!("port {name} is {}", if now.up { "up" } else { "down" });
             self.check_abilities(&[ifindex]);
             self.ask(Request::PortState { ifindex, up: now.up });
-            // While it is down, nothing can leave by its sockets.
-            if now.up { self.give_to_workers(ifindex) } else { self.take_from_workers(ifindex) }
+            // While it is down, nothing can leave by its sockets. A wire stays: its being open is the carrier in Linux.
+            match self.wanted.wire(ifindex) {
+                Some(_) => {}
+                None if now.up => self.give_to_workers(ifindex),
+                None => self.take_from_workers(ifindex),
+            }
         }
         if now.mtu != before.mtu {
             tracing::info!("the MTU of port {name} is {}, and was {}", now.mtu, before.mtu);
+            if self.wanted.wire(ifindex).is_some() && now.mtu as usize > LARGEST_MTU {
+                tracing::warn!("packets of more than {LARGEST_MTU} bytes that Linux sends by {name} are lost");
+            }
             self.ask(Request::Mtu { ifindex, mtu: now.mtu });
             self.check_abilities(&[ifindex]);
         }
@@ -106,6 +114,12 @@ impl Daemon {
     /// Asks the engine what it can do with the ports, and lets FPM know.
     pub fn check_abilities(&mut self, ports: &[u32]) {
         for &ifindex in ports.iter().filter(|ifindex| self.wanted.indices().contains(ifindex)) {
+            if self.wanted.wire(ifindex).is_some() {
+                // Workers send by it, and nothing travels beside what they have received.
+                self.fpm.set_transmit(ifindex, Transmit::Any);
+                self.fpm.set_beside(ifindex, true);
+                continue;
+            }
             let (transmit, why) = match self.facts.can_transmit(ifindex) {
                 Ok(TransmitSupport::Full) => (Transmit::Any, None),
                 Ok(TransmitSupport::SingleBuffer) => (Transmit::SingleBuffer, None),
@@ -148,7 +162,9 @@ impl Daemon {
             self.arrivals.iter().filter_map(|ifindex| Some((*ifindex, self.slot(*ifindex)?))).collect();
         for (ifindex, slot) in placed {
             self.arrivals.remove(&ifindex);
-            self.ask(Request::AddPort { ifindex, slot });
+            if self.wanted.wire(ifindex).is_none() {
+                self.ask(Request::AddPort { ifindex, slot });
+            }
             self.give_to_workers(ifindex);
             let port = self.fpm.interfaces().find(|port| port.ifindex == ifindex).cloned();
             if let Some(port) = port {
@@ -157,26 +173,34 @@ impl Daemon {
         }
     }
 
-    /// Opens sockets on a port for the workers, if there are any and do not serve it yet.
+    /// Opens sockets on a port, or its wire, for the workers, if there are any and do not serve it yet.
     fn give_to_workers(&mut self, ifindex: u32) {
         let (name, slot) = (self.interface(ifindex), self.slot(ifindex));
         let (Some(workers), Some(slot)) = (&mut self.workers, slot) else { return };
         if workers.serves(ifindex) {
             return;
         }
-        match workers.open(ifindex, &name) {
-            Ok(sockets) => self.hand_to_workers(slot, sockets),
-            Err(error) => tracing::warn!("the XDP program serves {name} without workers: {error:#}"),
+        match workers.open(ifindex, &name, self.wanted.wire(ifindex)) {
+            Ok(opened) => self.hand_to_workers(slot, opened),
+            Err(error) => self.warn_without_workers(ifindex, &error),
         }
     }
 
-    /// Has the workers serve a port by its sockets.
-    pub fn hand_to_workers(&mut self, slot: u32, sockets: Opened) {
-        let name = self.interface(sockets.ifindex());
+    /// Has the workers serve a port.
+    pub fn hand_to_workers(&mut self, slot: u32, opened: Opened) {
+        let ifindex = opened.ifindex();
         if let Some(workers) = &mut self.workers
-            && let Err(error) = workers.serve(slot, sockets)
+            && let Err(error) = workers.serve(slot, opened)
         {
-            tracing::warn!("the XDP program serves {name} without workers: {error:#}");
+            self.warn_without_workers(ifindex, &error);
+        }
+    }
+
+    fn warn_without_workers(&self, ifindex: u32, error: &anyhow::Error) {
+        let name = self.interface(ifindex);
+        match self.wanted.wire(ifindex) {
+            Some(wire) => tracing::warn!("{name} has lost its wire {wire}: {error:#}"),
+            None => tracing::warn!("the XDP program serves {name} without workers: {error:#}"),
         }
     }
 

@@ -18,6 +18,7 @@ mod sentry;
 mod signals;
 mod source;
 mod text;
+mod wires;
 mod words;
 mod workers;
 
@@ -52,7 +53,18 @@ fn check_usage(cli: &Cli) {
         Some(Up { generic: true, engine: Engine::User, .. }) => {
             fail("--engine user needs native XDP, so --generic does not go with it")
         }
-        _ => {}
+        Some(Up { ports, engine, .. }) => {
+            let of_wire = |port: &&wires::PortArgument| port.wire.is_some();
+            if let Some(port) = ports.iter().find(of_wire).filter(|_| *engine != Engine::User) {
+                fail(&format!("{}=… has a wire of its own: that goes with --engine user", port.name))
+            }
+            let name = |place: &usize| &ports[*place].name;
+            let twice = (1..ports.len()).find(|at| ports[..*at].iter().any(|port| port.name == *name(at)));
+            if let Some(at) = twice.filter(|_| ports.iter().any(|port| port.wire.is_some())) {
+                fail(&format!("port {} was named twice", name(&at)))
+            }
+        }
+        None => {}
     }
     let Command::Explain(explain) = &cli.command else { return };
     if explain.source.is_ipv4() != explain.destination.is_ipv4() {

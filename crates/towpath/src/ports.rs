@@ -1,6 +1,7 @@
 //! Which interfaces are to be served: those named, wherever they are at the moment, or every one that can be.
 
 use crate::interfaces;
+use crate::wires::{self, PortArgument, Wire};
 use anyhow::Result;
 use towpath_engine::{Engine, Error, Interface};
 use towpath_fpc::{Port, PortKind};
@@ -16,24 +17,37 @@ struct Entry {
     name: String,
     /// Its index, while there is such an interface
     ifindex: Option<u32>,
+    /// None: its own
+    wire: Option<Wire>,
 }
 
 impl Wanted {
     /// The named interfaces, all of which exist; without names, `choose` decides.
-    pub fn new(names: &[String], interfaces: &[(String, u32)]) -> Result<Self> {
+    pub fn new(named: &[PortArgument], interfaces: &[(String, u32)]) -> Result<Self> {
         let mut ports: Vec<Entry> = Vec::new();
-        for name in names {
-            let ifindex = interfaces::index(interfaces, name)?;
+        for PortArgument { name, wire } in named {
+            let ifindex = interfaces::index(interfaces, name)
+                .map_err(|error| if wire.is_some() { wires::without_twin(name, error) } else { error })?;
             if ports.iter().all(|port| port.ifindex != Some(ifindex)) {
-                ports.push(Entry { name: name.clone(), ifindex: Some(ifindex) });
+                ports.push(Entry { name: name.clone(), ifindex: Some(ifindex), wire: wire.clone() });
             }
         }
-        Ok(Self { ports, named: !names.is_empty() })
+        Ok(Self { ports, named: !named.is_empty() })
     }
 
     /// Indices of the interfaces that exist.
     pub fn indices(&self) -> Vec<u32> {
         self.ports.iter().filter_map(|port| port.ifindex).collect()
+    }
+
+    /// Indices of those with a driver in Linux, which can run a program.
+    pub fn with_driver(&self) -> Vec<u32> {
+        self.ports.iter().filter(|port| port.wire.is_none()).filter_map(|port| port.ifindex).collect()
+    }
+
+    /// The wire of a port, if it is not its interface's own.
+    pub fn wire(&self, ifindex: u32) -> Option<&Wire> {
+        self.ports.iter().find(|port| port.ifindex == Some(ifindex))?.wire.as_ref()
     }
 
     /// Names, if any were given.
@@ -65,7 +79,9 @@ impl Wanted {
         let ours = engine.ports();
         for port in ports {
             match obstacle(port, &ours) {
-                None => self.ports.push(Entry { name: port.name.clone(), ifindex: Some(port.ifindex) }),
+                None => {
+                    self.ports.push(Entry { name: port.name.clone(), ifindex: Some(port.ifindex), wire: None });
+                }
                 Some(why) => tracing::info!("left out: {}: {why}", port.name),
             }
         }

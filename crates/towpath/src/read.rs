@@ -178,6 +178,7 @@ fn ports_text(ports: &[report::Port]) -> String {
                 port.name.clone(),
                 or_dash(&port.ifindex),
                 port.mode.clone(),
+                or_dash(&port.served_by),
                 or_dash(&port.driver),
                 or_dash(&port.mac),
                 or_dash(&port.mtu),
@@ -186,7 +187,7 @@ fn ports_text(ports: &[report::Port]) -> String {
             ]
         })
         .collect();
-    table(&["port", ">index", "mode", "driver", "MAC", ">MTU", "forwards", "state"], &rows)
+    table(&["port", ">index", "mode", "by", "driver", "MAC", ">MTU", "forwards", "state"], &rows)
 }
 
 fn routes_text(routes: &report::Routes) -> String {

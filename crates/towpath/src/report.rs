@@ -84,11 +84,14 @@ pub struct Port {
     pub name: String,
     /// Index in Linux; None while there is no such interface
     pub ifindex: Option<u32>,
-    /// `native`, `generic`, `user` (native, and workers serve its queues), `vlan` (served by the interface underneath),
+    /// `native`, `generic`, `user` (workers serve it), `vlan` (served by the interface underneath),
     /// `tunnel`, `none`
     pub mode: String,
     /// Driver, if it is known
     pub driver: Option<String>,
+    /// By what its frames come and go: `xdp`, `af_xdp`, or its wire as the command line named it (`tap:…`, `pcap:…`)
+    #[serde(default)]
+    pub served_by: Option<String>,
     /// Packets that come in here may take the fast path
     pub ready: bool,
     /// Why not

@@ -1,9 +1,10 @@
-//! The user engine in the daemon: workers on their cores, and the AF_XDP sockets of the ports.
+//! The user engine in the daemon: workers on their cores, and the AF_XDP sockets of the ports, or their wires.
 //!
-//! Queue q of the n-th port goes to worker n + q, around. A worker without a queue of a port that may transmit leaves what
+//! Queue q of the n-th port goes to worker n + q, around; a wire is one queue. A worker without a queue of a port that may transmit leaves what
 //! is to be sent by it to one that has one.
 
 use crate::report;
+use crate::wires::Wire;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +15,7 @@ use towpath_tables::brake::Brake;
 use towpath_tables::grace;
 use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
 use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
-use towpath_user::{Core, Linux, Pool, Port};
+use towpath_user::{Core, Linux, Pool, Port, PortDriver};
 
 /// Workers if nobody says how many.
 const WORKERS: usize = 4;
@@ -36,12 +37,14 @@ pub struct Plan {
 
 impl Plan {
     /// Workers on these cores, or on some of those that this process may use; `ports` are the interfaces that may be
-    /// served.
-    pub fn new(cores: Option<&[u32]>, ports: &[u32]) -> Result<Self> {
-        af_xdp::check()?;
+    /// served by sockets, and there are so many `wires`.
+    pub fn new(cores: Option<&[u32]>, ports: &[u32], wires: usize) -> Result<Self> {
+        if !ports.is_empty() {
+            af_xdp::check()?;
+        }
         let cores: Vec<Core> = match cores {
             Some(cores) => cores.iter().map(|core| Core(*core)).collect(),
-            None => choose(&towpath_user::usable_cores()?, ports.len()),
+            None => choose(&towpath_user::usable_cores()?, ports.len() + wires),
         };
         towpath_user::check_cores(&cores)?;
         // An interface that has just gone is no reason to fail here.
@@ -77,6 +80,8 @@ pub struct Workers {
 struct Served {
     slot: u32,
     sockets: Vec<Socket>,
+    /// The worker that has its wire, if it has one
+    wire: Option<usize>,
 }
 
 struct Socket {
@@ -85,12 +90,15 @@ struct Socket {
     fd: OwnedFd,
 }
 
-/// Sockets of a port that no worker has yet.
+/// What of a port no worker has yet.
 pub struct Opened {
     ifindex: u32,
     /// With the worker that each is for
-    queues: Vec<(usize, u32, XdpPort)>,
-    transmitting: u32,
+    drivers: BTreeMap<usize, Box<dyn PortDriver>>,
+    /// Workers whose driver may send
+    senders: Vec<usize>,
+    sockets: Vec<Socket>,
+    wire: Option<usize>,
 }
 
 impl Opened {
@@ -123,8 +131,21 @@ impl Workers {
         })
     }
 
-    /// Opens a socket on each queue of an interface.
-    pub fn open(&mut self, ifindex: u32, name: &str) -> Result<Opened> {
+    /// Opens a port's wire, or a socket on each queue of its interface.
+    pub fn open(&mut self, ifindex: u32, name: &str, wire: Option<&Wire>) -> Result<Opened> {
+        let next = self.numbers.len();
+        let number = *self.numbers.entry(ifindex).or_insert(next);
+        match wire {
+            Some(wire) => {
+                let worker = number % self.cores.len().max(1);
+                let drivers = [(worker, wire.open(name)?)].into();
+                Ok(Opened { ifindex, drivers, senders: vec![worker], sockets: Vec::new(), wire: Some(worker) })
+            }
+            None => self.open_sockets(ifindex, name, number),
+        }
+    }
+
+    fn open_sockets(&self, ifindex: u32, name: &str, number: usize) -> Result<Opened> {
         let (receiving, transmitting) = towpath_engine::queues(ifindex)?;
         if receiving > SOCKET_QUEUES {
             bail!(
@@ -133,22 +154,26 @@ impl Workers {
                  --engine xdp"
             );
         }
-        let next = self.numbers.len();
-        let number = *self.numbers.entry(ifindex).or_insert(next);
         let areas: Vec<_> = self.engine.areas().collect();
-        let open = |queue: u32| {
+        let (mut ports, mut senders, mut sockets) = (BTreeMap::<usize, Vec<XdpPort>>::new(), Vec::new(), Vec::new());
+        for queue in 0..receiving {
             let worker = (number + queue as usize) % areas.len().max(1);
             let area = areas.get(worker).context("there is no worker")?;
-            Ok((
-                worker,
-                queue,
-                XdpPort::open(*area, ifindex, queue).with_context(|| format!("{name} cannot be served"))?,
-            ))
-        };
-        Ok(Opened { ifindex, transmitting, queues: (0..receiving).map(open).collect::<Result<_>>()? })
+            let port = XdpPort::open(*area, ifindex, queue).with_context(|| format!("{name} cannot be served"))?;
+            let fd = port.as_fd().try_clone_to_owned().context("cannot keep a socket")?;
+            sockets.push(Socket { queue, worker, fd });
+            let ports = ports.entry(worker).or_default();
+            // The first queue of a worker is the one that sends, if it may.
+            if ports.is_empty() && queue < transmitting {
+                senders.push(worker);
+            }
+            ports.push(port);
+        }
+        let driver = |(worker, queues)| (worker, Box::new(XdpQueues::new(queues)) as Box<dyn PortDriver>);
+        Ok(Opened { ifindex, drivers: ports.into_iter().map(driver).collect(), senders, sockets, wire: None })
     }
 
-    /// Has the workers serve a port by these sockets; if that fails, the program goes on alone.
+    /// Has the workers serve a port that was opened; if that fails, a program goes on alone.
     pub fn serve(&mut self, slot: u32, opened: Opened) -> Result<()> {
         let ifindex = opened.ifindex;
         let done = self.hand_out(slot, opened);
@@ -158,22 +183,10 @@ impl Workers {
         done
     }
 
-    fn hand_out(&mut self, slot: u32, Opened { ifindex, queues, transmitting }: Opened) -> Result<()> {
-        let served = self.served.entry(ifindex).or_insert(Served { slot, sockets: Vec::new() });
-        let mut of_worker: BTreeMap<usize, Vec<XdpPort>> = BTreeMap::new();
-        let mut senders = Vec::new();
-        for (worker, queue, port) in queues {
-            let fd = port.as_fd().try_clone_to_owned().context("cannot keep a socket")?;
-            served.sockets.push(Socket { queue, worker, fd });
-            let ports = of_worker.entry(worker).or_default();
-            // The first queue of a worker is the one that sends, if it may.
-            if ports.is_empty() && queue < transmitting {
-                senders.push(worker);
-            }
-            ports.push(port);
-        }
-        for (worker, queues) in of_worker {
-            let driver = Box::new(XdpQueues::new(queues));
+    fn hand_out(&mut self, slot: u32, opened: Opened) -> Result<()> {
+        let Opened { ifindex, drivers, senders, sockets, wire } = opened;
+        let served = self.served.entry(ifindex).or_insert(Served { slot, sockets, wire });
+        for (worker, driver) in drivers {
             if !self.engine.add(worker, Port { ifindex, slot, driver }) {
                 bail!("the worker on core {} is gone", self.cores.get(worker).map_or(0, |core| core.0));
             }
@@ -244,6 +257,9 @@ impl Workers {
                 report.exceptions_lost += stats.exceptions_lost.load();
             }
             for (ifindex, served) in &self.served {
+                if served.wire == Some(worker) {
+                    report.queues.push(report::Queue { port: name(*ifindex), queue: 0 });
+                }
                 for socket in served.sockets.iter().filter(|socket| socket.worker == worker) {
                     report.rx_lost += af_xdp::lost(socket.fd.as_fd()).unwrap_or_default();
                     report.queues.push(report::Queue { port: name(*ifindex), queue: socket.queue });

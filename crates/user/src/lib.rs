@@ -5,6 +5,9 @@
 //! cores, gives them ports and tables, and waits for them when the tables' writer wants memory back.
 //!
 //! What is not forwarded goes to Linux as it arrived ([`Linux`]), received by the interface that it came in by.
+//!
+//! Ports' drivers: [`af_xdp`] on interfaces of Linux's; [`tap`], [`pcap`] and [`memory`] as wires of their own, which
+//! [`twin`] joins with an interface in Linux.
 
 pub mod af_xdp;
 mod bell;

@@ -1,0 +1,170 @@
+//! Ports whose wires are no interfaces of Linux's: TAPs and files.
+//!
+//!     left 192.0.2.2 -- tap0 [wire] lan0 router eth1 -- right 198.51.100.2
+//!
+//! The wire of the router's port lan0 is the TAP that is left's interface; lan0 itself is a TAP that stands for it in Linux.
+
+mod common;
+
+use common::{LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+use std::path::Path;
+
+/// A router with the port lan0 instead of eth0, and lan0's TAP.
+fn net() -> Net {
+    let net = Net::new();
+    net.ip("link delete eth0");
+    for device in ["lan0", "tap0"] {
+        net.ip(&format!("tuntap add dev {device} mode tap"));
+    }
+    net.ip("link set lan0 up");
+    net.ip("address add 192.0.2.1/24 dev lan0");
+    net.ip("address add 2001:db8:1::1/64 dev lan0 nodad");
+    net
+}
+
+/// Makes tap0, which the daemon has opened, left's interface.
+fn connect_left(net: &Net) {
+    net.ip(&format!("link set tap0 netns {}", net.left.netns()));
+    net.left
+        .sh("ip link set tap0 up; ip address add 192.0.2.2/24 dev tap0; ip address add 2001:db8:1::2/64 dev tap0 nodad; \
+             ip route replace default via 192.0.2.1; ip -6 route replace default via 2001:db8:1::1")
+        .expect("left's interface");
+    eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
+}
+
+fn port(net: &Net, name: &str) -> serde_json::Value {
+    let ports = net.json(&["show", "ports"]);
+    ports["ports"].as_array().expect("ports").iter().find(|port| port["name"] == name).expect("the port").clone()
+}
+
+fn count(net: &Net, port: &str, what: &str) -> u64 {
+    let stats = net.json(&["show", "stats"]);
+    let stats = stats["ports"].as_array().expect("ports").iter().find(|stats| stats["port"] == port).cloned();
+    stats.expect("the port")[what].as_u64().expect("a count")
+}
+
+#[test]
+fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
+    let net = net();
+    let daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
+    connect_left(&net);
+    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    let modes = |name| (port(&net, name)["mode"].clone(), port(&net, name)["served_by"].clone());
+    assert_eq!(modes("lan0"), ("user".into(), "tap:tap0".into()));
+    assert_eq!(modes("eth1"), ("user".into(), "af_xdp".into()));
+    // To and fro by workers, in both families.
+    for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
+        let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        net.left.run(["ping", "-c20", "-i0.01", "-q", "-s1400", there]).expect("answers");
+        net.right.run(["ping", "-c20", "-i0.01", "-q", "-s1400", here]).expect("answers");
+        let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
+    }
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(200);
+    stream.finish_complete();
+    // The router itself, and what only Linux says.
+    let before = net.exceptions("local-destination");
+    net.left.run(["ping", "-c5", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
+    net.left.run(["ping", "-c5", "-i0.01", "-q", "198.51.100.1"]).expect("answers");
+    assert!(net.exceptions("local-destination") >= before + 10);
+    let expired = net.left.command("ping").args(["-n", "-c1", "-t1", "-W5", RIGHT]).output().expect("run");
+    let text = String::from_utf8_lossy(&expired.stdout);
+    assert!(text.contains("From 192.0.2.1") && text.contains("Time to live exceeded"), "{text}");
+    let explained = net.json(&["explain", LEFT, RIGHT, "in", "lan0"]);
+    assert_eq!((&explained["verdict"]["path"], &explained["verdict"]["port"]), (&"fast".into(), &"eth1".into()));
+    // What is down in Linux forwards nothing, and comes back by itself.
+    net.ip("link set lan0 down");
+    assert!(!net.ping(&net.left, RIGHT));
+    net.ip("link set lan0 up");
+    net.ip("address replace 2001:db8:1::1/64 dev lan0 nodad");
+    eventually("left is reached again", || net.ping(&net.left, RIGHT).then_some(()));
+    eventually("lan0 is ready again", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    eventually("lan0 forwards again", || {
+        let before = count(&net, "lan0", "rx_packets");
+        net.left.run(["ping", "-c5", "-i0.01", "-q", RIGHT]).expect("answers");
+        (count(&net, "lan0", "rx_packets") >= before + 5).then_some(())
+    });
+    assert!(net.towpath(&["down"]).status.success());
+    drop(daemon);
+    // The twin stays with its addresses, without a carrier.
+    assert!(net.ip("address show dev lan0").contains("192.0.2.1/24"));
+}
+
+/// A pcap file (draft-ietf-opsawg-pcap) of UDP from left to right, made without the code under test.
+fn write_frames(path: &Path, mac: [u8; 6], count: u16) -> Vec<Vec<u8>> {
+    let ips = (LEFT.parse().unwrap(), RIGHT.parse().unwrap());
+    let frame = |n| towpath_lab::packet::udp(([2, 0, 0, 0, 0, 9], mac), ips, (n, 9), b"from a file");
+    let frames: Vec<_> = (1..=count).map(frame).collect();
+    let mut bytes = [0xa1b2_c3d4u32, 2 | 4 << 16, 0, 0, 65535, 1].map(u32::to_ne_bytes).concat();
+    for frame in &frames {
+        bytes.extend([0, 0, frame.len() as u32, frame.len() as u32].map(u32::to_ne_bytes).concat());
+        bytes.extend(frame);
+    }
+    std::fs::write(path, bytes).expect("a file");
+    frames
+}
+
+#[test]
+fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
+    let net = net();
+    let (input, output) = (net.router.folder("in.pcap"), net.router.folder("out.pcap"));
+    let mac = net.router.mac("lan0").expect("a MAC address");
+    net.ip("neighbour add 192.0.2.2 lladdr 02:00:00:00:00:09 dev lan0 nud permanent");
+    let frames = write_frames(&input, mac, 1000);
+    let capture = net.right.packet_socket("up0").expect("a socket");
+    let wire = format!("lan0=pcap:{},{}", input.display(), output.display());
+    let _daemon = net.up(&["--engine", "user", &wire, "eth1"]);
+    let mut arrived = Vec::new();
+    eventually("all of the file arrives at right", || {
+        let new = capture.drain().expect("frames").into_iter().map(|frame| frame.bytes);
+        arrived.extend(new.filter(|frame| frame.get(42..53) == Some(b"from a file")));
+        (arrived.len() >= frames.len()).then_some(())
+    });
+    // The first ones may have come before the tables were ready, and taken Linux's way.
+    arrived.sort_by_key(|frame| frame[34..36].to_vec());
+    assert_eq!(arrived.len(), frames.len());
+    for (arrived, sent) in arrived.iter().zip(&frames) {
+        assert_eq!((&arrived[26..], arrived[22]), (&sent[26..], 63));
+    }
+    // What goes back is written.
+    net.right.command("ping").args(["-c3", "-i0.01", "-W1", "-q", "-p", "a5", LEFT]).output().expect("run");
+    let written = || {
+        let text = net.router.command("tcpdump").args(["-enr", &output.to_string_lossy()]).output().expect("tcpdump");
+        String::from_utf8_lossy(&text.stdout).into_owned()
+    };
+    eventually("what leaves is written", || {
+        (written().matches("198.51.100.2 > 192.0.2.2: ICMP echo request").count() == 3).then_some(())
+    });
+    assert!(count(&net, "lan0", "tx_packets") >= 3);
+    assert!(written().contains("> 02:00:00:00:00:09, ethertype IPv4"), "{}", written());
+}
+
+#[test]
+fn wires_that_cannot_be_are_refused_and_nothing_changes() {
+    let net = net();
+    net.ip("tuntap add dev big0 mode tap");
+    net.ip("link set big0 mtu 9000");
+    let clean = net.traces();
+    let [failure, usage] = [1, 2];
+    let cases: [(&[&str], i32, &[&str]); 9] = [
+        (&["--engine", "user", "lan0=ring:0", "eth1"], usage, &["no wire \"ring\"", "tap:NAME"]),
+        (&["--engine", "user", "lan0=tap", "eth1"], usage, &["tap:tap1"]),
+        (&["lan0=tap:tap0", "eth1"], usage, &["lan0=", "--engine user"]),
+        (&["--engine", "user", "lan0=tap:tap0", "lan0"], usage, &["lan0 was named twice"]),
+        (&["--engine", "user", "lan1=tap:tap0", "eth1"], failure, &["ip tuntap add dev lan1 mode tap", "lan0"]),
+        (&["--engine", "user", "lan0=tap:lan0", "eth1"], failure, &["lan0 cannot be its own wire"]),
+        (&["--engine", "user", "eth1=tap:tap0"], failure, &["eth1 cannot stand for a wire", "it is no TAP"]),
+        (&["--engine", "user", "lan0=tap:tap9", "eth1"], failure, &["ip tuntap add dev tap9 mode tap"]),
+        (&["--engine", "user", "big0=tap:tap0", "eth1"], failure, &["MTU of 9000", "ip link set big0 mtu 3050"]),
+    ];
+    for (arguments, status, words) in cases {
+        let output = net.output(&[&["timeout", "20", env!("CARGO_BIN_EXE_towpath"), "up"], arguments].concat());
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
+        for word in words {
+            assert!(message.contains(word), "{word:?} is missing in: {message}");
+        }
+        assert_eq!(net.traces(), clean, "{arguments:?}");
+    }
+}
