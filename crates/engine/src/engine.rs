@@ -95,19 +95,17 @@ impl Site {
         Ok(notices)
     }
 
-    /// Makes empty tables of these sizes and loads the program against them. Ports that a former process left keep
-    /// their old program and tables until `attach`.
+    /// Makes empty tables of these sizes. Ports that a former process left keep their old program and tables until
+    /// `attach`.
     pub fn create(mut self, sizes: &PerTable) -> Result<Engine> {
         self.dir.create()?;
         let made = self.discard_staged().and_then(|()| {
-            let region = Region::create(&self.dir, sizes)?;
-            let program = Program::load(&region.pins(&self.dir, None), self.options)?;
-            Ok((region, program, self.open_links()?, GraceMethod::choose()?))
+            Ok((Region::create(&self.dir, sizes)?, self.open_links()?, GraceMethod::choose()?))
         });
         match made {
-            Ok((region, program, links, grace)) => {
+            Ok((region, links, grace)) => {
                 let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
-                Ok(Engine::new(Core { site: self, region, program, ports, grace }))
+                Ok(Engine::new(Core { site: self, region, program: None, ports, grace }))
             }
             Err(e) => {
                 self.discard();
@@ -213,15 +211,15 @@ impl Left {
     /// Takes it over, with this binary's program. Packets flow by the old state meanwhile.
     pub fn adopt(self) -> Result<Engine> {
         let Self { site, region, links } = self;
-        let program = Program::load(&region.pins(&site.dir, None), site.options)?;
-        let mut core = Core { site, region, program, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
+        let mut core = Core { site, region, program: None, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
+        let program = core.load()?;
         let slots = core.device_slots()?;
         for (index, link) in links {
             core.ports.insert(index, Port::new(link, slots.get(&index).copied()));
         }
         // The program for one mode must not run in the other: it would look beside frames in the wrong place.
         core.leave_other_mode()?;
-        core.switch_links(&core.program)?;
+        core.switch_links(&program)?;
         core.name_program()?;
         Ok(Engine::new(core))
     }
@@ -248,7 +246,8 @@ impl Port {
 struct Core {
     site: Site,
     region: Region,
-    program: Program,
+    /// None while the tables are staged and may still grow: the kernel takes long to verify one
+    program: Option<Arc<Program>>,
     ports: BTreeMap<u32, Port>,
     grace: GraceMethod,
 }
@@ -263,6 +262,16 @@ impl Drop for Core {
 }
 
 impl Core {
+    /// The program, loaded against the tables as they are unless that is done.
+    fn load(&mut self) -> Result<Arc<Program>> {
+        if let Some(program) = &self.program {
+            return Ok(program.clone());
+        }
+        let program = Arc::new(Program::load(&self.region.pins(&self.site.dir, None), self.site.options)?);
+        self.program = Some(program.clone());
+        Ok(program)
+    }
+
     /// Which slot each interface in the map of devices transmits for.
     fn device_slots(&self) -> Result<BTreeMap<u32, u32>> {
         let mut slots = BTreeMap::new();
@@ -309,7 +318,8 @@ impl Core {
 
     /// New tables come into use: every port gets the program that knows them, then their pins the final names.
     fn commit(&mut self) -> Result<()> {
-        self.switch_links(&self.program)?;
+        let program = self.load()?;
+        self.switch_links(&program)?;
         self.name_program()?;
         self.region.commit(&self.site.dir)
     }
@@ -329,12 +339,13 @@ impl Core {
         self.leave_other_mode()?;
         let new: Vec<_> = requests.iter().filter(|request| !self.ports.contains_key(&request.ifindex)).collect();
         // Those that can fail come first: a veth takes any program.
+        let program = self.load()?;
         let mut interfaces = new.iter().map(|request| Interface::query(request.ifindex)).collect::<Result<Vec<_>>>()?;
         interfaces.sort_by_key(Interface::is_veth);
         let attachments = interfaces
             .into_iter()
             .map(|interface| {
-                Ok((interface.index, Attachment::make(interface, self.program.fd(), self.site.options.mode)?))
+                Ok((interface.index, Attachment::make(interface, program.fd(), self.site.options.mode)?))
             })
             .collect::<Result<Vec<_>>>()?;
         self.fill_devices(requests)?;
@@ -389,7 +400,8 @@ impl Core {
         if self.mode_of(index, port)?.is_some() {
             return Ok(());
         }
-        let attachment = Attachment::make(Interface::query(index)?, self.program.fd(), self.site.options.mode)?;
+        let program = self.load()?;
+        let attachment = Attachment::make(Interface::query(index)?, program.fd(), self.site.options.mode)?;
         self.site.dir.remove(&attach::link_pin(index))?;
         let link = attachment.pin(&self.site.dir)?;
         if let Some(port) = self.ports.get_mut(&index) {
@@ -419,23 +431,22 @@ impl Core {
         }
         let dir = &self.site.dir;
         let grown = self.region.enlarged(dir, id, wanted)?;
+        if self.region.staged() {
+            // Nobody uses the old table; to load the program can wait until all have their sizes.
+            self.program = None;
+            return self.region.install(dir, grown);
+        }
         let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options) {
-            Ok(program) => program,
+            Ok(program) => Arc::new(program),
             Err(error) => {
-                if !self.region.staged() {
-                    dir.remove(&staged_name(name))?;
-                }
+                dir.remove(&staged_name(name))?;
                 return Err(error);
             }
         };
-        if !self.region.staged() {
-            self.switch_links(&program)?;
-        }
-        self.program = program;
+        self.switch_links(&program)?;
+        self.program = Some(program);
         self.region.install(&self.site.dir, grown)?;
-        if !self.region.staged() {
-            self.name_program()?;
-        }
+        self.name_program()?;
         self.grace.wait()
     }
 }
@@ -518,9 +529,16 @@ impl Engine {
         }
     }
 
-    /// Whether the program sees what travels beside frames that come in by an interface (`port_flags::BESIDE`).
+    /// Loads the program against new tables as they are; it is loaded again if they grow. `attach` would do it too.
+    pub fn load(&self) -> Result<()> {
+        self.core().load().map(drop)
+    }
+
+    /// Whether the program sees what travels beside frames that come in by an interface (`port_flags::BESIDE`). Not known,
+    /// and false, until it is loaded.
     pub fn sees_beside(&self, ifindex: u32) -> Result<bool> {
-        Ok(self.core().program.sees_beside() && Interface::query(ifindex)?.is_veth())
+        let seen = self.core().program.as_ref().is_some_and(|program| program.sees_beside());
+        Ok(seen && Interface::query(ifindex)?.is_veth())
     }
 
     /// How a port is served; None if it is not.
@@ -539,9 +557,9 @@ impl Engine {
         core.site.dir.remove_all()
     }
 
-    /// What the kernel says about the program.
+    /// What the kernel says about the program, which is loaded if it was not.
     pub fn program(&self) -> Result<ProgramFacts> {
-        self.core().program.facts()
+        self.core().load()?.facts()
     }
 
     /// Bytes of kernel memory by map.

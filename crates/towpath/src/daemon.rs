@@ -309,6 +309,11 @@ impl Daemon {
         }
         wanted.iter().for_each(|ifindex| self.fpm.serve(*ifindex, true));
         self.check_abilities(&wanted);
+        // New tables come to their sizes before the kernel verifies the program against them. Only then it is known what
+        // it sees.
+        self.sync();
+        self.engine.load()?;
+        self.check_abilities(&wanted);
         loop {
             self.sync();
             if self.wanted.indices().is_empty() {
