@@ -49,6 +49,11 @@ impl Word {
         Word(NODE | WIDE | index)
     }
 
+    /// The word that leads to a node of the same shape in another line; `self` leads to line 0.
+    pub const fn at(self, index: u32) -> Word {
+        Word(self.0 | index)
+    }
+
     /// The same for a packed node: that of a word that leads to a node, wide or not.
     pub const fn to_packed(self) -> Word {
         Word(self.0 | PACKED)

@@ -6,10 +6,7 @@ use crate::grace::Grace;
 use crate::lpm::{FirstLine, Kind, Leaf, LpmRead, NODE_LIMIT, Word};
 use crate::order;
 use crate::pool::{Runs, Slots};
-use crate::record::{
-    LINE_BYTES, Line, NO_END, NODE_HEAD, NODE_LINES, NODE_REACH, Node, PACKED_HEAD, PACKED_WIDE_HEAD, PACKED_WIDE_RUNS,
-    TableId, WIDE_HEAD, WIDE_RUNS,
-};
+use crate::record::{LINE_BYTES, Line, NO_END, NODE_LINES, NODE_REACH, Node, PACKED_WIDE_RUNS, TableId, WIDE_RUNS};
 
 /// The memory that routes are published in.
 pub trait Memory: LpmRead {
@@ -256,17 +253,15 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Writes a node with these words; None if there is no room.
     pub(crate) fn add(&mut self, words: &Words) -> Option<Word> {
-        let packed = fits_packed(words.iter());
-        let index = self.write(&compress(words, packed))?;
-        Some(if packed { Word::node(index).to_packed() } else { Word::node(index) })
+        let shape = shape(words);
+        self.write(&compress(words, shape)).map(|index| shape.at(index))
     }
 
     /// Writes a wide node with these words, of which there must be at least two and at most `WIDE_RUNS`; None if there
     /// is no room.
     pub(crate) fn add_wide(&mut self, runs: &[(u16, Word)]) -> Option<Word> {
-        let packed = fits_packed_wide(runs);
-        let index = self.write(&wide(runs, packed))?;
-        Some(if packed { Word::wide(index).to_packed() } else { Word::wide(index) })
+        let shape = wide_shape(runs);
+        self.write(&wide(runs, shape)).map(|index| shape.at(index))
     }
 
     fn write(&mut self, piece: &Lines) -> Option<u32> {
@@ -380,8 +375,10 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    fn new(head: usize, packed: bool) -> Self {
-        Self { lines: [Line::ZERO; NODE_LINES], len: head, packed }
+    /// Of a node of this shape, with room for its beginning.
+    fn new(shape: Word) -> Self {
+        let len = (shape.head() * LINE_BYTES as u32 / shape.line_elements()) as usize;
+        Self { lines: [Line::ZERO; NODE_LINES], len, packed: shape.is_packed() }
     }
 
     /// Adds a word; one that can be packed if the node is.
@@ -412,14 +409,21 @@ fn fits_packed<'w>(mut words: impl Iterator<Item = &'w Word>) -> bool {
     words.all(|word| word.pack().is_some())
 }
 
-fn fits_packed_wide(runs: &[(u16, Word)]) -> bool {
-    runs.len() <= PACKED_WIDE_RUNS && fits_packed(runs.iter().map(|run| &run.1))
+/// The word that would lead to a node of these words in line 0.
+fn shape(words: &Words) -> Word {
+    if fits_packed(words.iter()) { Word::node(0).to_packed() } else { Word::node(0) }
+}
+
+/// The word that would lead to a wide node of these words in line 0.
+fn wide_shape(runs: &[(u16, Word)]) -> Word {
+    let packed = runs.len() <= PACKED_WIDE_RUNS && fits_packed(runs.iter().map(|run| &run.1));
+    if packed { Word::wide(0).to_packed() } else { Word::wide(0) }
 }
 
 /// The wide node for these words.
-fn wide(runs: &[(u16, Word)], packed: bool) -> Lines {
-    let head = if packed { PACKED_WIDE_HEAD } else { 4 * WIDE_HEAD };
-    let mut lines = Lines::new(0, packed);
+fn wide(runs: &[(u16, Word)], shape: Word) -> Lines {
+    let mut lines = Lines::new(shape);
+    let head = core::mem::take(&mut lines.len);
     runs[1..].iter().for_each(|(start, _)| lines.push_bytes(&(start - 1).to_ne_bytes()));
     while lines.len < head {
         lines.push_bytes(&NO_END.to_ne_bytes());
@@ -468,10 +472,10 @@ pub(crate) fn wide_runs(words: &Words, inner: impl Iterator<Item = (u8, Words)>)
 }
 
 /// The node for 256 words.
-fn compress(words: &Words, packed: bool) -> Lines {
+fn compress(words: &Words, shape: Word) -> Lines {
     let mut node = Node { bitmap: [0; 4], counts: [0; 4], words: [0; _] };
-    let head = if packed { PACKED_HEAD } else { 4 * NODE_HEAD };
-    let mut lines = Lines::new(head, packed);
+    let mut lines = Lines::new(shape);
+    let head = lines.len;
     let mut count = 0;
     for (value, word) in words.iter().enumerate() {
         if value % 64 == 0 {
@@ -491,12 +495,11 @@ fn compress(words: &Words, packed: bool) -> Lines {
 pub(crate) fn footprint(words: &Words) -> usize {
     match 1 + words.windows(2).filter(|pair| pair[0] != pair[1]).count() {
         1 => 0,
-        count if fits_packed(words.iter()) => (PACKED_HEAD + count).div_ceil(LINE_BYTES),
-        count => (4 * (NODE_HEAD + count)).div_ceil(LINE_BYTES),
+        count => lines_of(shape(words), count as u32) as usize,
     }
 }
 
 /// Lines that a wide node with these words takes.
 pub(crate) fn wide_footprint(runs: &[(u16, Word)]) -> usize {
-    if fits_packed_wide(runs) { 1 } else { (4 * (WIDE_HEAD + runs.len())).div_ceil(LINE_BYTES) }
+    lines_of(wide_shape(runs), runs.len() as u32) as usize
 }
