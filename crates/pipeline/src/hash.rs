@@ -22,13 +22,17 @@ pub fn bucket<N: Network, F: Frame>(frame: &F, config: &Config, header: &N, pars
         }
         _ => mix(addresses(seed, header), ports(frame, header, parsed)?),
     };
-    Ok((mix(hash, 0) >> 56) as usize % GROUP_BUCKETS)
+    Ok(bucket_of_hash(hash))
 }
 
 /// The bucket of the flow that all of a tunnel's packets are.
 #[inline(always)]
 pub fn bucket_of_tunnel<N: Network>(config: &Config, header: &N) -> usize {
-    let hash = addresses(u64::from(config.hash_seed.load()), header);
+    bucket_of_hash(addresses(u64::from(config.hash_seed.load()), header))
+}
+
+#[inline(always)]
+fn bucket_of_hash(hash: u64) -> usize {
     (mix(hash, 0) >> 56) as usize % GROUP_BUCKETS
 }
 

@@ -58,31 +58,25 @@ impl Tally {
     #[inline(always)]
     pub fn write<T: Tables>(&self, tables: &T) {
         let Some(stats) = tables.stats(tables.cpu()) else { return };
-        let port = of_port(stats, self.ports.0);
-        add(&port.rx_packets, self.packets);
-        add(&port.rx_bytes, self.rx_bytes);
-        let port = of_port(stats, self.ports.1);
-        add(&port.tx_packets, self.packets);
-        add(&port.tx_bytes, self.tx_bytes);
+        received(of_port(stats, self.ports.0), self.packets, self.rx_bytes);
+        sent(of_port(stats, self.ports.1), self.packets, self.tx_bytes);
     }
 }
 
 /// Counts a packet of this length that came out of the tunnel in `slot` and was forwarded.
 #[inline(always)]
 pub(crate) fn count_out_of_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
-    let Some(stats) = tables.stats(tables.cpu()) else { return };
-    let port = of_port(stats, slot);
-    add(&port.rx_packets, 1);
-    add(&port.rx_bytes, packet_len as u64);
+    if let Some(stats) = tables.stats(tables.cpu()) {
+        received(of_port(stats, slot), 1, packet_len as u64);
+    }
 }
 
 /// Counts a packet of this length that was put into the tunnel in `slot`.
 #[inline(always)]
 pub(crate) fn count_into_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
-    let Some(stats) = tables.stats(tables.cpu()) else { return };
-    let port = of_port(stats, slot);
-    add(&port.tx_packets, 1);
-    add(&port.tx_bytes, packet_len as u64);
+    if let Some(stats) = tables.stats(tables.cpu()) {
+        sent(of_port(stats, slot), 1, packet_len as u64);
+    }
 }
 
 /// Counts packets that were forwarded by the interface in `slot` and found no room in its ring.
@@ -105,6 +99,18 @@ pub fn count_exceptions_lost<T: Tables>(tables: &T, slot: u32, packets: u64) {
 #[inline(always)]
 fn of_port(stats: &CpuStats, slot: u32) -> &PortStats {
     &stats[opaque(slot as usize) % stats.len()]
+}
+
+#[inline(always)]
+fn received(port: &PortStats, packets: u64, bytes: u64) {
+    add(&port.rx_packets, packets);
+    add(&port.rx_bytes, bytes);
+}
+
+#[inline(always)]
+fn sent(port: &PortStats, packets: u64, bytes: u64) {
+    add(&port.tx_packets, packets);
+    add(&port.tx_bytes, bytes);
 }
 
 #[inline(always)]
