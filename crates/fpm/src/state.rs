@@ -374,8 +374,8 @@ impl State {
         };
         // Without it Linux finds no way out (ip_route_output_key_hash_rcu, net/ipv4/route.c).
         let ours = self.addresses.keys().any(|address| address.address == own.local);
-        let rivals = self.ports.values().filter(|other| other.value.ifindex != port.ifindex);
-        let clear = !rivals.into_iter().any(|other| is_rival(&own, &other.value));
+        let clear =
+            !self.ports.values().any(|other| other.value.ifindex != port.ifindex && is_rival(&own, &other.value));
         let sound = port.unsupported.is_none() && is_host(local) && is_host(remote) && ours && clear;
         (sound && !self.served.is_empty()).then(|| TunnelValue {
             local,

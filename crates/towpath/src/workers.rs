@@ -42,7 +42,7 @@ impl Plan {
         if !ports.is_empty() {
             af_xdp::check()?;
         }
-        let cores: Vec<Core> = match cores {
+        let cores = match cores {
             Some(cores) => cores.iter().map(|core| Core(*core)).collect(),
             None => choose(&towpath_user::usable_cores()?, ports.len() + wires),
         };
