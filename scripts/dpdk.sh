@@ -4,12 +4,11 @@
 # it. Prints the program's path. As root or with sudo; safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/debian.sh
 
 folder=target/dpdk
 say() { echo "dpdk: $*" >&2; }
 die() { say "$*"; exit 1; }
-as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
-installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 command -v apt-get >/dev/null || die "not a Debian system: put an l3fwd built with bench/dpdk/feed.c at $folder/l3fwd yourself"
 missing=()

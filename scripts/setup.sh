@@ -6,6 +6,7 @@
 # this machine boots. Services of the packages are not started: the lab runs its own instances in its own namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/debian.sh
 
 packages() {
     cat <<'END'
@@ -31,14 +32,6 @@ END
 
 say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
-}
-
-installed() {
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
-}
 
 package_lists_fresh() {
     apt-cache policy linux-image-cloud-amd64 rustc-web 2>/dev/null | grep -c 'Candidate: [0-9]' | grep -qx 2
