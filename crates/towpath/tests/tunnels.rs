@@ -128,14 +128,11 @@ fn paths() -> Vec<Path> {
 
 impl Wire {
     fn new(net: &Net) -> Self {
-        let mac = |node: &towpath_lab::Node, port| node.mac(port).expect("a MAC address");
+        let [left, right] = net.packet_sockets();
         Self {
-            left: net.left.packet_socket("up0").expect("a packet socket"),
-            right: net.right.packet_socket("up0").expect("a packet socket"),
-            macs: [
-                (mac(&net.left, "up0"), mac(&net.router, "eth0")),
-                (mac(&net.right, "up0"), mac(&net.router, "eth1")),
-            ],
+            left,
+            right,
+            macs: net.macs(),
             _open: [&net.left, &net.right]
                 .map(|host| host.enter(|| UdpSocket::bind("[::]:7")).expect("in the node").expect("bound")),
         }

@@ -124,21 +124,14 @@ const PATHS: &[Path] = &[
 struct Wire {
     left: PacketSocket,
     right: PacketSocket,
-    /// (host, router) on the left, (router, host) on the right
+    /// (host, router) on the left, and on the right
     macs: [([u8; 6], [u8; 6]); 2],
 }
 
 impl Wire {
     fn new(net: &Net) -> Self {
-        let mac = |node: &towpath_lab::Node, port| node.mac(port).expect("a MAC address");
-        Self {
-            left: net.left.packet_socket("up0").expect("a packet socket"),
-            right: net.right.packet_socket("up0").expect("a packet socket"),
-            macs: [
-                (mac(&net.left, "up0"), mac(&net.router, "eth0")),
-                (mac(&net.router, "eth1"), mac(&net.right, "up0")),
-            ],
-        }
+        let [left, right] = net.packet_sockets();
+        Self { left, right, macs: net.macs() }
     }
 
     fn send(&self, path: &Path, payload: u8) {
@@ -193,7 +186,7 @@ fn tagged_frames_leave_as_linux_sends_them() {
         .map(|path| {
             wire.send(path, 1);
             let frame = wire.arrival(1, 1).expect("forwarded by Linux");
-            let (router, host) = wire.macs[1];
+            let (host, router) = wire.macs[1];
             let header = tagged(&[host, router].concat(), path.leaves);
             assert!(frame.starts_with(&header), "tags {:x?}: {frame:x?}", path.leaves);
             frame

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use towpath_lab::{Lab, Node, Process, wait_for};
+use towpath_lab::{Lab, Node, PacketSocket, Process, wait_for};
 use towpath_tables::record::TableId;
 
 pub const LEFT: &str = "192.0.2.2";
@@ -54,6 +54,17 @@ impl Net {
             eventually("the hosts reach each other through Linux", || net.ping(from, to).then_some(()));
         }
         net
+    }
+
+    /// A packet socket at each host.
+    pub fn packet_sockets(&self) -> [PacketSocket; 2] {
+        [&self.left, &self.right].map(|host| host.packet_socket("up0").expect("a packet socket"))
+    }
+
+    /// (host, router) on the left, and on the right.
+    pub fn macs(&self) -> [([u8; 6], [u8; 6]); 2] {
+        let mac = |node: &Node, port| node.mac(port).expect("a MAC address");
+        [(&self.left, "eth0"), (&self.right, "eth1")].map(|(host, port)| (mac(host, "up0"), mac(&self.router, port)))
     }
 
     pub fn connect_left(&self) {
