@@ -13,7 +13,7 @@ use towpath_engine::{Engine, GraceMethod, Injector, Tables, possible_cpus};
 use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
-use towpath_tables::record::{PORT_SLOTS, SOCKET_QUEUES, TableId};
+use towpath_tables::record::{self, PORT_SLOTS, SOCKET_QUEUES, TableId, port_flags};
 use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
 use towpath_user::{Core, Linux, Pool, Port, PortDriver};
 
@@ -245,11 +245,14 @@ impl Workers {
     /// What the status says of each.
     pub fn report(&self, name: impl Fn(u32) -> String) -> Vec<report::Worker> {
         let tables = self.xdp.tables();
+        // What passes a tunnel is counted there and on the ports that it comes in and leaves by.
+        let is_port = |port: &record::Port| port.flags.load() & port_flags::TUNNEL == 0;
+        let ports: Vec<_> = tables.view().ports().iter().map(is_port).collect();
         let report = |(worker, core): (usize, &Core)| {
             let mut report = report::Worker { core: core.0, ..report::Worker::default() };
             let line = (self.first_line + core.0) as usize * PORT_SLOTS as usize;
-            let stats = tables.view().stats().iter().skip(line).take(PORT_SLOTS as usize);
-            for stats in stats {
+            let stats = tables.view().stats().iter().skip(line);
+            for (stats, _) in stats.zip(&ports).filter(|(_, is_port)| **is_port) {
                 report.rx_packets += stats.rx_packets.load();
                 report.tx_packets += stats.tx_packets.load();
                 report.exceptions += stats.exceptions.iter().map(|count| count.load()).sum::<u64>();

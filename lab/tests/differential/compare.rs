@@ -47,7 +47,7 @@ impl Pair {
 
     /// Sends `count` frames from `seed`, and stops at the first difference.
     pub fn run(&mut self, seed: u64, count: u64, profile: &Profile) -> Result<Option<Difference>> {
-        let mut generator = Generator::new(seed, profile.vlans);
+        let mut generator = Generator::new(seed, profile);
         let mut random = Random::new(!seed);
         let mut sent = 0;
         if let Some(difference) = self.redirect_hosts(profile)? {

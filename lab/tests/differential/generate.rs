@@ -1,7 +1,8 @@
 //! Frames: ordinary transit packets, and packets spoilt in every field that a router looks at.
 
+use crate::gre;
 use crate::random::Random;
-use crate::router::{HOST_MACS, MTUS, NEIGHBOURS_V4, PORTS, ROUTER_MACS, ROUTER_V4, VLANS};
+use crate::router::{HOST_MACS, MTUS, NEIGHBOURS_V4, PORTS, Profile, ROUTER_MACS, ROUTER_V4, TUNNELS, Tunnel, VLANS};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use towpath_lab::packet::checksum;
 
@@ -167,13 +168,14 @@ const LINK_EXCESS: usize = 18;
 
 /// A frame before it becomes bytes.
 #[derive(Clone)]
-struct Draft {
+pub struct Draft {
     destination: [u8; 6],
     source: [u8; 6],
     tags: Vec<(u16, u16)>,
-    ethertype: u16,
-    packet: Vec<u8>,
+    pub ethertype: u16,
+    pub packet: Vec<u8>,
     trailer: Vec<u8>,
+    v6: bool,
     fix_checksum: bool,
 }
 
@@ -182,11 +184,12 @@ pub struct Generator {
     random: Random,
     flow: u32,
     vlans: bool,
+    tunnels: bool,
 }
 
 impl Generator {
-    pub fn new(seed: u64, vlans: bool) -> Generator {
-        Generator { random: Random::new(seed), flow: 0, vlans }
+    pub fn new(seed: u64, profile: &Profile) -> Generator {
+        Generator { random: Random::new(seed), flow: 0, vlans: profile.vlans, tunnels: profile.tunnels }
     }
 
     /// The next frame, to enter at `port`.
@@ -212,7 +215,7 @@ impl Generator {
         let number = draft.packet.len() - 1;
         let numbered = (0..count).map(|index| {
             draft.packet[number] = index as u8;
-            Case { port, bytes: draft.clone().into_bytes(false), plain: true }
+            Case { port, bytes: draft.clone().into_bytes(), plain: true }
         });
         numbered.collect()
     }
@@ -220,13 +223,25 @@ impl Generator {
     fn any_case(&mut self, port: usize) -> Case {
         let v6 = self.random.percent(45);
         let plain = self.random.percent(40);
-        let mut draft = self.transit(port, v6);
+        let carrier = self.carrier(port);
+        let room = MTUS[port] - carrier.map_or(0, gre::overhead);
+        let mut draft = self.transit(port, v6, room);
         if !plain {
             for _ in 0..1 + self.random.below(2) {
                 if v6 { self.spoil_v6(&mut draft) } else { self.spoil_v4(&mut draft) }
             }
         }
-        let mut bytes = draft.into_bytes(v6);
+        if let Some(tunnel) = carrier {
+            draft = gre::carried(&mut self.random, tunnel, draft);
+            if !plain && self.random.percent(30) {
+                if self.random.percent(50) {
+                    gre::spoil(&mut self.random, &mut draft.packet);
+                } else {
+                    self.spoil_v4(&mut draft);
+                }
+            }
+        }
+        let mut bytes = draft.into_bytes();
         if !plain && self.random.percent(10) {
             self.spoil_bytes(&mut bytes);
         }
@@ -236,9 +251,9 @@ impl Generator {
     }
 
     /// An ordinary packet of a flow of its own: nothing on the way may merge it with another.
-    fn transit(&mut self, port: usize, v6: bool) -> Draft {
+    fn transit(&mut self, port: usize, v6: bool, room: usize) -> Draft {
         self.flow += 1;
-        let length = self.payload_length(port, v6);
+        let length = self.payload_length(v6, room);
         // Some sources are reached by another port: what reverse path filters look at.
         let behind = if self.random.percent(15) { self.random.below(PORTS) } else { port };
         let protocol = self.random.pick(&[17, 17, 17, 6, 6, if v6 { 58 } else { 1 }, 50, 132]);
@@ -256,10 +271,23 @@ impl Generator {
         draft
     }
 
-    /// Lengths about every limit, short ones, and any.
-    fn payload_length(&mut self, port: usize, v6: bool) -> usize {
+    /// For some packets, the tunnel that they come in by; for a few by the wrong port.
+    fn carrier(&mut self, port: usize) -> Option<&'static Tunnel> {
+        let tunnel = &TUNNELS[self.random.below(TUNNELS.len())];
+        let chance = if tunnel.port == port { 80 } else { 10 };
+        (self.tunnels && self.random.percent(chance)).then_some(tunnel)
+    }
+
+    /// The same for what goes into a tunnel: the third byte of its addresses.
+    fn tunnel_ahead(&mut self) -> Option<u8> {
+        let tunnel = &TUNNELS[self.random.below(TUNNELS.len())];
+        (self.tunnels && self.random.percent(30)).then_some(tunnel.third)
+    }
+
+    /// Lengths about every limit, short ones, and any, of packets no longer than `room`.
+    fn payload_length(&mut self, v6: bool, room: usize) -> usize {
         let header = if v6 { 40 } else { 20 };
-        let limit = self.random.pick(&[1280, 1300, MTUS[1], MTUS[0]]) - header;
+        let limit = self.random.pick(&[1280, 1300, MTUS[1] - 24, MTUS[1], MTUS[0] - 28, MTUS[0]]) - header;
         let length = match self.random.below(10) {
             0..5 => self.random.below(64),
             5 => limit - 1,
@@ -267,7 +295,7 @@ impl Generator {
             7 => limit + 1,
             _ => self.random.below(MTUS[0] - header),
         };
-        length.min(MTUS[port] - header)
+        length.min(room - header)
     }
 
     fn transport(&mut self, protocol: u8, length: usize) -> Vec<u8> {
@@ -292,7 +320,10 @@ impl Generator {
     }
 
     fn ipv4(&mut self, port: usize, protocol: u8, payload: &[u8]) -> Vec<u8> {
-        let destination = self.address_v4(TRANSIT_V4);
+        let destination = match self.tunnel_ahead() {
+            Some(third) => [198, 18, third, self.random.byte()],
+            None => self.address_v4(TRANSIT_V4),
+        };
         let source = [198, 19, port as u8 * 64 + (self.flow >> 8) as u8 % 64, self.flow as u8];
         let mut packet = vec![0x45, self.random.pick(&[0, 0, 0, 0x10, 0xb8, 0x03])];
         packet.extend((20 + payload.len() as u16).to_be_bytes());
@@ -306,7 +337,10 @@ impl Generator {
     }
 
     fn ipv6(&mut self, port: usize, protocol: u8, payload: &[u8]) -> Vec<u8> {
-        let destination = self.address_v6(TRANSIT_V6);
+        let mut destination = self.address_v6(TRANSIT_V6);
+        if let Some(third) = self.tunnel_ahead() {
+            destination[4..6].copy_from_slice(&[1, third]);
+        }
         let mut source = [0x20, 0x01, 0x0d, 0xb8, 0x0f, port as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         source[12..].copy_from_slice(&self.flow.to_be_bytes());
         let class = u32::from(self.random.pick(&[0u8, 0, 0xb8, 0x03]));
@@ -509,17 +543,29 @@ impl Draft {
             ethertype: if v6 { 0x86dd } else { 0x0800 },
             packet,
             trailer: Vec::new(),
+            v6,
             fix_checksum: true,
         }
     }
 
-    fn into_bytes(mut self, v6: bool) -> Vec<u8> {
+    /// The packet inside one of IPv4 with these headers.
+    pub fn carried(mut self, headers: &[u8]) -> Draft {
+        self.complete();
+        self.packet.splice(..0, headers.iter().copied());
+        Draft { ethertype: 0x0800, v6: false, fix_checksum: true, ..self }
+    }
+
+    fn complete(&mut self) {
         let header = usize::from(self.packet.first().unwrap_or(&0) & 15) * 4;
-        if self.fix_checksum && !v6 && header >= 20 && self.packet.len() >= header {
+        if self.fix_checksum && !self.v6 && header >= 20 && self.packet.len() >= header {
             self.packet[10..12].fill(0);
             let sum = checksum(&self.packet[..header]);
             self.packet[10..12].copy_from_slice(&sum.to_be_bytes());
         }
+    }
+
+    fn into_bytes(mut self) -> Vec<u8> {
+        self.complete();
         let mut bytes = [self.destination, self.source].concat();
         for (protocol, tci) in self.tags {
             bytes.extend(protocol.to_be_bytes());
@@ -547,20 +593,28 @@ pub fn depends_on_time(bytes: &[u8]) -> bool {
     while matches!(bytes.get(at..at + 2), Some([0x81, 0] | [0x88, 0xa8] | [0x91, 0])) {
         at += 4;
     }
-    let Some(packet) = bytes.get(at + 2..) else { return false };
-    match bytes.get(at..at + 2) {
-        Some([8, 0]) => {
+    let ethertype = bytes.get(at..).and_then(<[u8]>::first_chunk);
+    ethertype.is_some_and(|ethertype| packet_depends_on_time(*ethertype, &bytes[at + 2..]))
+}
+
+fn packet_depends_on_time(ethertype: [u8; 2], packet: &[u8]) -> bool {
+    match ethertype {
+        [8, 0] => {
             let header = usize::from(packet.first().unwrap_or(&0) & 15) * 4;
             let options = packet.get(20..header.min(packet.len())).unwrap_or_default();
             let timestamp = packet.get(9) == Some(&1) && packet.get(header) == Some(&13);
-            options.contains(&68) || timestamp || packet.get(9) == Some(&2)
+            let gre = packet.get(header..).filter(|_| packet.get(9) == Some(&gre::PROTOCOL));
+            let carried = gre.is_some_and(|gre| {
+                gre::inside(gre).is_some_and(|(at, ethertype)| packet_depends_on_time(ethertype, &gre[at..]))
+            });
+            options.contains(&68) || timestamp || packet.get(9) == Some(&2) || carried
         }
         // The type lies behind any extension headers: eight bytes each, or more.
-        Some([0x86, 0xdd]) => {
+        [0x86, 0xdd] => {
             let mut types = packet.iter().skip(40).step_by(8).take(4);
             types.any(|kind| (130..=137).contains(kind) || *kind == 143) && has_icmp6(packet)
         }
-        Some([8, 6]) => true,
+        [8, 6] => true,
         _ => false,
     }
 }
@@ -584,7 +638,7 @@ pub fn markers(port: usize, batch: u32) -> Vec<Vec<u8>> {
             packet.extend(options);
             packet.extend(MARKER);
             packet.extend(batch.to_be_bytes());
-            markers.push(Draft::new(port, false, packet).into_bytes(false));
+            markers.push(Draft::new(port, false, packet).into_bytes());
         }
     }
     markers

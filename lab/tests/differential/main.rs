@@ -5,6 +5,7 @@
 
 mod compare;
 mod generate;
+mod gre;
 mod normalise;
 mod random;
 mod router;
@@ -17,9 +18,12 @@ use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
 use towpath_lab::{Frame, Lab, Towpath, supported};
 
-const PLAIN: Profile = Profile { name: "plain", rp_filter: [0; PORTS], send_redirects: true, vlans: false };
-const FILTERED: Profile = Profile { name: "filtered", rp_filter: [1, 2, 1], send_redirects: false, vlans: false };
-const TAGGED: Profile = Profile { name: "tagged", rp_filter: [0; PORTS], send_redirects: false, vlans: true };
+const PLAIN: Profile =
+    Profile { name: "plain", rp_filter: [0; PORTS], send_redirects: true, vlans: false, tunnels: false };
+const FILTERED: Profile = Profile { name: "filtered", rp_filter: [1, 2, 1], send_redirects: false, ..PLAIN };
+const TAGGED: Profile = Profile { name: "tagged", send_redirects: false, vlans: true, ..PLAIN };
+const TUNNELLED: Profile =
+    Profile { name: "tunnelled", rp_filter: [1, 0, 2], send_redirects: false, tunnels: true, ..PLAIN };
 
 /// Frames of one profile: the normal run has two.
 fn frames() -> u64 {
@@ -48,9 +52,15 @@ fn agree(pair: &mut Pair, count: u64, profile: &Profile) -> Result<()> {
 
 /// Frames that the fast path has forwarded.
 fn fast(towpath: &Towpath) -> Result<u64> {
+    Ok(forwarded(towpath, |port| port.starts_with("eth"))?[0])
+}
+
+/// Frames that came in by ports and were forwarded by the fast path, and those that left by them.
+fn forwarded(towpath: &Towpath, ports: impl Fn(&str) -> bool) -> Result<[u64; 2]> {
     let stats = towpath.json(&["show", "stats"])?;
-    let ports = stats["ports"].as_array().context("no ports in show stats")?;
-    Ok(ports.iter().filter_map(|port| port["rx_packets"].as_u64()).sum())
+    let all = stats["ports"].as_array().context("no ports in show stats")?;
+    let rows: Vec<_> = all.iter().filter(|row| row["port"].as_str().is_some_and(&ports)).collect();
+    Ok(["rx_packets", "tx_packets"].map(|field| rows.iter().filter_map(|row| row[field].as_u64()).sum()))
 }
 
 /// Frames that were Linux's, for this reason.
@@ -132,6 +142,23 @@ fn workers_agree_with_linux_about_vlans() -> Result<()> {
     if vlans_supported() { workers_agree(&TAGGED, "0") } else { Ok(()) }
 }
 
+#[test]
+fn towpath_agrees_with_linux_about_tunnels() -> Result<()> {
+    if !tunnels_supported() {
+        return Ok(());
+    }
+    let (towpath, _pair) = towpath_agrees(&TUNNELLED, &[], frames())?;
+    let through = forwarded(&towpath, |port| ["gre1", "gre2"].contains(&port))?;
+    eprintln!("lab: {through:?} out of and into tunnels by the fast path");
+    assert!(through.iter().all(|packets| *packets > frames() / 20), "only {through:?} passed tunnels");
+    Ok(())
+}
+
+#[test]
+fn workers_agree_with_linux_about_tunnels() -> Result<()> {
+    if tunnels_supported() { workers_agree(&TUNNELLED, "0") } else { Ok(()) }
+}
+
 /// Redirects of IPv6, which nowhere else are compared (see `normalise`), and those of IPv4.
 #[test]
 fn towpath_agrees_with_linux_about_redirects() -> Result<()> {
@@ -162,6 +189,11 @@ fn first_redirect(router: &Router, port: usize, frame: &[u8]) -> Result<Frame> {
         std::thread::sleep(Duration::from_millis(1));
     }
     bail!("{} sends no redirect", router.name)
+}
+
+fn tunnels_supported() -> bool {
+    let add = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
+    supported("GRE", || Lab::new("probe")?.node("a")?.sh(add).map(drop))
 }
 
 fn vlans_supported() -> bool {

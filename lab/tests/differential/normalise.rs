@@ -1,7 +1,9 @@
 //! What two equal Linux routers may do differently. Everything else is compared byte for byte.
 
 use crate::generate::{is_router_v4, marker_batch};
+use crate::gre;
 use crate::router::PORTS;
+use std::borrow::Cow;
 use std::collections::HashSet;
 use towpath_lab::Frame;
 use towpath_lab::packet::checksum;
@@ -32,9 +34,28 @@ impl Limited {
 /// Outputs without markers and without what depends on the time.
 pub fn normalise(raw: &Outputs, limited: &mut Limited) -> Outputs {
     std::array::from_fn(|port| {
-        let frames = raw[port].iter().filter(|f| marker_batch(&f.bytes).is_none() && !unprompted(&f.bytes));
-        frames.filter(|f| limited.compares(&f.bytes)).cloned().map(without_identification).collect()
+        let frames = raw[port].iter().filter(|f| marker_batch(&f.bytes).is_none());
+        let compared = frames.filter(|f| {
+            let unpacked = unpacked(&f.bytes);
+            !unprompted(&unpacked) && limited.compares(&unpacked)
+        });
+        compared.cloned().map(without_identification).collect()
     })
+}
+
+/// The frame as it would be had the router not put its packet into a tunnel.
+fn unpacked(bytes: &[u8]) -> Cow<'_, [u8]> {
+    match carried(bytes) {
+        Some((at, ethertype)) => [&bytes[..12], &ethertype, &bytes[at..]].concat().into(),
+        None => bytes.into(),
+    }
+}
+
+/// Where the packet begins that the router has put into a tunnel, and its EtherType.
+fn carried(bytes: &[u8]) -> Option<(usize, [u8; 2])> {
+    let packet = from_router(bytes).filter(|packet| packet[9] == gre::PROTOCOL)?;
+    let (at, ethertype) = gre::inside(packet.get(header_length(packet)..)?)?;
+    Some((bytes.len() - packet.len() + header_length(packet) + at, ethertype))
 }
 
 /// Outputs whose order does not matter.
@@ -100,12 +121,17 @@ fn header_length(packet: &[u8]) -> usize {
 /// The router's own IPv4 packets carry identifications from a counter that runs with the time; and the header's
 /// checksum with them, which must be right nevertheless.
 pub fn without_identification(mut frame: Frame) -> Frame {
-    let own = from_router(&frame.bytes).and_then(|packet| packet.get(..header_length(packet)));
-    if own.is_some_and(|header| checksum(header) == 0)
-        && let Some(at) = start_of_ipv4(&frame.bytes)
-    {
-        frame.bytes[at + 4..at + 6].fill(0);
-        frame.bytes[at + 10..at + 12].fill(0);
+    let inside = carried(&frame.bytes).filter(|(_, ethertype)| *ethertype == [8, 0]).map(|(at, _)| at);
+    for at in [start_of_ipv4(&frame.bytes), inside].into_iter().flatten() {
+        blot_out_identification(&mut frame.bytes[at..]);
     }
     frame
+}
+
+fn blot_out_identification(packet: &mut [u8]) {
+    let own = packet.len() >= 20 && is_router_v4(&packet[12..16]);
+    if own && packet.get(..header_length(packet)).is_some_and(|header| checksum(header) == 0) {
+        packet[4..6].fill(0);
+        packet[10..12].fill(0);
+    }
 }

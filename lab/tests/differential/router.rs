@@ -8,6 +8,7 @@
 //! same addresses, MAC addresses and routes; the hosts' side has no addresses and says nothing by itself.
 
 use anyhow::{Context, Result};
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 use towpath_lab::{Frame, Lab, Node, PacketSocket};
 
@@ -22,6 +23,22 @@ pub const ROUTER_V4: [[u8; 4]; PORTS] = [[192, 0, 2, 1], [198, 51, 100, 1], [203
 pub const NEIGHBOURS_V4: [[u8; 4]; PORTS] = [[192, 0, 2, 10], [198, 51, 100, 10], [203, 0, 113, 10]];
 /// VLAN sub-interfaces of eth2, where the kernel has them: identifier, and third byte of 198.18.<n>.1/24.
 pub const VLANS: [(u16, u8); 2] = [(100, 100), (200, 101)];
+
+/// A GRE tunnel from the router's own address on a port to the neighbour there, where the kernel has them. Routes lead
+/// 198.18.<third>.0/24 and 2001:db8:1<third>::/48 there (the latter in hexadecimal digits).
+pub struct Tunnel {
+    pub name: &'static str,
+    pub port: usize,
+    pub third: u8,
+    /// Of what comes out of it
+    pub key: Option<u32>,
+    options: &'static str,
+}
+
+pub static TUNNELS: [Tunnel; 2] = [
+    Tunnel { name: "gre1", port: 1, third: 0x50, key: None, options: "ttl inherit tos inherit" },
+    Tunnel { name: "gre2", port: 2, third: 0x60, key: Some(70_000), options: "ikey 70000 okey 9 ttl 33 tos 0x48" },
+];
 
 /// Routes of both families. 198.19.0.0/16 and 2001:db8:f00::/40 hold the sources, a part behind each port.
 const ROUTES: &[&str] = &[
@@ -77,6 +94,7 @@ pub struct Profile {
     pub rp_filter: [u8; PORTS],
     pub send_redirects: bool,
     pub vlans: bool,
+    pub tunnels: bool,
 }
 
 pub struct Router {
@@ -160,6 +178,9 @@ fn configure(node: &Node, profile: &Profile) -> Result<()> {
     if profile.vlans {
         configure_vlans(node)?;
     }
+    for tunnel in TUNNELS.iter().filter(|_| profile.tunnels) {
+        configure_tunnel(node, tunnel)?;
+    }
     for route in ROUTES {
         node.run(["ip", "route", "add"].into_iter().chain(route.split(' ')))?;
     }
@@ -182,6 +203,17 @@ fn configure_vlans(node: &Node) -> Result<()> {
             node.sysctl(&format!("net/{family}/neigh/{name}/mcast_solicit"), "0")?;
         }
     }
+    Ok(())
+}
+
+fn configure_tunnel(node: &Node, tunnel: &Tunnel) -> Result<()> {
+    let Tunnel { name, port, third, options, .. } = tunnel;
+    let [local, remote] = [ROUTER_V4[*port], NEIGHBOURS_V4[*port]].map(Ipv4Addr::from);
+    node.sh(&format!(
+        "ip tunnel add {name} mode gre local {local} remote {remote} {options} && ip link set {name} up &&
+         sysctl -qw net.ipv4.conf.{name}.send_redirects=0 &&
+         ip route add 198.18.{third}.0/24 dev {name} && ip route add 2001:db8:1{third:x}::/48 dev {name}"
+    ))?;
     Ok(())
 }
 
