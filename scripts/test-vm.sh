@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(towpath-engine towpath-cm towpath-hitflags towpath-user towpath towpath-lab)
+packages=(towpath-engine towpath-cm towpath-hitflags towpath-fptun towpath-user towpath towpath-lab)
 longest=(policies load lifecycle kernel differential guard refusals decisions engine)
 export RESULTS=$PWD/out/test/vm
 

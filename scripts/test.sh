@@ -13,12 +13,22 @@ export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
 steps=(build fmt clippy unit loom miri lab vm instructions)
 step_build() { cargo build --release; }
-step_fmt() { cargo fmt --all --check && cargo fmt --manifest-path crates/xdp/Cargo.toml --check; }
-# The BPF crate by itself: linted together with the others, it would get their features. (In release, where a panic
-# aborts, because it has no unwinding.)
+bpf_crates=(crates/xdp crates/fptun/bpf)
+step_fmt() {
+    local status=0 crate
+    cargo fmt --all --check || status=1
+    for crate in "${bpf_crates[@]}"; do cargo fmt --manifest-path "$crate/Cargo.toml" --check || status=1; done
+    return $status
+}
+# The BPF crates by themselves: linted together with the others, they would get their features. (In release, where a panic
+# aborts, because they have no unwinding.)
 step_clippy() {
-    cargo clippy --workspace --all-targets -- -D warnings &&
-        cargo clippy --release --manifest-path crates/xdp/Cargo.toml --target-dir target/xdp-lint -- -D warnings
+    local status=0 crate
+    cargo clippy --workspace --all-targets -- -D warnings || status=1
+    for crate in "${bpf_crates[@]}"; do
+        cargo clippy --release --manifest-path "$crate/Cargo.toml" --target-dir target/bpf-lint -- -D warnings || status=1
+    done
+    return $status
 }
 step_unit() { cargo test --workspace --exclude towpath-lab --no-fail-fast; }
 step_loom() { scripts/loom.sh; }

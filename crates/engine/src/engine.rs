@@ -99,9 +99,9 @@ impl Site {
     /// `attach`.
     pub fn create(mut self, sizes: &PerTable) -> Result<Engine> {
         self.dir.create()?;
-        let made = self.discard_staged().and_then(|()| {
-            Ok((Region::create(&self.dir, sizes)?, self.open_links()?, GraceMethod::choose()?))
-        });
+        let made = self
+            .discard_staged()
+            .and_then(|()| Ok((Region::create(&self.dir, sizes)?, self.open_links()?, GraceMethod::choose()?)));
         match made {
             Ok((region, links, grace)) => {
                 let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
@@ -344,9 +344,7 @@ impl Core {
         interfaces.sort_by_key(Interface::is_veth);
         let attachments = interfaces
             .into_iter()
-            .map(|interface| {
-                Ok((interface.index, Attachment::make(interface, program.fd(), self.site.options.mode)?))
-            })
+            .map(|interface| Ok((interface.index, Attachment::make(interface, program.fd(), self.site.options.mode)?)))
             .collect::<Result<Vec<_>>>()?;
         self.fill_devices(requests)?;
         if self.region.staged() {

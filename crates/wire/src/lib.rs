@@ -8,6 +8,7 @@
 
 pub mod checksum;
 pub mod ethernet;
+pub mod fptun;
 pub mod gre;
 pub mod ipv4;
 pub mod ipv6;
