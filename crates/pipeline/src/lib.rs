@@ -35,7 +35,7 @@ pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
 pub use route::{Hop, route};
 pub use slot_set::SlotSet;
-pub use stats::{count_exception, count_exceptions_lost, count_forward, count_tx_lost};
+pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_forward, count_tx_lost};
 pub use tunnel::forward as forward_tunnelled;
 
 use towpath_tables::Reason;

@@ -8,12 +8,18 @@ use towpath_tables::{Reason, opaque};
 /// Counts an exception of a packet that entered by the port in `slot`.
 #[inline(always)]
 pub fn count_exception<T: Tables>(tables: &T, slot: u32, reason: Reason) {
+    count_exceptions(tables, slot, reason, 1);
+}
+
+/// As `count_exception`, for so many packets.
+#[inline(always)]
+pub fn count_exceptions<T: Tables>(tables: &T, slot: u32, reason: Reason, packets: u64) {
     // The compiler knows that a reason is in range and would leave the check out, but the verifier of Linux 6.1 has
     // lost the range by now.
     if let Some(stats) = tables.stats(tables.cpu()).map(|stats| of_port(stats, slot))
         && let Some(counter) = stats.exceptions.get(opaque(reason as usize))
     {
-        add(counter, 1);
+        add(counter, packets);
     }
 }
 

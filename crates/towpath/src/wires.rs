@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use towpath_tables::record::SOCKET_FRAME;
 use towpath_user::PortDriver;
+use towpath_user::af_packet::{Losses, PacketPort};
 use towpath_user::pcap::PcapPort;
 use towpath_user::tap::{Tap, TapPort};
 use towpath_user::twin::Twinned;
@@ -22,10 +23,20 @@ pub struct PortArgument {
 /// By what the frames of a port come and go. The port's interface in Linux is a TAP then, the wire's twin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Wire {
+    /// An interface of this name, by packet sockets
+    Packet(String),
     /// A TAP of this name
     Tap(String),
     /// Files: frames arrive from the first, leave into the second
     Pcap(Option<PathBuf>, Option<PathBuf>),
+}
+
+/// A wire that no worker has yet.
+pub struct Opened {
+    /// For the worker, with the twin
+    pub driver: Box<dyn PortDriver>,
+    /// Where the kernel counts what finds no room
+    pub losses: Option<Losses>,
 }
 
 impl std::str::FromStr for PortArgument {
@@ -53,6 +64,7 @@ impl std::str::FromStr for Wire {
             name => Ok(name.to_owned()),
         };
         match driver {
+            "af_packet" => named("eth0").map(Self::Packet),
             "tap" => named("tap1").map(Self::Tap),
             "pcap" => {
                 let (input, output) = rest.split_once(',').unwrap_or((rest, ""));
@@ -64,7 +76,7 @@ impl std::str::FromStr for Wire {
                     (input, output) => Ok(Self::Pcap(input, output)),
                 }
             }
-            _ => Err(format!("no wire {driver:?}; there are tap:NAME and pcap:IN,OUT")),
+            _ => Err(format!("no wire {driver:?}; there are af_packet:NAME, tap:NAME and pcap:IN,OUT")),
         }
     }
 }
@@ -73,6 +85,7 @@ impl fmt::Display for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = |path: &Option<PathBuf>| path.as_deref().unwrap_or(Path::new("")).display().to_string();
         match self {
+            Self::Packet(name) => write!(f, "af_packet:{name}"),
             Self::Tap(name) => write!(f, "tap:{name}"),
             Self::Pcap(input, output) => write!(f, "pcap:{},{}", path(input), path(output)),
         }
@@ -92,16 +105,23 @@ pub fn without_twin(port: &str, error: anyhow::Error) -> anyhow::Error {
 
 impl Wire {
     /// Opens it, and the TAP of this name that stands for it in Linux.
-    pub fn open(&self, port: &str) -> Result<Box<dyn PortDriver>> {
-        if matches!(self, Self::Tap(name) if name == port) {
+    pub fn open(&self, port: &str) -> Result<Opened> {
+        if matches!(self, Self::Tap(name) | Self::Packet(name) if name == port) {
             bail!("{port} cannot be its own wire: it is a port's side in Linux, or its wire, but not both");
         }
         let twin = Tap::open(port).with_context(|| format!("{port} cannot stand for a wire in Linux"))?;
+        let twin = Arc::new(twin);
+        let mut losses = None;
         let wire: Box<dyn PortDriver> = match self {
+            Self::Packet(name) => {
+                let wire = PacketPort::open(name, twin.clone())?;
+                losses = Some(wire.losses().context("cannot keep a socket")?);
+                Box::new(wire)
+            }
             Self::Tap(name) => Box::new(TapPort(Tap::open(name)?)),
             Self::Pcap(input, output) => Box::new(PcapPort::open(input.as_deref(), output.as_deref())?),
         };
-        Ok(Box::new(Twinned::new(wire, Arc::new(twin))))
+        Ok(Opened { driver: Box::new(Twinned::new(wire, twin)), losses })
     }
 }
 
@@ -115,6 +135,7 @@ mod tests {
         let port = |name: &str, wire| Ok((name.to_string(), wire));
         assert_eq!(parse("eth0"), port("eth0", None));
         assert_eq!(parse("lan0=tap:tap1"), port("lan0", Some(Wire::Tap("tap1".into()))));
+        assert_eq!(parse("lan0=af_packet:eth0"), port("lan0", Some(Wire::Packet("eth0".into()))));
         let pcap =
             |input: Option<&str>, output: Option<&str>| Wire::Pcap(input.map(Into::into), output.map(Into::into));
         for (text, wire) in [

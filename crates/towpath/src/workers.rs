@@ -4,7 +4,7 @@
 //! is to be sent by it to one that has one.
 
 use crate::report;
-use crate::wires::Wire;
+use crate::wires::{self, Wire};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,6 +14,7 @@ use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
 use towpath_tables::record::{self, PORT_SLOTS, SOCKET_QUEUES, TableId, port_flags};
+use towpath_user::af_packet::Losses;
 use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
 use towpath_user::{Core, Linux, Pool, Port, PortDriver};
 
@@ -80,8 +81,13 @@ pub struct Workers {
 struct Served {
     slot: u32,
     sockets: Vec<Socket>,
-    /// The worker that has its wire, if it has one
-    wire: Option<usize>,
+    /// Its wire, if it has one
+    wire: Option<Wired>,
+}
+
+struct Wired {
+    worker: usize,
+    losses: Option<Losses>,
 }
 
 struct Socket {
@@ -98,7 +104,7 @@ pub struct Opened {
     /// Workers whose driver may send
     senders: Vec<usize>,
     sockets: Vec<Socket>,
-    wire: Option<usize>,
+    wire: Option<Wired>,
 }
 
 impl Opened {
@@ -138,8 +144,9 @@ impl Workers {
         match wire {
             Some(wire) => {
                 let worker = number % self.cores.len().max(1);
-                let drivers = [(worker, wire.open(name)?)].into();
-                Ok(Opened { ifindex, drivers, senders: vec![worker], sockets: Vec::new(), wire: Some(worker) })
+                let wires::Opened { driver, losses } = wire.open(name)?;
+                let (drivers, wire) = ([(worker, driver)].into(), Some(Wired { worker, losses }));
+                Ok(Opened { ifindex, drivers, senders: vec![worker], sockets: Vec::new(), wire })
             }
             None => self.open_sockets(ifindex, name, number),
         }
@@ -260,7 +267,8 @@ impl Workers {
                 report.exceptions_lost += stats.exceptions_lost.load();
             }
             for (ifindex, served) in &self.served {
-                if served.wire == Some(worker) {
+                if let Some(wire) = served.wire.as_ref().filter(|wire| wire.worker == worker) {
+                    report.rx_lost += wire.losses.as_ref().map_or(0, Losses::count);
                     report.queues.push(report::Queue { port: name(*ifindex), queue: 0 });
                 }
                 for socket in served.sockets.iter().filter(|socket| socket.worker == worker) {

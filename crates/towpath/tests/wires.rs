@@ -91,6 +91,73 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     assert!(net.ip("address show dev lan0").contains("192.0.2.1/24"));
 }
 
+/// Connects left by a wire that is an interface of the router's.
+fn connect_left_to_interface(net: &Net) {
+    net.ip("link delete tap0");
+    // No addresses: neither end says anything by itself, and the wire must have none.
+    net.ip(&format!("link add wire0 type veth peer name up0 netns {}", net.left.netns()));
+    net.ip("link set wire0 addrgenmode none up");
+    net.left
+        .sh("ip link set up0 up; ip address add 192.0.2.2/24 dev up0; ip address add 2001:db8:1::2/64 dev up0 nodad; \
+             ip route replace default via 192.0.2.1; ip -6 route replace default via 2001:db8:1::1")
+        .expect("left's interface");
+}
+
+/// TCP both ways at once, with all that stacks leave to their devices: whatever arrives must be what was sent.
+fn transfer(net: &Net, bytes: usize) {
+    use std::io::{Read, Write};
+    let listener = net.right.enter(|| std::net::TcpListener::bind((RIGHT, 5001))).expect("right").expect("listens");
+    let pattern = |seed: u8| (0..bytes).map(move |n| (n / 7) as u8 ^ seed).collect::<Vec<u8>>();
+    let exchange = |mut stream: std::net::TcpStream, ours: u8, theirs: u8| {
+        std::thread::scope(|scope| {
+            let mut sender = stream.try_clone().expect("a stream");
+            scope.spawn(move || sender.write_all(&pattern(ours)).expect("sent"));
+            let mut got = vec![0; bytes];
+            stream.read_exact(&mut got).expect("received");
+            assert!(got == pattern(theirs), "other bytes arrive");
+        });
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| exchange(listener.accept().expect("a connection").0, 1, 2));
+        let stream = net.left.enter(|| std::net::TcpStream::connect((RIGHT, 5001))).expect("left").expect("connected");
+        exchange(stream, 2, 1);
+    });
+}
+
+#[test]
+fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
+    let net = net();
+    connect_left_to_interface(&net);
+    let _daemon = net.up(&["--engine", "user", "lan0=af_packet:wire0", "eth1"]);
+    eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
+    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    assert_eq!(port(&net, "lan0")["served_by"], "af_packet:wire0");
+    for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
+        let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        for (from, to) in [(&net.left, there), (&net.right, here)] {
+            let text = from.run(["ping", "-c20", "-i0.01", "-s1400", to]).expect("answers");
+            assert!(text.contains("20 received") && !text.contains("DUP"), "{text}");
+        }
+        let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
+    }
+    // The router itself is reached by the port, and by nothing else.
+    let text = net.left.run(["ping", "-c5", "-i0.01", "192.0.2.1"]).expect("answers");
+    assert!(text.contains("5 received") && !text.contains("DUP"), "{text}");
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(200);
+    stream.finish_complete();
+    // Offloads on: segments in one go to Linux, which cuts them.
+    for (node, device) in [(&net.left, "up0"), (&net.right, "up0")] {
+        node.run(["ethtool", "-K", device, "tx", "on", "tso", "on", "gso", "on"]).expect("offloads");
+    }
+    transfer(&net, 4 << 20);
+    assert!(net.exceptions("partial-checksum") > 0);
+    let lost: u64 =
+        net.json(&["status"])["workers"].as_array().unwrap().iter().map(|w| w["rx_lost"].as_u64().unwrap()).sum();
+    assert_eq!(lost, 0);
+}
+
 /// A pcap file (draft-ietf-opsawg-pcap) of UDP from left to right, made without the code under test.
 fn write_frames(path: &Path, mac: [u8; 6], count: u16) -> Vec<Vec<u8>> {
     let ips = (LEFT.parse().unwrap(), RIGHT.parse().unwrap());
@@ -147,7 +214,7 @@ fn wires_that_cannot_be_are_refused_and_nothing_changes() {
     net.ip("link set big0 mtu 9000");
     let clean = net.traces();
     let [failure, usage] = [1, 2];
-    let cases: [(&[&str], i32, &[&str]); 9] = [
+    let cases: [(&[&str], i32, &[&str]); 10] = [
         (&["--engine", "user", "lan0=ring:0", "eth1"], usage, &["no wire \"ring\"", "tap:NAME"]),
         (&["--engine", "user", "lan0=tap", "eth1"], usage, &["tap:tap1"]),
         (&["lan0=tap:tap0", "eth1"], usage, &["lan0=", "--engine user"]),
@@ -155,6 +222,7 @@ fn wires_that_cannot_be_are_refused_and_nothing_changes() {
         (&["--engine", "user", "lan1=tap:tap0", "eth1"], failure, &["ip tuntap add dev lan1 mode tap", "lan0"]),
         (&["--engine", "user", "lan0=tap:lan0", "eth1"], failure, &["lan0 cannot be its own wire"]),
         (&["--engine", "user", "eth1=tap:tap0"], failure, &["eth1 cannot stand for a wire", "it is no TAP"]),
+        (&["--engine", "user", "lan0=af_packet:eth1"], failure, &["eth1 cannot be a wire", "ip address flush"]),
         (&["--engine", "user", "lan0=tap:tap9", "eth1"], failure, &["ip tuntap add dev tap9 mode tap"]),
         (&["--engine", "user", "big0=tap:tap0", "eth1"], failure, &["MTU of 9000", "ip link set big0 mtu 3050"]),
     ];

@@ -5,6 +5,7 @@
 //! ours, and sockets come and go without regard to each other.
 
 use crate::driver::{BATCH, PortDriver};
+use crate::mapping::Mapping;
 use crate::pool::{Area, Buffer, Pool};
 use crate::ring::{Consumer, Place, Producer};
 use std::io;
@@ -36,22 +37,6 @@ pub struct Error {
     queue: u32,
     cause: io::Error,
     remedy: &'static str,
-}
-
-/// A ring that is mapped from a socket.
-struct Mapping {
-    start: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: the mapping belongs to the value and is valid in every thread.
-unsafe impl Send for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: made by `mmap` with this length, and the ends of the ring are gone (see the order of `XdpPort`'s fields).
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
-    }
 }
 
 /// A socket on one queue.
@@ -158,7 +143,7 @@ impl XdpPort {
         let (filling, c) = map_ring::<u64>(&socket, libc::XDP_UMEM_PGOFF_FILL_RING, &fr)?;
         let (sent, d) = map_ring::<u64>(&socket, libc::XDP_UMEM_PGOFF_COMPLETION_RING, &cr)?;
         // SAFETY: inside the mappings, where the kernel says.
-        let flags = |ring: &Mapping, offset: u64| unsafe { ring.start.add(offset as usize).cast() };
+        let flags = |ring: &Mapping, offset: u64| unsafe { ring.start().add(offset as usize).cast() };
         // SAFETY: the rings were just mapped, and are kept as long as their ends; the kernel is the other side of each.
         unsafe {
             Ok(Self {
@@ -436,15 +421,9 @@ fn set_option_of<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, v
 
 fn map_ring<T>(socket: &OwnedFd, page: u64, offsets: &libc::xdp_ring_offset) -> io::Result<(Place<T>, Mapping)> {
     let bytes = offsets.desc as usize + RING as usize * size_of::<T>();
-    // SAFETY: a new mapping at an address of the kernel's choice, of a socket that has this ring.
-    let start = unsafe {
-        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE);
-        libc::mmap(null_mut(), bytes, access, kind, socket.as_raw_fd(), page as libc::off_t)
-    };
-    let start = NonNull::new(start.cast::<u8>()).filter(|_| start != libc::MAP_FAILED);
-    let mapping = Mapping { start: start.ok_or_else(io::Error::last_os_error)?, bytes };
+    let mapping = Mapping::of(socket, page, bytes)?;
     // SAFETY: inside the mapping, where the kernel says.
-    let at = |offset: u64| unsafe { mapping.start.add(offset as usize) };
+    let at = |offset: u64| unsafe { mapping.start().add(offset as usize) };
     let place = Place {
         producer: at(offsets.producer).cast(),
         consumer: at(offsets.consumer).cast(),

@@ -22,11 +22,25 @@ pub trait PortDriver: Send {
         None
     }
 
+    /// What it has handed to Linux itself since it was last asked: frames that are several packets in one.
+    fn passed(&mut self) -> Passed {
+        Passed::default()
+    }
+
     /// Appends what can be read from (`poll`) when frames have arrived; false if only asking tells.
     fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool;
 
     /// Ends; all its buffers are in the pool then.
     fn close(self: Box<Self>, pool: &mut Pool);
+}
+
+/// Frames that a driver has handed to Linux itself.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Passed {
+    /// All
+    pub frames: u64,
+    /// Those of them that Linux did not take
+    pub lost: u64,
 }
 
 /// The way to Linux for what is not forwarded.

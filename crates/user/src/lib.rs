@@ -6,14 +6,18 @@
 //!
 //! What is not forwarded goes to Linux as it arrived ([`Linux`]), received by the interface that it came in by.
 //!
-//! Ports' drivers: [`af_xdp`] on interfaces of Linux's; [`tap`], [`pcap`] and [`memory`] as wires of their own, which
+//! Ports' drivers: [`af_xdp`] on interfaces of Linux's; [`af_packet`], [`tap`], [`pcap`] and [`memory`] as wires of their own, which
 //! [`twin`] joins with an interface in Linux.
 
+pub mod af_packet;
 pub mod af_xdp;
 mod bell;
+mod blocks;
+mod deaf;
 mod driver;
 mod engine;
 mod exchange;
+mod mapping;
 pub mod memory;
 pub mod pcap;
 mod pool;
@@ -23,7 +27,7 @@ pub mod twin;
 mod vnet;
 mod worker;
 
-pub use driver::{BATCH, Linux, PortDriver};
+pub use driver::{BATCH, Linux, Passed, PortDriver};
 pub use engine::{Core, Engine, Error, Grace, check_cores, usable_cores};
 pub use pool::{Area, Buffer, HEADROOM, Pool};
 pub use vnet::Vnet;

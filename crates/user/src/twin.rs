@@ -2,7 +2,7 @@
 //! MTU, forwarding) are the twin's. What arrives by the wire and is not forwarded Linux receives by the twin; what Linux
 //! sends by the twin leaves by the wire.
 
-use crate::driver::{BATCH, PortDriver};
+use crate::driver::{BATCH, Passed, PortDriver};
 use crate::pool::{Buffer, Pool};
 use crate::tap::Tap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -63,6 +63,10 @@ impl PortDriver for Twinned {
 
     fn deliver(&mut self, frames: &[Buffer]) -> Option<usize> {
         Some(frames.iter().filter(|frame| !self.twin.send_frame(frame)).count())
+    }
+
+    fn passed(&mut self) -> Passed {
+        self.wire.passed()
     }
 
     fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool {

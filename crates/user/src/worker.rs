@@ -6,7 +6,8 @@ use crate::pool::{Area, Buffer, Pool};
 use std::sync::Arc;
 use towpath_pipeline::batch::{Ways, process_batch};
 use towpath_pipeline::mapped::Mapped;
-use towpath_pipeline::{SlotSet, Tables, count_exceptions_lost, count_tx_lost};
+use towpath_pipeline::{SlotSet, Tables, count_exceptions, count_exceptions_lost, count_tx_lost};
+use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::grace;
 use towpath_tables::record::PORT_SLOTS;
@@ -224,7 +225,11 @@ impl Sorter {
         let Self { pool, ports, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         port.driver.receive(pool, batch);
-        let received = batch.len();
+        let (received, passed) = (batch.len(), port.driver.passed());
+        if passed.frames != 0 {
+            count_exceptions(tables, port.slot, Reason::PartialChecksum, passed.frames);
+            count_exceptions_lost(tables, port.slot, passed.lost);
+        }
         if received != 0 {
             let entered = (port.ifindex, port.slot);
             let ways = forward(tables, entered.0, batch);
