@@ -28,7 +28,7 @@ fn fptun(ctx: TcContext) -> i32 {
         Ok(Entry::Egress(device)) => redirect(Outcome::Egress, device, 0),
         Err(outcome) => {
             count(outcome);
-            TC_ACT_SHOT as i32
+            TC_ACT_SHOT
         }
     }
 }
