@@ -5,7 +5,7 @@ use clap::Parser;
 
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
-use towpath_bench::{cost, findings, instructions, latency, sockets, sync, user};
+use towpath_bench::{cost, findings, instructions, latency, sockets, stalls, sync, user};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.
@@ -39,6 +39,8 @@ enum Section {
     Latency,
     /// A worker of the user engine over ports in memory
     User,
+    /// A worker's pauses while tables change
+    Stalls,
     /// The user engine over AF_XDP on veth, beside DPDK
     Sockets,
     /// Instructions a packet, in the virtual machine
@@ -67,6 +69,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::User) {
         user::run(&mut findings, &mut report, arguments.rounds)?;
+    }
+    if wanted(Section::Stalls) {
+        stalls::run(&mut findings, &mut report, 5)?;
     }
     if wanted(Section::Sockets) {
         sockets::run(&mut findings, &mut report, 7)?;

@@ -3,12 +3,13 @@
 
 use crate::dpdk::{self, Hugepages};
 use crate::findings::{Aim, Findings};
+use crate::memory::{self, FRAME, INSIDE, Nowhere, OUTSIDE, STRIDE, frame};
 use crate::path::pin;
 use crate::routes;
 use crate::stats::Summary;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use towpath_pipeline::SlotSet;
@@ -16,26 +17,16 @@ use towpath_pipeline::{Verdict, process};
 use towpath_report::{Bar, Report};
 use towpath_tables::backing::{HeapBacking, initial_elements};
 use towpath_tables::grace::NoReaders;
-use towpath_tables::lpm::Leaf;
 use towpath_tables::mix::Random;
-use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
-use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Entry;
-use towpath_tables::writer::{MAIN_ROOT, PortValue, TableWriter};
+use towpath_tables::writer::TableWriter;
 use towpath_user::memory::{MemoryPort, Wire};
-use towpath_user::{BATCH, Buffer, Linux, Pool, Port, PortDriver, TableSource, Worker};
+use towpath_user::{BATCH, Buffer, Pool, Port, PortDriver, TableSource, Worker};
 
 const CORE: usize = 0;
 const DESTINATIONS: usize = 1 << 18;
 /// Packets of a window
 const WINDOW: usize = 1 << 17;
-/// An Ethernet frame of 64 bytes, without FCS
-const FRAME: usize = 60;
-const NEXTHOPS: u32 = 64;
-/// Interface indices
-const INSIDE: u32 = 1;
-const OUTSIDE: u32 = 2;
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A contender with one table.
 #[derive(Clone, Debug, Serialize)]
@@ -219,69 +210,19 @@ fn measure(case: Case, all: &[(IpAddr, u8)], rounds: usize, with_peer: bool) -> 
     contenders.iter().zip(&costs).map(summarise).collect()
 }
 
-/// A router with two ports; the routes lead to neighbours behind the second.
+/// A router with these routes.
 fn tables(all: &[(IpAddr, u8)]) -> Result<HeapBacking> {
     let mut writer = TableWriter::create(HeapBacking::new(initial_elements(1)), NoReaders)?;
-    let mut slots = Vec::new();
-    for ifindex in [INSIDE, OUTSIDE] {
-        let slot = writer.alloc_port(ifindex)?;
-        let flags = port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6;
-        let root = [MAIN_ROOT[Family::V4 as usize], MAIN_ROOT[Family::V6 as usize]];
-        let value = PortValue {
-            flags,
-            mac: MAC,
-            root,
-            ingress_policy: [None; 2],
-            vlans: None,
-            vlan: None,
-            lower: slot,
-            mtu: 1500,
-        };
-        writer.set_port(slot, &value);
-        slots.push(slot);
-    }
-    let port = slots[1];
-    let mut hops = Vec::new();
-    for n in 0..NEXTHOPS {
-        let gateway = IpAddr::from(Ipv4Addr::from(0xc612_0001 + n));
-        let index =
-            writer.alloc_nexthop(NexthopIdentity { ifindex: OUTSIDE, gateway: Some(gateway), mtu: 0, reason: None })?;
-        let header = Header::new([2, 0, 0, 0, 1, n as u8], MAC, &[]).context("a header")?;
-        writer.set_nexthop(index, &NexthopValue { action: Action::Forward(header), port, device: port, mtu: 1500 });
-        hops.push(Leaf::nexthop(index).context("a leaf")?);
-    }
+    let hops = memory::router(&mut writer)?;
     let mut random = Random(3);
     for (address, length) in all {
-        let leaf = hops[random.below(NEXTHOPS) as usize];
-        let root = MAIN_ROOT[if address.is_ipv4() { Family::V4 } else { Family::V6 } as usize];
-        writer.route_set(root, *address, *length, Entry { leaf, shadow: false })?;
+        let leaf = hops[random.below(memory::NEXTHOPS) as usize];
+        writer.route_set(memory::root(*address), *address, *length, Entry { leaf, shadow: false })?;
     }
     writer.reserve()?;
     let full = writer.publish().full;
     anyhow::ensure!(full.is_empty(), "{} tables are full", full.len());
     Ok(writer.into_backing())
-}
-
-/// A UDP packet for the router.
-fn frame(destination: IpAddr) -> [u8; FRAME] {
-    let mut frame = [0; FRAME];
-    frame[..6].copy_from_slice(&MAC);
-    match destination {
-        IpAddr::V4(destination) => {
-            frame[12..26].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0]);
-            frame[26..30].copy_from_slice(&Ipv4Addr::new(198, 18, 1, 1).octets());
-            frame[30..34].copy_from_slice(&destination.octets());
-            let sum = frame[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum::<u32>();
-            let sum = (sum & 0xffff) + (sum >> 16);
-            frame[24..26].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
-        }
-        IpAddr::V6(destination) => {
-            frame[12..22].copy_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0, 0, 6, 59, 64]);
-            frame[22..38].copy_from_slice(&Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).octets());
-            frame[38..54].copy_from_slice(&destination.octets());
-        }
-    }
-    frame
 }
 
 /// Frames to come, again and again from the first one on, and those that have left.
@@ -309,15 +250,6 @@ impl Wire for Replay {
     }
 }
 
-/// Exceptions would be a mistake: they do not leave and are missed.
-struct Nowhere;
-
-impl Linux for Nowhere {
-    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
-        frames.len()
-    }
-}
-
 struct Bench {
     tables: Arc<HeapBacking>,
     left: Arc<std::sync::atomic::AtomicUsize>,
@@ -327,9 +259,6 @@ struct Bench {
     outside: MemoryPort<Replay>,
     frames: Vec<Buffer>,
 }
-
-/// Bytes from buffer to buffer: an odd number of cache lines, so that frames do not all begin at one place of the cache.
-const STRIDE: usize = 2048 + 64;
 
 impl Bench {
     fn new(tables: Arc<HeapBacking>, frames: &Arc<[[u8; FRAME]]>) -> Self {
