@@ -56,7 +56,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append spectre_v2=off --modules veth,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack -- bash -c "$guest" vm "$@" &
+            --append spectre_v2=off --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack -- bash -c "$guest" vm "$@" &
     done
     wait
 }

@@ -195,6 +195,7 @@ fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
         assert_eq!((&arrived[26..], arrived[22]), (&sent[26..], 63));
     }
     // What goes back is written.
+    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
     net.right.command("ping").args(["-c3", "-i0.01", "-W1", "-q", "-p", "a5", LEFT]).output().expect("run");
     let written = || {
         let text = net.router.command("tcpdump").args(["-enr", &output.to_string_lossy()]).output().expect("tcpdump");

@@ -113,6 +113,13 @@ fn frames_cross_the_wire_both_ways_as_they_are() -> Result<()> {
     Ok(())
 }
 
+/// Before 6.2 the header cannot say that a frame is several UDP packets, and the kernel loses it.
+fn tells_segments() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(2))
+}
+
 #[test]
 fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<()> {
     let mut rig = Rig::new("packetgso")?;
@@ -157,6 +164,10 @@ fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<
     assert_eq!((frame.len(), packet::checksum(&pseudo)), (819, 0), "{frame:02x?}");
     // Several packets in one, more than a buffer holds.
     send(8500, 1000)?;
+    if !tells_segments() {
+        let losses = rig.port.losses()?;
+        return wait_for(LIMIT, "the loss to be counted", || (losses.count() == 1).then_some(()));
+    }
     let got = wait_for(LIMIT, "Linux to receive it by the twin", || {
         let mut frames = Vec::new();
         rig.port.receive(&mut rig.pool, &mut frames);

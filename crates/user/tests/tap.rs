@@ -97,7 +97,7 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
     host.run(["ip", "neigh", "add", "192.0.2.2", "lladdr", "02:00:00:00:00:07", "dev", "tap0", "nud", "permanent"])?;
     let (mut port, mut pool) = (TapPort(tap), Pool::new(2 * BATCH, 4096));
     // UDP in segments of 1000 bytes (UDP_SEGMENT), which a device could cut.
-    host.enter(|| -> Result<()> {
+    let sent = host.enter(|| -> Result<_> {
         let socket = std::net::UdpSocket::bind("192.0.2.1:1000")?;
         let segment: libc::c_int = 1000;
         // SAFETY: the value lives across the call and is as long as said.
@@ -106,11 +106,17 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
             libc::setsockopt(fd, libc::SOL_UDP, libc::UDP_SEGMENT, value, size_of_val(&segment) as u32)
         };
         ensure!(set == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
-        socket.send_to(&[9; 2500], "192.0.2.2:9")?;
-        Ok(())
+        socket.send_to(&[9; 777], "192.0.2.2:9")?;
+        Ok(socket.send_to(&[9; 2500], "192.0.2.2:9"))
     })??;
-    let got = receive(&mut port, &mut pool, 3)?;
-    assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), [1042, 1042, 542]);
+    // Before 6.9 Linux does not cut UDP for a device that completes no checksums.
+    let cut: &[usize] = match sent {
+        Ok(_) => &[819, 1042, 1042, 542],
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => &[819],
+        Err(error) => return Err(error.into()),
+    };
+    let got = receive(&mut port, &mut pool, cut.len())?;
+    assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), cut);
     for frame in got {
         let udp = &frame[34..];
         let length = (udp.len() as u16).to_be_bytes();

@@ -39,6 +39,11 @@ impl Pair {
     pub fn new(name: &str, names: [&'static str; 2], profile: &Profile) -> Result<Pair> {
         let lab = Lab::new(name)?;
         let routers = [Router::new(&lab, names[0], profile)?, Router::new(&lab, names[1], profile)?];
+        Self::of(lab, routers)
+    }
+
+    /// These two, of one lab.
+    pub fn of(lab: Lab, routers: [Router; 2]) -> Result<Pair> {
         for router in &routers {
             router.settle()?;
         }

@@ -6,6 +6,7 @@
 mod compare;
 mod generate;
 mod gre;
+mod memory;
 mod normalise;
 mod random;
 mod router;
@@ -13,7 +14,7 @@ mod router;
 use anyhow::{Context, Result, bail};
 use compare::Pair;
 use normalise::{is_redirect, without_identification};
-use router::{HOST_MACS, PORTS, Profile, ROUTER_MACS, Router};
+use router::{HOST_MACS, PORT_NAMES, PORTS, Profile, ROUTER_MACS, Router};
 use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
 use towpath_lab::{Frame, Lab, Towpath, supported};
@@ -77,8 +78,6 @@ fn tells(towpath: &Towpath) -> Result<bool> {
     Ok(!notices.iter().any(|notice| notice.as_str().is_some_and(|text| text.contains("cannot be seen"))))
 }
 
-const PORT_NAMES: [&str; PORTS] = ["eth0", "eth1", "eth2"];
-
 fn towpath_agrees(profile: &Profile, options: &[&str], frames: u64) -> Result<(Towpath, Pair)> {
     let mut pair = Pair::new(&format!("diff-{}", profile.name), ["linux", "towpath"], profile)?;
     let towpath = Towpath::up(&pair.routers[1].node, &[options, &PORT_NAMES].concat())?;
@@ -140,6 +139,41 @@ fn workers_agree_with_linux_about_reverse_paths() -> Result<()> {
 #[test]
 fn workers_agree_with_linux_about_vlans() -> Result<()> {
     if vlans_supported() { workers_agree(&TAGGED, "0") } else { Ok(()) }
+}
+
+/// A worker on ports in memory, without XDP anywhere; both Linuxes have TAPs.
+fn ports_in_memory_agree(profile: &Profile) -> Result<()> {
+    let frames = frames() / 10;
+    let lab = Lab::new(&format!("diff-mem-{}", profile.name))?;
+    let (linux, _) = Router::with_taps(&lab, "linux", profile, |_, taps| Ok(memory::Taps::new(taps)))?;
+    let (towpath, worker) = Router::with_taps(&lab, "towpath", profile, memory::Worker::start)?;
+    let mut pair = Pair::of(lab, [linux, towpath])?;
+    agree(&mut pair, frames, profile)?;
+    let (fast, exceptions) = (
+        worker.sum(|port| port.rx_packets.load()),
+        worker.sum(|port| port.exceptions.iter().map(|count| count.load()).sum()),
+    );
+    eprintln!("lab: {fast} forwarded and {exceptions} handed to Linux by the worker");
+    assert!(fast >= pair.plain_forwarded, "the fast path forwarded only {fast} of {}", pair.plain_forwarded);
+    assert!(pair.plain_forwarded * 10 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
+    assert!(exceptions > frames / 200, "only {exceptions} were handed to Linux by the worker");
+    assert_eq!(worker.sum(|port| port.tx_lost.load() + port.exceptions_lost.load()), 0);
+    Ok(())
+}
+
+#[test]
+fn ports_in_memory_agree_with_linux() -> Result<()> {
+    ports_in_memory_agree(&PLAIN)
+}
+
+#[test]
+fn ports_in_memory_agree_with_linux_about_reverse_paths() -> Result<()> {
+    ports_in_memory_agree(&FILTERED)
+}
+
+#[test]
+fn ports_in_memory_agree_with_linux_about_vlans() -> Result<()> {
+    if vlans_supported() { ports_in_memory_agree(&TAGGED) } else { Ok(()) }
 }
 
 #[test]

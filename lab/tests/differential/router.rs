@@ -7,10 +7,13 @@
 //! On each link there is a neighbour .10 (::10) with a permanent entry; .99 (::99) has none. Both routers have the
 //! same addresses, MAC addresses and routes; the hosts' side has no addresses and says nothing by itself.
 
+use crate::memory;
 use anyhow::{Context, Result};
 use std::net::Ipv4Addr;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use towpath_lab::{Frame, Lab, Node, PacketSocket};
+use towpath_user::tap::Tap;
 
 pub const PORTS: usize = 3;
 /// MAC addresses of the router's ports and of the neighbours on their links.
@@ -97,38 +100,77 @@ pub struct Profile {
     pub tunnels: bool,
 }
 
+pub const PORT_NAMES: [&str; PORTS] = ["eth0", "eth1", "eth2"];
+
+/// The other ends of a router's links.
+pub trait Ends {
+    /// Sends frames to a port, in order.
+    fn send(&self, port: usize, frames: &[&[u8]]) -> Result<()>;
+    /// What has come out of a port by now.
+    fn drain(&self, port: usize) -> Result<Vec<Frame>>;
+}
+
+impl Ends for Vec<PacketSocket> {
+    fn send(&self, port: usize, frames: &[&[u8]]) -> Result<()> {
+        self[port].send_all(frames)
+    }
+
+    fn drain(&self, port: usize) -> Result<Vec<Frame>> {
+        let frames = self[port].drain()?;
+        anyhow::ensure!(self[port].lost()? == 0, "the receiving socket lost frames");
+        Ok(frames)
+    }
+}
+
 pub struct Router {
     pub name: &'static str,
     pub node: Node,
-    sockets: Vec<PacketSocket>,
+    ends: Rc<dyn Ends>,
 }
 
 impl Router {
     pub fn new(lab: &Lab, name: &'static str, profile: &Profile) -> Result<Router> {
-        let (node, wire) = (lab.node(name)?, lab.node(&format!("wire-{name}"))?);
+        let (node, wire) = (node(lab, name)?, lab.node(&format!("wire-{name}"))?);
         wire.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
-        // Link-local addresses come from MAC addresses otherwise, and the routers' are not equal yet.
-        node.sysctl("net.ipv6.conf.default.addr_gen_mode", "1")?;
         for port in 0..PORTS {
-            let (end, host) = (format!("eth{port}"), format!("h{port}"));
-            lab.link((&node, &end), (&wire, &host))?;
+            let (end, host) = (PORT_NAMES[port], format!("h{port}"));
+            lab.link((&node, end), (&wire, &host))?;
             wire.run(["ip", "link", "set", &host, "address", &mac(HOST_MACS[port]), "mtu", "9000"])?;
-            node.run(["ip", "link", "set", &end, "address", &mac(ROUTER_MACS[port]), "mtu", &MTUS[port].to_string()])?;
+            set_port(&node, port)?;
         }
         configure(&node, profile)?;
-        let sockets = (0..PORTS).map(|port| wire.packet_socket(&format!("h{port}"))).collect::<Result<_>>()?;
-        Ok(Router { name, node, sockets })
+        let sockets = (0..PORTS).map(|port| wire.packet_socket(&format!("h{port}"))).collect::<Result<Vec<_>>>()?;
+        Ok(Router { name, node, ends: Rc::new(sockets) })
+    }
+
+    /// A router whose ports are TAPs; `ends` is given the router when all is configured.
+    pub fn with_taps<E: Ends + 'static>(
+        lab: &Lab,
+        name: &'static str,
+        profile: &Profile,
+        ends: impl FnOnce(&Node, Vec<Tap>) -> Result<E>,
+    ) -> Result<(Router, Rc<E>)> {
+        let node = node(lab, name)?;
+        for (port, name) in PORT_NAMES.iter().enumerate() {
+            node.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"])?;
+            set_port(&node, port)?;
+            node.run(["ip", "link", "set", name, "up"])?;
+        }
+        let taps = memory::taps(&node)?;
+        configure(&node, profile)?;
+        let ends = Rc::new(ends(&node, taps)?);
+        Ok((Router { name, node, ends: ends.clone() }, ends))
     }
 
     pub fn send(&self, port: usize, frames: &[impl AsRef<[u8]>]) -> Result<()> {
-        self.sockets[port].send_all(frames).with_context(|| format!("to eth{port} of {}", self.name))
+        let frames: Vec<&[u8]> = frames.iter().map(AsRef::as_ref).collect();
+        self.ends.send(port, &frames).with_context(|| format!("to eth{port} of {}", self.name))
     }
 
     /// Adds what has come out of each port; true once nothing more is there to be read.
     pub fn collect(&self, into: &mut [Vec<Frame>; PORTS]) -> Result<()> {
-        for (socket, frames) in self.sockets.iter().zip(into) {
-            frames.extend(socket.drain()?);
-            anyhow::ensure!(socket.lost()? == 0, "the receiving socket lost frames of {}", self.name);
+        for (port, frames) in into.iter_mut().enumerate() {
+            frames.extend(self.ends.drain(port).with_context(|| format!("from eth{port} of {}", self.name))?);
         }
         Ok(())
     }
@@ -146,6 +188,18 @@ impl Router {
         }
         Ok(())
     }
+}
+
+fn node(lab: &Lab, name: &str) -> Result<Node> {
+    let node = lab.node(name)?;
+    // Link-local addresses come from MAC addresses otherwise, and the routers' are not equal yet.
+    node.sysctl("net.ipv6.conf.default.addr_gen_mode", "1")?;
+    Ok(node)
+}
+
+fn set_port(node: &Node, port: usize) -> Result<()> {
+    let (address, mtu) = (mac(ROUTER_MACS[port]), MTUS[port].to_string());
+    node.run(["ip", "link", "set", PORT_NAMES[port], "address", &address, "mtu", &mtu]).map(drop)
 }
 
 fn configure(node: &Node, profile: &Profile) -> Result<()> {
