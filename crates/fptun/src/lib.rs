@@ -7,8 +7,8 @@
 //! device is made. Packet sockets and the device's statistics see neither records nor the packets behind them, since the
 //! program runs before them.
 //!
-//! The device goes with the [`Fptun`] that made it. What a killed process left takes no packets any more, since its key died
-//! with it, and goes when the next one is made or by [`remove`].
+//! The device goes with the [`Fptun`] that made it. What a killed process left drops everything, since the key died with the
+//! process, and goes when the next one is made or by [`remove`].
 
 mod device;
 mod error;

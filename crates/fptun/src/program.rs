@@ -3,8 +3,8 @@
 use crate::device::NAME;
 use crate::error::{Error, Result};
 use aya::maps::PerCpuArray;
-use aya::programs::SchedClassifier;
 use aya::programs::tc::{NlOptions, TcAttachOptions, TcAttachType, qdisc_add_clsact};
+use aya::programs::{LinkOrder, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 use towpath_wire::fptun::{Key, Outcome};
 
@@ -24,15 +24,20 @@ impl Program {
         let program = object.program_mut("fptun").ok_or_else(|| missing("program"))?;
         let program: &mut SchedClassifier = program.try_into().map_err(Error::program("find the program"))?;
         program.load().map_err(Error::program("load the program"))?;
-        qdisc_add_clsact(NAME).map_err(Error::program("give the device a clsact qdisc"))?;
-        // By netlink: before Linux 6.6 there is nothing else. With the link's end the filter would be taken off whatever
-        // device has the index in the namespace of the thread that ends it; it goes with its device.
-        let by_netlink = TcAttachOptions::Netlink(NlOptions::default());
-        let attached = program
-            .attach_with_options(NAME, TcAttachType::Egress, by_netlink)
-            .and_then(|link| program.take_link(link))
-            .map_err(Error::program("attach the program"))?;
-        std::mem::forget(attached);
+        // As a link, which goes with the process; before Linux 6.6 by netlink. Such a filter goes with its device: aya would
+        // take it off whatever device has the index in the namespace of the thread that ends the link.
+        if program
+            .attach_with_options(NAME, TcAttachType::Egress, TcAttachOptions::TcxOrder(LinkOrder::default()))
+            .is_err()
+        {
+            qdisc_add_clsact(NAME).map_err(Error::program("give the device a clsact qdisc"))?;
+            let by_netlink = TcAttachOptions::Netlink(NlOptions::default());
+            let attached = program
+                .attach_with_options(NAME, TcAttachType::Egress, by_netlink)
+                .and_then(|link| program.take_link(link))
+                .map_err(Error::program("attach the program"))?;
+            std::mem::forget(attached);
+        }
         Ok(Self(object))
     }
 

@@ -27,6 +27,8 @@ pub struct Packet<'a> {
 pub struct Sender {
     socket: OwnedFd,
     key: Key,
+    /// A batch on its way, each frame with its record: the kernel takes what lies in one piece faster than two pieces
+    batch: Vec<u8>,
 }
 
 impl Sender {
@@ -56,57 +58,59 @@ impl Sender {
         if results != [0, 0] {
             return Err(Error::last("bind a packet socket to the device"));
         }
-        Ok(Self { socket, key })
+        Ok(Self { socket, key, batch: Vec::new() })
     }
 
     /// Has packets enter Linux, in order. Returns how many were not taken.
-    pub fn send(&self, packets: &[Packet<'_>]) -> usize {
-        packets.chunks(BATCH).map(|batch| self.send_batch(batch)).sum()
-    }
-
-    fn send_batch(&self, packets: &[Packet<'_>]) -> usize {
-        let mut records = [Record::new([0; 2], Entry::Ingress(0), 0); BATCH];
-        for (record, packet) in records.iter_mut().zip(packets) {
-            *record = Record::new(self.key, packet.entry, packet.mark);
-        }
-        let pairs = packets.iter().zip(&records).map(|(packet, record)| [packet.frame, record.as_bytes()]);
-        transmit(&self.socket, pairs)
-    }
-
-    /// Sends frames with whatever behind them.
-    #[cfg(test)]
-    pub(crate) fn send_raw(&self, frame: &[u8], behind: &[u8]) -> usize {
-        transmit(&self.socket, std::iter::once([frame, behind]))
-    }
-}
-
-/// Sends at most `BATCH` frames of two pieces each. Returns how many the kernel did not take.
-fn transmit<'a>(socket: &OwnedFd, frames: impl Iterator<Item = [&'a [u8]; 2]>) -> usize {
-    // SAFETY: plain numbers and pointers that nobody follows, for which zeroes are valid.
-    let (mut pieces, mut messages): ([[libc::iovec; 2]; BATCH], [libc::mmsghdr; BATCH]) = unsafe { std::mem::zeroed() };
-    let mut count = 0;
-    for ((frame, pieces), message) in frames.zip(&mut pieces).zip(&mut messages) {
-        *pieces = frame.map(|piece| libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() });
-        message.msg_hdr.msg_iov = pieces.as_mut_ptr();
-        message.msg_hdr.msg_iovlen = pieces.len();
-        count += 1;
-    }
-    let (mut rest, mut lost) = (&mut messages[..count], 0);
-    while !rest.is_empty() {
-        // SAFETY: headers, vectors and frames live until after the call; the kernel only reads the frames.
-        let sent = unsafe {
-            libc::sendmmsg(socket.as_raw_fd(), rest.as_mut_ptr(), rest.len() as libc::c_uint, libc::MSG_DONTWAIT)
-        };
-        let done = match sent {
-            1.. => sent as usize,
-            _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => 0,
-            // The first one was refused.
-            _ => {
-                lost += 1;
-                1
+    pub fn send(&mut self, packets: &[Packet<'_>]) -> usize {
+        let mut lost = 0;
+        for packets in packets.chunks(BATCH) {
+            self.batch.clear();
+            for packet in packets {
+                self.batch.extend_from_slice(packet.frame);
+                self.batch.extend_from_slice(Record::new(self.key, packet.entry, packet.mark).as_bytes());
             }
-        };
-        rest = &mut rest[done..];
+            lost += self.send_batch(packets.iter().map(|packet| packet.frame.len() + size_of::<Record>()));
+        }
+        lost
     }
-    lost
+
+    /// Sends a frame with whatever behind it.
+    #[cfg(test)]
+    pub(crate) fn send_raw(&mut self, frame: &[u8], behind: &[u8]) -> usize {
+        self.batch = [frame, behind].concat();
+        self.send_batch(std::iter::once(self.batch.len()))
+    }
+
+    /// Sends what lies in `batch`, frames of these lengths. Returns how many the kernel did not take.
+    fn send_batch(&mut self, lengths: impl Iterator<Item = usize>) -> usize {
+        // SAFETY: plain numbers and pointers that nobody follows, for which zeroes are valid.
+        let (mut pieces, mut messages): ([libc::iovec; BATCH], [libc::mmsghdr; BATCH]) = unsafe { std::mem::zeroed() };
+        let (mut left, mut count) = (self.batch.as_mut_slice(), 0);
+        for ((length, piece), message) in lengths.zip(&mut pieces).zip(&mut messages) {
+            let (frame, behind) = left.split_at_mut(length);
+            *piece = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: length };
+            (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (piece, 1);
+            (left, count) = (behind, count + 1);
+        }
+        let (mut rest, mut lost) = (&mut messages[..count], 0);
+        while !rest.is_empty() {
+            // SAFETY: headers, vectors and frames live until after the call; the kernel only reads the frames.
+            let sent = unsafe {
+                let number = rest.len() as libc::c_uint;
+                libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), number, libc::MSG_DONTWAIT)
+            };
+            let done = match sent {
+                1.. => sent as usize,
+                _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => 0,
+                // The first one was refused.
+                _ => {
+                    lost += 1;
+                    1
+                }
+            };
+            rest = &mut rest[done..];
+        }
+        lost
+    }
 }

@@ -146,7 +146,7 @@ fn an_interface_receives_the_packet_without_its_record() {
     let (fptun, receiver) = (net.open(), net.receiver(None));
     let sees = net.router.packet_socket("eth0").unwrap();
     let (frame, device) = (net.frame(b"hello"), net.router.ifindex("eth0").unwrap());
-    let sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
     assert_eq!(sender.send(&[ingress(device, &frame)]), 0);
     assert_eq!(receiver.receive(), Received(b"hello".to_vec(), MARK, device as i32));
     let seen = sees.receive_matching(DEADLINE, |seen| seen.bytes[12..14] == [8, 0]).unwrap().unwrap();
@@ -164,7 +164,7 @@ fn packets_leave_by_an_interface_in_order_and_without_their_records() {
     // Of all lengths, up to what the interface sends; more than are sent at once.
     let frames: Vec<_> = (0..200).map(|n| frame(macs, (ROUTER, HOST), &vec![n; 7 * usize::from(n)])).collect();
     let packets: Vec<_> = frames.iter().map(|frame| Packet { entry, mark: 0, frame }).collect();
-    let sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
     assert_eq!(sender.send(&packets), 0);
     for frame in &frames {
         let seen = sees.receive_matching(DEADLINE, |seen| seen.bytes[12..14] == [8, 0]).unwrap().unwrap();
@@ -184,7 +184,7 @@ fn a_tunnel_in_a_vrf_receives_and_sends() {
         return;
     }
     let fptun = net.open();
-    let sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
     let (red, main) = (net.receiver(Some("red")), net.receiver(Some("eth0")));
     let index = |name| net.router.ifindex(name).unwrap();
 
@@ -217,7 +217,7 @@ fn what_the_fast_path_did_not_send_is_dropped_and_counted() {
     let old_key = old.key;
     std::mem::forget(old);
     let fptun = net.open();
-    let sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
 
     let good = Record::new(fptun.key, Entry::Ingress(device), MARK);
     let changed = |change: &dyn Fn(&mut Record)| {
@@ -295,7 +295,7 @@ fn what_a_killed_process_left_goes() {
     assert!(!net.has_device());
     leave();
     let (fptun, receiver) = (net.open(), net.receiver(None));
-    let sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
     assert_eq!(sender.send(&[ingress(net.router.ifindex("eth0").unwrap(), &net.frame(b"after"))]), 0);
     assert_eq!(receiver.receive().0, b"after");
 }
