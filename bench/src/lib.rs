@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod cost;
 pub mod dpdk;
 pub mod ethtool;
+pub mod exceptions;
 pub mod findings;
 pub mod instructions;
 pub mod latency;

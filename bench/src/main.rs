@@ -5,7 +5,7 @@ use clap::Parser;
 
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
-use towpath_bench::{cost, findings, instructions, latency, sockets, stalls, sync, user};
+use towpath_bench::{cost, exceptions, findings, instructions, latency, sockets, stalls, sync, user};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.
@@ -43,6 +43,8 @@ enum Section {
     Stalls,
     /// The user engine over AF_XDP on veth, beside DPDK
     Sockets,
+    /// Packets handed to a socket in Linux
+    Exceptions,
     /// Instructions a packet, in the virtual machine
     Instructions,
 }
@@ -75,6 +77,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Sockets) {
         sockets::run(&mut findings, &mut report, 7)?;
+    }
+    if wanted(Section::Exceptions) {
+        exceptions::run(&mut findings, &mut report, arguments.rounds)?;
     }
     if wanted(Section::Instructions) {
         instructions::run(&mut findings, &mut report)?;
