@@ -212,8 +212,7 @@ fn pin_to_first_cpu() {
 }
 
 fn check(program: &mut Program, case: &Case) -> Result<(), String> {
-    let mut world = World::new();
-    (case.configure)(&mut world);
+    let world = case.router();
     program.configure(&world);
     case.apply(&world);
     let (action, frame) = match &case.expect {

@@ -7,7 +7,7 @@ use crate::network::Network;
 use crate::rewrite::rewrite_packet;
 use crate::route::Last;
 use crate::stats::Tally;
-use crate::{Entry, Frame, Parsed, Tables, count_exception};
+use crate::{Entry, Frame, Parsed, Refusal, Tables, count_exception};
 use arrayvec::ArrayVec;
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Walk};
@@ -133,7 +133,7 @@ fn finish<N: Network, const BYTES: usize, F: Frame, T: Tables>(
     for job in jobs {
         let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
         match forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally)
-            .or_else(|reason| tunnelled(tables, frame, job, reason))
+            .or_else(|refusal| frame.tunnelled(tables, &job.entry, &job.parsed, refusal))
         {
             Ok(slot) => *way = slot,
             Err(reason) => count_exception(tables, job.entry.slot, reason),
@@ -171,17 +171,6 @@ fn ask_for_nexthop<T: Tables>(tables: &T, walk: &Walk) {
     }
 }
 
-/// Seldom enough to be kept out of the way.
-#[inline(never)]
-fn tunnelled<const BYTES: usize, F: Frame, T: Tables>(
-    tables: &T,
-    frame: &mut F,
-    job: &Job<BYTES>,
-    reason: Reason,
-) -> Result<u32, Reason> {
-    frame.tunnelled(tables, &job.entry, &job.parsed, reason)
-}
-
 #[inline(always)]
 fn forward<'t, N: Network, const BYTES: usize, F: Frame, T: Tables>(
     tables: &'t T,
@@ -189,7 +178,7 @@ fn forward<'t, N: Network, const BYTES: usize, F: Frame, T: Tables>(
     job: &Job<BYTES>,
     last: &mut Last<'t>,
     tally: &mut Tally,
-) -> Result<u32, Reason> {
+) -> Result<u32, Refusal> {
     let Job { entry, parsed, .. } = job;
     let word = job.walk.found(tables, job.root).map_err(|_| Reason::Internal)?;
     let hop = last.route::<N, F, T>(frame, tables, entry, parsed, word)?;

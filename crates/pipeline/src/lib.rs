@@ -33,7 +33,7 @@ pub mod packet;
 
 pub use ingress::{Entry, Parsed, parse};
 pub use rewrite::rewrite;
-pub use route::{Hop, route};
+pub use route::{Hop, Refusal, route};
 pub use slot_set::SlotSet;
 pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_forward, count_tx_lost};
 pub use tunnel::forward as forward_tunnelled;
@@ -78,22 +78,23 @@ pub trait Frame: Sized {
     fn move_head(&mut self, by: i32) -> bool;
     /// Cuts `by` bytes off the end. False if it could not be done; then nothing changed.
     fn trim(&mut self, by: u32) -> bool;
-    /// The number itself, which is below 2^16. An engine whose code is verified may make the verifier forget what it knows
+    /// The number itself. An engine whose code is verified may make the verifier forget what it knows
     /// of it: it then takes frames for alike that came here by different ways, and looks at what follows once.
     #[inline(always)]
     fn forget(number: u32) -> u32 {
         number
     }
-    /// Where `forward_tunnelled` is called; an engine may make it a function of its own.
-    #[inline(always)]
+    /// Calls `forward_tunnelled`, as a function of its own: so seldom that what other packets take is not to pay for it.
+    #[cold]
+    #[inline(never)]
     fn tunnelled<T: Tables>(
         &mut self,
         tables: &T,
         entry: &Entry,
         parsed: &Parsed,
-        reason: Reason,
+        refusal: Refusal,
     ) -> Result<u32, Reason> {
-        forward_tunnelled(self, tables, entry, parsed, reason)
+        forward_tunnelled(self, tables, entry, parsed, refusal)
     }
 }
 
@@ -160,7 +161,7 @@ fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut
     let parsed = parse(frame, tables, entry)?;
     let hop = match route(frame, tables, entry, &parsed) {
         Ok(hop) => hop,
-        Err(reason) => return frame.tunnelled(tables, entry, &parsed, reason),
+        Err(refusal) => return frame.tunnelled(tables, entry, &parsed, refusal),
     };
     finish(frame, &parsed, &hop)?;
     count_forward(tables, entry.slot, &parsed, &hop);

@@ -10,6 +10,22 @@ use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 use towpath_wire::link::Link;
 
+/// Why a packet has no next hop that a frame could be sent to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// It is Linux's for this reason
+    Exception(Reason),
+    /// It goes into the tunnel in this slot
+    Into(u32),
+}
+
+impl From<Reason> for Refusal {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::Exception(reason)
+    }
+}
+
 /// A next hop that is being read. What was read is known to belong together once `link` has said so.
 pub struct Hop<'t> {
     record: &'t Nexthop,
@@ -53,21 +69,29 @@ impl<'t> Hop<'t> {
         self.state & 0xff == NexthopKind::Tunnel as u32
     }
 
+    /// Ok if packets are sent to it; otherwise they go into a tunnel, once all was read of it that is to be known.
+    #[inline(always)]
+    fn check_kind(&self) -> Result<(), Refusal> {
+        if !self.is_tunnel() {
+            return Ok(());
+        }
+        Err(if self.is_current() { Refusal::Into(self.port) } else { Reason::TableBusy.into() })
+    }
+
     /// Whether a packet of this length fits.
     #[inline(always)]
     pub(crate) fn check_len(&self, packet_len: usize) -> Result<(), Reason> {
         if packet_len > self.record.mtu.load() as usize { Err(Reason::MtuExceeded) } else { Ok(()) }
     }
 
-    /// Ok if packets may be sent to it. `Tunnel` is for the tunnels' own stage.
+    /// Ok if packets may be sent to it or, if it is a tunnel, into it.
     #[inline(always)]
     pub(crate) fn check(&self) -> Result<(), Reason> {
         const FORWARD: u32 = NexthopKind::Forward as u32;
         const EXCEPTION: u32 = NexthopKind::Exception as u32;
         const TUNNEL: u32 = NexthopKind::Tunnel as u32;
         match self.state & 0xff {
-            FORWARD => Ok(()),
-            TUNNEL => Err(Reason::Tunnel),
+            FORWARD | TUNNEL => Ok(()),
             EXCEPTION => Err(Reason::from_index((self.state >> 8) as u8).unwrap_or(Reason::Internal)),
             _ => Err(Reason::Internal),
         }
@@ -107,7 +131,7 @@ pub fn route<'t, F: Frame, T: Tables>(
     tables: &'t T,
     entry: &Entry,
     parsed: &Parsed,
-) -> Result<Hop<'t>, Reason> {
+) -> Result<Hop<'t>, Refusal> {
     match parsed.family {
         Family::V4 => route_packet::<Ipv4, F, T>(frame, tables, entry, parsed),
         Family::V6 => route_packet::<Ipv6, F, T>(frame, tables, entry, parsed),
@@ -120,13 +144,14 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     tables: &'t T,
     entry: &Entry,
     parsed: &Parsed,
-) -> Result<Hop<'t>, Reason> {
+) -> Result<Hop<'t>, Refusal> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     let root = entry.port.root[N::FAMILY as usize].load();
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let hop = find_hop(frame, tables, header, parsed, word)?;
     hop.check()?;
     check_packet(tables, entry, header, parsed, &hop)?;
+    hop.check_kind()?;
     hop.check_device(tables, parsed)?;
     Ok(hop)
 }
@@ -191,7 +216,7 @@ impl<'t> Last<'t> {
         entry: &Entry,
         parsed: &Parsed,
         word: Word,
-    ) -> Result<&Hop<'t>, Reason> {
+    ) -> Result<&Hop<'t>, Refusal> {
         let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
         // What was found of a single next hop still holds, as long as its record does.
         let same = matches!(&self.0, Some((last, hop)) if *last == word && hop.is_current()) && !parsed.several;
@@ -199,12 +224,13 @@ impl<'t> Last<'t> {
             let hop = find_hop(frame, tables, header, parsed, word)?;
             hop.check()?;
             check_packet(tables, entry, header, parsed, &hop)?;
+            hop.check_kind()?;
             hop.check_device(tables, parsed)?;
             // A group may lead the next packet elsewhere.
             let word = if matches!(word.kind(), Kind::Nexthop(_)) { word } else { Word::NONE };
             return Ok(&self.0.insert((word, hop)).1);
         }
-        let Some((_, hop)) = &self.0 else { return Err(Reason::Internal) };
+        let Some((_, hop)) = &self.0 else { return Err(Reason::Internal.into()) };
         check_packet(tables, entry, header, parsed, hop)?;
         Ok(hop)
     }

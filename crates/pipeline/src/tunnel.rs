@@ -8,10 +8,9 @@
 
 use crate::network::Network;
 use crate::rewrite::fit;
-use crate::route::{check_packet, find_hop};
 use crate::stats::{count_into_tunnel, count_out_of_tunnel};
-use crate::{Entry, Frame, Hop, Parsed, Tables, count_forward, hash, ingress, rewrite, route};
-use towpath_tables::lpm::Kind;
+use crate::{Entry, Frame, Hop, Parsed, Refusal, Tables, count_forward, hash, ingress, rewrite, route};
+use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::record::{Family, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 use towpath_tables::{Reason, opaque, order};
 use towpath_wire::ethernet;
@@ -29,23 +28,31 @@ const CONGESTED: u8 = 3;
 /// The lowest bit of a tunnel's TOS: inherited
 const INHERIT: u8 = 1;
 
-/// Goes on with a packet that `route` refused for this reason, if a tunnel is the cause: the slot of the interface that
-/// transmits it.
+/// Goes on with a packet that `route` refused, if a tunnel is the cause: the slot of the interface that transmits it.
 #[inline(always)]
 pub fn forward<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     entry: &Entry,
     parsed: &Parsed,
-    reason: Reason,
+    refusal: Refusal,
 ) -> Result<u32, Reason> {
-    let through = reason == Reason::LocalDestination && parsed.family == Family::V4;
-    if !through && reason != Reason::Tunnel {
-        return Err(reason);
-    }
-    let (from, inner) = if through { look_through(frame, tables, entry, parsed)? } else { (*entry, *parsed) };
-    let (from, inner) = resume(frame, tables, &from, &inner)?;
-    let routed = if through { route(frame, tables, &from, &inner) } else { Err(reason) };
+    let into = match refusal {
+        Refusal::Into(slot) => Some(slot),
+        Refusal::Exception(Reason::LocalDestination) if parsed.family == Family::V4 => None,
+        Refusal::Exception(reason) => return Err(reason),
+    };
+    let (from, inner) = match into {
+        Some(_) => (*entry, *parsed),
+        None => {
+            let (from, inner) = look_through(frame, tables, entry, parsed)?;
+            resume(frame, tables, &from, &inner)?
+        }
+    };
+    let routed = match into {
+        Some(slot) => Err(Refusal::Into(slot)),
+        None => route(frame, tables, &from, &inner),
+    };
     let device = match routed {
         Ok(hop) => {
             rewrite(frame, &inner, &hop)?;
@@ -53,10 +60,10 @@ pub fn forward<F: Frame, T: Tables>(
             count_forward(tables, entry.slot, &inner, &hop);
             hop.device
         }
-        Err(Reason::Tunnel) => encapsulate(frame, tables, &from, entry.slot, &inner)?,
-        Err(reason) => return Err(reason),
+        Err(Refusal::Into(slot)) => encapsulate(frame, tables, slot, entry.slot, &inner)?,
+        Err(Refusal::Exception(reason)) => return Err(reason),
     };
-    if through {
+    if into.is_none() {
         count_out_of_tunnel(tables, from.slot, inner.packet_len);
     }
     Ok(device)
@@ -167,19 +174,19 @@ impl Outer {
     }
 }
 
-/// Sends a packet that came in by `entry` (in a frame that came in by the port in slot `device`) into the tunnel that its
-/// next hop names.
+/// Sends a packet, in a frame that came in by the port in slot `device`, into the tunnel in slot `into`: `route` has found
+/// that it may go there.
 #[inline(always)]
 fn encapsulate<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    entry: &Entry,
+    into: u32,
     device: u32,
     parsed: &Parsed,
 ) -> Result<u32, Reason> {
     match parsed.family {
-        Family::V4 => encapsulate_packet::<Ipv4, F, T>(frame, tables, entry, device, parsed),
-        Family::V6 => encapsulate_packet::<Ipv6, F, T>(frame, tables, entry, device, parsed),
+        Family::V4 => encapsulate_packet::<Ipv4, F, T>(frame, tables, into, device, parsed),
+        Family::V6 => encapsulate_packet::<Ipv6, F, T>(frame, tables, into, device, parsed),
     }
 }
 
@@ -187,28 +194,22 @@ fn encapsulate<F: Frame, T: Tables>(
 fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    entry: &Entry,
+    into: u32,
     device: u32,
     parsed: &Parsed,
 ) -> Result<u32, Reason> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
-    let word = header.lookup(tables, entry.port.root[N::FAMILY as usize].load()).map_err(|_| Reason::Internal)?;
-    let into = find_hop(frame, tables, header, parsed, word)?;
-    if !into.is_tunnel() {
-        into.check()?;
-        return Err(Reason::TableBusy);
-    }
-    check_packet(tables, entry, header, parsed, &into)?;
     let config = tables.config().ok_or(Reason::Internal)?;
     ingress::policy(config.policy[Family::V4 as usize].load())?;
-    let port = tables.port(into.port).ok_or(Reason::Internal)?;
-    let sequence = order::begin(&port.tunnel.sequence).ok_or(Reason::TableBusy)?;
-    let outer = outer(header, parsed, &port.tunnel)?;
-    let link = port.tunnel.link.load();
-    if !order::unchanged(&port.tunnel.sequence, sequence) || !into.is_current() {
+    let tunnel = &tables.port(into).ok_or(Reason::Internal)?.tunnel;
+    let sequence = order::begin(&tunnel.sequence).ok_or(Reason::TableBusy)?;
+    let outer = outer(header, parsed, tunnel)?;
+    let (link, way) = (tunnel.link.load(), Word(tunnel.way.load()));
+    // Orders what the way leads to behind it, too.
+    if !order::unchanged(&tunnel.sequence, sequence) {
         return Err(Reason::TableBusy);
     }
-    let hop = way_out(tables, &outer.ip, port.root[Family::V4 as usize].load(), link)?;
+    let hop = way_out(tables, &outer.ip, way, link)?;
     let sent = Parsed { packet_len: outer.len() + parsed.packet_len, ..*parsed };
     hop.check_len(sent.packet_len)?;
     hop.check_device(tables, parsed)?;
@@ -220,7 +221,7 @@ fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
     }
     hop.mark_hit();
     count_forward(tables, device, &sent, &hop);
-    count_into_tunnel(tables, into.port, parsed.packet_len);
+    count_into_tunnel(tables, into, parsed.packet_len);
     Ok(hop.device)
 }
 
@@ -257,11 +258,11 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
     Ok(outer)
 }
 
-/// The next hop of a packet that is the router's own. `link`: the only interface it may leave by, if not 0; Linux then
+/// The next hop of a packet that is the router's own and goes this way. `link`: the only interface it may leave by, if not 0; Linux then
 /// passes over other routes, which come to the same if the first is one of that interface.
 #[inline(always)]
-fn way_out<'t, T: Tables>(tables: &'t T, outer: &Ipv4, root: u32, link: u32) -> Result<Hop<'t>, Reason> {
-    let index = match outer.lookup(tables, root).map_err(|_| Reason::Internal)?.kind() {
+fn way_out<'t, T: Tables>(tables: &'t T, outer: &Ipv4, way: Word, link: u32) -> Result<Hop<'t>, Reason> {
+    let index = match way.kind() {
         Kind::Nexthop(index) => index,
         Kind::Group(_) if link != 0 => return Err(Reason::Tunnel),
         Kind::Group(index) => {
@@ -274,6 +275,9 @@ fn way_out<'t, T: Tables>(tables: &'t T, outer: &Ipv4, root: u32, link: u32) -> 
     };
     let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
     hop.check()?;
+    if hop.is_tunnel() {
+        return Err(Reason::Tunnel);
+    }
     if link != 0 && tables.port(hop.port).ok_or(Reason::Internal)?.ifindex.load() != link {
         return Err(Reason::Tunnel);
     }

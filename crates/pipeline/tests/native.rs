@@ -1,6 +1,6 @@
 //! The packet path, compiled natively, against its table of cases.
 
-use towpath_pipeline::cases::{self, Case, Expect, world::INGRESS, world::World};
+use towpath_pipeline::cases::{self, Case, Expect, world::INGRESS};
 use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
 use towpath_tables::record::TableId;
@@ -8,15 +8,9 @@ use towpath_tables::record::TableId;
 /// Bytes in a test run's first buffer: a page without room before and shared info behind.
 const FIRST: usize = 4096 - 256 - 320;
 
-fn router(case: &Case) -> World {
-    let mut world = World::new();
-    (case.configure)(&mut world);
-    world
-}
-
 /// Runs a case; what is wrong with the outcome, if anything.
 fn run(case: &Case, headroom: usize) -> Result<(), String> {
-    let (world, wanted) = (router(case), router(case));
+    let (world, wanted) = (case.router(), case.router());
     case.apply(&wanted);
     let mut packet = Packet::with_linear(&case.frame, headroom, FIRST);
     if let Some(beside) = case.beside {

@@ -39,6 +39,7 @@ pub const fn layout_hash() -> u32 {
         offset_of!(Tunnel, ttl_tos),
         offset_of!(Tunnel, link),
         offset_of!(Tunnel, policy),
+        offset_of!(Tunnel, way),
         size_of::<VlanTable>(),
         size_of::<Root>(),
         offset_of!(Root, direct),

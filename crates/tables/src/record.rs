@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -173,8 +173,9 @@ pub struct Tunnel {
     pub link: W32,
     /// 0, or 1 + the `Reason` for which its packets are exceptions, in both directions
     pub policy: W32,
-    /// Reserved, zero
-    pub reserved: W32,
+    /// The way to the other end: what a look-up of it among the port's routes comes to (see `lpm`), 0 if to nothing.
+    /// Published by itself, but 0 in a record that was just changed
+    pub way: W32,
 }
 const _: () = assert!(size_of::<Tunnel>() == 64);
 

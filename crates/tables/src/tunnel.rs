@@ -3,9 +3,10 @@
 use std::net::Ipv4Addr;
 
 use crate::brake::reason_word;
+use crate::lpm::{self, LpmRead, Word};
 use crate::order;
 use crate::reason::Reason;
-use crate::record::{Config, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
+use crate::record::{Config, Family, Port, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 
 /// A GRE tunnel over IPv4.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,7 +55,8 @@ impl TunnelValue {
 }
 
 impl Tunnel {
-    /// Makes the port this tunnel, or none. Readers see what was, what is, or that it is changing.
+    /// Makes the port this tunnel, or none. Readers see what was, what is, or that it is changing. A tunnel that is another
+    /// than before has no way to its other end until `find_way`.
     pub(crate) fn set(&self, value: Option<&TunnelValue>) {
         let (flags, words) = value.map_or((0, [0; 7]), TunnelValue::words);
         let fields = [
@@ -72,7 +74,21 @@ impl Tunnel {
         order::change(&self.sequence, || {
             self.flags.store(flags);
             fields.iter().zip(words).for_each(|(field, word)| field.store(word));
+            self.way.store(Word::NONE.0);
         });
+    }
+}
+
+/// Brings the way to the other end of the tunnel that the port is, if it is one, in line with the routes.
+pub fn find_way(routes: &impl LpmRead, port: &Port) {
+    let tunnel = &port.tunnel;
+    if tunnel.flags.load() == 0 {
+        return;
+    }
+    let remote = tunnel.remote[0].load().to_ne_bytes();
+    let way = lpm::lookup(routes, port.root[Family::V4 as usize].load(), &remote).unwrap_or(Word::NONE);
+    if way.0 != tunnel.way.load() {
+        order::publish(&tunnel.way, way.0);
     }
 }
 
@@ -119,10 +135,13 @@ mod tests {
         assert_eq!((tunnel.input_key.load().to_ne_bytes(), tunnel.output_key.load()), ([0, 0, 0, 7], 0));
         assert_eq!((tunnel.ttl_tos.load(), tunnel.link.load()), (0x140, 3));
         assert_eq!(tunnel.policy.load(), 1 + Reason::PolicyNetfilter as u32);
+        tunnel.way.store(5);
         tunnel.set(Some(&VALUE));
-        assert_eq!(tunnel.sequence.load(), 2, "nothing is written if it is so already");
+        assert_eq!((tunnel.sequence.load(), tunnel.way.load()), (2, 5), "nothing is written if it is so already");
+        tunnel.set(Some(&TunnelValue { remote: Ipv4Addr::new(198, 51, 100, 3), ..VALUE }));
+        assert_eq!((tunnel.sequence.load(), tunnel.way.load()), (4, 0), "the way led to another end");
         tunnel.set(None);
-        assert_eq!((tunnel.sequence.load(), tunnel.flags.load(), tunnel.local[0].load()), (4, 0, 0));
+        assert_eq!((tunnel.sequence.load(), tunnel.flags.load(), tunnel.local[0].load()), (6, 0, 0));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The tables' only writer. Ports, next hops and settings change at once and in place; routes change in the writer's
 //! own trie and become visible with `publish`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 
 use crate::adopt::{AdoptError, scan};
@@ -154,6 +154,8 @@ pub struct TableWriter<B, G> {
     leaving: Vec<Piece>,
     /// Root words changed so far by a publication that is under way
     words: Option<usize>,
+    /// Slots of tunnels
+    tunnels: BTreeSet<u32>,
 }
 
 impl<B: Backing, G: Grace> TableWriter<B, G> {
@@ -186,7 +188,11 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         let store =
             Store::with_used(backing, grace, used).ok_or(AdoptError::Damaged("pieces of routes overlap".into()))?;
         let mut writer = Self::over(store);
-        // Readers may still hold what the last writer had in limbo, which counts as free from now on.
+        let ports = (0..).zip(writer.view().ports());
+        writer.tunnels = ports.filter(|(_, port)| port.tunnel.flags.load() != 0).map(|(slot, _)| slot).collect();
+        writer.find_ways();
+        // Readers may still hold what the last writer had in limbo, or a way that was not the routes' any more: that counts
+        // as free from now on.
         writer.store.wait();
         for root in roots {
             let family = writer.view().roots()[root as usize].family.load();
@@ -214,6 +220,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             unclaimed_groups: Vec::new(),
             leaving: Vec::new(),
             words: None,
+            tunnels: BTreeSet::new(),
         }
     }
 
@@ -331,11 +338,26 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         port.vlans.store(value.vlans.unwrap_or(NO_VLANS));
         port.mtu.store(value.mtu);
         order::publish(&port.flags, value.flags | port_flags::PRESENT);
+        self.find_way(slot);
     }
 
     /// Makes a port a tunnel, or none.
     pub fn set_tunnel(&mut self, slot: u32, value: Option<&TunnelValue>) {
         self.view().ports()[slot as usize].tunnel.set(value);
+        match value {
+            Some(_) => self.tunnels.insert(slot),
+            None => self.tunnels.remove(&slot),
+        };
+        self.find_way(slot);
+    }
+
+    /// Has a tunnel's packets go where the published routes lead to.
+    fn find_way(&self, slot: u32) {
+        tunnel::find_way(&self.store.mem, &self.view().ports()[slot as usize]);
+    }
+
+    fn find_ways(&self) {
+        self.tunnels.iter().for_each(|slot| self.find_way(*slot));
     }
 
     /// Makes packets to these tunnels be found in these slots, and no others; gives the slots of tunnels for which there
@@ -574,6 +596,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         for routes in self.routes.values_mut() {
             routes!(routes, rib => done = done && rib.publish_while(&mut self.store, &mut words, &mut go_on));
         }
+        // Before what the routes no longer lead to is out of use
+        self.find_ways();
         self.store.tidy();
         if !done {
             self.words = Some(words);

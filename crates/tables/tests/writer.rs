@@ -8,10 +8,11 @@ use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::grace::NoReaders;
 use towpath_tables::layout::layout_hash;
-use towpath_tables::lpm::{Kind, Leaf, lookup};
+use towpath_tables::lpm::{Kind, Leaf, Word, lookup};
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
 use towpath_tables::record::*;
 use towpath_tables::rib::Entry;
+use towpath_tables::tunnel::TunnelValue;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, RouteError, TableWriter};
 
 type Writer = TableWriter<HeapBacking, NoReaders>;
@@ -291,4 +292,51 @@ fn damaged_tables_are_refused() {
     refused(|root| root.direct[0].store(root.direct[0xc000].load()), "two routes");
     refused(|root| root.direct[0xc000].store(root.direct[0xc000].load() | 1 << 30), "contradicts itself");
     refused(|root| root.default.store(1 << 31 | 1), "deeper");
+}
+
+#[test]
+fn a_tunnels_way_is_that_of_its_other_end() {
+    let mut writer = writer();
+    let slot = writer.alloc_upper_port(9).unwrap();
+    let [first, second] = [1, 2].map(|n| writer.alloc_nexthop(identity(n)).unwrap());
+    let way = |writer: &Writer| Word(writer.view().ports()[slot as usize].tunnel.way.load()).kind();
+    let tunnel = |remote: [u8; 4]| TunnelValue {
+        local: [192, 0, 2, 1].into(),
+        remote: remote.into(),
+        input_key: None,
+        output_key: None,
+        ttl: 64,
+        tos: 0,
+        link: 0,
+        policy: None,
+    };
+    writer.set_tunnel(slot, Some(&tunnel([198, 51, 100, 7])));
+    assert_eq!(way(&writer), Kind::None);
+    let leaf = |index| to(Leaf::nexthop(index));
+    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24, leaf(first)).unwrap();
+    assert_eq!(way(&writer), Kind::None, "nothing is published yet");
+    writer.publish();
+    assert_eq!(way(&writer), Kind::Nexthop(first));
+    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 7].into(), 32, leaf(second)).unwrap();
+    writer.publish();
+    assert_eq!(way(&writer), Kind::Nexthop(second), "the longest match");
+    writer.set_tunnel(slot, Some(&tunnel([198, 51, 100, 8])));
+    assert_eq!(way(&writer), Kind::Nexthop(first), "another end");
+    writer.route_remove(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24).unwrap();
+    writer.free_nexthop(first);
+    let group = writer.alloc_group(&[(second, 1)]).unwrap();
+    writer.route_set(MAIN_ROOT[0], [0, 0, 0, 0].into(), 0, to(Leaf::group(group))).unwrap();
+    writer.publish();
+    assert_eq!(way(&writer), Kind::Group(group), "the default route");
+
+    // The last writer died between a route and the way.
+    writer.view().ports()[slot as usize].tunnel.way.store(Leaf::nexthop(first).unwrap().word().0);
+    let mut writer = TableWriter::adopt(writer.into_backing(), NoReaders).unwrap();
+    assert_eq!(way(&writer), Kind::Group(group), "what is published still");
+    writer.publish();
+    assert_eq!(way(&writer), Kind::None, "no route was set");
+    writer.set_tunnel(slot, None);
+    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24, leaf(second)).unwrap();
+    writer.publish();
+    assert_eq!(way(&writer), Kind::None, "no tunnel any more");
 }

@@ -121,11 +121,13 @@ impl<'a> Walk<'a> {
         self.accepted(entry.port, &parsed);
         let target = self.look_up(entry.port);
         let routed = route(&frame, &tables, &entry, &parsed);
-        if let Err(reason @ (Reason::LocalDestination | Reason::Tunnel)) = routed
-            && let Ok(device) = frame.tunnelled(&tables, &entry, &parsed, reason)
-        {
-            return self.through_tunnels(&frame, device, target);
-        }
+        let routed = match routed {
+            Ok(hop) => Ok(hop),
+            Err(refusal) => match frame.tunnelled(&tables, &entry, &parsed, refusal) {
+                Ok(device) => return self.through_tunnels(&frame, device, target),
+                Err(reason) => Err(reason),
+            },
+        };
         match routed {
             Ok(hop) => {
                 let out = self.interface_in(hop.port);
@@ -144,7 +146,6 @@ impl<'a> Walk<'a> {
                 Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
             }
             Err(reason) => {
-                let reason = frame.tunnelled(&tables, &entry, &parsed, reason).err().unwrap_or(reason);
                 let detail = self.detail(reason, target, Some(&parsed));
                 self.left_to_linux(reason, detail)
             }

@@ -32,12 +32,6 @@ struct Outcome {
     exceptions: Vec<Vec<u8>>,
 }
 
-fn router(case: &Case) -> World {
-    let mut world = World::new();
-    (case.configure)(&mut world);
-    world
-}
-
 /// Interfaces that transmit, and their slots.
 const DEVICES: [u32; 3] = [IN, OUT, OTHER];
 
@@ -96,7 +90,7 @@ fn difference(worker: &(World, Outcome), pipeline: &(World, Outcome)) -> Option<
 
 /// What the table of cases says of the frame alone.
 fn expected(case: &Case) -> (World, Outcome) {
-    let world = router(case);
+    let world = case.router();
     case.apply(&world);
     let outcome = match &case.expect {
         Expect::Forward { frame, device, .. } => {
@@ -113,14 +107,14 @@ fn chosen() -> Vec<Case> {
     let mut cases = cases::all();
     // Beside what gets here nothing travels, and every frame lies in one buffer.
     cases.retain(|case| case.beside.is_none_or(|beside| beside == Beside::NOTHING));
-    cases.retain(|case| case.frame.len() < 3500 || router(case).port(OUT).flags.load() & SINGLE_BUFFER == 0);
+    cases.retain(|case| case.frame.len() < 3500 || case.router().port(OUT).flags.load() & SINGLE_BUFFER == 0);
     cases.into_iter().step_by(step).collect()
 }
 
 #[test]
 fn every_case_alone() {
     for case in &chosen() {
-        let worker = by_worker(router(case), &[&case.frame]);
+        let worker = by_worker(case.router(), &[&case.frame]);
         assert_eq!(difference(&worker, &expected(case)), None, "{}", case.name);
     }
 }
@@ -132,8 +126,8 @@ fn every_case_in_company() {
     let frames: Vec<&[u8]> = cases.iter().map(|case| case.frame.as_slice()).collect();
     for (n, case) in cases.iter().enumerate() {
         let company: Vec<&[u8]> = frames.iter().copied().cycle().skip(n).take(1 + COMPANY + n % 7).collect();
-        let worker = by_worker(router(case), &company);
-        let pipeline = by_pipeline(router(case), &company);
+        let worker = by_worker(case.router(), &company);
+        let pipeline = by_pipeline(case.router(), &company);
         assert_eq!(difference(&worker, &pipeline), None, "{}", case.name);
     }
     println!("{} cases", cases.len());

@@ -3,8 +3,8 @@
 use crate::beside;
 use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
-use aya_ebpf::helpers::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
-use towpath_pipeline::{Beside, Entry, Frame, Parsed, Tables, forward_tunnelled};
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
+use towpath_pipeline::{Beside, Entry, Frame, Parsed, Refusal, Tables, forward_tunnelled};
 use towpath_tables::record::PORT_SLOTS;
 use towpath_tables::{Reason, opaque};
 use towpath_wire::View;
@@ -87,19 +87,18 @@ impl Frame for XdpFrame {
 
     #[inline(always)]
     fn forget(number: u32) -> u32 {
-        // SAFETY: reads no memory. Its last argument comes back, since it is below 2^16 (net/core/filter.c,
-        // bpf_csum_diff, Linux 6.1 to 6.18), which the verifier does not know.
-        unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, core::ptr::null_mut(), 0, number) as u32 }
+        // A verifier does not know what is in a table, so it does not know that this is 0.
+        number ^ FAR_MAPS.config().map_or(0, |config| config.reserved[0].load())
     }
 
     #[inline(always)]
-    fn tunnelled<T: Tables>(&mut self, _: &T, entry: &Entry, parsed: &Parsed, reason: Reason) -> Result<u32, Reason> {
-        let through = match reason {
-            Reason::LocalDestination => THROUGH,
-            Reason::Tunnel => 0,
-            _ => return Err(reason),
+    fn tunnelled<T: Tables>(&mut self, _: &T, entry: &Entry, parsed: &Parsed, refusal: Refusal) -> Result<u32, Reason> {
+        let into = match refusal {
+            Refusal::Exception(Reason::LocalDestination) => THROUGH,
+            Refusal::Exception(reason) => return Err(reason),
+            Refusal::Into(slot) => slot << INTO_SHIFT,
         };
-        let what = entry.slot << OFFSET_BITS | parsed.offset as u32 & OFFSET | through;
+        let what = into | entry.slot << SLOT_SHIFT | parsed.offset as u32 & OFFSET;
         let answer = tunnelled(self.ctx, Self::forget(what));
         self.reload();
         match answer.checked_sub(REFUSED) {
@@ -117,11 +116,13 @@ impl Frame for XdpFrame {
     }
 }
 
-/// What `tunnelled` is told: the IP header's place, whether the packet is to be looked through, and the slot above.
+/// What `tunnelled` is told: the IP header's place, whether the packet is to be looked through, the slot that it came in by
+/// and that of the tunnel that it goes into.
 const OFFSET: u32 = 0x1f;
 const THROUGH: u32 = 0x20;
-const OFFSET_BITS: u32 = 6;
-const _: () = assert!(PORT_SLOTS << OFFSET_BITS <= 1 << 16);
+const SLOT_SHIFT: u32 = 8;
+const INTO_SHIFT: u32 = 16;
+const _: () = assert!(PORT_SLOTS << SLOT_SHIFT <= 1 << INTO_SHIFT);
 /// What it answers: a slot, or a reason from here on
 const REFUSED: u32 = PORT_SLOTS;
 
@@ -139,9 +140,10 @@ fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
 
 #[inline(always)]
 fn go_on(frame: &mut XdpFrame, what: u32) -> Result<u32, Reason> {
-    let reason = if what & THROUGH != 0 { Reason::LocalDestination } else { Reason::Tunnel };
-    let slot = what >> OFFSET_BITS;
+    let through = what & THROUGH != 0;
+    let refusal = if through { Reason::LocalDestination.into() } else { Refusal::Into(what >> INTO_SHIFT) };
+    let slot = what >> SLOT_SHIFT & (PORT_SLOTS - 1);
     let entry = Entry::new(slot, FAR_MAPS.port(slot).ok_or(Reason::Internal)?);
     let parsed = Parsed::again(frame, (what & OFFSET) as usize)?;
-    forward_tunnelled(frame, &FAR_MAPS, &entry, &parsed, reason)
+    forward_tunnelled(frame, &FAR_MAPS, &entry, &parsed, refusal)
 }

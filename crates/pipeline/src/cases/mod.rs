@@ -63,6 +63,14 @@ pub enum Way {
 }
 
 impl Case {
+    /// The router as the frame finds it.
+    pub fn router(&self) -> World {
+        let mut world = World::new();
+        (self.configure)(&mut world);
+        world.find_ways();
+        world
+    }
+
     /// Writes into the router the counters and hit flags that must be found afterwards.
     pub fn apply(&self, world: &World) {
         self.expect.apply(world, self.frame.len());

@@ -10,6 +10,7 @@ use towpath_tables::record::{
     Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
     port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
+use towpath_tables::tunnel;
 use towpath_tables::word::W32;
 use towpath_tables::{REASONS, Reason};
 
@@ -325,6 +326,11 @@ impl World {
                 [] => unreachable!("nodes begin below 16 bits"),
             }
         }
+    }
+
+    /// Finds the tunnels' ways to their other ends, which are to follow the routes.
+    pub fn find_ways(&self) {
+        self.ports.iter().for_each(|port| tunnel::find_way(&self.slices(), port));
     }
 
     /// What the packet path reads.
