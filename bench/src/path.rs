@@ -178,7 +178,7 @@ impl Arrangement {
         })
     }
 
-    /// Waits until Towpath, if it takes part, has these routes (it is asked for the last of them).
+    /// Waits until Towpath, if it takes part, has these routes and sends packets to the last of them.
     pub fn wait_in_sync(&self, routes: &[(IpAddr, u8)]) -> Result<()> {
         match self.entries.iter().find(|entry| entry.contender == Contender::Towpath) {
             Some(entry) => self.wait_for_route(routes, &entry.port),
@@ -190,11 +190,14 @@ impl Arrangement {
     pub fn wait_for_route(&self, routes: &[(IpAddr, u8)], port: &str) -> Result<()> {
         let Some((prefix, _)) = routes.last() else { return Ok(()) };
         let source = if prefix.is_ipv6() { "2001:db8:fffe::2" } else { "198.51.100.2" };
-        let (binary, prefix) = (towpath_binary()?, prefix.to_string());
-        towpath_lab::wait_for(Duration::from_secs(60), "Towpath to have the routes", || {
-            let text = self.router.run([&binary, "explain", source, &prefix, "in", port, "--json"]).ok()?;
-            let answer: serde_json::Value = serde_json::from_str(&text).ok()?;
-            (answer["verdict"]["path"] == "fast").then_some(())
+        let (family, address) = (if prefix.is_ipv6() { "ipv6" } else { "ipv4" }, prefix.to_string());
+        // The last may be there before others: if Linux's announcements were lost, all are read again in another order.
+        towpath_lab::wait_for(Duration::from_secs(120), "Towpath to have the routes", || {
+            let status = ask(&self.router, &["status"])?;
+            let all = status["in_sync"] == true && status["routes"][family].as_u64()? >= routes.len() as u64;
+            let fast =
+                all && ask(&self.router, &["explain", source, &address, "in", port])?["verdict"]["path"] == "fast";
+            fast.then_some(())
         })
     }
 
@@ -418,6 +421,13 @@ impl Entry {
             count = now;
         }
     }
+}
+
+/// What the command under test answers, if it does.
+pub fn ask(router: &Node, arguments: &[&str]) -> Option<serde_json::Value> {
+    let binary = towpath_binary().ok()?;
+    let words = [&[binary.as_str()], arguments, &["--json"]].concat();
+    serde_json::from_str(&router.run(words).ok()?).ok()
 }
 
 /// The command under test, for command lines.

@@ -1,7 +1,7 @@
 //! How long it takes until the tables are in step with Linux: at start, and after changes.
 
 use crate::findings::{Aim, Findings};
-use crate::path::{Arrangement, Contender, GATEWAYS, OUT, gateway, towpath_binary};
+use crate::path::{Arrangement, Contender, GATEWAYS, OUT, ask, gateway, towpath_binary};
 use crate::routes;
 use crate::stats::Summary;
 use anyhow::{Context, Result, bail};
@@ -263,15 +263,10 @@ fn burst(rate: f64, turns: usize) -> Result<Burst> {
 
 /// Waits until Towpath shows a route for the address, and is in sync.
 fn in_step(router: &Node, address: IpAddr) -> Result<()> {
-    let binary = towpath_binary()?;
-    let ask = |arguments: &[&str]| -> Option<serde_json::Value> {
-        let words = [&[binary.as_str()], arguments, &["--json"]].concat();
-        serde_json::from_str(&router.run(words).ok()?).ok()
-    };
     towpath_lab::wait_for(Duration::from_secs(60), "Towpath to be in step", || {
-        let routes = ask(&["show", "routes", &address.to_string()])?;
+        let routes = ask(router, &["show", "routes", &address.to_string()])?;
         let there = routes["routes"].as_array()?.iter().any(|route| route["prefix"] != "0.0.0.0/0");
-        (there && ask(&["status"])?["in_sync"] == true).then_some(())
+        (there && ask(router, &["status"])?["in_sync"] == true).then_some(())
     })
 }
 

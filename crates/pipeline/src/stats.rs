@@ -63,7 +63,13 @@ impl Tally {
     /// Counts them.
     #[inline(always)]
     pub fn write<T: Tables>(&self, tables: &T) {
-        let Some(stats) = tables.stats(tables.cpu()) else { return };
+        if let Some(stats) = tables.stats(tables.cpu()) {
+            self.write_to(stats);
+        }
+    }
+
+    #[inline(always)]
+    fn write_to(&self, stats: &CpuStats) {
         received(of_port(stats, self.ports.0), self.packets, self.rx_bytes);
         sent(of_port(stats, self.ports.1), self.packets, self.tx_bytes);
     }
@@ -77,11 +83,19 @@ pub(crate) fn count_out_of_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: 
     }
 }
 
-/// Counts a packet of this length that was put into the tunnel in `slot`.
+/// As `count_forward`, for a packet that was put into the tunnel in slot `into` when its length was `packet_len`.
 #[inline(always)]
-pub(crate) fn count_into_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
+pub(crate) fn count_into_tunnel<T: Tables>(
+    tables: &T,
+    slot: u32,
+    packet: &Parsed,
+    hop: &Hop,
+    into: u32,
+    packet_len: usize,
+) {
     if let Some(stats) = tables.stats(tables.cpu()) {
-        sent(of_port(stats, slot), 1, packet_len as u64);
+        Tally::of(slot, packet, hop).write_to(stats);
+        sent(of_port(stats, into), 1, packet_len as u64);
     }
 }
 

@@ -220,8 +220,7 @@ fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
         _ => return Err(Reason::Internal),
     }
     hop.mark_hit();
-    count_forward(tables, device, &sent, &hop);
-    count_into_tunnel(tables, into, parsed.packet_len);
+    count_into_tunnel(tables, device, &sent, &hop, into, parsed.packet_len);
     Ok(hop.device)
 }
 
