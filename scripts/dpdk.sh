@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares the peer of the user engine's benchmarks: the distribution's DPDK with its l3fwd. Installs Debian's packages if
+# Prepares DPDK, for the feature of that name and as the peer of the user engine's benchmarks (l3fwd). Installs Debian's packages if
 # they are missing (about 25 MB) and builds l3fwd from the source in dpdk-doc, unchanged, with bench/dpdk/feed.c beside
 # it. Prints the program's path. As root or with sudo; safe to run again.
 set -euo pipefail

@@ -11,7 +11,7 @@ mkdir -p $logs
 export TOWPATH_BIN=$PWD/target/release/towpath
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
-steps=(build fmt clippy unit loom miri lab vm instructions)
+steps=(build fmt clippy unit dpdk loom miri lab vm instructions)
 step_build() { cargo build --release; }
 bpf_crates=(crates/xdp crates/fptun/bpf)
 step_fmt() {
@@ -33,6 +33,14 @@ step_clippy() {
 step_unit() { cargo test --workspace --exclude towpath-lab --no-fail-fast; }
 step_loom() { scripts/loom.sh; }
 step_miri() { scripts/miri.sh; }
+# What is built only with DPDK.
+step_dpdk() {
+    scripts/dpdk.sh >/dev/null || return 3
+    local features=towpath/dpdk,towpath-user/dpdk status=0
+    cargo clippy -p towpath -p towpath-user --features $features --all-targets -- -D warnings || status=1
+    cargo test -p towpath -p towpath-user --features $features --no-fail-fast --test dpdk --test wires || status=1
+    return $status
+}
 step_lab() { cargo test -p towpath-lab --no-fail-fast -- --nocapture; }
 step_vm() { scripts/test-vm.sh; }
 # Instructions a packet, counted in the virtual machine: a regression bound that does not depend on the machine's speed.

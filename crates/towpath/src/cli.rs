@@ -47,8 +47,8 @@ pub enum Command {
 #[derive(Args, Clone)]
 pub struct Up {
     /// Interfaces to serve; none: every interface that can be served. With --engine user, PORT=WIRE has
-    /// frames come and go by something else: af_packet:NAME (an interface, by packet sockets), tap:NAME (a TAP) or
-    /// pcap:IN,OUT (files). PORT is then a TAP with the port's settings
+    /// frames come and go by something else: af_packet:NAME (an interface, by packet sockets), tap:NAME (a TAP),
+    /// pcap:IN,OUT (files) or dpdk:DEVICE (a device of DPDK's). PORT is then a TAP with the port's settings
     pub ports: Vec<PortArgument>,
     /// What runs the packet path
     #[arg(long, value_enum, default_value_t = Engine::Auto)]

@@ -89,7 +89,7 @@ pub struct Port {
     pub mode: String,
     /// Driver, if it is known
     pub driver: Option<String>,
-    /// By what its frames come and go: `xdp`, `af_xdp`, or its wire as the command line named it (`af_packet:…`, `tap:…`, `pcap:…`)
+    /// By what its frames come and go: `xdp`, `af_xdp`, or its wire as the command line named it (`af_packet:…`, …)
     #[serde(default)]
     pub served_by: Option<String>,
     /// Packets that come in here may take the fast path

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use towpath_tables::record::SOCKET_FRAME;
 use towpath_user::PortDriver;
-use towpath_user::af_packet::{Losses, PacketPort};
+use towpath_user::af_packet::PacketPort;
 use towpath_user::pcap::PcapPort;
 use towpath_user::tap::{Tap, TapPort};
 use towpath_user::twin::Twinned;
@@ -27,15 +27,35 @@ pub enum Wire {
     Packet(String),
     /// A TAP of this name
     Tap(String),
+    /// A device of DPDK's, named as for its options -a and --vdev
+    Dpdk(String),
     /// Files: frames arrive from the first, leave into the second
     Pcap(Option<PathBuf>, Option<PathBuf>),
 }
+
+#[cfg(feature = "dpdk")]
+fn dpdk(device: &str, losses: &mut Option<Losses>) -> Result<Box<dyn PortDriver>> {
+    let wire = towpath_user::dpdk::DpdkPort::open(device)?;
+    let lost = wire.losses();
+    *losses = Some(Box::new(move || lost.count()));
+    Ok(Box::new(wire))
+}
+
+#[cfg(not(feature = "dpdk"))]
+fn dpdk(device: &str, _: &mut Option<Losses>) -> Result<Box<dyn PortDriver>> {
+    bail!(
+        "{device}: this towpath was built without DPDK; build it with: scripts/dpdk.sh && cargo build --release --features dpdk"
+    )
+}
+
+/// Asks where a wire's losses are counted: frames that found no room.
+pub type Losses = Box<dyn Fn() -> u64>;
 
 /// A wire that no worker has yet.
 pub struct Opened {
     /// For the worker, with the twin
     pub driver: Box<dyn PortDriver>,
-    /// Where the kernel counts what finds no room
+    /// Where it is counted what finds no room
     pub losses: Option<Losses>,
 }
 
@@ -66,6 +86,10 @@ impl std::str::FromStr for Wire {
         match driver {
             "af_packet" => named("eth0").map(Self::Packet),
             "tap" => named("tap1").map(Self::Tap),
+            "dpdk" if ["net_af_packet", "net_pcap"].iter().any(|copies| rest.starts_with(copies)) => {
+                Err("DPDK's driver gets copies of what Linux hears too; use af_packet:NAME or pcap:IN,OUT".into())
+            }
+            "dpdk" => named("0000:03:00.0").map(Self::Dpdk),
             "pcap" => {
                 let (input, output) = rest.split_once(',').unwrap_or((rest, ""));
                 let path = |text: &str| (!text.is_empty()).then(|| PathBuf::from(text));
@@ -76,7 +100,7 @@ impl std::str::FromStr for Wire {
                     (input, output) => Ok(Self::Pcap(input, output)),
                 }
             }
-            _ => Err(format!("no wire {driver:?}; there are af_packet:NAME, tap:NAME and pcap:IN,OUT")),
+            _ => Err(format!("no wire {driver:?}; there are af_packet:NAME, tap:NAME, pcap:IN,OUT and dpdk:DEVICE")),
         }
     }
 }
@@ -87,6 +111,7 @@ impl fmt::Display for Wire {
         match self {
             Self::Packet(name) => write!(f, "af_packet:{name}"),
             Self::Tap(name) => write!(f, "tap:{name}"),
+            Self::Dpdk(device) => write!(f, "dpdk:{device}"),
             Self::Pcap(input, output) => write!(f, "pcap:{},{}", path(input), path(output)),
         }
     }
@@ -111,13 +136,15 @@ impl Wire {
         }
         let twin = Tap::open(port).with_context(|| format!("{port} cannot stand for a wire in Linux"))?;
         let twin = Arc::new(twin);
-        let mut losses = None;
+        let mut losses: Option<Losses> = None;
         let wire: Box<dyn PortDriver> = match self {
             Self::Packet(name) => {
                 let wire = PacketPort::open(name, twin.clone())?;
-                losses = Some(wire.losses().context("cannot keep a socket")?);
+                let lost = wire.losses().context("cannot keep a socket")?;
+                losses = Some(Box::new(move || lost.count()));
                 Box::new(wire)
             }
+            Self::Dpdk(device) => dpdk(device, &mut losses)?,
             Self::Tap(name) => Box::new(TapPort(Tap::open(name)?)),
             Self::Pcap(input, output) => Box::new(PcapPort::open(input.as_deref(), output.as_deref())?),
         };
@@ -135,6 +162,7 @@ mod tests {
         let port = |name: &str, wire| Ok((name.to_string(), wire));
         assert_eq!(parse("eth0"), port("eth0", None));
         assert_eq!(parse("lan0=tap:tap1"), port("lan0", Some(Wire::Tap("tap1".into()))));
+        assert_eq!(parse("lan0=dpdk:net_tap0,iface=a"), port("lan0", Some(Wire::Dpdk("net_tap0,iface=a".into()))));
         assert_eq!(parse("lan0=af_packet:eth0"), port("lan0", Some(Wire::Packet("eth0".into()))));
         let pcap =
             |input: Option<&str>, output: Option<&str>| Wire::Pcap(input.map(Into::into), output.map(Into::into));
@@ -146,7 +174,18 @@ mod tests {
             assert_eq!(parse(&format!("lan0={text}")), port("lan0", Some(wire.clone())));
             assert_eq!(wire.to_string().parse(), Ok(wire));
         }
-        for wrong in ["", "=tap:tap1", "lan0=", "lan0=tap", "lan0=tap:", "lan0=pcap", "lan0=pcap:,", "lan0=ring:0"] {
+        for wrong in [
+            "",
+            "=tap:tap1",
+            "lan0=",
+            "lan0=tap",
+            "lan0=tap:",
+            "lan0=pcap",
+            "lan0=pcap:,",
+            "lan0=ring:0",
+            "lan0=dpdk:",
+            "lan0=dpdk:net_af_packet0,iface=a",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

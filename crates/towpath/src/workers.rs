@@ -4,7 +4,7 @@
 //! is to be sent by it to one that has one.
 
 use crate::report;
-use crate::wires::{self, Wire};
+use crate::wires::{self, Losses, Wire};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,7 +14,6 @@ use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
 use towpath_tables::record::{self, PORT_SLOTS, SOCKET_QUEUES, TableId, port_flags};
-use towpath_user::af_packet::Losses;
 use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
 use towpath_user::{Core, Linux, Pool, Port, PortDriver};
 
@@ -268,7 +267,7 @@ impl Workers {
             }
             for (ifindex, served) in &self.served {
                 if let Some(wire) = served.wire.as_ref().filter(|wire| wire.worker == worker) {
-                    report.rx_lost += wire.losses.as_ref().map_or(0, Losses::count);
+                    report.rx_lost += wire.losses.as_ref().map_or(0, |count| count());
                     report.queues.push(report::Queue { port: name(*ifindex), queue: 0 });
                 }
                 for socket in served.sockets.iter().filter(|socket| socket.worker == worker) {

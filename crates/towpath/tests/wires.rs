@@ -158,6 +158,36 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
     assert_eq!(lost, 0);
 }
 
+#[cfg(feature = "dpdk")]
+#[test]
+fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
+    let net = net();
+    net.ip("link delete tap0");
+    let _daemon = net.up(&["--engine", "user", "lan0=dpdk:net_tap0,iface=tap0", "eth1"]);
+    connect_left(&net);
+    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    assert_eq!(port(&net, "lan0")["served_by"], "dpdk:net_tap0,iface=tap0");
+    for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
+        let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        net.left.run(["ping", "-c20", "-i0.01", "-q", "-s1400", there]).expect("answers");
+        net.right.run(["ping", "-c20", "-i0.01", "-q", "-s1400", here]).expect("answers");
+        let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
+        assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
+    }
+    let before = net.exceptions("local-destination");
+    net.left.run(["ping", "-c5", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
+    assert!(net.exceptions("local-destination") >= before + 5);
+    assert!(net.towpath(&["down"]).status.success());
+}
+
+#[cfg(not(feature = "dpdk"))]
+#[test]
+fn without_dpdk_its_devices_are_refused_with_what_helps() {
+    let net = net();
+    let message = net.refused(&["up", "--engine", "user", "lan0=dpdk:net_tap0", "eth1"]);
+    assert!(message.contains("built without DPDK") && message.contains("--features dpdk"), "{message}");
+}
+
 /// A pcap file (draft-ietf-opsawg-pcap) of UDP from left to right, made without the code under test.
 fn write_frames(path: &Path, mac: [u8; 6], count: u16) -> Vec<Vec<u8>> {
     let ips = (LEFT.parse().unwrap(), RIGHT.parse().unwrap());

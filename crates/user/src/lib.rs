@@ -14,6 +14,8 @@ pub mod af_xdp;
 mod bell;
 mod blocks;
 mod deaf;
+#[cfg(feature = "dpdk")]
+pub mod dpdk;
 mod driver;
 mod engine;
 mod exchange;
