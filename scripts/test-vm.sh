@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(towpath-engine towpath-cm towpath-hitflags towpath-fptun towpath-user towpath towpath-lab)
-longest=(policies load lifecycle kernel differential guard refusals decisions engine)
+packages=(towpath-filter towpath-engine towpath-cm towpath-hitflags towpath-fptun towpath-user towpath towpath-lab)
+longest=(policies captures load lifecycle kernel differential guard refusals decisions engine)
 export RESULTS=$PWD/out/test/vm
 
 # One line for each test binary, the longest first: name, working directory, path. Without the user engine's table of

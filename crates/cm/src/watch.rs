@@ -5,6 +5,7 @@ use crate::error::CmError;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
+use towpath_filter::Filter;
 use towpath_fpc::{PolicySource, Port, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
@@ -51,12 +52,14 @@ pub struct Finding {
     pub reason: Reason,
     /// For people: the object that stands in the way
     pub detail: String,
+    /// See `Policy`
+    pub filter: Option<Filter>,
 }
 
 impl Finding {
     /// A finding of any scope.
     pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into() }
+        Self { scope, reason, detail: detail.into(), filter: None }
     }
 
     /// One that touches every forwarded packet of the family.

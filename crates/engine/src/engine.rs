@@ -6,13 +6,15 @@ use crate::error::{Error, Result};
 use crate::grace::GraceMethod;
 use crate::interface::Interface;
 use crate::netfpc::{PortFacts, Request};
-use crate::program::{Program, ProgramFacts};
+use crate::program::{NAME_CAPTURE, Program, ProgramFacts};
 use crate::region::{ConfigTable, Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
 use crate::{require, sys};
+use aya_obj::generated::bpf_prog_info;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use towpath_filter::Capture;
 use towpath_tables::backing::{Backing, GrowError, PerTable, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::record::{SOCKET_QUEUES, TableId};
@@ -105,7 +107,7 @@ impl Site {
         match made {
             Ok((region, links, grace)) => {
                 let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
-                Ok(Engine::new(Core { site: self, region, program: None, ports, grace }))
+                Ok(Engine::new(Core { site: self, region, program: None, captures: Vec::new(), ports, grace }))
             }
             Err(e) => {
                 self.discard();
@@ -208,10 +210,21 @@ impl Left {
         self.region.config()
     }
 
+    /// Whether its programs let Linux have what captures are to see, which this binary's will not do at first.
+    pub fn has_captures(&self) -> Result<bool> {
+        let failed = |e| Error::io("ask about the programs that were left", e);
+        let programs = self.site.programs()?;
+        let infos = programs.values().map(|program| sys::program_info(program.as_fd()).map_err(failed));
+        let infos = infos.collect::<Result<Vec<_>>>()?;
+        let name = |info: &bpf_prog_info| info.name.map(|byte| byte as u8);
+        Ok(infos.iter().any(|info| name(info).starts_with(NAME_CAPTURE.as_bytes())))
+    }
+
     /// Takes it over, with this binary's program. Packets flow by the old state meanwhile.
     pub fn adopt(self) -> Result<Engine> {
         let Self { site, region, links } = self;
-        let mut core = Core { site, region, program: None, ports: BTreeMap::new(), grace: GraceMethod::choose()? };
+        let (ports, captures) = (BTreeMap::new(), Vec::new());
+        let mut core = Core { site, region, program: None, captures, ports, grace: GraceMethod::choose()? };
         let program = core.load()?;
         let slots = core.device_slots()?;
         for (index, link) in links {
@@ -248,6 +261,8 @@ struct Core {
     region: Region,
     /// None while the tables are staged and may still grow: the kernel takes long to verify one
     program: Option<Arc<Program>>,
+    /// What the program lets Linux have
+    captures: Vec<Capture>,
     ports: BTreeMap<u32, Port>,
     grace: GraceMethod,
 }
@@ -267,7 +282,8 @@ impl Core {
         if let Some(program) = &self.program {
             return Ok(program.clone());
         }
-        let program = Arc::new(Program::load(&self.region.pins(&self.site.dir, None), self.site.options)?);
+        let program =
+            Arc::new(Program::load(&self.region.pins(&self.site.dir, None), self.site.options, &self.captures)?);
         self.program = Some(program.clone());
         Ok(program)
     }
@@ -417,6 +433,15 @@ impl Core {
         }
     }
 
+    /// See `Engine::set_captures`.
+    fn set_captures(&mut self, captures: &[Capture]) -> Result<()> {
+        let program = Program::load(&self.region.pins(&self.site.dir, None), self.site.options, captures)?;
+        self.switch_links(&program)?;
+        self.name_program()?;
+        (self.program, self.captures) = (Some(Arc::new(program)), captures.to_vec());
+        self.grace.wait()
+    }
+
     /// See `Backing::grow`.
     fn grow(&mut self, id: TableId, elements: usize) -> Result<()> {
         let (name, size, wanted) = (id.name(), self.region.len(id), entries_of(id, elements)?);
@@ -434,7 +459,7 @@ impl Core {
             self.program = None;
             return self.region.install(dir, grown);
         }
-        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options) {
+        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options, &self.captures) {
             Ok(program) => Arc::new(program),
             Err(error) => {
                 dir.remove(&staged_name(name))?;
@@ -499,6 +524,13 @@ impl Engine {
         };
         let what = || format!("enter queue {queue} of port slot {slot} in the map of sockets");
         done.map_err(|e| Error::privileged(what(), "CAP_NET_ADMIN", e))
+    }
+
+    /// Has frames that match one of these go to Linux instead, on all ports that are attached to or will be. It holds for
+    /// every frame when this returns; if it fails, at least those captures hold that were asked for before and now. The
+    /// tables must be in use.
+    pub fn set_captures(&self, captures: &[Capture]) -> Result<()> {
+        self.core().set_captures(captures)
     }
 
     /// Detaches from a port; not an error if it is not attached or gone.

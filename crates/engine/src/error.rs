@@ -89,6 +89,9 @@ pub enum Error {
         /// The verifier's log, its last lines
         log: String,
     },
+    /// Captures that the program cannot serve.
+    #[error("captures see everything by way of Linux: {0}")]
+    Captures(towpath_filter::TooLong),
     /// The object in the binary and this crate disagree.
     #[error("the XDP program in this binary {0}: the build is inconsistent, run cargo clean and build again")]
     Object(String),

@@ -10,18 +10,23 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use towpath_tables::mark::{Function, Number};
+use towpath_filter::{Capture, translate};
+use towpath_tables::mark::{CAPTURED, Function, Number};
 use towpath_tables::record::TableId;
 
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
+/// What either is called in the kernel while captures are in it.
+pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
 /// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source
 /// register, the kernel function with that BTF identifier.
 const CALL: u8 = 0x85;
 const KERNEL_FUNCTION: u8 = 2;
+/// As `KERNEL_FUNCTION`, for a function of the program, so many instructions behind the next one (BPF_PSEUDO_CALL).
+const OWN_FUNCTION: u8 = 1;
 /// BPF_ALU64 | BPF_MOV | BPF_K: sets a register
 const SET: u8 = 0xb7;
 /// Lines of the verifier's log that an error shows; the last ones say what is wrong.
@@ -56,8 +61,8 @@ pub struct ProgramFacts {
 }
 
 impl Program {
-    /// Loads the program; each map is the one pinned at its path.
-    pub fn load(pins: &[(&'static str, PathBuf)], options: Options) -> Result<Self> {
+    /// Loads the program; each map is the one pinned at its path. Frames that the captures match go to Linux.
+    pub fn load(pins: &[(&'static str, PathBuf)], options: Options, captures: &[Capture]) -> Result<Self> {
         let name = if options.sockets { NAME_USER } else { NAME };
         let mut object =
             Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
@@ -70,6 +75,8 @@ impl Program {
             .ok_or_else(|| Error::Object(format!("has no code for {name}")))?;
         let mut code = function.instructions.clone();
         set_lengths(&mut code, &fds)?;
+        set_captures(&mut code, captures)?;
+        let name = if captures.is_empty() { name } else { NAME_CAPTURE };
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
             set_places(&mut code, places);
@@ -154,6 +161,40 @@ fn set_places(code: &mut [bpf_insn], places: Option<&Places>) {
             }
         }
     }
+}
+
+/// Appends the captures' filters, and has them called where their mark is.
+fn set_captures(code: &mut Vec<bpf_insn>, captures: &[Capture]) -> Result<()> {
+    let is_call = |instruction: &bpf_insn| {
+        instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm as u32 == CAPTURED
+    };
+    let filters = code.len();
+    for (at, call) in code.iter_mut().enumerate().filter(|(_, instruction)| is_call(instruction)) {
+        if captures.is_empty() {
+            (call.code, call.imm) = (SET, 0);
+        } else {
+            call.imm = (filters - at - 1) as i32;
+            call.set_src_reg(OWN_FUNCTION);
+        }
+    }
+    if !captures.is_empty() {
+        code.extend(translate(captures).map_err(Error::Captures)?.into_iter().map(instruction));
+    }
+    Ok(())
+}
+
+/// The kernel's structure from its encoding.
+fn instruction(raw: u64) -> bpf_insn {
+    let mut instruction = bpf_insn {
+        code: raw as u8,
+        _bitfield_align_1: [],
+        _bitfield_1: Default::default(),
+        off: (raw >> 16) as i16,
+        imm: (raw >> 32) as i32,
+    };
+    instruction.set_dst_reg((raw >> 8) as u8 & 15);
+    instruction.set_src_reg((raw >> 12) as u8 & 15);
+    instruction
 }
 
 fn number(code: &[bpf_insn]) -> Option<Number> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use towpath_engine::{
     Engine, Error, GraceMethod, Mode, Options, Request, Site, TransmitSupport, TransmitWatch, can_transmit,
 };
+use towpath_filter::{Capture, Filter, Layer, instruction};
 use towpath_lab::{PacketSocket, packet, wait_for};
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
@@ -456,4 +457,64 @@ fn what_travels_beside_a_frame_is_seen_or_the_user_warned() -> Result {
     assert_eq!(counted(), ((2, 1), 1), "Linux does not forward it either");
     rig.on_router(|| engine.teardown())?;
     Ok(())
+}
+
+/// Captures of what goes to a UDP port.
+fn to_port(port: u32, only: Option<u32>) -> Capture {
+    let (load, end) = (instruction(0x28, 0, 0, 36), [instruction(0x06, 0, 0, 1), instruction(0x06, 0, 0, 0)]);
+    let code = [load, instruction(0x15, 0, 1, port)].into_iter().chain(end).collect();
+    Capture { filter: Filter::new(Layer::Link, code).expect("a filter"), only }
+}
+
+#[test]
+fn what_captures_match_goes_to_linux_and_is_counted() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("capture")?;
+    let engine = rig.engine(&sizes()?)?;
+    attach(&rig, &engine)?;
+    let [entry, exit] = rig.requests()?;
+    let counted = |engine: &Engine| outcome(engine, entry.slot, Reason::PolicyCapture);
+    for (captures, taken) in [
+        (vec![], false),
+        (vec![to_port(2000, None)], true),
+        (vec![to_port(2001, None)], false),
+        (vec![to_port(2000, Some(entry.ifindex))], true),
+        (vec![to_port(2000, Some(exit.ifindex))], false),
+        (vec![to_port(2001, None), to_port(2000, None)], true),
+        (vec![], false),
+    ] {
+        rig.on_router(|| engine.set_captures(&captures))?;
+        let (before, arrived) = (counted(&engine), rig.arrived()?);
+        rig.send(3)?;
+        rig.await_arrival(arrived, 3)?;
+        let (fast, linux) = if taken { (0, 3) } else { (3, 0) };
+        assert_eq!(counted(&engine), (before.0 + fast, before.1 + linux), "{captures:?}");
+    }
+    rig.without_loss(|| {
+        for captures in [vec![to_port(2001, None)], vec![]] {
+            rig.on_router(|| engine.set_captures(&captures))?;
+        }
+        Ok(())
+    })?;
+    let site = rig.site()?;
+    assert!(!rig.on_router(|| site.left()?.has_captures())?);
+
+    // They stay when the tables grow, and those that are left can be told.
+    rig.on_router(|| engine.set_captures(&[to_port(2000, None)]))?;
+    let mut tables = engine.tables();
+    let nodes = tables.view().elements(TableId::Nodes);
+    rig.on_router(|| tables.grow(TableId::Nodes, 2 * nodes))?;
+    let (before, arrived) = (counted(&engine), rig.arrived()?);
+    rig.send(3)?;
+    rig.await_arrival(arrived, 3)?;
+    assert_eq!(counted(&engine), (before.0, before.1 + 3));
+    drop((tables, engine));
+    let site = rig.site()?;
+    let left = rig.on_router(|| site.left())?;
+    assert!(left.has_captures()?);
+    let engine = rig.on_router(|| left.adopt())?;
+    rig.send(3)?;
+    rig.await_arrival(arrived, 6)?;
+    assert_eq!(counted(&engine), (before.0 + 3, before.1 + 3), "they are to be asked for again");
+    Ok(rig.on_router(|| engine.teardown())?)
 }

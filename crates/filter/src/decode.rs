@@ -1,6 +1,6 @@
 //! Classic BPF decoded and checked (include/uapi/linux/{bpf_common,filter}.h, Linux 6.1).
 
-use crate::{ETHERTYPE, From, MAX_INSTRUCTIONS};
+use crate::{ETHERTYPE, Layer, MAX_INSTRUCTIONS};
 
 /// Why a filter cannot be run. Whoever has one sees everything by way of Linux.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -73,18 +73,30 @@ pub enum Op {
     /// A = packet[at]
     Load(Width, u32),
     /// A = packet[X + k], as the socket counts; `skipped` bytes of the frame lie before that
-    LoadIndexed { width: Width, k: u32, skipped: u32 },
+    LoadIndexed {
+        width: Width,
+        k: u32,
+        skipped: u32,
+    },
     /// X = 4 * (packet[at] & 15)
     LoadHeaderLen(u32),
     /// The frame's length without the bytes that the socket does not see
-    LoadLen { to: Reg, skipped: u32 },
+    LoadLen {
+        to: Reg,
+        skipped: u32,
+    },
     Set(Reg, u32),
     LoadMem(Reg, u8),
     StoreMem(Reg, u8),
     Alu(Alu, Operand),
     Negate,
     Jump(usize),
-    Branch { test: Test, operand: Operand, yes: usize, no: usize },
+    Branch {
+        test: Test,
+        operand: Operand,
+        yes: usize,
+        no: usize,
+    },
     /// Matches if A is not 0
     ReturnA,
     Return(bool),
@@ -104,11 +116,11 @@ const NEGATIVE: u32 = 1 << 31;
 const MEMORY: u32 = 16;
 
 /// The program's instructions, if all can be run.
-pub fn decode(from: From, code: &[u64]) -> Result<Vec<Op>, Unsupported> {
+pub fn decode(layer: Layer, code: &[u64]) -> Result<Vec<Op>, Unsupported> {
     if code.len() > MAX_INSTRUCTIONS {
         return Err(Unsupported::Long(code.len()));
     }
-    let ops = code.iter().enumerate().map(|(at, raw)| decode_one(from, at, *raw)).collect::<Result<Vec<_>, _>>()?;
+    let ops = code.iter().enumerate().map(|(at, raw)| decode_one(layer, at, *raw)).collect::<Result<Vec<_>, _>>()?;
     let last = ops.len().checked_sub(1).ok_or(Unsupported::Malformed(0))?;
     // Jumps go forward, so it comes to its end.
     if !matches!(ops[last], Op::Return(_) | Op::ReturnA) {
@@ -128,10 +140,10 @@ pub fn followers(at: usize, op: &Op) -> [Option<usize>; 2] {
     }
 }
 
-fn decode_one(from: From, at: usize, raw: u64) -> Result<Op, Unsupported> {
+fn decode_one(layer: Layer, at: usize, raw: u64) -> Result<Op, Unsupported> {
     let (code, jt, jf, k) = ((raw >> 48) as u16, (raw >> 40) as u8, (raw >> 32) as u8, raw as u32);
     let malformed = Err(Unsupported::Malformed(at));
-    let (skipped, after) = (from.skipped(), at + 1);
+    let (skipped, after) = (layer.skipped(), at + 1);
     let slot = || if k < MEMORY { Ok(k as u8) } else { Err(Unsupported::Malformed(at)) };
     let width = match code & 0x18 {
         0x00 => Width::Word,

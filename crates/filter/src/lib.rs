@@ -26,14 +26,14 @@ pub const MAX_FILTERS: usize = 8;
 
 /// Where a socket sees a frame from: its type decides (net/packet/af_packet.c, `packet_rcv`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum From {
+pub enum Layer {
     /// SOCK_RAW: from its Ethernet header on
     Link,
     /// SOCK_DGRAM: from the network header on
     Network,
 }
 
-impl From {
+impl Layer {
     /// Bytes of the frame that the socket does not see.
     fn skipped(self) -> u32 {
         match self {
@@ -51,26 +51,31 @@ const ETHERTYPE: u32 = 12;
 /// A filter that can be run.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Filter {
-    from: From,
+    layer: Layer,
     /// As in `struct sock_filter`: operation (16 bits), the two jumps (8 each), operand (32), from the high bits down
     code: Vec<u64>,
 }
 
 impl Filter {
     /// Checks a program; its instructions are encoded as by [`instruction`].
-    pub fn new(from: From, code: Vec<u64>) -> Result<Self, Unsupported> {
-        decode::decode(from, &code)?;
-        Ok(Self { from, code })
+    pub fn new(layer: Layer, code: Vec<u64>) -> Result<Self, Unsupported> {
+        decode::decode(layer, &code)?;
+        Ok(Self { layer, code })
     }
 
     /// Where it sees frames from.
-    pub fn from(&self) -> From {
-        self.from
+    pub fn layer(&self) -> Layer {
+        self.layer
     }
 
     /// Its instructions, encoded as by [`instruction`].
     pub fn code(&self) -> &[u64] {
         &self.code
+    }
+
+    /// Whether it ends at once, and matches.
+    pub fn matches_everything(&self) -> bool {
+        matches!(self.ops().first(), Some(Op::Return(true)))
     }
 
     /// Whether what it says of a frame cannot change when the frame is forwarded.
@@ -80,6 +85,6 @@ impl Filter {
 
     fn ops(&self) -> Vec<Op> {
         // `new` has found that it can be decoded.
-        decode::decode(self.from, &self.code).unwrap_or_default()
+        decode::decode(self.layer, &self.code).unwrap_or_default()
     }
 }

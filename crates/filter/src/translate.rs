@@ -188,7 +188,7 @@ impl<'a> Translator<'a> {
             self.to.load(bytes, to, DATA, place as i16);
             self.to.place(done);
         }
-        self.to.from_network(to, bytes);
+        self.to.to_host(to, bytes);
     }
 
     /// A load from a place that depends on X. One before the packet means something else to Linux (`SKF_NET_OFF`,
@@ -212,7 +212,7 @@ impl<'a> Translator<'a> {
         self.to.place(direct);
         self.to.load(bytes, A, from, 0);
         self.to.place(done);
-        self.to.from_network(A, bytes);
+        self.to.to_host(A, bytes);
     }
 
     /// Loads from the place that the second scratch register says, in whichever buffer it lies; not there: no match.

@@ -4,14 +4,16 @@
 mod support;
 
 use support::{Classic, Xdp, compiled, forwarded, udp4, udp6};
-use towpath_filter::{Capture, Filter, From, MAX_FILTERS, MAX_INSTRUCTIONS, TooLong, Unsupported, instruction, translate};
+use towpath_filter::{
+    Capture, Filter, Layer, MAX_FILTERS, MAX_INSTRUCTIONS, TooLong, Unsupported, instruction, translate,
+};
 
 fn everywhere(filter: Filter) -> Capture {
     Capture { filter, only: None }
 }
 
 fn link(code: &[u64]) -> Filter {
-    Filter::new(From::Link, code.to_vec()).expect("a filter that can be run")
+    Filter::new(Layer::Link, code.to_vec()).expect("a filter that can be run")
 }
 
 fn translated(filters: &[Filter]) -> Xdp {
@@ -93,9 +95,11 @@ fn filters_of_tcpdump_say_what_they_say_in_linux() {
 
 #[test]
 fn what_survives_says_the_same_of_the_frame_that_leaves() {
-    for expression in ["udp port 7001", "tcp[((tcp[12:1] & 0xf0) >> 2):4] = 0x47455420", "ip[6:2] & 0x1fff != 0", "ip6"] {
+    for expression in ["udp port 7001", "tcp[((tcp[12:1] & 0xf0) >> 2):4] = 0x47455420", "ip[6:2] & 0x1fff != 0", "ip6"]
+    {
         let classic = Classic::new(&compiled(expression)).expect("a filter");
-        for frame in frames().iter().filter(|frame| frame.len() > 34 && matches!(frame[12..14], [8, 0] | [0x86, 0xdd])) {
+        for frame in frames().iter().filter(|frame| frame.len() > 34 && matches!(frame[12..14], [8, 0] | [0x86, 0xdd]))
+        {
             assert!(!classic.matches(&forwarded(frame)) || classic.matches(frame), "{expression}: {frame:02x?}");
         }
     }
@@ -121,7 +125,7 @@ fn sockets_without_link_header_count_from_the_network_header() {
         instruction(0x06, 0, 0, 0x40000),
         instruction(0x06, 0, 0, 0),
     ];
-    let filter = Filter::new(From::Network, code.to_vec()).expect("a filter");
+    let filter = Filter::new(Layer::Network, code.to_vec()).expect("a filter");
     assert!(filter.survives_forwarding());
     let xdp = translated(&[filter]);
     assert_eq!([udp4(1, 7001, 9), udp4(7001, 1, 9), udp6(1, 7001, 9)].map(|frame| xdp.answer(&frame)), [1, 0, 0]);
@@ -141,23 +145,49 @@ fn odd_programs_say_what_they_say_in_linux() {
         ("X to begin with".into(), vec![instruction(0x87, 0, 0, 0), ret_a]),
         ("length".into(), vec![instruction(0x80, 0, 0, 0), instruction(0x25, 0, 1, 100), ret(0), ret(1)]),
         ("length in X".into(), vec![instruction(0x81, 0, 0, 0), set(300), instruction(0x3d, 0, 1, 0), ret(1), ret(0)]),
-        ("memory".into(), vec![
-            instruction(0x30, 0, 0, 23), instruction(0x02, 0, 0, 15), set(0), instruction(0x61, 0, 0, 15),
-            instruction(0x87, 0, 0, 0), instruction(0x14, 0, 0, 17), ret_a,
-        ]),
-        ("X in memory".into(), vec![
-            set_x(9), instruction(0x03, 0, 0, 0), instruction(0x60, 0, 0, 0), instruction(0x15, 0, 1, 9), ret(1), ret(0),
-        ]),
+        (
+            "memory".into(),
+            vec![
+                instruction(0x30, 0, 0, 23),
+                instruction(0x02, 0, 0, 15),
+                set(0),
+                instruction(0x61, 0, 0, 15),
+                instruction(0x87, 0, 0, 0),
+                instruction(0x14, 0, 0, 17),
+                ret_a,
+            ],
+        ),
+        (
+            "X in memory".into(),
+            vec![
+                set_x(9),
+                instruction(0x03, 0, 0, 0),
+                instruction(0x60, 0, 0, 0),
+                instruction(0x15, 0, 1, 9),
+                ret(1),
+                ret(0),
+            ],
+        ),
         ("a jump".into(), vec![instruction(0x05, 0, 0, 1), ret(0), ret(1)]),
         ("by zero".into(), vec![set(5), instruction(0x3c, 0, 0, 0), ret(1)]),
         ("remainder by zero".into(), vec![set(5), instruction(0x9c, 0, 0, 0), ret(1)]),
         ("negated".into(), vec![set(1), instruction(0x84, 0, 0, 0), instruction(0x15, 0, 1, u32::MAX), ret(1), ret(0)]),
-        ("header length".into(), vec![
-            instruction(0xb1, 0, 0, 14), instruction(0x87, 0, 0, 0), instruction(0x15, 0, 1, 20), ret(1), ret(0),
-        ]),
-        ("to X and back".into(), vec![
-            set(7), instruction(0x07, 0, 0, 0), set(0), instruction(0x87, 0, 0, 0), instruction(0x15, 0, 1, 7), ret(1), ret(0),
-        ]),
+        (
+            "header length".into(),
+            vec![instruction(0xb1, 0, 0, 14), instruction(0x87, 0, 0, 0), instruction(0x15, 0, 1, 20), ret(1), ret(0)],
+        ),
+        (
+            "to X and back".into(),
+            vec![
+                set(7),
+                instruction(0x07, 0, 0, 0),
+                set(0),
+                instruction(0x87, 0, 0, 0),
+                instruction(0x15, 0, 1, 7),
+                ret(1),
+                ret(0),
+            ],
+        ),
     ];
     for k in [0, 13, 41, 4000, 0x6fff, 0x7001, 0xffff, 0x10000, 0x7fff_fff0] {
         for code in [0x20, 0x28, 0x30] {
@@ -222,7 +252,7 @@ fn the_longest_program_is_taken_and_a_longer_one_is_not() {
     };
     let xdp = translated(&[link(&long(MAX_INSTRUCTIONS))]);
     assert_eq!([udp4(1, 7001, 50), udp4(7001, 1, 50)].map(|frame| xdp.answer(&frame)), [1, 0]);
-    let refused = Filter::new(From::Link, long(MAX_INSTRUCTIONS + 1));
+    let refused = Filter::new(Layer::Link, long(MAX_INSTRUCTIONS + 1));
     assert_eq!(refused, Err(Unsupported::Long(MAX_INSTRUCTIONS + 1)));
     let half = everywhere(link(&long(MAX_INSTRUCTIONS / 2 + 1)));
     assert_eq!(translate(&[half.clone(), half]), Err(TooLong));
@@ -232,7 +262,7 @@ fn the_longest_program_is_taken_and_a_longer_one_is_not() {
 
 #[test]
 fn what_cannot_be_run_is_refused_with_its_place() {
-    let refused = |code: &[u64]| Filter::new(From::Link, code.to_vec()).expect_err("refused");
+    let refused = |code: &[u64]| Filter::new(Layer::Link, code.to_vec()).expect_err("refused");
     let ret = instruction(0x06, 0, 0, 1);
     let ancillary = |k: i32| [ret, instruction(0x20, 0, 0, k as u32), ret];
     for k in [-0x1000 + 4, -0x1000 + 8, -0x1000 + 40, -0x10_0000, -0x20_0000, i32::MIN] {

@@ -4,7 +4,7 @@ mod support;
 
 use proptest::prelude::*;
 use support::{Classic, Xdp, forwarded, udp4, udp6};
-use towpath_filter::{Capture, Filter, From, instruction, translate};
+use towpath_filter::{Capture, Filter, Layer, instruction, translate};
 
 /// Instructions but for the last, with targets that `program` brings inside.
 fn step() -> impl Strategy<Value = (u16, u8, u8, u32)> {
@@ -47,7 +47,14 @@ fn program() -> impl Strategy<Value = Vec<u64>> {
 
 fn frame() -> impl Strategy<Value = Vec<u8>> {
     let ports = prop_oneof![Just(7001u16), Just(53), any::<u16>()];
-    (any::<bool>(), ports.clone(), ports, 0usize..80, prop::collection::vec((14usize..80, any::<u8>()), 0..4), 0usize..30)
+    (
+        any::<bool>(),
+        ports.clone(),
+        ports,
+        0usize..80,
+        prop::collection::vec((14usize..80, any::<u8>()), 0..4),
+        0usize..30,
+    )
         .prop_map(|(v6, source, destination, payload, changes, padding)| {
             let mut frame = if v6 { udp6(source, destination, payload) } else { udp4(source, destination, payload) };
             let kept = [14, 16, 17, 18, 19, 21, 22];
@@ -67,7 +74,7 @@ proptest! {
     #[test]
     fn says_what_linux_says(code in program(), frames in prop::collection::vec(frame(), 8)) {
         let Ok(classic) = Classic::new(&code) else { return Ok(()) };
-        let filter = Filter::new(From::Link, code).expect("what Linux takes can be run");
+        let filter = Filter::new(Layer::Link, code).expect("what Linux takes can be run");
         let survives = filter.survives_forwarding();
         let captures = [Capture { filter, only: None }];
         let xdp = Xdp::load(&translate(&captures).expect("short")).expect("the verifier takes it");

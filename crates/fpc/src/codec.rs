@@ -14,12 +14,13 @@
 
 use crate::message::*;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use towpath_filter::{Filter, Layer};
 use towpath_tables::{Reason, record::Family};
 
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -366,6 +367,20 @@ impl Wire for Family {
     }
 }
 
+/// Where it counts from (0 link, 1 network header), and its instructions.
+impl Wire for Filter {
+    fn put(&self, out: &mut Vec<u8>) {
+        (self.layer() == Layer::Network).put(out);
+        self.code().to_vec().put(out);
+    }
+    fn get(reader: &mut Reader, field: &'static str) -> Result<Self, DecodeError> {
+        let layer = if bool::get(reader, field)? { Layer::Network } else { Layer::Link };
+        let code = Vec::<u64>::get(reader, field)?;
+        let size = code.len() * size_of::<u64>();
+        Filter::new(layer, code).map_err(|_| reader.bad(field, size, size as u64))
+    }
+}
+
 impl Wire for Prefix {
     fn put(&self, out: &mut Vec<u8>) {
         self.address().put(out);
@@ -415,7 +430,7 @@ structs! {
     Route { key, kind, protocol, via, mtu, unsupported }
     Hop { ifindex, gateway, weight, flags }
     NexthopObject { id, kind }
-    Policy { source, scope, reason, detail }
+    Policy { source, scope, reason, detail, filter }
     FamilySettings { family, hash_policy }
     AlarmId { source, number }
     Alarm { id, policies }

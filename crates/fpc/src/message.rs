@@ -2,6 +2,7 @@
 //! nothing is a delta. Interfaces are named by Linux's own index. Addresses are `core::net` types.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use towpath_filter::Filter;
 use towpath_tables::{Reason, record::Family};
 
 /// One message from CM to FPM.
@@ -356,6 +357,9 @@ pub struct Policy {
     pub reason: Reason,
     /// For people: the object that stands in the way, e.g. "nft table inet filter, chain forward: 3 rules"
     pub detail: String,
+    /// Of the packets in the scope it touches those that this filter matches; None: all. In a scope of packets that leave
+    /// only a filter that survives forwarding may stand: it is run when they arrive
+    pub filter: Option<Filter>,
 }
 
 /// What a policy touches. An interface stands for its VLAN sub-interfaces too: their packets pass it, tagged.

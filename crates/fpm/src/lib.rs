@@ -19,7 +19,8 @@ pub use missing::Waiting;
 
 use mirror::Mirror;
 use state::State;
-use towpath_fpc::{Message, NeighbourKey, PolicySource, Snapshot};
+use std::collections::BTreeSet;
+use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::record::Family;
@@ -88,6 +89,22 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// else is said. Takes effect with `publish`.
     pub fn set_beside(&mut self, ifindex: u32, seen: bool) {
         self.state.set_beside(ifindex, seen);
+    }
+
+    /// The policies that touch less if the engine runs their filters. See `set_filtered`.
+    pub fn filters(&self) -> BTreeSet<Policy> {
+        self.state.filters()
+    }
+
+    /// Says for which policies the engine sends what their filters match to Linux, on every frame that arrives: only that is
+    /// what they touch then. What it no longer does must be said before. Takes effect with `publish`.
+    pub fn set_filtered(&mut self, filtered: BTreeSet<Policy>) {
+        self.state.set_filtered(filtered);
+    }
+
+    /// Whether a policy touches what its filter matches and nothing else.
+    pub fn is_filtered(&self, policy: &Policy) -> bool {
+        self.state.is_filtered(policy)
     }
 
     /// Takes one message. Takes effect with `publish`.

@@ -57,6 +57,8 @@ pub(crate) struct State {
     pub vias: Vias,
     policies: BTreeMap<Policy, u8>,
     alarms: BTreeMap<AlarmId, Vec<Policy>>,
+    /// Those whose filter the engine runs
+    filtered: BTreeSet<Policy>,
     pub hash_policy: [u8; 2],
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
     refused_sources: BTreeSet<Prefix>,
@@ -333,6 +335,41 @@ impl State {
         self.policies.keys().chain(self.alarms.values().flatten())
     }
 
+    /// The policies that touch less if the engine runs their filters. It runs them on frames as they arrive; so what enters
+    /// or leaves tagged or through a tunnel must not be their concern.
+    pub fn filters(&self) -> BTreeSet<Policy> {
+        self.policies().filter(|policy| policy.filter.is_some() && self.can_filter(policy.scope)).cloned().collect()
+    }
+
+    fn can_filter(&self, scope: Scope) -> bool {
+        match scope {
+            Scope::Ingress(ifindex, _) => self.is_plain(ifindex) == Some(true),
+            Scope::Egress(ifindex, _) => {
+                self.is_plain(ifindex) == Some(true)
+                    && self.ports.keys().all(|port| self.is_plain(*port) != Some(false))
+            }
+            Scope::Family(_) | Scope::Local(_) => false,
+        }
+    }
+
+    /// Whether the port's packets are frames of its own driver without tags; None if the interface is no port.
+    fn is_plain(&self, ifindex: u32) -> Option<bool> {
+        let chain = self.chain(ifindex)?;
+        Some(chain.len() == 1 && !matches!(chain[0].kind, PortKind::Tunnel(_)))
+    }
+
+    /// See `Fpm::set_filtered`.
+    pub fn set_filtered(&mut self, filtered: BTreeSet<Policy>) {
+        let before = std::mem::replace(&mut self.filtered, filtered);
+        let changed: Vec<_> = before.symmetric_difference(&self.filtered).map(|policy| policy.scope).collect();
+        changed.into_iter().for_each(|scope| self.policy_changed(scope));
+    }
+
+    /// Whether the engine tells the policy's packets from others.
+    pub fn is_filtered(&self, policy: &Policy) -> bool {
+        self.filtered.contains(policy) && self.can_filter(policy.scope)
+    }
+
     fn policy_changed(&mut self, scope: Scope) {
         match scope {
             Scope::Family(_) => self.changes.config = true,
@@ -390,10 +427,11 @@ impl State {
     }
 
     /// The given interfaces and all VLAN sub-interfaces over them; and all tunnels, since what one may be depends on the
-    /// others and on addresses of any interface.
+    /// others and on addresses of any interface; and where filters are run, since that depends on what other ports are.
     pub fn with_uppers(&self, interfaces: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = interfaces.clone();
         all.extend(self.tunnels());
+        all.extend(self.filtered.iter().filter_map(|policy| interface(policy.scope)));
         for _ in 0..MAX_TAGS {
             for (ifindex, port) in &self.ports {
                 if matches!(port.value.kind, PortKind::Vlan { lower, .. } if all.contains(&lower)) {
@@ -416,16 +454,21 @@ impl State {
         self.policies().filter(|policy| applies(&policy.scope)).map(|policy| policy.reason).min()
     }
 
+    /// The same among the policies for all packets of a port in a direction.
+    fn port_policy(&self, chain: &[&Port], applies: impl Fn(&Scope) -> bool) -> Option<Reason> {
+        let (touching, plain) = (self.policies().filter(|policy| applies(&policy.scope)), chain.len() == 1);
+        let whole = touching.filter(|policy| !(plain && self.is_filtered(policy)));
+        whole.map(|policy| policy.reason).chain(unsupported(chain)).min()
+    }
+
     /// Why packets of a family that come in by a port are exceptions.
     pub fn ingress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
-        let set = self.policy(|scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family)));
-        set.into_iter().chain(unsupported(chain)).min()
+        self.port_policy(chain, |scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family)))
     }
 
     /// Why packets of a family that leave by a port are exceptions.
     pub fn egress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
-        let set = self.policy(|scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family)));
-        set.into_iter().chain(unsupported(chain)).min()
+        self.port_policy(chain, |scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family)))
     }
 
     /// Addresses for the filter of IPv4 sources: this host's own, and all to which there is no unicast route. Linux
@@ -575,6 +618,14 @@ fn is_rival(own: &Tunnel, other: &Port) -> bool {
         && (same_remote || other.remote.is_unspecified())
         && other.link != own.link
         && (other.link != 0 || same_local && same_remote)
+}
+
+/// The interface that a scope is about.
+fn interface(scope: Scope) -> Option<u32> {
+    match scope {
+        Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => Some(ifindex),
+        Scope::Family(_) | Scope::Local(_) => None,
+    }
 }
 
 fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool {

@@ -8,6 +8,7 @@ use super::*;
 use reference::Outcome;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use towpath_filter::{Filter, Layer, instruction};
 use towpath_fpc::*;
 use towpath_tables::Reason;
 use towpath_tables::backing::{HeapBacking, View, initial_elements};
@@ -81,7 +82,7 @@ fn route(text: &str, hops: &[Hop]) -> Route {
 }
 
 fn policy(scope: Scope, reason: Reason) -> Message {
-    Message::Policy(Policy { source: PolicySource::Tc, scope, reason, detail: "test".into() })
+    Message::Policy(Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None })
 }
 
 /// Where the published tables send packets to an address, and how many of a group's buckets go each way.
@@ -703,8 +704,63 @@ fn a_restarted_manager_takes_over_without_a_gap() {
     after.batch([Message::RouteDelete(key("10.0.0.0/8"))]).exception("10.1.1.1", Reason::NoRoute);
 }
 
+/// `ip`
+fn ip_filter() -> Filter {
+    let code = [
+        instruction(0x28, 0, 0, 12),
+        instruction(0x15, 0, 1, 0x0800),
+        instruction(0x06, 0, 0, 1),
+        instruction(0x06, 0, 0, 0),
+    ];
+    Filter::new(Layer::Link, code.to_vec()).unwrap()
+}
+
+fn capture(scope: Scope) -> Policy {
+    let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
+    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()) }
+}
+
+/// Why IPv4 packets that come in by a port are exceptions.
+fn enters(fixture: &Fixture, ifindex: u32) -> Option<Reason> {
+    fixture.fpm.ports().find(|port| port.port.ifindex == ifindex).unwrap().ingress_policy[0]
+}
+
+#[test]
+fn a_filter_that_the_engine_runs_lets_the_rest_of_a_port_be() {
+    let (into, out) = (capture(Scope::Ingress(2, None)), capture(Scope::Egress(2, None)));
+    let both = BTreeSet::from([into.clone(), out.clone()]);
+    let class = Snapshot::Policies(PolicySource::Capture);
+    let reason = Reason::PolicyCapture;
+    let mut fixture = Fixture::new();
+    fixture.snapshot(class, [&into, &out].map(|policy| Message::Policy(policy.clone())));
+    assert_eq!(fixture.fpm.filters(), both);
+    assert_eq!(enters(&fixture, 2), Some(reason), "nobody runs it yet");
+    fixture.exception(VIA_2, reason);
+    fixture.fpm.set_filtered(both.clone());
+    fixture.batch([]).expect(VIA_2, via_2());
+    assert_eq!(enters(&fixture, 2), None);
+    assert!(fixture.fpm.is_filtered(&into) && fixture.fpm.is_filtered(&out));
+    // What enters tagged is not what the filter would be run on, wherever that is.
+    fixture.batch([Message::Port(vlan(100, 1, 0x8100, 7))]).exception(VIA_2, reason);
+    assert_eq!((enters(&fixture, 2), enters(&fixture, 100)), (None, None));
+    assert_eq!(fixture.fpm.filters(), BTreeSet::from([into.clone()]));
+    fixture.batch([Message::PortDelete(100)]).expect(VIA_2, via_2());
+    // A sub-interface's packets pass the port, tagged.
+    fixture.batch([Message::Port(vlan(100, 2, 0x8100, 7))]).exception(VIA_2, reason);
+    assert_eq!((enters(&fixture, 2), enters(&fixture, 100)), (None, Some(reason)));
+    fixture.batch([Message::PortDelete(100)]).expect(VIA_2, via_2());
+    // Another that is to see all, and one that the engine runs no longer.
+    let whole = Policy { filter: None, ..into.clone() };
+    fixture.batch([Message::Policy(whole)]);
+    assert_eq!(enters(&fixture, 2), Some(reason));
+    fixture.fpm.set_filtered(BTreeSet::new());
+    fixture.batch([]).exception(VIA_2, reason);
+    fixture.snapshot(class, []).expect(VIA_2, via_2());
+    assert!(fixture.fpm.filters().is_empty());
+}
+
 fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {
-    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into() };
+    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None };
     Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies: vec![policy] })
 }
 

@@ -156,6 +156,15 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
     }
 }
 
+/// Counts a frame that goes to Linux since a capture is to see it, or for a reason that is found before.
+#[inline(always)]
+pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) {
+    if let Some(mut entry) = Entry::find(tables, ifindex) {
+        let reason = parse(frame, tables, &mut entry).err().unwrap_or(Reason::PolicyCapture);
+        count_exception(tables, entry.slot, reason);
+    }
+}
+
 #[inline(always)]
 fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
     let parsed = parse(frame, tables, entry)?;

@@ -32,6 +32,10 @@ pub enum Number {
     Vlan = 4,
 }
 
+/// As `Function::mark`, for a function of the program itself that its loader makes: `u32 captured(struct xdp_md *)`, not 0
+/// if a capture is to see the frame.
+pub const CAPTURED: u32 = MAGIC & 0x7fff_ff00 | 0xff;
+
 impl Function {
     /// Every function.
     pub const ALL: [Self; 2] = [Self::CastToKernCtx, Self::RdonlyCast];

@@ -90,7 +90,7 @@ impl Daemon {
             policies: self
                 .fpm
                 .policies()
-                .map(|policy| words::policy(policy, |ifindex| self.interface(ifindex)))
+                .map(|policy| words::policy(policy, self.fpm.is_filtered(policy), |ifindex| self.interface(ifindex)))
                 .collect(),
             routes: self.route_counts(),
             memory_bytes: self.engine.memory()?.iter().map(|(_, bytes)| bytes).sum(),
@@ -379,7 +379,11 @@ impl Names for Daemon {
     }
 
     fn policies(&self) -> Vec<&Policy> {
-        self.fpm.policies().collect()
+        self.fpm.policies().filter(|policy| !self.fpm.is_filtered(policy)).collect()
+    }
+
+    fn filters(&self) -> Vec<&Policy> {
+        self.fpm.policies().filter(|policy| self.fpm.is_filtered(policy)).collect()
     }
 
     fn unsupported(&self, ifindex: u32) -> Option<String> {

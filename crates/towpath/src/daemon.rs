@@ -2,6 +2,7 @@
 //! events from an inbox, brings the tables in line, and answers questions between two batches.
 
 use crate::answer::Facts;
+use crate::captures::Captures;
 use crate::cli::{self, Up};
 use crate::control::{self, Request};
 use crate::explain::Names;
@@ -21,11 +22,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_engine::{Engine, Mode, Options, PortRequest, Site, TransmitWatch};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Message, Policy, Snapshot};
+use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
 use towpath_fpm::Fpm;
 use towpath_hitflags::{HitFlags, Netlink};
+use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, initial_elements};
-use towpath_tables::record::{PORT_PROBES, PORT_SLOTS, TableId};
+use towpath_tables::record::{Family, PORT_PROBES, PORT_SLOTS, TableId};
 use towpath_tables::writer::TableWriter;
 
 /// Batches and questions that may wait; beyond that their senders do.
@@ -83,6 +85,8 @@ pub struct Daemon {
     pub policies: BTreeSet<Policy>,
     /// Tables that were full when last looked at, for the log
     pub shortages: BTreeSet<TableId>,
+    /// Where the captures' filters are
+    pub captures: Captures,
 }
 
 /// Why ports cannot be served.
@@ -179,6 +183,7 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         cannot_transmit: BTreeMap::new(),
         policies: BTreeSet::new(),
         shortages: BTreeSet::new(),
+        captures: Captures::default(),
     };
     if !daemon.first_snapshot()? {
         daemon.take_off()?;
@@ -246,8 +251,24 @@ fn tables(site: Site, options: Options, plan: Option<&Plan>, facts: &mut Facts, 
 fn adopt(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {
     let left = site.left()?;
     towpath_tables::adopt::check(&left.config())?;
+    if left.has_captures()? {
+        sentry.raise(captures_unknown());
+    }
     sentry.guard(left.config());
     join(left.adopt()?, plan, TableWriter::adopt)
+}
+
+/// Everything may be what a capture is to see, until the cache manager has told its first captures.
+fn captures_unknown() -> Alarm {
+    let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
+    let policy = |family| Policy {
+        source,
+        scope: Scope::Family(family),
+        reason,
+        detail: "the captures of a former daemon's time are looked for".into(),
+        filter: None,
+    };
+    Alarm { id: AlarmId { source, number: 0 }, policies: [Family::V4, Family::V6].map(policy).into() }
 }
 
 fn create(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {

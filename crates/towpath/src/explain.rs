@@ -4,6 +4,7 @@
 use crate::control::Packet;
 use crate::frame::{Link, build, tunnelled};
 use crate::report::{Explanation, Step, Verdict};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use towpath_fpc::{Policy, Scope, Tunnel};
 use towpath_pipeline::mapped::Mapped;
@@ -28,6 +29,8 @@ pub trait Names {
     fn neighbour(&self, ifindex: u32, address: IpAddr) -> Option<String>;
     /// Settings of Linux that stand in the way
     fn policies(&self) -> Vec<&Policy>;
+    /// Captures that take what their filters match before anything else
+    fn filters(&self) -> Vec<&Policy>;
     /// A setting of an interface alone that the fast path does not repeat
     fn unsupported(&self, ifindex: u32) -> Option<String>;
     /// The tunnel that an interface is
@@ -182,6 +185,10 @@ impl<'a> Walk<'a> {
             format!("{tags}to {name}'s MAC address, {family}, {} bytes, header sound", parsed.packet_len),
         );
         self.step("policy", format!("forwarding is on; no setting of Linux is in the way of {family} in by {name}"));
+        let captures: BTreeSet<_> = self.names.filters().into_iter().map(|policy| policy.detail.as_str()).collect();
+        for capture in captures {
+            self.step("capture", format!("it goes to Linux if it matches: {capture}"));
+        }
     }
 
     /// What the tables say about the destination, for the words only: `route` looks it up itself.

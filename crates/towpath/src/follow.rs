@@ -265,11 +265,13 @@ impl Daemon {
 
     /// When there is something to do even if nothing happens.
     pub fn due(&self) -> Instant {
-        self.hits.due()
+        self.captures.due().map_or(self.hits.due(), |due| due.min(self.hits.due()))
     }
 
-    /// Keeps neighbours in use alive in Linux, and tries again what found no room, once a period.
+    /// Keeps neighbours in use alive in Linux, and tries again what found no room, once a period; and does what is due for
+    /// captures.
     pub fn tick(&mut self) {
+        self.follow_captures();
         if Instant::now() >= self.hits.due() {
             self.retry();
         }

@@ -1,6 +1,7 @@
 //! `towpath`: the command, and the daemon it runs in the foreground.
 
 mod answer;
+mod captures;
 mod cli;
 mod control;
 mod daemon;

@@ -147,10 +147,12 @@ fn policies_text(policies: &[report::Policy]) -> String {
                 Some(port) => format!("{} {port}", policy.scope),
                 None => policy.scope.clone(),
             };
-            vec![policy.source.clone(), scope, or_dash(&policy.family), policy.reason.clone(), policy.detail.clone()]
+            let packets = if policy.filtered { "matching" } else { "all" }.to_owned();
+            let (family, reason) = (or_dash(&policy.family), policy.reason.clone());
+            vec![policy.source.clone(), scope, family, packets, reason, policy.detail.clone()]
         })
         .collect();
-    table(&["source", "touches", "family", "reason", "detail"], &rows)
+    table(&["source", "touches", "family", "packets", "reason", "detail"], &rows)
 }
 
 fn tables_text(tables: &[report::Table]) -> String {

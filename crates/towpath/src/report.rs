@@ -130,6 +130,8 @@ pub struct Policy {
     pub reason: String,
     /// The object
     pub detail: String,
+    /// Of the packets in question only those are touched that the filter of the packet socket matches
+    pub filtered: bool,
 }
 
 /// Occupancy of a shared table.
@@ -305,7 +307,7 @@ pub struct Explanation {
 /// One step of the packet's way.
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Step {
-    /// What is looked at: `port`, `policy`, `source`, `route`, `next hop`, `neighbor`, `mtu`
+    /// What is looked at: `port`, `policy`, `source`, `route`, `next hop`, `neighbor`, `mtu`, `capture`
     pub step: String,
     /// What is found
     pub found: String,

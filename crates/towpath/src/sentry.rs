@@ -76,7 +76,7 @@ impl<T: Guarded> Sentry<T> {
         post.tables = Some(tables);
         let now = Instant::now();
         post.unsettled.iter_mut().for_each(|alarm| alarm.due = Some(now));
-        self.0.changed.notify_one();
+        post.pull();
     }
 
     /// Leaves an alarm for the daemon's thread.
@@ -190,7 +190,7 @@ mod tests {
     }
 
     fn alarm(scope: Scope, reason: Reason) -> Alarm {
-        let policy = Policy { source: PolicySource::Tc, scope, reason, detail: String::new() };
+        let policy = Policy { source: PolicySource::Tc, scope, reason, detail: String::new(), filter: None };
         Alarm { id: AlarmId { source: PolicySource::Tc, number: 1 }, policies: vec![policy] }
     }
 

@@ -110,8 +110,8 @@ pub fn family(family: Family) -> &'static str {
     }
 }
 
-/// A policy in JSON; `name` gives interfaces their names.
-pub fn policy(policy: &Policy, name: impl Fn(u32) -> String) -> report::Policy {
+/// A policy in JSON, which may touch only what its filter matches; `name` gives interfaces their names.
+pub fn policy(policy: &Policy, filtered: bool, name: impl Fn(u32) -> String) -> report::Policy {
     let (scope, port, of) = match policy.scope {
         Scope::Family(of) => ("all", None, Some(of)),
         Scope::Ingress(ifindex, of) => ("ingress", Some(name(ifindex)), of),
@@ -125,6 +125,7 @@ pub fn policy(policy: &Policy, name: impl Fn(u32) -> String) -> report::Policy {
         family: of.map(|of| family(of).into()),
         reason: policy.reason.name().into(),
         detail: policy.detail.clone(),
+        filtered,
     }
 }
 

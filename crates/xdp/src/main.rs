@@ -4,6 +4,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, asm_goto_with_outputs))]
 
 mod beside;
+mod captured;
 mod constant;
 mod frame;
 mod maps;
@@ -19,7 +20,7 @@ use towpath_tables::record::SOCKET_FRAME;
 #[unsafe(link_section = "xdp.frags")]
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
-    unsafe { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) }
+    unsafe { if captured::captured(ctx) { xdp_action::XDP_PASS } else { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) } }
 }
 
 /// As `towpath`, for ports of the user engine: what a worker may forward goes to its socket while there is one. The rest,
@@ -28,6 +29,10 @@ fn towpath(ctx: *mut xdp_md) -> u32 {
 #[unsafe(link_section = "xdp.frags")]
 fn towpath_user(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
+    if unsafe { captured::captured(ctx) } {
+        return xdp_action::XDP_PASS;
+    }
+    // SAFETY: as above.
     let (frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
     if is_for_socket(&frame, ifindex, queue) { xdp_action::XDP_REDIRECT } else { run(frame, ifindex) }
 }

@@ -1,5 +1,6 @@
 use super::*;
 use proptest::prelude::*;
+use towpath_filter::instruction;
 
 fn family() -> impl Strategy<Value = Family> {
     prop_oneof![Just(Family::V4), Just(Family::V6)]
@@ -121,12 +122,15 @@ fn policy() -> impl Strategy<Value = Policy> {
         (any::<u32>(), proptest::option::of(family())).prop_map(|(i, f)| Scope::Ingress(i, f)),
         (any::<u32>(), proptest::option::of(family())).prop_map(|(i, f)| Scope::Egress(i, f)),
     ];
-    (source(), scope, prop::sample::select(Reason::ALL), ".{0,40}").prop_map(|(source, scope, reason, detail)| Policy {
-        source,
-        scope,
-        reason,
-        detail,
-    })
+    let filter = (any::<bool>(), prop::collection::vec(any::<u32>(), 0..4)).prop_map(|(network, numbers)| {
+        // A = number, over and over; then the end.
+        let code = numbers.into_iter().map(u64::from).chain([instruction(0x16, 0, 0, 0)]).collect();
+        let layer = if network { Layer::Network } else { Layer::Link };
+        Filter::new(layer, code).expect("a filter that can be run")
+    });
+    let reason = prop::sample::select(Reason::ALL);
+    (source(), scope, reason, ".{0,40}", proptest::option::of(filter))
+        .prop_map(|(source, scope, reason, detail, filter)| Policy { source, scope, reason, detail, filter })
 }
 
 fn alarm_id() -> impl Strategy<Value = AlarmId> {
