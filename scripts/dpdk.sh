@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prepares DPDK, for the feature of that name and as the peer of the user engine's benchmarks (l3fwd). Installs Debian's packages if
-# they are missing (about 25 MB) and builds l3fwd from the source in dpdk-doc, unchanged, with bench/dpdk/feed.c beside
-# it. Prints the program's path. As root or with sudo; safe to run again.
+# Prepares DPDK, for the feature of that name and as the peer of the user engine's benchmarks. Installs Debian's packages
+# if they are missing (about 25 MB) and builds l3fwd from the source in dpdk-doc, unchanged, with bench/dpdk/feed.c
+# beside it. Prints the program's path. As root or with sudo; safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/debian.sh

@@ -55,8 +55,8 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     // To and fro by workers, in both families.
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
-        net.left.run(["ping", "-c20", "-i0.01", "-q", "-s1400", there]).expect("answers");
-        net.right.run(["ping", "-c20", "-i0.01", "-q", "-s1400", here]).expect("answers");
+        net.left.run(["ping", "-c20", "-w20", "-i0.01", "-q", "-s1400", there]).expect("answers");
+        net.right.run(["ping", "-c20", "-w20", "-i0.01", "-q", "-s1400", here]).expect("answers");
         let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
     }
@@ -65,8 +65,8 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     stream.finish_complete();
     // The router itself, and what only Linux says.
     let before = net.exceptions("local-destination");
-    net.left.run(["ping", "-c5", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
-    net.left.run(["ping", "-c5", "-i0.01", "-q", "198.51.100.1"]).expect("answers");
+    net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
+    net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", "198.51.100.1"]).expect("answers");
     assert!(net.exceptions("local-destination") >= before + 10);
     let expired = net.left.command("ping").args(["-n", "-c1", "-t1", "-W5", RIGHT]).output().expect("run");
     let text = String::from_utf8_lossy(&expired.stdout);
@@ -82,7 +82,7 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     eventually("lan0 is ready again", || (port(&net, "lan0")["ready"] == true).then_some(()));
     eventually("lan0 forwards again", || {
         let before = count(&net, "lan0", "rx_packets");
-        net.left.run(["ping", "-c5", "-i0.01", "-q", RIGHT]).expect("answers");
+        net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", RIGHT]).expect("answers");
         (count(&net, "lan0", "rx_packets") >= before + 5).then_some(())
     });
     assert!(net.towpath(&["down"]).status.success());
@@ -135,15 +135,15 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         for (from, to) in [(&net.left, there), (&net.right, here)] {
-            let text = from.run(["ping", "-c20", "-i0.01", "-s1400", to]).expect("answers");
-            assert!(text.contains("20 received") && !text.contains("DUP"), "{text}");
+            let text = from.run(["ping", "-c20", "-w20", "-i0.01", "-s1400", to]).expect("answers");
+            assert!(text.contains(" 0% packet loss") && !text.contains("DUP"), "{text}");
         }
         let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
     }
     // The router itself is reached by the port, and by nothing else.
-    let text = net.left.run(["ping", "-c5", "-i0.01", "192.0.2.1"]).expect("answers");
-    assert!(text.contains("5 received") && !text.contains("DUP"), "{text}");
+    let text = net.left.run(["ping", "-c5", "-w20", "-i0.01", "192.0.2.1"]).expect("answers");
+    assert!(text.contains(" 0% packet loss") && !text.contains("DUP"), "{text}");
     let stream = Stream::start(&net, RIGHT);
     net.flows(200);
     stream.finish_complete();
@@ -169,13 +169,13 @@ fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
     assert_eq!(port(&net, "lan0")["served_by"], "dpdk:net_tap0,iface=tap0");
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
-        net.left.run(["ping", "-c20", "-i0.01", "-q", "-s1400", there]).expect("answers");
-        net.right.run(["ping", "-c20", "-i0.01", "-q", "-s1400", here]).expect("answers");
+        net.left.run(["ping", "-c20", "-w20", "-i0.01", "-q", "-s1400", there]).expect("answers");
+        net.right.run(["ping", "-c20", "-w20", "-i0.01", "-q", "-s1400", here]).expect("answers");
         let after = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         assert!(after.0 >= before.0 + 40 && after.1 >= before.1 + 40, "{before:?}, {after:?}");
     }
     let before = net.exceptions("local-destination");
-    net.left.run(["ping", "-c5", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
+    net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
     assert!(net.exceptions("local-destination") >= before + 5);
     assert!(net.towpath(&["down"]).status.success());
 }
