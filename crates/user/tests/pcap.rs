@@ -1,4 +1,5 @@
 //! Files as a wire.
+#![cfg(not(miri))]
 
 use pcap_file::pcap::{PcapHeader, PcapPacket, PcapReader, PcapWriter};
 use pcap_file::{DataLink, TsResolution};
