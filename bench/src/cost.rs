@@ -11,8 +11,8 @@ use towpath_report::{Bar, Report, Series};
 
 const CONTENDERS: [Contender; 5] =
     [Contender::Drop, Contender::Redirect, Contender::FibForward, Contender::Linux, Contender::Towpath];
-const DESTINATIONS: usize = 1 << 18;
-const WINDOW: u32 = 200_000;
+pub(crate) const DESTINATIONS: usize = 1 << 18;
+pub(crate) const WINDOW: u32 = 200_000;
 
 /// All contenders with one table.
 #[derive(Clone, Debug, Serialize)]

@@ -2,6 +2,7 @@
 //! too.
 
 pub mod bpf;
+pub mod capture;
 pub mod cost;
 pub mod dpdk;
 pub mod ethtool;

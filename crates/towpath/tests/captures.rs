@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, eventually};
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
 use serde_json::Value;
 use std::net::UdpSocket;
 use std::path::PathBuf;
@@ -16,6 +16,9 @@ const WANTED: u16 = 7001;
 const OTHER: u16 = 7002;
 /// Packets of each flow in each direction.
 const COUNT: u64 = 200;
+
+/// How long to wait for a program to be loaded: a machine that is only emulated takes 20 s to verify it.
+const LOAD: Duration = Duration::from_secs(120);
 
 /// A running tcpdump that writes a file.
 struct Tcpdump {
@@ -34,7 +37,7 @@ impl Tcpdump {
             .args(arguments.split_whitespace());
         let mut process = net.router.start(command).expect("tcpdump");
         process.wait_for_output(DEADLINE, "listening on").expect("it listens");
-        eventually(&format!("{arguments}: narrow in {narrow:?}"), || {
+        wait_for(LOAD, &format!("{arguments}: narrow in {narrow:?}"), || {
             let policies = captures(net);
             let scopes = |filtered: bool| -> Vec<String> {
                 let of = policies.iter().filter(|policy| policy["filtered"] == filtered);
@@ -44,7 +47,8 @@ impl Tcpdump {
             own.dedup();
             let whole = scopes(false).iter().all(|scope| !narrow.contains(&scope.as_str()));
             (!policies.is_empty() && own == narrow && whole).then_some(())
-        });
+        })
+        .expect("in time");
         Self { process, file }
     }
 
@@ -105,7 +109,8 @@ impl<'a> Flows<'a> {
 
     /// Waits until the program without filters is there again.
     fn all_fast(&self) {
-        eventually("everything is fast again", || (self.exchange() == [4 * COUNT, 0]).then_some(()));
+        let fast = || (self.exchange() == [4 * COUNT, 0]).then_some(());
+        wait_for(LOAD, "everything to be fast again", fast).expect("in time");
     }
 
     fn send(&self, (from, source): (&Node, &str), (to, destination): (&Node, &str), port: u16) {
@@ -186,10 +191,11 @@ fn several_captures_see_each_its_own() {
     second.args(["-ni", "eth1", "-c", "1", "udp port 7002 and dst host 192.0.2.2"]);
     let mut second = net.router.start(second).expect("tcpdump");
     second.wait_for_output(DEADLINE, "listening on").expect("it listens");
-    eventually("both filters are run", || {
+    let both = || {
         let policies = captures(&net);
         (policies.len() == 4 && policies.iter().all(|policy| policy["filtered"] == true)).then_some(())
-    });
+    };
+    wait_for(LOAD, "both filters to be run", both).expect("in time");
     assert_eq!(flows.exchange(), [2 * COUNT, 2 * COUNT]);
     second.wait(DEADLINE).expect("it ends when it has seen one");
     first.finish(&net, [COUNT, 0]);
@@ -237,12 +243,57 @@ fn a_capture_stays_whole_over_a_restart() {
             }
         });
         let daemon = net.up(&["eth0", "eth1"]);
-        eventually("the filter is run again", || {
-            captures(&net).iter().all(|policy| policy["filtered"] == true).then_some(())
-        });
+        let again = || captures(&net).iter().all(|policy| policy["filtered"] == true).then_some(());
+        wait_for(LOAD, "the filter to be run again", again).expect("in time");
         stop.store(true, Relaxed);
         daemon
     });
     assert!(sent.load(Relaxed) > 1000, "{sent:?} packets");
     tcpdump.finish(&net, [sent.load(Relaxed), 0]);
+}
+
+/// The numbers of a stream's packets in a capture of an Ethernet port, in the machine's byte order.
+fn numbers(file: &PathBuf) -> Vec<u64> {
+    const HEADERS: usize = 42;
+    let bytes = std::fs::read(file).expect("the capture");
+    let (mut rest, mut numbers) = (&bytes[24..], Vec::new());
+    while let Some((header, frame)) = rest.split_first_chunk::<16>() {
+        let length = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]) as usize;
+        numbers.push(u64::from_be_bytes(frame[HEADERS..HEADERS + 8].try_into().expect("a number")));
+        rest = &frame[length..];
+    }
+    numbers
+}
+
+#[test]
+fn a_stream_passes_whole_while_captures_come_and_go_and_each_sees_all_of_it() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(50);
+    for _ in 0..3 {
+        // From the moment when everything goes to Linux to the one when only this does.
+        let mut tcpdump = Tcpdump::start(&net, "-i eth1 udp port 7000", BOTH);
+        let counted = net.exceptions("policy-capture");
+        stream.advance(200);
+        assert!(net.exceptions("policy-capture") >= counted + 190, "it goes by way of Linux");
+        tcpdump.process.signal(libc::SIGINT);
+        tcpdump.process.wait(DEADLINE).expect("an end");
+        let seen = numbers(&tcpdump.file);
+        let (first, last) = (seen.first().expect("packets"), seen.last().expect("packets"));
+        assert!(seen.iter().copied().eq(*first..=*last), "without a gap: {seen:?}");
+        assert!(seen.len() > 200, "{} packets", seen.len());
+        net.flows(50);
+    }
+    stream.finish_complete();
+}
+
+#[test]
+fn what_a_filter_matches_never_reaches_a_worker() {
+    let net = Net::new();
+    let _daemon = net.up(&["--engine", "user", "eth0", "eth1"]);
+    let flows = Flows::v4(&net);
+    flows.exchange();
+    prove(&flows, "-i eth1 udp port 7001", BOTH, [2 * COUNT, 0], [2 * COUNT, 2 * COUNT]);
+    prove(&flows, "-i any udp port 7001", BOTH, [4 * COUNT, 0], [2 * COUNT, 2 * COUNT]);
 }
