@@ -99,6 +99,7 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
     // UDP in segments of 1000 bytes (UDP_SEGMENT), which a device could cut.
     let sent = host.enter(|| -> Result<_> {
         let socket = std::net::UdpSocket::bind("192.0.2.1:1000")?;
+        socket.send_to(&[9; 777], "192.0.2.2:9")?;
         let segment: libc::c_int = 1000;
         // SAFETY: the value lives across the call and is as long as said.
         let set = unsafe {
@@ -106,7 +107,6 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
             libc::setsockopt(fd, libc::SOL_UDP, libc::UDP_SEGMENT, value, size_of_val(&segment) as u32)
         };
         ensure!(set == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
-        socket.send_to(&[9; 777], "192.0.2.2:9")?;
         Ok(socket.send_to(&[9; 2500], "192.0.2.2:9"))
     })??;
     // Linux 6.1 does not cut UDP for a device that completes no checksums.
