@@ -125,6 +125,43 @@ fn a_family_is_stopped_before_its_tables_are_taken_over() -> Result {
     Ok(())
 }
 
+/// The program reads what is written in a place that did not exist before the table grew.
+fn reads_the_last_nexthop(rig: &Rig, engine: &Engine) -> Result {
+    let tables = engine.tables();
+    let view = tables.view();
+    let last = view.nexthops().len() - 1;
+    let (old, new) = (&view.nexthops()[NEXTHOP as usize], &view.nexthops()[last]);
+    for (from, to) in
+        [(&old.port, &new.port), (&old.device, &new.device), (&old.mtu, &new.mtu), (&old.state, &new.state)]
+    {
+        to.store(from.load());
+    }
+    for (from, to) in old.l2.iter().zip(&new.l2) {
+        to.store(from.load());
+    }
+    view.roots()[0].direct[0xc613].store(last as u32);
+    let (arrived, ingress) = (rig.arrived()?, rig.requests()?[0].slot);
+    let before = fast(engine, ingress);
+    rig.send(50)?;
+    rig.await_arrival(arrived, 50)?;
+    assert_eq!(fast(engine, ingress) - before, 50);
+    assert_eq!(new.hit.load(), 1);
+    Ok(())
+}
+
+#[test]
+fn tables_grow_before_they_are_used() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("staged")?;
+    let engine = rig.engine(&sizes()?)?;
+    let (mut tables, first) = (engine.tables(), engine.program()?.id);
+    let wanted = tables.view().nexthops().len() * 3 + 1;
+    rig.on_router(|| tables.grow(TableId::Nexthops, wanted))?;
+    attach(&rig, &engine)?;
+    assert_ne!(engine.program()?.id, first, "that one knew only the smaller table");
+    reads_the_last_nexthop(&rig, &engine)
+}
+
 #[test]
 fn tables_grow_while_packets_flow() -> Result {
     let _alone = alone();
@@ -151,25 +188,7 @@ fn tables_grow_while_packets_flow() -> Result {
     assert_ne!(engine.program()?.id, first);
     assert_eq!(rig.xdp("eth0")?, Some(engine.program()?.id.into()));
 
-    // The program reads what is written after the growth, in places that did not exist before.
-    let last = view.nexthops().len() - 1;
-    let (old, new) = (&view.nexthops()[NEXTHOP as usize], &view.nexthops()[last]);
-    for (from, to) in
-        [(&old.port, &new.port), (&old.device, &new.device), (&old.mtu, &new.mtu), (&old.state, &new.state)]
-    {
-        to.store(from.load());
-    }
-    for (from, to) in old.l2.iter().zip(&new.l2) {
-        to.store(from.load());
-    }
-    view.roots()[0].direct[0xc613].store(last as u32);
-    let (arrived, ingress) = (rig.arrived()?, rig.requests()?[0].slot);
-    let before = fast(&engine, ingress);
-    rig.send(50)?;
-    rig.await_arrival(arrived, 50)?;
-    assert_eq!(fast(&engine, ingress) - before, 50);
-    assert_eq!(new.hit.load(), 1);
-
+    reads_the_last_nexthop(&rig, &engine)?;
     let full = rig.on_router(|| tables.grow(TableId::Ports, 1000)).unwrap_err();
     assert!(full.to_string().contains("table ports is full with 256 entries"), "{full}");
     rig.on_router(|| engine.teardown())?;

@@ -7,7 +7,7 @@ use crate::network::Network;
 use crate::rewrite::rewrite_packet;
 use crate::route::Last;
 use crate::stats::Tally;
-use crate::{Entry, Frame, Parsed, Refusal, Tables, count_exception};
+use crate::{Entry, Frame, Parsed, Tables, count_exception};
 use arrayvec::ArrayVec;
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Walk};
@@ -132,9 +132,7 @@ fn finish<N: Network, const BYTES: usize, F: Frame, T: Tables>(
     let (mut tally, mut last) = (Tally::default(), Last::NONE);
     for job in jobs {
         let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
-        match forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally)
-            .or_else(|refusal| frame.tunnelled(tables, &job.entry, &job.parsed, refusal))
-        {
+        match forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally) {
             Ok(slot) => *way = slot,
             Err(reason) => count_exception(tables, job.entry.slot, reason),
         }
@@ -178,10 +176,13 @@ fn forward<'t, N: Network, const BYTES: usize, F: Frame, T: Tables>(
     job: &Job<BYTES>,
     last: &mut Last<'t>,
     tally: &mut Tally,
-) -> Result<u32, Refusal> {
+) -> Result<u32, Reason> {
     let Job { entry, parsed, .. } = job;
     let word = job.walk.found(tables, job.root).map_err(|_| Reason::Internal)?;
-    let hop = last.route::<N, F, T>(frame, tables, entry, parsed, word)?;
+    let hop = match last.route::<N, F, T>(frame, tables, entry, parsed, word) {
+        Ok(hop) => hop,
+        Err(refusal) => return frame.tunnelled(tables, entry, parsed, refusal),
+    };
     rewrite_packet::<N, F>(frame, parsed, hop)?;
     hop.mark_hit();
     tally.add(tables, entry.slot, parsed, hop);
