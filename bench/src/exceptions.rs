@@ -93,7 +93,7 @@ fn by_fptun(router: &Node, fptun: &Fptun) -> Result<Way> {
     let entry = Entry::Ingress(router.ifindex("eth0")?);
     let mut sender = router.enter(|| fptun.sender())??;
     let send = move || {
-        let lost = sender.send(&[Packet { entry, mark: 0, frame: &frame }; BATCH]);
+        let lost = sender.send([Packet { entry, mark: 0, frame: &frame }; BATCH]);
         ensure!(lost == 0, "{lost} packets were refused");
         Ok(())
     };

@@ -40,6 +40,7 @@ impl Device {
             ];
             match netlink.ask(RouteNetlinkMessage::NewLink(device), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL) {
                 Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => return Err(Error::Taken),
                 made => {
                     made.map_err(Error::io("make the device"))?;
                     let index = netlink.find()?.ok_or(Error::Taken)?;
@@ -126,7 +127,7 @@ impl Netlink {
         self.ask(RouteNetlinkMessage::SetLink(change), NLM_F_ACK).map(drop)
     }
 
-    /// Index of our device; None if there is none. Fails if it is another's.
+    /// Index of our device; None if there is none.
     fn find(&mut self) -> Result<Option<u32>> {
         let mut wanted = LinkMessage::default();
         wanted.attributes = vec![LinkAttribute::IfName(NAME.into())];
@@ -136,7 +137,7 @@ impl Netlink {
         };
         let Some(link) = found else { return Ok(None) };
         let ours = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Address(a) if *a == ADDRESS);
-        if link.attributes.iter().any(ours) { Ok(Some(link.header.index)) } else { Err(Error::Taken) }
+        Ok(link.attributes.iter().any(ours).then_some(link.header.index))
     }
 
     fn remove(&mut self) -> Result<()> {

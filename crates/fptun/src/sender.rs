@@ -62,38 +62,44 @@ impl Sender {
     }
 
     /// Has packets enter Linux, in order. Returns how many were not taken.
-    pub fn send(&mut self, packets: &[Packet<'_>]) -> usize {
-        let mut lost = 0;
-        for packets in packets.chunks(BATCH) {
+    pub fn send<'a>(&mut self, packets: impl IntoIterator<Item = Packet<'a>>) -> usize {
+        let mut packets = packets.into_iter();
+        let (mut lengths, mut lost) = ([0; BATCH], 0);
+        loop {
             self.batch.clear();
-            for packet in packets {
+            let mut count = 0;
+            for (packet, length) in packets.by_ref().take(BATCH).zip(&mut lengths) {
                 self.batch.extend_from_slice(packet.frame);
                 self.batch.extend_from_slice(Record::new(self.key, packet.entry, packet.mark).as_bytes());
+                *length = packet.frame.len() + size_of::<Record>();
+                count += 1;
             }
-            lost += self.send_batch(packets.iter().map(|packet| packet.frame.len() + size_of::<Record>()));
+            if count == 0 {
+                return lost;
+            }
+            lost += self.send_batch(&lengths[..count]);
         }
-        lost
     }
 
     /// Sends a frame with whatever behind it.
     #[cfg(test)]
     pub(crate) fn send_raw(&mut self, frame: &[u8], behind: &[u8]) -> usize {
         self.batch = [frame, behind].concat();
-        self.send_batch(std::iter::once(self.batch.len()))
+        self.send_batch(&[self.batch.len()])
     }
 
     /// Sends what lies in `batch`, frames of these lengths. Returns how many the kernel did not take.
-    fn send_batch(&mut self, lengths: impl Iterator<Item = usize>) -> usize {
+    fn send_batch(&mut self, lengths: &[usize]) -> usize {
         // SAFETY: plain numbers and pointers that nobody follows, for which zeroes are valid.
         let (mut pieces, mut messages): ([libc::iovec; BATCH], [libc::mmsghdr; BATCH]) = unsafe { std::mem::zeroed() };
-        let (mut left, mut count) = (self.batch.as_mut_slice(), 0);
-        for ((length, piece), message) in lengths.zip(&mut pieces).zip(&mut messages) {
-            let (frame, behind) = left.split_at_mut(length);
-            *piece = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: length };
+        let mut left = self.batch.as_mut_slice();
+        for ((length, piece), message) in lengths.iter().zip(&mut pieces).zip(&mut messages) {
+            let (frame, behind) = left.split_at_mut(*length);
+            *piece = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: *length };
             (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (piece, 1);
-            (left, count) = (behind, count + 1);
+            left = behind;
         }
-        let (mut rest, mut lost) = (&mut messages[..count], 0);
+        let (mut rest, mut lost) = (&mut messages[..lengths.len()], 0);
         while !rest.is_empty() {
             // SAFETY: headers, vectors and frames live until after the call; the kernel only reads the frames.
             let sent = unsafe {

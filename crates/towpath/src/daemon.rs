@@ -135,8 +135,10 @@ pub fn down() -> Result<()> {
         Ok(())
     })?;
     let removed = Site::prepare(Options::default()).and_then(Site::teardown);
+    let device = towpath_fptun::remove();
     instance.remove(lock);
-    Ok(removed?)
+    removed?;
+    Ok(device?)
 }
 
 /// Brings everything up; None if told to stop meanwhile.
@@ -148,6 +150,10 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     let interfaces = interfaces::all()?;
     let wanted = Wanted::new(&up.ports, &interfaces)?;
     let plan = if user { Some(plan(up, &wanted, &interfaces)?) } else { None };
+    // Workers that were killed leave it, and new ones replace it.
+    if !user {
+        towpath_fptun::remove()?;
+    }
     let mut facts = Facts::new(options.mode);
     let (events, inbox) = sync_channel(INBOX);
     let sentry = Sentry::default();

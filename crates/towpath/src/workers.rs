@@ -9,13 +9,14 @@ use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use towpath_engine::{Engine, GraceMethod, Injector, Tables, possible_cpus};
+use towpath_engine::{Engine, GraceMethod, Tables, possible_cpus};
+use towpath_fptun::{Entry, Fptun, Packet, Sender};
 use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
 use towpath_tables::record::{self, PORT_SLOTS, SOCKET_QUEUES, TableId, port_flags};
 use towpath_user::af_xdp::{self, STRIDE, XdpPort, XdpQueues};
-use towpath_user::{Core, Linux, Pool, Port, PortDriver};
+use towpath_user::{Buffer, Core, Linux, Pool, Port, PortDriver};
 
 /// Workers if nobody says how many.
 const WORKERS: usize = 4;
@@ -65,6 +66,8 @@ type UserEngine = towpath_user::Engine<Tables>;
 /// Workers, and what they serve.
 pub struct Workers {
     engine: Arc<UserEngine>,
+    /// What the workers' ways to Linux lead through
+    _fptun: Fptun,
     xdp: Engine,
     cores: Vec<Core>,
     /// Of the statistics
@@ -75,6 +78,16 @@ pub struct Workers {
     served: BTreeMap<u32, Served>,
     /// Which port each interface index was, in the order in which they came
     numbers: BTreeMap<u32, usize>,
+}
+
+/// A worker's way to Linux, which sees what it is handed received by the port.
+struct Way(Sender);
+
+impl Linux for Way {
+    fn deliver(&mut self, ifindex: u32, frames: &[Buffer]) -> usize {
+        let entry = Entry::Ingress(ifindex);
+        self.0.send(frames.iter().map(|frame| Packet { entry, mark: 0, frame: frame.bytes() }))
+    }
 }
 
 struct Served {
@@ -116,17 +129,19 @@ impl Opened {
 impl Workers {
     /// Starts them, without ports, on the engine's tables.
     pub fn start(plan: &Plan, xdp: &Engine) -> Result<Self> {
-        let injector = Arc::new(Injector::open()?);
+        let fptun = Fptun::open()?;
+        let ways = plan.cores.iter().map(|_| fptun.sender().map(Way)).collect::<Result<Vec<_>, _>>()?;
+        let mut ways = ways.into_iter();
         let buffers = BUFFERS + BUFFERS_PER_SOCKET * plan.sockets;
         let equip = |_| {
-            let injector = injector.clone();
-            let linux = move |ifindex: u32, frame: &[u8]| injector.inject(ifindex, frame).is_ok();
-            (Pool::new(buffers, STRIDE), Box::new(linux) as Box<dyn Linux>)
+            let way = ways.next().expect("there is one for each core");
+            (Pool::new(buffers, STRIDE), Box::new(way) as Box<dyn Linux>)
         };
         let first_line = possible_cpus()?;
         let engine = UserEngine::start(&Arc::new(xdp.tables()), &plan.cores, first_line, equip)?;
         Ok(Self {
             engine: Arc::new(engine),
+            _fptun: fptun,
             xdp: xdp.clone(),
             cores: plan.cores.clone(),
             first_line,

@@ -100,6 +100,7 @@ fn what_is_for_the_router_itself_reaches_it_and_is_counted() {
 #[test]
 fn after_kill_the_program_forwards_alone_and_a_new_daemon_takes_over() {
     let net = Net::new();
+    let clean = net.traces();
     let mut daemon = net.up(&UP);
     for round in 0..2 {
         let stream = Stream::start(&net, RIGHT);
@@ -121,6 +122,11 @@ fn after_kill_the_program_forwards_alone_and_a_new_daemon_takes_over() {
             assert!(*last <= over, "{last} was sent when the daemon was gone, {over}");
         }
     }
+    daemon.signal(libc::SIGKILL);
+    daemon.wait();
+    assert!(net.traces().contains("fptun"));
+    assert!(net.towpath(&["down"]).status.success());
+    assert_eq!(net.traces(), clean);
 }
 
 #[test]
@@ -140,6 +146,7 @@ fn one_engine_takes_over_from_the_other_without_loss() {
     let status = net.json(&["status"]);
     assert_eq!((&status["engine"], &status["adopted"]), (&"xdp".into(), &true.into()));
     assert_eq!(status["workers"].as_array().map(Vec::len), Some(0));
+    assert!(!net.traces().contains("fptun"), "what the killed workers left");
     net.flows(100);
     stream.finish_complete();
 }

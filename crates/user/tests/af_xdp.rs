@@ -9,7 +9,8 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use towpath_engine::{GraceMethod, Injector, Options, PortRequest, Site, possible_cpus};
+use towpath_engine::{GraceMethod, Options, PortRequest, Site, possible_cpus};
+use towpath_fptun::{self as fptun, Fptun, Packet};
 use towpath_lab::{Lab, Node, packet};
 use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, initial_elements};
@@ -35,7 +36,7 @@ struct Rig {
     sink: Node,
     router: Node,
     xdp: towpath_engine::Engine,
-    user: Option<Engine<Tables>>,
+    user: Option<(Engine<Tables>, Fptun)>,
     tables: Arc<Tables>,
     slots: [u32; 2],
     /// MAC addresses: the sender's, the router's two, the sink's
@@ -85,10 +86,13 @@ impl Rig {
     fn start_worker(&mut self) -> Result<()> {
         let line = possible_cpus()?;
         self.user = Some(self.router.enter(|| -> Result<_> {
-            let injector = Arc::new(Injector::open()?);
+            let fptun = Fptun::open()?;
+            let mut sender = Some(fptun.sender()?);
             let equip = |_| {
-                let injector = injector.clone();
-                let linux = move |ifindex: u32, frame: &[u8]| injector.inject(ifindex, frame).is_ok();
+                let mut sender = sender.take().expect("one worker");
+                let linux = move |ifindex: u32, frame: &[u8]| {
+                    sender.send([Packet { entry: fptun::Entry::Ingress(ifindex), mark: 0, frame }]) == 0
+                };
                 (Pool::new(4096, STRIDE), Box::new(linux) as Box<dyn Linux>)
             };
             let user = Engine::start(&self.tables, &[Core(0)], line, equip)?;
@@ -100,7 +104,7 @@ impl Rig {
                 ensure!(user.add(0, Port { ifindex, slot, driver: Box::new(driver) }));
                 self.xdp.set_socket(slot, 0, Some(socket.as_fd()))?;
             }
-            Ok(user)
+            Ok((user, fptun))
         })??);
         Ok(())
     }

@@ -9,7 +9,7 @@
 
 use super::bpf::{PROG_TYPE_CLASSIFIER, Programs, Tcx, tcx_programs};
 use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
-use super::{Finding, POLL, candidates};
+use super::{Finding, POLL, can_be_port, candidates};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::BTreeSet;
@@ -150,7 +150,13 @@ impl Watcher for Tc {
 
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         self.refresh().inspect_err(|_| self.read = false)?;
-        Ok([self.findings.clone(), self.tcx(ports)?].concat())
+        let at_port = |finding: &&Finding| match finding.scope {
+            Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => ports.get(ifindex).is_none_or(can_be_port),
+            _ => true,
+        };
+        let mut findings: Vec<_> = self.findings.iter().filter(at_port).cloned().collect();
+        findings.extend(self.tcx(ports)?);
+        Ok(findings)
     }
 }
 

@@ -214,10 +214,14 @@ impl Net {
         std::fs::metadata(format!("/run/netns/{}", self.router.netns())).expect("a namespace").ino()
     }
 
-    /// What a towpath leaves in the router: programs on interfaces and pins.
+    /// What a towpath leaves in the router: programs on interfaces, an interface of its own, and pins.
     pub fn traces(&self) -> String {
-        let links: Vec<_> =
-            self.ip("-d link").lines().filter(|line| line.contains("xdp")).map(str::to_string).collect();
+        let links: Vec<_> = self
+            .ip("-d link")
+            .lines()
+            .filter(|line| line.contains("xdp") || line.contains(" fptun:"))
+            .map(str::to_string)
+            .collect();
         let pins = std::fs::read_dir(format!("/sys/fs/bpf/towpath/{}", self.inode())).map_or(0, Iterator::count);
         format!("{links:?}, {pins} pins")
     }
