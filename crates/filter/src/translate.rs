@@ -45,6 +45,10 @@ const XDP_LOAD_BYTES: i32 = 189;
 /// Places up to here are looked for in the frame's first buffer; the verifier takes no more than 65535.
 const DIRECT: u32 = 0x7000;
 
+/// The shortest frame on a wire, without its checksum. Frames of which as much lies in the first buffer have code of their
+/// own, which looks for nothing within.
+const SHORTEST: u32 = 60;
+
 /// The body of a function `u32 captured(struct xdp_md *)`: 1 if one of the filters matches the frame, else 0. A place in
 /// the frame is found wherever it lies in its buffers; beyond its end nothing matches, as with Linux.
 pub fn translate(captures: &[Capture]) -> Result<Vec<u64>, TooLong> {
@@ -53,19 +57,30 @@ pub fn translate(captures: &[Capture]) -> Result<Vec<u64>, TooLong> {
         return Err(TooLong);
     }
     let mut assembler = Assembler::default();
-    let matched = assembler.label();
+    let (end, short) = (SCRATCH[1], assembler.label());
     assembler.load(4, DATA, SCRATCH[0], MD_DATA);
     assembler.load(4, END, SCRATCH[0], MD_DATA_END);
     assembler.store(8, STACK, CONTEXT, SCRATCH[0]);
+    assembler.set(end, Value::R(DATA));
+    assembler.add(end, Value::K(SHORTEST as i32));
+    assembler.jump_if(Bits::B64, If::Greater, end, Value::R(END), short);
+    run_all(&mut assembler, captures, SHORTEST);
+    assembler.place(short);
+    run_all(&mut assembler, captures, 0);
+    assembler.finish()
+}
+
+/// All filters for frames of which so many bytes are known to be in the first buffer, up to their answer.
+fn run_all(assembler: &mut Assembler, captures: &[Capture], sure: u32) {
+    let matched = assembler.label();
     // The verifier refuses code that nothing leads to: also what follows a filter that matches everything.
-    if captures.iter().all(|capture| Translator::run(&mut assembler, capture, matched)) {
+    if captures.iter().all(|capture| Translator::run(assembler, capture, matched, sure)) {
         assembler.answer(0);
     }
     if assembler.is_led_to(matched) {
         assembler.place(matched);
         assembler.answer(1);
     }
-    assembler.finish()
 }
 
 /// One filter on its way.
@@ -76,15 +91,17 @@ struct Translator<'a> {
     next: Label,
     /// Where its instructions are
     ops: Vec<Label>,
+    /// So many bytes of the frame need not be looked for
+    sure: u32,
 }
 
 impl<'a> Translator<'a> {
     /// False if no frame goes on to the next filter.
-    fn run(to: &'a mut Assembler, capture: &Capture, matched: Label) -> bool {
+    fn run(to: &'a mut Assembler, capture: &Capture, matched: Label, sure: u32) -> bool {
         let ops = capture.filter.ops();
         let labels = ops.iter().map(|_| to.label()).collect();
         let next = to.label();
-        let mut this = Translator { to, matched, next, ops: labels };
+        let mut this = Translator { to, matched, next, ops: labels, sure };
         if let Some(ifindex) = capture.only {
             let [register, ..] = SCRATCH;
             this.context();
@@ -173,6 +190,10 @@ impl<'a> Translator<'a> {
     /// frame, and finds the other way safe without going through the rest again.
     fn load(&mut self, to: R, width: Width, place: u32) {
         let (bytes, [end, at, _]) = (width as u8, SCRATCH);
+        if place.saturating_add(bytes.into()) <= self.sure {
+            self.to.load(bytes, to, DATA, place as i16);
+            return self.to.to_host(to, bytes);
+        }
         let (direct, done) = (self.to.label(), self.to.label());
         let near = place <= DIRECT;
         if near {
