@@ -28,7 +28,7 @@ for test in sorted(found, key=lambda t: longest.index(t[0]) if t[0] in longest e
 # The guest translates instructions: fewer frames and rounds there, and no second run beside the first.
 export TOWPATH_DIFF_FRAMES=${TOWPATH_VM_DIFF_FRAMES:-10000}
 export TOWPATH_ROUNDS=${TOWPATH_ROUNDS:-1}
-export TOWPATH_LOAD_ROUTES=${TOWPATH_LOAD_ROUTES:-60000}
+export TOWPATH_LOAD_ROUTES=${TOWPATH_LOAD_ROUTES:-30000}
 export TOWPATH_BIN=${TOWPATH_BIN:-$PWD/target/release/towpath}
 # One test is left out: it tries the differential test's own harness, which needs no other kernel and many frames.
 # Nothing may be skipped for want of a kernel feature: supplying those is what this kernel is for.

@@ -42,7 +42,7 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
     println!("  x {:.3} (median of rounds, {:.3} to {:.3})", ratio.median, ratio.floor, ratio.high);
     findings.goal("a capture that matches nothing: cost of other packets", ratio.median, Aim::AtMost(1.05));
     plot(report, &[("without", &without), ("tcpdump udp port 7001", &with)])?;
-    findings.keep("capture", &ratio);
+    findings.keep("capture", ratio);
     Ok(())
 }
 

@@ -111,7 +111,7 @@ impl Assembler {
     }
 
     /// Turns a number of so many bytes around from network byte order.
-    pub fn to_host(&mut self, register: R, bytes: u8) {
+    pub fn big_endian(&mut self, register: R, bytes: u8) {
         if bytes > 1 {
             self.push(0xdc, register.0, 0, 0, i32::from(bytes) * 8);
         }

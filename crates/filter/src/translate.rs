@@ -192,7 +192,7 @@ impl<'a> Translator<'a> {
         let (bytes, [end, at, _]) = (width as u8, SCRATCH);
         if place.saturating_add(bytes.into()) <= self.sure {
             self.to.load(bytes, to, DATA, place as i16);
-            return self.to.to_host(to, bytes);
+            return self.to.big_endian(to, bytes);
         }
         let (direct, done) = (self.to.label(), self.to.label());
         let near = place <= DIRECT;
@@ -209,7 +209,7 @@ impl<'a> Translator<'a> {
             self.to.load(bytes, to, DATA, place as i16);
             self.to.place(done);
         }
-        self.to.to_host(to, bytes);
+        self.to.big_endian(to, bytes);
     }
 
     /// A load from a place that depends on X. One before the packet means something else to Linux (`SKF_NET_OFF`,
@@ -233,7 +233,7 @@ impl<'a> Translator<'a> {
         self.to.place(direct);
         self.to.load(bytes, A, from, 0);
         self.to.place(done);
-        self.to.to_host(A, bytes);
+        self.to.big_endian(A, bytes);
     }
 
     /// Loads from the place that the second scratch register says, in whichever buffer it lies; not there: no match.
