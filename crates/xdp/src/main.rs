@@ -20,7 +20,9 @@ use towpath_tables::record::SOCKET_FRAME;
 #[unsafe(link_section = "xdp.frags")]
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
-    unsafe { if captured::captured(ctx) { xdp_action::XDP_PASS } else { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) } }
+    unsafe {
+        if captured::captured(ctx) { xdp_action::XDP_PASS } else { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) }
+    }
 }
 
 /// As `towpath`, for ports of the user engine: what a worker may forward goes to its socket while there is one. The rest,
