@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
-use towpath_fptun::{Entry, Fptun, Packet};
+use towpath_fptun::{Entry, Fptun, Kind, Packet};
 use towpath_lab::packet::udp;
 use towpath_lab::{Lab, Node};
 use towpath_report::{Bar, Report};
@@ -91,7 +91,7 @@ impl Outcome {
 fn by_fptun(router: &Node, fptun: &Fptun) -> Result<Way> {
     let (frame, socket) = target(router, "eth0", Ipv4Addr::new(192, 0, 2, 1))?;
     let entry = Entry::Ingress(router.ifindex("eth0")?);
-    let mut sender = router.enter(|| fptun.sender())??;
+    let mut sender = router.enter(|| fptun.sender(Kind::Arrived))??;
     let send = move || {
         let lost = sender.send([Packet { entry, mark: 0, frame: &frame }; BATCH]);
         ensure!(lost == 0, "{lost} packets were refused");

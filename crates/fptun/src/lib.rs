@@ -19,7 +19,7 @@ mod tests;
 
 pub use device::{NAME, remove};
 pub use error::{Error, Result};
-pub use sender::{Packet, Sender};
+pub use sender::{Kind, Packet, Sender};
 pub use towpath_wire::fptun::{Entry, Outcome};
 
 use device::Device;
@@ -46,8 +46,8 @@ impl Fptun {
     }
 
     /// A sender of its own, for one thread of the same network namespace.
-    pub fn sender(&self) -> Result<Sender> {
-        Sender::open(self.device.index(), self.key)
+    pub fn sender(&self, kind: Kind) -> Result<Sender> {
+        Sender::open(self.device.index(), self.key, kind)
     }
 
     /// Packets so far by what became of them, in the order of `Outcome::ALL`.

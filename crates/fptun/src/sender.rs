@@ -11,6 +11,20 @@ const BATCH: usize = 64;
 /// Bytes that may wait in the kernel: more than its queue of received packets takes.
 const BUFFER: libc::c_int = 8 << 20;
 
+/// An EtherType for local experiments (IEEE 802): nothing looks into a packet of this type.
+const OPAQUE: u16 = 0x88b5;
+
+/// What a sender's packets may be and enter by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Frames as they arrived, whatever they hold, at the ingress of interfaces with MAC addresses
+    Arrived,
+    /// Packets whose headers are in order, anywhere. Linux looks into them while the record is still behind them
+    /// (`packet_parse_headers` in net/packet/af_packet.c, 6.1); what it takes for headers, it lets nobody cut. So one that
+    /// says it is longer than it is may be dropped, as `Outcome::Undeliverable`
+    Whole,
+}
+
 /// A packet, and where it enters.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet<'a> {
@@ -32,8 +46,8 @@ pub struct Sender {
 }
 
 impl Sender {
-    pub(crate) fn open(device: u32, key: Key) -> Result<Self> {
-        // Protocol 0: it receives nothing.
+    pub(crate) fn open(device: u32, key: Key, kind: Kind) -> Result<Self> {
+        // Not bound yet, it receives nothing; bound, nothing either, since no packet gets past the device's program.
         // SAFETY: takes numbers only.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         if fd < 0 {
@@ -45,6 +59,10 @@ impl Sender {
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = device as i32;
+        address.sll_protocol = match kind {
+            Kind::Arrived => OPAQUE.to_be(),
+            Kind::Whole => 0,
+        };
         let buffer = BUFFER;
         // SAFETY: address and number live through the calls, and their sizes are given.
         let results = unsafe {

@@ -1,7 +1,7 @@
 //!     router 192.0.2.1 eth0 ---- up0 192.0.2.2 host
 //!            10.0.1.1 gre1 (in the VRF red), where the kernel has GRE and VRFs
 
-use crate::{Entry, Error, Fptun, NAME, Outcome, Packet, remove};
+use crate::{Entry, Error, Fptun, Kind, NAME, Outcome, Packet, remove};
 use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -146,12 +146,31 @@ fn an_interface_receives_the_packet_without_its_record() {
     let (fptun, receiver) = (net.open(), net.receiver(None));
     let sees = net.router.packet_socket("eth0").unwrap();
     let (frame, device) = (net.frame(b"hello"), net.router.ifindex("eth0").unwrap());
-    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender(Kind::Arrived)).unwrap().unwrap();
     assert_eq!(sender.send([ingress(device, &frame)]), 0);
     assert_eq!(receiver.receive(), Received(b"hello".to_vec(), MARK, device as i32));
     let seen = sees.receive_matching(DEADLINE, |seen| seen.bytes[12..14] == [8, 0]).unwrap().unwrap();
     assert_eq!(seen.bytes, frame);
     assert_eq!(fptun.outcomes().unwrap(), counted(&[(Outcome::Ingress, 1)]));
+}
+
+#[test]
+fn what_arrived_is_not_judged_by_its_headers() {
+    let net = Net::new();
+    let fptun = net.open();
+    let sees = net.router.packet_socket("eth0").unwrap();
+    let device = net.router.ifindex("eth0").unwrap();
+    // IPv6 that says that it holds IPv6, of which there are nine bytes: with the record behind it, a whole header.
+    let mut frame = net.frame(&[0; 21]);
+    frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+    frame[14..22].copy_from_slice(&[0x60, 0, 0, 0, 0, 0, 41, 64]);
+    frame[54..62].copy_from_slice(&[0x60, 0, 0, 0, 0, 0, 59, 64]);
+    let send = |kind| net.router.enter(|| fptun.sender(kind)).unwrap().unwrap().send([ingress(device, &frame)]);
+    assert_eq!(send(Kind::Arrived), 0);
+    let seen = sees.receive_matching(DEADLINE, |seen| seen.bytes[12..14] == [0x86, 0xdd]).unwrap().unwrap();
+    assert_eq!(seen.bytes, frame);
+    assert_eq!(send(Kind::Whole), 1);
+    assert_eq!(fptun.outcomes().unwrap(), counted(&[(Outcome::Ingress, 1), (Outcome::Undeliverable, 1)]));
 }
 
 #[test]
@@ -164,7 +183,7 @@ fn packets_leave_by_an_interface_in_order_and_without_their_records() {
     // Of all lengths, up to what the interface sends; more than are sent at once.
     let frames: Vec<_> = (0..200).map(|n| frame(macs, (ROUTER, HOST), &vec![n; 7 * usize::from(n)])).collect();
     let packets = frames.iter().map(|frame| Packet { entry, mark: 0, frame });
-    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender(Kind::Whole)).unwrap().unwrap();
     assert_eq!(sender.send(packets), 0);
     for frame in &frames {
         let seen = sees.receive_matching(DEADLINE, |seen| seen.bytes[12..14] == [8, 0]).unwrap().unwrap();
@@ -184,7 +203,7 @@ fn a_tunnel_in_a_vrf_receives_and_sends() {
         return;
     }
     let fptun = net.open();
-    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender(Kind::Whole)).unwrap().unwrap();
     let (red, main) = (net.receiver(Some("red")), net.receiver(Some("eth0")));
     let index = |name| net.router.ifindex(name).unwrap();
 
@@ -217,7 +236,7 @@ fn what_the_fast_path_did_not_send_is_dropped_and_counted() {
     let old_key = old.key;
     std::mem::forget(old);
     let fptun = net.open();
-    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender(Kind::Arrived)).unwrap().unwrap();
 
     let good = Record::new(fptun.key, Entry::Ingress(device), MARK);
     let changed = |change: &dyn Fn(&mut Record)| {
@@ -295,7 +314,7 @@ fn what_a_killed_process_left_goes() {
     assert!(!net.has_device());
     leave();
     let (fptun, receiver) = (net.open(), net.receiver(None));
-    let mut sender = net.router.enter(|| fptun.sender()).unwrap().unwrap();
+    let mut sender = net.router.enter(|| fptun.sender(Kind::Arrived)).unwrap().unwrap();
     assert_eq!(sender.send([ingress(net.router.ifindex("eth0").unwrap(), &net.frame(b"after"))]), 0);
     assert_eq!(receiver.receive().0, b"after");
 }

@@ -112,7 +112,7 @@ impl Daemon {
         let cannot = self.cannot_transmit.iter();
         let cannot = cannot.map(|(i, why)| format!("what leaves by {} goes to Linux: {why}", self.interface(*i)));
         let full = self.fpm.full().map(|full| words::shortage(full, self.fpm.waiting()));
-        self.facts.notices.iter().cloned().chain(cannot).chain(full).collect()
+        self.facts.notices.iter().cloned().chain(cannot).chain(full).chain(self.captures.notice()).collect()
     }
 
     /// Routes known, by family.

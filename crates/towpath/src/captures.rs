@@ -7,7 +7,7 @@
 use crate::daemon::Daemon;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use towpath_filter::{Capture, Filter, translate};
+use towpath_filter::{Capture, Filter, TooLong, translate};
 use towpath_fpc::{Policy, Scope};
 
 /// How long captures stay as they are before a program is loaded for them, since that takes its time and tcpdump changes
@@ -34,6 +34,8 @@ pub struct Captures {
     narrow: BTreeSet<Policy>,
     /// What the program filters
     loaded: Vec<Capture>,
+    /// Why some see everything by way of Linux that have a filter which could be run
+    refused: Option<String>,
     next: Step,
 }
 
@@ -44,6 +46,12 @@ impl Captures {
             Step::Nothing => None,
             Step::Load(due) | Step::Narrow(_, due) => Some(due),
         }
+    }
+
+    /// What people are to know.
+    pub fn notice(&self) -> Option<String> {
+        let refused = self.refused.as_ref()?;
+        Some(format!("captures see everything by way of Linux, whatever their filter: {refused}"))
     }
 }
 
@@ -69,9 +77,12 @@ impl Daemon {
 
     fn load_captures(&mut self) {
         let (captures, policies) = choose(&self.captures.wanted);
+        self.captures.refused = (policies != self.captures.wanted).then(|| TooLong.to_string());
         if captures != self.captures.loaded {
             if let Err(error) = self.engine.set_captures(&captures) {
-                return tracing::warn!("captures see everything by way of Linux: {error}");
+                tracing::warn!("captures see everything by way of Linux: {error}");
+                self.captures.refused = Some(error.to_string());
+                return;
             }
             self.captures.loaded = captures;
         }

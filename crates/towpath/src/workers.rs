@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use towpath_engine::{Engine, GraceMethod, Tables, possible_cpus};
-use towpath_fptun::{Entry, Fptun, Packet, Sender};
+use towpath_fptun::{Entry, Fptun, Kind, Packet, Sender};
 use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
@@ -130,7 +130,7 @@ impl Workers {
     /// Starts them, without ports, on the engine's tables.
     pub fn start(plan: &Plan, xdp: &Engine) -> Result<Self> {
         let fptun = Fptun::open()?;
-        let ways = plan.cores.iter().map(|_| fptun.sender().map(Way)).collect::<Result<Vec<_>, _>>()?;
+        let ways = plan.cores.iter().map(|_| fptun.sender(Kind::Arrived).map(Way)).collect::<Result<Vec<_>, _>>()?;
         let mut ways = ways.into_iter();
         let buffers = BUFFERS + BUFFERS_PER_SOCKET * plan.sockets;
         let equip = |_| {

@@ -221,6 +221,27 @@ fn explain_and_status_name_the_filter() {
 }
 
 #[test]
+fn status_says_that_there_are_more_filters_than_can_be_run() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let start = |port: u16| {
+        let mut command = net.router.command("tcpdump");
+        command.args(["-ni", "eth0", "-w", "/dev/null"]).arg(format!("udp port {port}"));
+        let mut process = net.router.start(command).expect("tcpdump");
+        process.wait_for_output(DEADLINE, "listening on").expect("it listens");
+        process
+    };
+    let mut running: Vec<Process> = (9001..=9009).map(start).collect();
+    let notices = || net.json(&["status"])["notices"].to_string();
+    let narrow = || captures(&net).iter().filter(|policy| policy["filtered"] == true).count();
+    // Two policies each: what enters and what leaves.
+    wait_for(LOAD, "eight of nine", || (narrow() == 16 && notices().contains("more than 8 filters")).then_some(()))
+        .expect("in time");
+    running.pop().expect("nine").kill().expect("killed");
+    wait_for(LOAD, "eight", || (narrow() == 16 && !notices().contains("filters")).then_some(())).expect("in time");
+}
+
+#[test]
 fn a_capture_stays_whole_over_a_restart() {
     let net = Net::new();
     let mut daemon = net.up(&["eth0", "eth1"]);
@@ -279,9 +300,10 @@ fn a_stream_passes_whole_while_captures_come_and_go_and_each_sees_all_of_it() {
         assert!(net.exceptions("policy-capture") >= counted + 190, "it goes by way of Linux");
         tcpdump.process.signal(libc::SIGINT);
         tcpdump.process.wait(DEADLINE).expect("an end");
-        let seen = numbers(&tcpdump.file);
-        let (first, last) = (seen.first().expect("packets"), seen.last().expect("packets"));
-        assert!(seen.iter().copied().eq(*first..=*last), "without a gap: {seen:?}");
+        // While it puts its filter in place tcpdump itself misses some, at the very beginning.
+        let seen = numbers(&tcpdump.file).split_off(100);
+        let gaps: Vec<_> = seen.array_windows().filter(|[one, next]| one + 1 != *next).collect();
+        assert!(gaps.is_empty(), "packets missed between {gaps:?}");
         assert!(seen.len() > 200, "{} packets", seen.len());
         net.flows(50);
     }

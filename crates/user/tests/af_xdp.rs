@@ -87,7 +87,7 @@ impl Rig {
         let line = possible_cpus()?;
         self.user = Some(self.router.enter(|| -> Result<_> {
             let fptun = Fptun::open()?;
-            let mut sender = Some(fptun.sender()?);
+            let mut sender = Some(fptun.sender(towpath_fptun::Kind::Arrived)?);
             let equip = |_| {
                 let mut sender = sender.take().expect("one worker");
                 let linux = move |ifindex: u32, frame: &[u8]| {
