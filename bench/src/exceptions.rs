@@ -2,7 +2,7 @@
 //! itself with packets that arrive by a veth.
 
 use crate::findings::{Aim, Findings};
-use crate::path::pin;
+use crate::path::{pin, thread_time};
 use crate::stats::Summary;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -139,20 +139,12 @@ fn measure(ways: &mut [Way], rounds: usize) -> Result<Vec<Vec<f64>>> {
 }
 
 fn window(way: &mut Way) -> Result<f64> {
-    let start = thread_time();
+    let start = thread_time()?;
     for _ in 0..WINDOW / BATCH {
         (way.send)()?;
         receive(&way.socket)?;
     }
-    Ok(WINDOW as f64 / (thread_time() - start).as_secs_f64())
-}
-
-/// CPU time of this thread, with what the kernel does in its place.
-fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call fills the record in, which lives through it.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    Ok(WINDOW as f64 / (thread_time()? - start).as_secs_f64())
 }
 
 /// Receives a batch.

@@ -8,7 +8,6 @@ use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::writer::{MAIN_ROOT, PortValue, TableWriter};
-use towpath_user::{Buffer, Linux};
 
 /// An Ethernet frame of 64 bytes, without FCS
 pub const FRAME: usize = 60;
@@ -33,18 +32,7 @@ pub fn router<B: Backing, G: Grace>(writer: &mut TableWriter<B, G>) -> Result<Ve
     for ifindex in [INSIDE, OUTSIDE] {
         let slot = writer.alloc_port(ifindex)?;
         let flags = port_flags::READY | port_flags::FORWARD_V4 | port_flags::FORWARD_V6;
-        let root = [MAIN_ROOT[Family::V4 as usize], MAIN_ROOT[Family::V6 as usize]];
-        let value = PortValue {
-            flags,
-            mac: MAC,
-            root,
-            ingress_policy: [None; 2],
-            vlans: None,
-            vlan: None,
-            lower: slot,
-            mtu: 1500,
-        };
-        writer.set_port(slot, &value);
+        writer.set_port(slot, &PortValue { flags, mac: MAC, mtu: 1500, ..PortValue::plain(slot) });
         slots.push(slot);
     }
     let port = slots[1];
@@ -80,13 +68,4 @@ pub fn frame(destination: IpAddr) -> [u8; FRAME] {
         }
     }
     frame
-}
-
-/// Exceptions would be a mistake: they do not leave and are missed.
-pub struct Nowhere;
-
-impl Linux for Nowhere {
-    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
-        frames.len()
-    }
 }

@@ -478,6 +478,16 @@ pub fn pin(thread: u32, core: usize) -> Result<()> {
     Ok(())
 }
 
+/// CPU time of this thread, with what the kernel does in its place.
+pub fn thread_time() -> Result<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the time is written to a variable of this function.
+    match unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) } {
+        0 => Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32)),
+        _ => Err(std::io::Error::last_os_error()).context("read this thread's CPU time"),
+    }
+}
+
 /// Lets a thread (0: the calling one) go before others.
 fn first_in_line(thread: u32) {
     // SAFETY: plain integers; a failure only leaves the thread's share of the core to chance.

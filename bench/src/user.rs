@@ -3,15 +3,14 @@
 
 use crate::dpdk::{self, Hugepages};
 use crate::findings::{Aim, Findings};
-use crate::memory::{self, FRAME, INSIDE, Nowhere, OUTSIDE, STRIDE, frame};
-use crate::path::pin;
+use crate::memory::{self, FRAME, INSIDE, OUTSIDE, STRIDE, frame};
+use crate::path::{pin, thread_time};
 use crate::routes;
 use crate::stats::Summary;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 use towpath_pipeline::SlotSet;
 use towpath_pipeline::{Verdict, process};
 use towpath_report::{Bar, Report};
@@ -20,7 +19,7 @@ use towpath_tables::grace::NoReaders;
 use towpath_tables::mix::Random;
 use towpath_tables::rib::Entry;
 use towpath_tables::writer::TableWriter;
-use towpath_user::memory::{MemoryPort, Wire};
+use towpath_user::memory::{MemoryPort, Nowhere, Wire};
 use towpath_user::{BATCH, Buffer, Pool, Port, PortDriver, TableSource, Worker};
 
 const CORE: usize = 0;
@@ -276,7 +275,7 @@ impl Bench {
     fn window(&mut self, contender: Contender) -> Result<f64> {
         use std::sync::atomic::Ordering::Relaxed;
         self.left.store(0, Relaxed);
-        let start = cpu_time()?;
+        let start = thread_time()?;
         for _ in 0..WINDOW / BATCH {
             match contender {
                 Contender::Ports => self.pass(),
@@ -289,7 +288,7 @@ impl Bench {
                 Contender::Peer => anyhow::bail!("a process of its own"),
             }
         }
-        let spent = cpu_time()? - start;
+        let spent = thread_time()? - start;
         let left = self.left.load(Relaxed);
         anyhow::ensure!(left == WINDOW, "{}: {left} of {WINDOW} packets left", contender.name());
         Ok(spent.as_nanos() as f64 / WINDOW as f64)
@@ -308,15 +307,5 @@ impl Bench {
             self.outside.transmit(&mut self.pool, &mut self.frames);
         }
         self.frames.drain(..).for_each(|frame| self.pool.give(frame));
-    }
-}
-
-/// CPU time of this thread.
-fn cpu_time() -> Result<Duration> {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the time is written to a variable of this function.
-    match unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) } {
-        0 => Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32)),
-        _ => Err(std::io::Error::last_os_error()).context("read this thread's CPU time"),
     }
 }

@@ -285,16 +285,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     /// Takes a port out of service; its slot is freed later.
     fn close_port(&mut self, ifindex: u32, slot: u32) {
-        let closed = PortValue {
-            flags: 0,
-            mac: [0; 6],
-            root: MAIN_ROOT,
-            ingress_policy: [Some(Reason::PortNotReady); 2],
-            vlans: None,
-            vlan: None,
-            lower: slot,
-            mtu: 0,
-        };
+        let closed = PortValue { ingress_policy: [Some(Reason::PortNotReady); 2], ..PortValue::plain(slot) };
         self.tables.set_port(slot, &closed);
         self.tables.set_tunnel(slot, None);
         if let Some(vlans) = self.vlans.remove(&ifindex) {

@@ -79,6 +79,14 @@ pub struct PortValue {
     pub mtu: u32,
 }
 
+impl PortValue {
+    /// A port by itself, with the main tables, in which nothing is on yet.
+    pub const fn plain(slot: u32) -> Self {
+        let (mac, root, ingress_policy) = ([0; 6], MAIN_ROOT, [None; 2]);
+        Self { flags: 0, mac, root, ingress_policy, vlans: None, vlan: None, lower: slot, mtu: 0 }
+    }
+}
+
 /// A port's counters, summed over CPUs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PortTotals {

@@ -148,7 +148,6 @@ fn serve(router: &Node, neighbours: &[&Node; 2]) -> Result<(towpath_engine::Engi
         let site = Site::prepare(Options { sockets: true, ..Options::default() })?;
         let xdp = site.create(&initial_elements(possible_cpus()? as usize + 1))?;
         let mut writer = TableWriter::create(xdp.tables(), GraceMethod::choose()?)?;
-        let root = [MAIN_ROOT[Family::V4 as usize], MAIN_ROOT[Family::V6 as usize]];
         let local = writer.alloc_nexthop(NexthopIdentity {
             ifindex: 0,
             gateway: None,
@@ -162,17 +161,7 @@ fn serve(router: &Node, neighbours: &[&Node; 2]) -> Result<(towpath_engine::Engi
             let slot = writer.alloc_port(ifindex)?;
             let flags = port_flags::READY | port_flags::FORWARD_V4;
             let (mac, to) = (router.mac(port)?, node.mac("eth0")?);
-            let value = PortValue {
-                flags,
-                mac,
-                root,
-                ingress_policy: [None; 2],
-                vlans: None,
-                vlan: None,
-                lower: slot,
-                mtu: 1500,
-            };
-            writer.set_port(slot, &value);
+            writer.set_port(slot, &PortValue { flags, mac, mtu: 1500, ..PortValue::plain(slot) });
             let identity = NexthopIdentity { ifindex, gateway: Some(theirs.parse()?), mtu: 0, reason: None };
             let hop = writer.alloc_nexthop(identity)?;
             let header = Header::new(to, mac, &[]).context("a header")?;
@@ -183,7 +172,12 @@ fn serve(router: &Node, neighbours: &[&Node; 2]) -> Result<(towpath_engine::Engi
             let beyond = (port == "eth1").then_some((BEYOND, hop));
             for (address, hop) in [(ours, local), (theirs, hop)].into_iter().chain(beyond) {
                 let leaf = Leaf::nexthop(hop).context("a leaf")?;
-                writer.route_set(root[0], address.parse()?, 32, Entry { leaf, shadow: false })?;
+                writer.route_set(
+                    MAIN_ROOT[Family::V4 as usize],
+                    address.parse()?,
+                    32,
+                    Entry { leaf, shadow: false },
+                )?;
             }
             requests.push(PortRequest { ifindex, slot });
         }

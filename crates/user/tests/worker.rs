@@ -9,7 +9,7 @@ use towpath_pipeline::cases::{self, Case, Expect, world::*};
 use towpath_pipeline::slices::Slices;
 use towpath_pipeline::{SlotSet, Tables};
 use towpath_tables::grace::Grace;
-use towpath_user::memory::{Cable, Exceptions, MemoryPort, Wire};
+use towpath_user::memory::{Cable, Exceptions, MemoryPort, Nowhere, Wire};
 use towpath_user::{BATCH, Buffer, Core, Engine, Error, Linux, Pool, Port, PortDriver, TableSource, Worker};
 
 struct Router(World);
@@ -18,15 +18,6 @@ impl TableSource for Router {
     type Seen<'t> = Slices<'t>;
     fn seen(&self, line: u32, transmitters: SlotSet) -> Slices<'_> {
         Slices { cpu: line, transmitters, ..self.0.slices() }
-    }
-}
-
-/// Linux that takes nothing.
-struct Deaf;
-
-impl Linux for Deaf {
-    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
-        frames.len()
     }
 }
 
@@ -61,7 +52,7 @@ fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
 fn frames_that_find_no_room_are_counted_and_their_buffers_come_back() {
     let tables = Arc::new(Router(World::new()));
     // No more buffers than a batch: one that is lost would be missed.
-    let mut worker = Worker::new(tables.clone(), 0, Pool::new(BATCH, 2112), Box::new(Deaf));
+    let mut worker = Worker::new(tables.clone(), 0, Pool::new(BATCH, 2112), Box::new(Nowhere));
     let (inside, outside) = (Cable::new(1000), Cable::new(10));
     worker.add(port(IN, &inside));
     worker.add(port(OUT, &outside));
@@ -116,7 +107,7 @@ fn the_table_of_statistics_has_a_line_for_each_worker() {
     let tables = Arc::new(Router(World::new()));
     let inside = Cable::new(10);
     // The world has one line only, so a worker that writes another one finds none.
-    let mut worker = Worker::new(tables.clone(), 1, Pool::new(BATCH, 2112), Box::new(Deaf));
+    let mut worker = Worker::new(tables.clone(), 1, Pool::new(BATCH, 2112), Box::new(Nowhere));
     worker.add(port(IN, &inside));
     assert!(inside.inwards.push(&case("EtherType 0806").frame));
     worker.enter();
@@ -318,7 +309,7 @@ fn nobody_waits_for_a_worker_that_is_gone() {
 fn cores_that_cannot_be_are_refused() {
     let tables = Arc::new(Router(World::new()));
     let start = |cores: &[Core]| {
-        Engine::start(&tables, cores, 0, |_| (Pool::new(1, 512), Box::new(Deaf) as Box<dyn Linux>)).err()
+        Engine::start(&tables, cores, 0, |_| (Pool::new(1, 512), Box::new(Nowhere) as Box<dyn Linux>)).err()
     };
     assert!(matches!(start(&[Core(1_000_000)]), Some(Error::NoCore { core: 1_000_000, .. })));
     assert!(matches!(start(&[Core(0), Core(0)]), Some(Error::SameCore(0))));

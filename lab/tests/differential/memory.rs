@@ -17,7 +17,7 @@ use towpath_tables::backing::{Backing, HeapBacking, initial_elements};
 use towpath_tables::grace::NoReaders;
 use towpath_tables::record::PortStats;
 use towpath_tables::writer::TableWriter;
-use towpath_user::memory::{Cable, MemoryPort};
+use towpath_user::memory::{Cable, MemoryPort, Nowhere};
 use towpath_user::tap::Tap;
 use towpath_user::twin::Twinned;
 use towpath_user::{BATCH, Buffer, Core, Engine, Linux, Pool, Port};
@@ -84,20 +84,12 @@ pub struct Worker {
     _engine: Engine<HeapBacking>,
 }
 
-/// Nothing gets there: every port has a way to Linux of its own.
-struct Nowhere;
-
-impl Linux for Nowhere {
-    fn deliver(&mut self, _: u32, frames: &[Buffer]) -> usize {
-        frames.len()
-    }
-}
-
 impl Worker {
     /// Serves the configured router's ports by their TAPs.
     pub fn start(node: &Node, taps: Vec<Tap>) -> Result<Self> {
         let (tables, slots) = mirror(node)?;
         let tables = Arc::new(tables);
+        // Every port has a way to Linux of its own.
         let equip = |_| (Pool::new(8 * BATCH, STRIDE), Box::new(Nowhere) as Box<dyn Linux>);
         let engine = Engine::start(&tables, &[Core(0)], 0, equip)?;
         let mut cables = Vec::new();
