@@ -275,13 +275,7 @@ fn what_cannot_be_is_refused_and_nothing_changes() {
         ),
     ];
     for (arguments, status, words) in cases {
-        let output = net.output(&[&["timeout", "20", env!("CARGO_BIN_EXE_towpath"), "up"], arguments].concat());
-        let message = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
-        for word in words {
-            assert!(message.contains(word), "{word:?} is missing in: {message}");
-        }
-        assert_eq!(net.traces(), clean, "{arguments:?}");
+        net.up_refused(arguments, status, words);
     }
     // Only one core is allowed, and it is another one.
     let mut command = net.router.command("taskset");

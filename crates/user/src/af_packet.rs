@@ -10,12 +10,12 @@
 use crate::blocks::{Blocks, Layout, Seen};
 use crate::deaf::Deaf;
 use crate::driver::{BATCH, Passed, PortDriver};
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, set_option};
 use crate::pool::{Buffer, Pool};
 use crate::tap::Tap;
 use std::ffi::CString;
 use std::io;
-use std::mem::{size_of, size_of_val, zeroed};
+use std::mem::{size_of_val, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,7 +107,7 @@ impl PacketPort {
         }
         set(&sender, libc::PACKET_QDISC_BYPASS, &1).map_err(fail("send past its queueing discipline", ""))?;
         // Without CAP_NET_ADMIN there is less room.
-        let _ = set_of(&sender, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BYTES);
+        let _ = set_option(&sender, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BYTES);
         let layout = Layout { start: ring.start(), size: BLOCK, count: BLOCKS };
         // SAFETY: the ring was just mapped, and stays as long as its reader; the kernel fills it.
         let blocks = unsafe { Blocks::new(layout) };
@@ -284,14 +284,7 @@ fn bind(socket: &OwnedFd, index: u32, protocol: u16) -> io::Result<()> {
 }
 
 fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
-    set_of(socket, libc::SOL_PACKET, option, value)
-}
-
-fn set_of<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
-    let length = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the value is as long as said.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const *value).cast(), length) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    set_option(socket, libc::SOL_PACKET, option, value)
 }
 
 /// Whether the interface has addresses, of either family.

@@ -5,7 +5,7 @@
 //! ours, and sockets come and go without regard to each other.
 
 use crate::driver::{BATCH, PortDriver};
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, set_option};
 use crate::pool::{Area, Buffer, Pool};
 use crate::ring::{Consumer, Place, Producer};
 use std::io;
@@ -108,11 +108,11 @@ impl XdpPort {
             Error { what: "register memory for the socket", ifindex, queue, cause, remedy }
         })?;
         for ring in [libc::XDP_RX_RING, libc::XDP_TX_RING, libc::XDP_UMEM_FILL_RING, libc::XDP_UMEM_COMPLETION_RING] {
-            set_option(&socket, ring, &RING).map_err(fail("make a ring for the socket"))?;
+            set(&socket, ring, &RING).map_err(fail("make a ring for the socket"))?;
         }
         // The default holds some hundred frames that a receiver has not taken off a veth yet. It needs CAP_NET_ADMIN; without
         // it there is less room.
-        let _ = set_option_of(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BYTES);
+        let _ = set_option(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BYTES);
         let port = Self::map(socket, area).map_err(fail("map the rings of the socket"))?;
         port.bind(ifindex, queue).map_err(|cause| {
             let remedy = match cause.raw_os_error() {
@@ -405,18 +405,11 @@ fn register(socket: &OwnedFd, area: Area) -> io::Result<()> {
         flags: 0,
         tx_metadata_len: 0,
     };
-    set_option(socket, libc::XDP_UMEM_REG, &memory)
+    set(socket, libc::XDP_UMEM_REG, &memory)
 }
 
-fn set_option<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
-    set_option_of(socket, libc::SOL_XDP, option, value)
-}
-
-fn set_option_of<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
-    let length = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the value is as long as said.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const *value).cast(), length) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
+    set_option(socket, libc::SOL_XDP, option, value)
 }
 
 fn map_ring<T>(socket: &OwnedFd, page: u64, offsets: &libc::xdp_ring_offset) -> io::Result<(Place<T>, Mapping)> {

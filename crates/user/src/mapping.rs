@@ -1,4 +1,4 @@
-//! Memory that the kernel shares by a socket.
+//! What the kernel gives by a socket: options, and memory that it shares.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -36,4 +36,12 @@ impl Drop for Mapping {
         // SAFETY: made by `of` with this length, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
+}
+
+/// Sets an option of a socket.
+pub fn set_option<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
+    let length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the value is as long as said.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const *value).cast(), length) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

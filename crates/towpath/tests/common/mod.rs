@@ -129,6 +129,18 @@ impl Net {
         self.output(&[&[env!("CARGO_BIN_EXE_towpath")], arguments].concat())
     }
 
+    /// Runs `towpath up`, which must end with this status, say these words, and leave nothing that was not there.
+    pub fn up_refused(&self, arguments: &[&str], status: i32, words: &[&str]) {
+        let clean = self.traces();
+        let output = self.output(&[&["timeout", "20", env!("CARGO_BIN_EXE_towpath"), "up"], arguments].concat());
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
+        for word in words {
+            assert!(message.contains(word), "{word:?} is missing in: {message}");
+        }
+        assert_eq!(self.traces(), clean, "{arguments:?}");
+    }
+
     /// Runs a read command and gives its JSON.
     pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
         let output = self.towpath(&[arguments, &["--json"]].concat());
