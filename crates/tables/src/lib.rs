@@ -12,6 +12,7 @@ pub mod backing;
 #[cfg(feature = "std")]
 pub mod brake;
 pub mod filter;
+pub mod flow;
 #[cfg(feature = "std")]
 pub mod grace;
 pub mod layout;
@@ -37,5 +38,6 @@ pub mod word;
 #[cfg(feature = "std")]
 pub mod writer;
 
+pub use flow::{Connection, Tuple};
 pub use opaque::opaque;
 pub use reason::{REASONS, Reason};
