@@ -5,7 +5,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::collections::VecDeque;
-use std::net::UdpSocket;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -298,6 +298,16 @@ const WINDOW: Duration = Duration::from_millis(15);
 /// Arrivals that are remembered: what comes in some seconds.
 const REMEMBERED: usize = 4096;
 
+/// A socket of the right host at `destination`, port 7000, and one of the left host. A process that another test is just
+/// starting holds copies of an earlier socket until it executes its program, so the port may not be free at once.
+fn udp_ends(net: &Net, destination: &str) -> (UdpSocket, UdpSocket) {
+    let destination: IpAddr = destination.parse().expect("an address");
+    let any: IpAddr = if destination.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let bind = |node: &Node, address, port| node.enter(|| UdpSocket::bind((address, port))).expect("in the node");
+    let inbound = eventually("port 7000 is free", || bind(&net.right, destination, 7000).ok());
+    (inbound, bind(&net.left, any, 0).expect("bound"))
+}
+
 /// A stream of one packet each millisecond, and when they last arrived.
 pub struct Beat {
     stop: Arc<AtomicBool>,
@@ -307,13 +317,9 @@ pub struct Beat {
 
 impl Beat {
     pub fn start(net: &Net, destination: &str) -> Self {
-        let (any, target) = match destination.contains(':') {
-            true => ("[::]:0", format!("[{destination}]:7000")),
-            false => ("0.0.0.0:0", format!("{destination}:7000")),
-        };
-        let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
+        let (inbound, outbound) = udp_ends(net, destination);
         inbound.set_read_timeout(Some(Duration::from_millis(100))).expect("timeout");
-        let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
+        let target = inbound.local_addr().expect("bound");
         let stop = Arc::new(AtomicBool::new(false));
         let arrivals = Arc::new(Mutex::new(VecDeque::new()));
         let (stopped, noted) = (stop.clone(), arrivals.clone());
@@ -332,7 +338,7 @@ impl Beat {
         let send = move || {
             while !stopped.load(Ordering::Relaxed) {
                 // A refusal that comes back by ICMP is an error of the next call.
-                let _ = outbound.send_to(&[0; 8], &target);
+                let _ = outbound.send_to(&[0; 8], target);
                 std::thread::sleep(Duration::from_millis(1));
             }
         };
@@ -365,15 +371,10 @@ pub struct Stream {
 
 impl Stream {
     pub fn start(net: &Net, destination: &str) -> Self {
-        let (any, target) = match destination.contains(':') {
-            true => ("[::]:0", format!("[{destination}]:7000")),
-            false => ("0.0.0.0:0", format!("{destination}:7000")),
-        };
-        let inbound = net.right.enter(|| UdpSocket::bind(&target)).expect("in the node").expect("bound");
+        let (inbound, outbound) = udp_ends(net, destination);
         inbound.set_read_timeout(Some(DEADLINE)).expect("timeout");
         enlarge_buffer(&inbound);
-        let outbound = net.left.enter(|| UdpSocket::bind(any)).expect("in the node").expect("bound");
-        outbound.connect(target).expect("connected");
+        outbound.connect(inbound.local_addr().expect("bound")).expect("connected");
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (stop.clone(), sent.clone());
         let receiving = inbound.try_clone().expect("a second descriptor");
