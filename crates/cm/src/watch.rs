@@ -54,12 +54,14 @@ pub struct Finding {
     pub detail: String,
     /// See `Policy`
     pub filter: Option<Filter>,
+    /// See `Policy`
+    pub flows: Option<u32>,
 }
 
 impl Finding {
     /// A finding of any scope.
     pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into(), filter: None }
+        Self { scope, reason, detail: detail.into(), filter: None, flows: None }
     }
 
     /// One that touches every forwarded packet of the family.

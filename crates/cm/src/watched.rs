@@ -79,7 +79,8 @@ impl Watched {
 
     fn tell(&mut self, findings: Vec<Finding>) -> Found {
         let source = self.watcher.source();
-        let policy = |Finding { scope, reason, detail, filter }| Policy { source, scope, reason, detail, filter };
+        let policy =
+            |Finding { scope, reason, detail, filter, flows }| Policy { source, scope, reason, detail, filter, flows };
         let mut set: Vec<_> = findings.into_iter().map(policy).collect();
         set.sort_unstable();
         set.dedup();

@@ -15,12 +15,13 @@
 use crate::message::*;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use towpath_filter::{Filter, Layer};
+use towpath_tables::flow::{Connection, Tuple};
 use towpath_tables::{Reason, record::Family};
 
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -193,8 +194,11 @@ packets! {
     29 => Message::FamilySettings(FamilySettings);
     30 => Message::Alarm(Alarm);
     31 => Message::AlarmOver(AlarmId);
+    32 => Message::Flow(Connection);
+    33 => Message::FlowDelete(Tuple);
     64 => Feedback::Hits(Vec<NeighbourKey>);
     65 => Feedback::Resync(String);
+    66 => Feedback::FlowsUsed(Vec<Tuple>);
 }
 
 /// Reads a body from front to back.
@@ -367,6 +371,19 @@ impl Wire for Family {
     }
 }
 
+/// Its two tuples.
+impl Wire for Connection {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.original.put(out);
+        self.reply.put(out);
+    }
+    fn get(reader: &mut Reader, field: &'static str) -> Result<Self, DecodeError> {
+        let original = Tuple::get(reader, field)?;
+        let reply = Tuple::get(reader, field)?;
+        Connection::new(original, reply).ok_or_else(|| reader.bad(field, 1, reply.protocol))
+    }
+}
+
 /// Where it counts from (0 link, 1 network header), and its instructions.
 impl Wire for Filter {
     fn put(&self, out: &mut Vec<u8>) {
@@ -430,7 +447,8 @@ structs! {
     Route { key, kind, protocol, via, mtu, unsupported }
     Hop { ifindex, gateway, weight, flags }
     NexthopObject { id, kind }
-    Policy { source, scope, reason, detail, filter }
+    Policy { source, scope, reason, detail, filter, flows }
+    Tuple { source, destination, source_port, destination_port, protocol }
     FamilySettings { family, hash_policy }
     AlarmId { source, number }
     Alarm { id, policies }
@@ -466,7 +484,7 @@ macro_rules! enums {
 }
 
 enums! {
-    Snapshot { 0 => Ports, 1 => Addresses(family), 2 => Neighbours(family), 3 => Nexthops, 4 => Routes(family), 5 => Policies(source) }
+    Snapshot { 0 => Ports, 1 => Addresses(family), 2 => Neighbours(family), 3 => Nexthops, 4 => Routes(family), 5 => Policies(source), 6 => Flows }
     PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other, 5 => Tunnel(tunnel) }
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use towpath_filter::Filter;
+use towpath_tables::flow::{Connection, Tuple};
 use towpath_tables::{Reason, record::Family};
 
 /// One message from CM to FPM.
@@ -33,6 +34,10 @@ pub enum Message {
     Nexthop(NexthopObject),
     /// The nexthop object is gone.
     NexthopDelete(u32),
+    /// A connection whose packets Linux hands over.
+    Flow(Connection),
+    /// The connection with this original tuple is gone, or is handed over no longer.
+    FlowDelete(Tuple),
     /// A setting that the fast path does not repeat holds, or no longer holds.
     Policy(Policy),
     /// Settings of a whole network namespace and family.
@@ -49,6 +54,9 @@ pub enum Message {
 pub enum Feedback {
     /// These neighbours were used by the fast path since the last such message: Linux is to keep them alive.
     Hits(Vec<NeighbourKey>),
+    /// Packets of these connections (original tuples) took the fast path since the last such message: Linux is to keep
+    /// them alive.
+    FlowsUsed(Vec<Tuple>),
     /// FPM cannot trust what it has (why, for people): describe everything again, by snapshots.
     Resync(String),
 }
@@ -79,6 +87,8 @@ pub enum Snapshot {
     Nexthops,
     /// `Route`, of one family
     Routes(Family),
+    /// `Flow`
+    Flows,
     /// `Policy`, those of one watcher
     Policies(PolicySource),
 }
@@ -360,6 +370,9 @@ pub struct Policy {
     /// Of the packets in the scope it touches those that this filter matches; None: all. In a scope of packets that leave
     /// only a filter that survives forwarding may stand: it is run when they arrive
     pub filter: Option<Filter>,
+    /// Packets of connections that Linux handed over may pass it, once Linux itself accepted one of their direction under
+    /// the rules of this generation: the number changes whenever the rules do. None: nothing passes
+    pub flows: Option<u32>,
 }
 
 /// What a policy touches. An interface stands for its VLAN sub-interfaces too: their packets pass it, tagged.

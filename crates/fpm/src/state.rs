@@ -100,6 +100,7 @@ impl State {
             Message::RouteDelete(key) => self.remove_route(key),
             Message::Nexthop(object) => self.set_object(object),
             Message::NexthopDelete(id) => self.remove_object(id),
+            Message::Flow(_) | Message::FlowDelete(_) => {}
             Message::Policy(policy) => self.set_policy(policy),
             Message::Alarm(alarm) => self.alarm(alarm),
             Message::AlarmOver(id) => self.end_alarms(id),
@@ -154,6 +155,7 @@ impl State {
                 let gone = self.routes.iter(family).filter(|(_, route)| route.generation != keep).map(|(key, _)| key);
                 gone.collect::<Vec<_>>().into_iter().for_each(|key| self.remove_route(key));
             }
+            Snapshot::Flows => {}
             Snapshot::Policies(source) => {
                 let gone = self.policies.iter().filter(|(p, g)| p.source == source && **g != keep);
                 gone.map(|(p, _)| p.clone()).collect::<Vec<_>>().iter().for_each(|policy| self.remove_policy(policy));

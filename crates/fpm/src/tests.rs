@@ -82,7 +82,14 @@ fn route(text: &str, hops: &[Hop]) -> Route {
 }
 
 fn policy(scope: Scope, reason: Reason) -> Message {
-    Message::Policy(Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None })
+    Message::Policy(Policy {
+        source: PolicySource::Tc,
+        scope,
+        reason,
+        detail: "test".into(),
+        filter: None,
+        flows: None,
+    })
 }
 
 /// Where the published tables send packets to an address, and how many of a group's buckets go each way.
@@ -717,7 +724,7 @@ fn ip_filter() -> Filter {
 
 fn capture(scope: Scope) -> Policy {
     let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()) }
+    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()), flows: None }
 }
 
 /// Why IPv4 packets that come in by a port are exceptions.
@@ -760,7 +767,7 @@ fn a_filter_that_the_engine_runs_lets_the_rest_of_a_port_be() {
 }
 
 fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {
-    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None };
+    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None, flows: None };
     Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies: vec![policy] })
 }
 

@@ -273,6 +273,7 @@ fn captures_unknown() -> Alarm {
         reason,
         detail: "the captures of a former daemon's time are looked for".into(),
         filter: None,
+        flows: None,
     };
     Alarm { id: AlarmId { source, number: 0 }, policies: [Family::V4, Family::V6].map(policy).into() }
 }

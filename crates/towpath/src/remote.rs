@@ -228,6 +228,7 @@ fn listen(
                         tracing::warn!("{error}");
                     }
                 }
+                Packet::Feedback(Feedback::FlowsUsed(_)) => {}
                 Packet::Ack(_) => drop(hurry.send(Urgent::Acknowledged)),
                 Packet::Message(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,

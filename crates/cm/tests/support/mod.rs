@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use towpath_cm::{Cm, CmError, Options, Watcher};
 use towpath_fpc::*;
+use towpath_tables::flow::{self, Tuple};
 use towpath_tables::record::Family;
 
 /// How long a condition may take to hold.
@@ -74,6 +75,7 @@ pub struct Model {
     pub neighbours: BTreeMap<NeighbourKey, Option<[u8; 6]>>,
     pub routes: BTreeMap<RouteKey, Route>,
     pub nexthops: BTreeMap<u32, NexthopObject>,
+    pub flows: BTreeMap<Tuple, flow::Connection>,
     pub policies: BTreeMap<PolicySource, Vec<Policy>>,
     pub settings: [Option<u8>; 2],
 }
@@ -91,6 +93,7 @@ pub struct Replay {
     neighbours: HashSet<NeighbourKey>,
     routes: HashSet<RouteKey>,
     nexthops: HashSet<u32>,
+    flows: HashSet<Tuple>,
     alarms: BTreeSet<AlarmId>,
 }
 
@@ -132,6 +135,11 @@ impl Replay {
                 model.nexthops.insert(object.id, object);
             }
             Message::NexthopDelete(id) => drop(model.nexthops.remove(&id)),
+            Message::Flow(connection) => {
+                self.flows.insert(connection.original);
+                model.flows.insert(connection.original, connection);
+            }
+            Message::FlowDelete(original) => drop(model.flows.remove(&original)),
             Message::Policy(policy) => model.policies.entry(policy.source).or_default().push(policy),
             Message::Alarm(alarm) => drop(self.alarms.insert(alarm.id)),
             Message::AlarmOver(id) => assert!(self.alarms.remove(&id), "{id:?} ends but was not told"),
@@ -147,6 +155,7 @@ impl Replay {
             Snapshot::Neighbours(of) => self.neighbours.retain(|key| family(key.address) != of),
             Snapshot::Nexthops => self.nexthops.clear(),
             Snapshot::Routes(of) => self.routes.retain(|key| key.prefix.family() != of),
+            Snapshot::Flows => self.flows.clear(),
             Snapshot::Policies(source) => drop(self.model.policies.insert(source, Vec::new())),
         }
     }
@@ -168,6 +177,7 @@ impl Replay {
             Snapshot::Routes(of) => {
                 model.routes.retain(|key, _| key.prefix.family() != of || self.routes.contains(key));
             }
+            Snapshot::Flows => model.flows.retain(|key, _| self.flows.contains(key)),
             Snapshot::Policies(_) => {}
         }
     }

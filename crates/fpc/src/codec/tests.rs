@@ -31,6 +31,7 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
         family().prop_map(Snapshot::Neighbours),
         Just(Snapshot::Nexthops),
         family().prop_map(Snapshot::Routes),
+        Just(Snapshot::Flows),
         source().prop_map(Snapshot::Policies),
     ]
 }
@@ -129,8 +130,34 @@ fn policy() -> impl Strategy<Value = Policy> {
         Filter::new(layer, code).expect("a filter that can be run")
     });
     let reason = prop::sample::select(Reason::ALL);
-    (source(), scope, reason, ".{0,40}", proptest::option::of(filter))
-        .prop_map(|(source, scope, reason, detail, filter)| Policy { source, scope, reason, detail, filter })
+    (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>()).prop_map(
+        |(source, scope, reason, detail, filter, flows)| Policy { source, scope, reason, detail, filter, flows },
+    )
+}
+
+fn tuple() -> impl Strategy<Value = Tuple> {
+    (ip(), ip(), any::<(u16, u16, u8)>()).prop_map(
+        |(source, destination, (source_port, destination_port, protocol))| Tuple {
+            source,
+            destination,
+            source_port,
+            destination_port,
+            protocol,
+        },
+    )
+}
+
+fn connection() -> impl Strategy<Value = Connection> {
+    let ends = prop_oneof![
+        any::<[[u8; 4]; 4]>().prop_map(|addresses| addresses.map(IpAddr::from)),
+        any::<[[u8; 16]; 4]>().prop_map(|addresses| addresses.map(IpAddr::from)),
+    ];
+    (ends, any::<[u16; 4]>(), prop::sample::select(vec![6, 17])).prop_map(|([a, b, c, d], ports, protocol)| {
+        let [source_port, destination_port, from, to] = ports;
+        let original = Tuple { source: a, destination: b, source_port, destination_port, protocol };
+        let reply = Tuple { source: c, destination: d, source_port: from, destination_port: to, protocol };
+        Connection::new(original, reply).expect("one family and protocol")
+    })
 }
 
 fn alarm_id() -> impl Strategy<Value = AlarmId> {
@@ -159,6 +186,8 @@ fn packet() -> impl Strategy<Value = Packet> {
         route_key().prop_map(Message::RouteDelete),
         object().prop_map(Message::Nexthop),
         any::<u32>().prop_map(Message::NexthopDelete),
+        connection().prop_map(Message::Flow),
+        tuple().prop_map(Message::FlowDelete),
         policy().prop_map(Message::Policy),
         (alarm_id(), prop::collection::vec(policy(), 0..4))
             .prop_map(|(id, policies)| Message::Alarm(Alarm { id, policies })),
@@ -172,6 +201,7 @@ fn packet() -> impl Strategy<Value = Packet> {
         1 => any::<u32>().prop_map(Packet::Ack),
         8 => message.prop_map(Packet::Message),
         1 => prop::collection::vec(neighbour_key(), 0..5).prop_map(|keys| Packet::Feedback(Feedback::Hits(keys))),
+        1 => prop::collection::vec(tuple(), 0..5).prop_map(|used| Packet::Feedback(Feedback::FlowsUsed(used))),
         1 => ".{0,30}".prop_map(|why| Packet::Feedback(Feedback::Resync(why))),
     ]
 }
@@ -223,7 +253,7 @@ proptest! {
     }
 
     #[test]
-    fn random_bodies_never_panic(kind in prop_oneof![0u16..4, 14u16..34, 63u16..67], body in prop::collection::vec(any::<u8>(), 0..80)) {
+    fn random_bodies_never_panic(kind in prop_oneof![0u16..4, 14u16..36, 63u16..68], body in prop::collection::vec(any::<u8>(), 0..80)) {
         let mut bytes = Vec::new();
         kind.put(&mut bytes);
         0u16.put(&mut bytes);
@@ -266,6 +296,12 @@ fn errors_name_field_and_offset() {
     assert_eq!(failed(16, 0, &[9]), DecodeError::BadValue { field: "Snapshot", offset: 0, value: 9 });
     let host_bits = [0, 0, 0, 254, 4, 192, 0, 2, 1, 24, 0, 0, 0, 20, 0];
     assert_eq!(failed(25, 0, &host_bits), DecodeError::BadValue { field: "RouteKey.prefix", offset: 9, value: 24 });
+    let tuple = |protocol| [4, 192, 0, 2, 1, 4, 192, 0, 2, 2, 0, 80, 0, 81, protocol];
+    assert!(decode(&raw(32, 0, &[tuple(6), tuple(6)].concat())).is_ok());
+    assert_eq!(
+        failed(32, 0, &[tuple(6), tuple(17)].concat()),
+        DecodeError::BadValue { field: "Message::Flow", offset: 29, value: 17 }
+    );
     let huge_count = [0xff; 4];
     assert_eq!(failed(64, 0, &huge_count), DecodeError::Truncated { field: "Feedback::Hits", offset: 4 });
     let mut long = raw(2, 0, &[]);

@@ -124,6 +124,7 @@ fn a_policy() -> impl Strategy<Value = Message> {
                 reason,
                 detail: String::new(),
                 filter: None,
+                flows: None,
             })
         },
     )

@@ -55,7 +55,7 @@ impl Reference {
             Snapshot::Routes(family) => self.routes.retain(|key, _| key.prefix.family() != family),
             Snapshot::Nexthops => self.objects.clear(),
             Snapshot::Policies(source) => self.policies.retain(|policy| policy.source != source),
-            Snapshot::Addresses(_) => {}
+            Snapshot::Addresses(_) | Snapshot::Flows => {}
         }
     }
 
