@@ -70,6 +70,11 @@ impl Pair {
         Ok(None)
     }
 
+    /// What the routers do differently with frames that enter by one port, in any order.
+    pub fn differs(&mut self, cases: &[Case]) -> Result<Option<Difference>> {
+        if cases.is_empty() { Ok(None) } else { self.difference(cases, false, GRACE) }
+    }
+
     /// Has every host that markers come from redirected, by a packet alone: which of several is answered first depends on
     /// how a router hands each to Linux.
     fn redirect_hosts(&mut self, profile: &Profile) -> Result<Option<Difference>> {

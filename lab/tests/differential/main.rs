@@ -10,6 +10,7 @@ mod memory;
 mod normalise;
 mod random;
 mod router;
+mod stateful;
 
 use anyhow::{Context, Result, bail};
 use compare::Pair;
@@ -270,6 +271,39 @@ fn another_configuration_is_found() -> Result<()> {
         pair.routers[1].node.sh(change)?;
         let difference = pair.run(seed(), 200_000, &PLAIN)?.with_context(|| format!("not found: {change}"))?;
         assert_eq!(difference.cases.len(), 1, "{change}: no single frame shows it\n{difference}");
+    }
+    Ok(())
+}
+
+/// The harness itself: two Linux routers agree about connections.
+#[test]
+fn linux_agrees_with_itself_about_connections() -> Result<()> {
+    let mut pair = Pair::new("same-tracked", ["linux", "other linux"], &stateful::TRACKED)?;
+    pair.routers.iter().try_for_each(stateful::configure)?;
+    let sent = stateful::run(&mut pair, seed(), 300, 40, |_| Ok(()))?;
+    let entries = stateful::same_entries(&pair)?;
+    eprintln!("lab: {sent} packets of connections, {} came out, {} entries in the end", pair.received, entries.len());
+    assert!(pair.received * 10 > sent * 9, "only {} of {sent} came out", pair.received);
+    assert!(entries.iter().any(|entry| entry.contains("ESTABLISHED")), "{entries:#?}");
+    assert!(entries.iter().any(|entry| entry.contains("TIME_WAIT")), "{entries:#?}");
+    Ok(())
+}
+
+/// The harness itself: a router with another firewall is found out.
+#[test]
+fn another_firewall_is_found() -> Result<()> {
+    let changes = [
+        "nft flush chain inet stateful postrouting",
+        "nft insert rule inet stateful forward meta nfproto ipv6 udp length 520 drop",
+        "nft insert rule inet stateful prerouting ip daddr 198.51.100.1 tcp dport 8080 dnat ip to 198.18.2.7:81",
+    ];
+    for change in changes {
+        let mut pair = Pair::new("other-tracked", ["linux", "changed linux"], &stateful::TRACKED)?;
+        pair.routers.iter().try_for_each(stateful::configure)?;
+        pair.routers[1].node.sh(change)?;
+        let result = stateful::run(&mut pair, seed(), 300, 40, |_| Ok(()));
+        let error = result.err().with_context(|| format!("not found: {change}"))?;
+        assert!(error.to_string().contains("differs from linux"), "{error:#}");
     }
     Ok(())
 }
