@@ -9,7 +9,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::ops::Bound;
 use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix, Scope};
-use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::lpm::Leaf;
@@ -18,6 +17,7 @@ use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Entry;
 use towpath_tables::store::TABLE_FULL;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, Published, TableWriter};
+use towpath_tables::{Obstacle, Reason};
 
 /// A next hop in the tables.
 #[derive(Clone, Copy, Debug)]
@@ -136,8 +136,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Sends to Linux what any policy may touch, whatever of the family it is, until all is known.
     pub fn restrain(&mut self, state: &State) {
         for family in FAMILIES {
-            if let Some(reason) = state.policy(|scope| scope.concerns(family)) {
-                self.tables.set_policy(family, Some(reason));
+            if let Some(Obstacle { reason, .. }) = state.policy(|scope| scope.concerns(family)) {
+                self.tables.set_policy(family, Some(Obstacle::new(reason)));
             }
         }
     }
@@ -285,7 +285,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     /// Takes a port out of service; its slot is freed later.
     fn close_port(&mut self, ifindex: u32, slot: u32) {
-        let closed = PortValue { ingress_policy: [Some(Reason::PortNotReady); 2], ..PortValue::plain(slot) };
+        let closed =
+            PortValue { ingress_policy: [Some(Obstacle::new(Reason::PortNotReady)); 2], ..PortValue::plain(slot) };
         self.tables.set_port(slot, &closed);
         self.tables.set_tunnel(slot, None);
         if let Some(vlans) = self.vlans.remove(&ifindex) {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use towpath_fpc::*;
 use towpath_tables::tunnel::TunnelValue;
-use towpath_tables::{Reason, record::Family};
+use towpath_tables::{Obstacle, Reason, record::Family};
 
 /// Both families.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -424,7 +424,7 @@ impl State {
             ttl: own.ttl,
             tos: own.tos,
             link: own.link,
-            policy: self.policy(|scope| matches!(scope, Scope::Local(Family::V4))),
+            policy: self.policy(|scope| matches!(scope, Scope::Local(Family::V4))).map(|obstacle| obstacle.reason),
         })
     }
 
@@ -451,26 +451,27 @@ impl State {
             .map(|(ifindex, _)| *ifindex)
     }
 
-    /// The reason that counts (the lowest) among the policies that `applies` picks.
-    pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Reason> {
-        self.policies().filter(|policy| applies(&policy.scope)).map(|policy| policy.reason).min()
+    /// What the policies that `applies` picks come to.
+    pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
+        sum(self.policies().filter(|policy| applies(&policy.scope)).map(obstacle))
     }
 
-    /// The same among the policies for all packets of a port in a direction.
-    fn port_policy(&self, chain: &[&Port], applies: impl Fn(&Scope) -> bool) -> Option<Reason> {
+    /// The same for the policies for all packets of a port in a direction.
+    fn port_policy(&self, chain: &[&Port], applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
         let (touching, plain) = (self.policies().filter(|policy| applies(&policy.scope)), chain.len() == 1);
         let whole = touching.filter(|policy| !(plain && self.is_filtered(policy)));
-        whole.map(|policy| policy.reason).chain(unsupported(chain)).min()
+        sum(whole.map(obstacle).chain(unsupported(chain).map(Obstacle::new)))
     }
 
     /// Why packets of a family that come in by a port are exceptions.
-    pub fn ingress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
+    pub fn ingress_policy(&self, chain: &[&Port], family: Family) -> Option<Obstacle> {
         self.port_policy(chain, |scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family)))
     }
 
-    /// Why packets of a family that leave by a port are exceptions.
+    /// Why packets of a family that leave by a port are exceptions, connections or not.
     pub fn egress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
-        self.port_policy(chain, |scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family)))
+        let leaves = |scope: &Scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family));
+        self.port_policy(chain, leaves).map(|obstacle| obstacle.reason)
     }
 
     /// Addresses for the filter of IPv4 sources: this host's own, and all to which there is no unicast route. Linux
@@ -620,6 +621,16 @@ fn is_rival(own: &Tunnel, other: &Port) -> bool {
         && (same_remote || other.remote.is_unspecified())
         && other.link != own.link
         && (other.link != 0 || same_local && same_remote)
+}
+
+fn obstacle(policy: &Policy) -> Obstacle {
+    Obstacle { reason: policy.reason, flows: policy.flows.is_some() }
+}
+
+/// What several obstacles come to: connections pass if they pass each of them. The reason that counts is the lowest, of
+/// those that nothing passes if there are any.
+fn sum(obstacles: impl Iterator<Item = Obstacle>) -> Option<Obstacle> {
+    obstacles.min_by_key(|obstacle| (obstacle.flows, obstacle.reason))
 }
 
 /// The interface that a scope is about.

@@ -10,7 +10,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use towpath_filter::{Filter, Layer, instruction};
 use towpath_fpc::*;
-use towpath_tables::Reason;
 use towpath_tables::backing::{HeapBacking, View, initial_elements};
 use towpath_tables::grace::NoReaders;
 use towpath_tables::lpm::{self, Kind};
@@ -19,6 +18,7 @@ use towpath_tables::record::{
     NO_VLANS, TUNNEL_BUCKETS, TUNNEL_PROBES, TableId, port_flags, tunnel_bucket, tunnel_flags,
 };
 use towpath_tables::writer::MAIN_ROOT;
+use towpath_tables::{Obstacle, Reason};
 
 type TestFpm = Fpm<HeapBacking, NoReaders>;
 
@@ -764,6 +764,55 @@ fn a_filter_that_the_engine_runs_lets_the_rest_of_a_port_be() {
     fixture.batch([]).exception(VIA_2, reason);
     fixture.snapshot(class, []).expect(VIA_2, via_2());
     assert!(fixture.fpm.filters().is_empty());
+}
+
+#[test]
+fn connections_pass_where_every_policy_in_the_way_lets_them() {
+    let mut fixture = Fixture::new();
+    let rules = |scope, reason, flows| Policy {
+        source: PolicySource::Nftables,
+        scope,
+        reason,
+        detail: "rules".into(),
+        filter: None,
+        flows,
+    };
+    let words = |fixture: &Fixture| {
+        let view = fixture.fpm.tables().view();
+        let slot = fixture.fpm.ports().find(|port| port.port.ifindex == 1).unwrap().slot;
+        [view.config().policy[0].load(), view.ports()[slot as usize].ingress_policy[0].load()]
+    };
+    let word = |reason: Reason, flows| Obstacle::word(Some(Obstacle { reason, flows }));
+    let class = Snapshot::Policies(PolicySource::Nftables);
+    let (netfilter, conntrack) = (Reason::PolicyNetfilter, Reason::PolicyConntrack);
+    for scope in [Scope::Family(Family::V4), Scope::Ingress(1, None)] {
+        let place = usize::from(scope != Scope::Family(Family::V4));
+        let of = |policies: &[(Reason, Option<u32>)]| -> Vec<Message> {
+            policies.iter().map(|(reason, flows)| Message::Policy(rules(scope, *reason, *flows))).collect()
+        };
+        for (policies, expected) in [
+            (of(&[(netfilter, Some(7))]), word(netfilter, true)),
+            (of(&[(conntrack, Some(7)), (netfilter, Some(8))]), word(netfilter, true)),
+            // What nothing passes decides, and is what counts.
+            (of(&[(netfilter, Some(7)), (conntrack, None)]), word(conntrack, false)),
+            (of(&[(netfilter, None), (conntrack, None)]), word(netfilter, false)),
+            (of(&[]), 0),
+        ] {
+            fixture.snapshot(class, policies);
+            assert_eq!(words(&fixture)[place], expected, "{scope:?}");
+            assert_eq!(words(&fixture)[1 - place], 0, "{scope:?}");
+        }
+    }
+    // An alarm counts as a policy.
+    fixture.snapshot(class, [Message::Policy(rules(Scope::Family(Family::V4), netfilter, Some(7)))]);
+    fixture.batch([alarm(1, Scope::Family(Family::V4), conntrack)]);
+    assert_eq!(words(&fixture)[0], word(conntrack, false));
+    // A setting of the port itself is nothing that connections pass.
+    let unsupported = Some("accept_local".into());
+    fixture.snapshot(class, [Message::Policy(rules(Scope::Ingress(1, None), netfilter, Some(7)))]);
+    assert_eq!(words(&fixture)[1], word(netfilter, true));
+    fixture.batch([Message::Port(Port { unsupported, ..port(1) })]);
+    assert_eq!(words(&fixture)[1], word(Reason::PolicySysctl, false));
 }
 
 fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {

@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::policy::{Obstacle, POLICY_FLOWS};
 use crate::reason::Reason;
 use crate::record::{Config, Family};
 
@@ -25,7 +26,7 @@ impl Brake {
     /// Makes every packet of a family an exception for this reason, unless the family is Linux's already; until
     /// `release`.
     pub fn pull(&self, config: &Config, family: Family, reason: Reason) {
-        self.change(config, family, |wanted| wanted.pulled = reason_word(Some(reason)));
+        self.change(config, family, |wanted| wanted.pulled = Obstacle::word(Some(Obstacle::new(reason))));
     }
 
     /// Only what the writer wants holds from now on.
@@ -36,8 +37,8 @@ impl Brake {
     }
 
     /// What the writer wants.
-    pub(crate) fn set(&self, config: &Config, family: Family, reason: Option<Reason>) {
-        self.change(config, family, |wanted| wanted.writer = Some(reason_word(reason)));
+    pub(crate) fn set(&self, config: &Config, family: Family, obstacle: Option<Obstacle>) {
+        self.change(config, family, |wanted| wanted.writer = Some(Obstacle::word(obstacle)));
     }
 
     fn change(&self, config: &Config, family: Family, change: impl FnOnce(&mut Wanted)) {
@@ -46,18 +47,14 @@ impl Brake {
         let wanted = &mut all[family as usize];
         change(wanted);
         let writer = *wanted.writer.get_or_insert_with(|| word.load());
-        word.store(if writer == 0 { wanted.pulled } else { writer });
+        let passes = writer == 0 || writer & POLICY_FLOWS != 0;
+        word.store(if passes && wanted.pulled != 0 { wanted.pulled } else { writer });
     }
 
     fn lock(&self) -> MutexGuard<'_, [Wanted; 2]> {
         // Nothing panics under the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A policy as it is stored.
-pub(crate) fn reason_word(reason: Option<Reason>) -> u32 {
-    reason.map_or(0, |reason| 1 + reason as u32)
 }
 
 #[cfg(test)]
@@ -83,14 +80,28 @@ mod tests {
         assert_eq!(words(writer.view().config()), [TC, 0]);
         writer.set_policy(Family::V4, None);
         assert_eq!(words(writer.view().config()), [TC, 0], "the writer does not know yet");
-        writer.set_policy(Family::V6, Some(Reason::PolicyNetfilter));
+        writer.set_policy(Family::V6, Some(Obstacle::new(Reason::PolicyNetfilter)));
         brake.pull(writer.view().config(), Family::V6, Reason::PolicyTc);
         assert_eq!(words(writer.view().config()), [TC, NETFILTER]);
         writer.set_policy(Family::V6, None);
         assert_eq!(words(writer.view().config()), [TC, TC]);
-        writer.set_policy(Family::V4, Some(Reason::PolicyNetfilter));
+        writer.set_policy(Family::V4, Some(Obstacle::new(Reason::PolicyNetfilter)));
         brake.release(writer.view().config());
         assert_eq!(words(writer.view().config()), [NETFILTER, 0]);
+    }
+
+    #[test]
+    fn the_brake_stops_connections_that_the_writer_lets_pass() {
+        let heap = HeapBacking::new(initial_elements(1));
+        let brake = heap.brake();
+        let mut writer = TableWriter::create(heap, NoReaders).unwrap();
+        let flows = Obstacle { reason: Reason::PolicyNetfilter, flows: true };
+        writer.set_policy(Family::V4, Some(flows));
+        assert_eq!(words(writer.view().config()), [NETFILTER | POLICY_FLOWS, 0]);
+        brake.pull(writer.view().config(), Family::V4, Reason::PolicyTc);
+        assert_eq!(words(writer.view().config()), [TC, 0]);
+        brake.release(writer.view().config());
+        assert_eq!(words(writer.view().config()), [NETFILTER | POLICY_FLOWS, 0]);
     }
 
     #[test]

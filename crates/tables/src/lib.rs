@@ -24,6 +24,7 @@ pub mod mix;
 pub mod nexthop;
 pub mod opaque;
 pub mod order;
+pub mod policy;
 #[cfg(feature = "std")]
 pub mod pool;
 pub mod reason;
@@ -40,4 +41,5 @@ pub mod writer;
 
 pub use flow::{Connection, Tuple};
 pub use opaque::opaque;
+pub use policy::{Obstacle, POLICY_FLOWS};
 pub use reason::{REASONS, Reason};

@@ -36,7 +36,7 @@ pub struct Config {
     pub layout: W32,
     /// Rises by one each time a writer takes the region over
     pub epoch: W32,
-    /// Per family: 0, or 1 + the `Reason` for which every packet of the family is an exception
+    /// Per family: the policy word (`Obstacle`) for every packet of the family
     pub policy: [W32; 2],
     /// Per family: fields that choose among a group's next hops, `sysctl fib_multipath_hash_policy` (0 or 1)
     pub hash_policy: [W32; 2],
@@ -124,7 +124,7 @@ pub struct Port {
     pub mac: W64,
     /// Per family: root of the routes to look up in (index into `Roots`)
     pub root: [W32; 2],
-    /// Per family: 0, or 1 + the `Reason` for which packets that enter here are exceptions
+    /// Per family: the policy word (`Obstacle`) for packets that enter here
     pub ingress_policy: [W32; 2],
     /// Index into `Vlans` of the table that gives the sub-interface for a tag; `NO_VLANS` if there are none
     pub vlans: W32,

@@ -2,9 +2,9 @@
 
 use std::net::Ipv4Addr;
 
-use crate::brake::reason_word;
 use crate::lpm::{self, LpmRead, Word};
 use crate::order;
+use crate::policy::Obstacle;
 use crate::reason::Reason;
 use crate::record::{Config, Family, Port, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 
@@ -43,7 +43,7 @@ impl TunnelValue {
             key(self.output_key),
             u32::from(self.ttl) | u32::from(self.tos) << 8,
             self.link,
-            reason_word(self.policy),
+            Obstacle::word(self.policy.map(Obstacle::new)),
         ];
         (flags, words)
     }

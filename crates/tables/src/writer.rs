@@ -6,13 +6,14 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use crate::adopt::{AdoptError, scan};
 use crate::backing::{Backing, GrowError, View};
-use crate::brake::{Brake, reason_word};
+use crate::brake::Brake;
 use crate::filter::local_filter_bit;
 use crate::grace::Grace;
 use crate::layout::layout_hash;
 use crate::lpm::Leaf;
 use crate::nexthop::{NexthopIdentity, NexthopValue};
 use crate::order;
+use crate::policy::Obstacle;
 use crate::reason::{REASONS, Reason};
 use crate::record::*;
 use crate::rib::{Entry, Match, Prefix, Rib};
@@ -68,7 +69,7 @@ pub struct PortValue {
     /// Per family: root of the routes to look up in
     pub root: [u32; 2],
     /// Per family: why packets that enter here are exceptions, if they are
-    pub ingress_policy: [Option<Reason>; 2],
+    pub ingress_policy: [Option<Obstacle>; 2],
     /// Table of VLAN sub-interfaces
     pub vlans: Option<u32>,
     /// VLAN sub-interface: tag protocol and identifier
@@ -254,9 +255,9 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     // ---- settings of the region
 
-    /// Makes every packet of a family an exception for this reason, or no longer.
-    pub fn set_policy(&mut self, family: Family, reason: Option<Reason>) {
-        self.brake.set(self.view().config(), family, reason);
+    /// Makes packets of a family exceptions, or no longer.
+    pub fn set_policy(&mut self, family: Family, obstacle: Option<Obstacle>) {
+        self.brake.set(self.view().config(), family, obstacle);
     }
 
     /// Sets which fields choose among a group's next hops.
@@ -340,7 +341,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         order::publish(&port.mac, mac);
         identity.iter().for_each(|(word, value)| order::publish(*word, *value));
         for family in 0..2 {
-            port.ingress_policy[family].store(reason_word(value.ingress_policy[family]));
+            port.ingress_policy[family].store(Obstacle::word(value.ingress_policy[family]));
             port.root[family].store(value.root[family]);
         }
         port.vlans.store(value.vlans.unwrap_or(NO_VLANS));

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
-use towpath_tables::Reason;
 use towpath_tables::adopt::AdoptError;
 use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
 use towpath_tables::filter::local_filter_bit;
@@ -14,6 +13,7 @@ use towpath_tables::record::*;
 use towpath_tables::rib::Entry;
 use towpath_tables::tunnel::TunnelValue;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, RouteError, TableWriter};
+use towpath_tables::{Obstacle, Reason};
 
 type Writer = TableWriter<HeapBacking, NoReaders>;
 
@@ -67,7 +67,7 @@ fn ports_lie_where_programs_look_for_them() {
         flags: port_flags::READY | port_flags::FORWARD_V4,
         mac: [2, 3, 4, 5, 6, 7],
         root: MAIN_ROOT,
-        ingress_policy: [None, Some(Reason::PolicyTc)],
+        ingress_policy: [None, Some(Obstacle::new(Reason::PolicyTc))],
         vlans: None,
         vlan: Some((0x8100, 12)),
         lower: 5,

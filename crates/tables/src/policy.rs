@@ -1,0 +1,30 @@
+//! Policy words: why all packets of a family or of a port are exceptions, and which may pass nevertheless.
+
+use crate::reason::Reason;
+
+/// In a policy word: connections that Linux accepted may pass. The low byte is 1 + the reason; a word of 0 is no policy.
+pub const POLICY_FLOWS: u32 = 1 << 8;
+
+/// Why packets are exceptions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Obstacle {
+    /// The reason counted
+    pub reason: Reason,
+    /// Packets of connections that Linux accepted may pass
+    pub flows: bool,
+}
+
+impl Obstacle {
+    /// What nothing passes.
+    pub const fn new(reason: Reason) -> Self {
+        Self { reason, flows: false }
+    }
+
+    /// A policy as it is stored.
+    pub const fn word(obstacle: Option<Obstacle>) -> u32 {
+        match obstacle {
+            None => 0,
+            Some(Obstacle { reason, flows }) => 1 + reason as u32 + if flows { POLICY_FLOWS } else { 0 },
+        }
+    }
+}
