@@ -452,6 +452,10 @@ impl Core {
             let why = "places in it follow from its size; leave out some ports".to_owned();
             return Err(Error::Full { table: name, size, why });
         }
+        if matches!(id, TableId::Flows | TableId::FlowLines) {
+            let why = "its size was chosen when the tables were made".to_owned();
+            return Err(Error::Full { table: name, size, why });
+        }
         let dir = &self.site.dir;
         let grown = self.region.enlarged(dir, id, wanted)?;
         if self.region.staged() {

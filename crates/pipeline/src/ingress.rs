@@ -3,7 +3,7 @@
 use crate::network::Network;
 use crate::{Frame, Tables, partial};
 use towpath_tables::record::{Family, NO_VLANS, PORT_PROBES, PORT_SLOTS, Port, destination_word, port_flags};
-use towpath_tables::{Reason, opaque};
+use towpath_tables::{Obstacle, Reason, opaque};
 use towpath_wire::ethernet::{self, Ethernet, Tag};
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
@@ -211,6 +211,6 @@ pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
 pub(crate) fn policy(word: u32) -> Result<(), Reason> {
     match word {
         0 => Ok(()),
-        word => Err(u8::try_from(word - 1).ok().and_then(Reason::from_index).unwrap_or(Reason::Internal)),
+        word => Err(Obstacle::of(word).map_or(Reason::Internal, |obstacle| obstacle.reason)),
     }
 }

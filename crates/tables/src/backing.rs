@@ -7,7 +7,9 @@ use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use crate::brake::Brake;
 use crate::lpm::LpmRead;
 use crate::order;
-use crate::record::{Config, Group, Line, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable};
+use crate::record::{
+    Config, FLOW_PLACES, Flow, FlowLine, Group, Line, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable,
+};
 
 /// Alignment of every table: one cache line, which no record exceeds.
 pub const TABLE_ALIGN: usize = 64;
@@ -15,6 +17,9 @@ pub const TABLE_ALIGN: usize = 64;
 /// A number for each table, such as its elements.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PerTable(pub [usize; TableId::ALL.len()]);
+
+/// Flows at most: no program can reach further than 512 MiB into a table.
+pub const MAX_FLOWS: usize = (1 << 22) - 1;
 
 impl PerTable {
     /// The number of one table.
@@ -27,11 +32,20 @@ impl PerTable {
         self.0[table as usize] = value;
         self
     }
+
+    /// The same with room for so many flows (at most `MAX_FLOWS`).
+    pub const fn with_flows(self, flows: usize) -> Self {
+        let flows = if flows > MAX_FLOWS { MAX_FLOWS } else { flows };
+        // Two places for each, in lines that are half full at most: hardly ever are both of a tuple's lines full.
+        let lines = (4 * flows).div_ceil(FLOW_PLACES).next_power_of_two();
+        self.with(TableId::Flows, flows).with(TableId::FlowLines, lines)
+    }
 }
 
 /// Elements of each table before anything is known about the routes.
 pub const fn initial_elements(cpus: usize) -> PerTable {
     const PORTS: usize = 256;
+    const FLOWS: usize = 64;
     PerTable([0; TableId::ALL.len()])
         .with(TableId::Config, 1)
         .with(TableId::Ports, PORTS)
@@ -42,6 +56,7 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::NexthopKeys, 1024)
         .with(TableId::Groups, 64)
         .with(TableId::Stats, cpus * PORTS)
+        .with_flows(FLOWS)
 }
 
 /// One table's memory.
@@ -158,6 +173,10 @@ impl<'a> View<'a> {
         groups: Group = Groups;
         /// Counters
         stats: PortStats = Stats;
+        /// Flows
+        flows: Flow = Flows;
+        /// Their index
+        flow_lines: FlowLine = FlowLines;
     }
 
     #[inline(always)]

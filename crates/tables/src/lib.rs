@@ -14,6 +14,8 @@ pub mod brake;
 pub mod filter;
 pub mod flow;
 #[cfg(feature = "std")]
+pub mod flows;
+#[cfg(feature = "std")]
 pub mod grace;
 pub mod layout;
 pub mod lpm;

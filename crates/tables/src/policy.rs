@@ -27,4 +27,27 @@ impl Obstacle {
             Some(Obstacle { reason, flows }) => 1 + reason as u32 + if flows { POLICY_FLOWS } else { 0 },
         }
     }
+
+    /// What a word says; None of 0 and of nonsense.
+    #[inline(always)]
+    pub fn of(word: u32) -> Option<Self> {
+        let index = (word & !POLICY_FLOWS).checked_sub(1).and_then(|index| u8::try_from(index).ok())?;
+        Some(Self { reason: Reason::from_index(index)?, flows: word & POLICY_FLOWS != 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_say_what_was_put_in() {
+        for reason in Reason::ALL {
+            for flows in [false, true] {
+                let obstacle = Obstacle { reason: *reason, flows };
+                assert_eq!(Obstacle::of(Obstacle::word(Some(obstacle))), Some(obstacle));
+            }
+        }
+        assert_eq!([0, POLICY_FLOWS, 0x80, 0x201, u32::MAX].map(Obstacle::of), [None; 5]);
+    }
 }

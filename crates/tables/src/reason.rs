@@ -74,6 +74,9 @@ reasons! {
     Internal = 36, "internal", "an index in the tables was out of range";
     PolicyUnknown = 37, "policy-unknown", "a kernel setting could not be read, so nothing is assumed about it";
     Tunnel = 38, "tunnel", "a tunnel's packet with something that only Linux does (checksum, sequence number, ECN, …)";
+    FlowNew = 39, "flow-new", "rules or connection tracking are on the packet's way, and it is of no connection that Linux handed over";
+    FlowWaiting = 40, "flow-waiting", "Linux has not accepted a packet of this connection, direction and way since the rules changed";
+    FlowClosing = 41, "flow-closing", "TCP FIN, RST or SYN of a connection, or a packet after its FIN or RST";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

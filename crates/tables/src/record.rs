@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 7;
+pub const LAYOUT_VERSION: u32 = 8;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -42,8 +42,12 @@ pub struct Config {
     pub hash_policy: [W32; 2],
     /// Seed of the multipath hash
     pub hash_seed: W32,
+    /// Seed of the flows' hash; changes only while there are none
+    pub flow_seed: W32,
+    /// Even: packets of flows pass that were accepted in this generation. Odd: none passes, and none is accepted
+    pub flow_generation: W32,
     /// Reserved, zero
-    pub reserved: [W32; 7],
+    pub reserved: [W32; 5],
     /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
     /// that a source is not one of ours; a set bit sends the packet to the exact check.
     pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],
@@ -416,6 +420,56 @@ pub struct Group {
     pub buckets: [W32; GROUP_BUCKETS],
 }
 
+/// `Flow::state`
+pub mod flow_state {
+    /// The family plus one and, from bit 8 on, the protocol; 0 in a record that is not in use
+    pub const KIND: u32 = 0xffff;
+    /// A FIN or RST was seen: every packet is Linux's
+    pub const CLOSED: u32 = 1 << 16;
+}
+
+/// A connection that Linux handed over. Only the state's bits, what was accepted and the counters change while it can be
+/// found; a record is used again after a grace period only.
+#[repr(C, align(64))]
+pub struct Flow {
+    /// `flow_state`
+    pub state: W32,
+    /// Reserved, zero
+    pub reserved: W32,
+    /// Per direction, what Linux accepted last of it: the generation in the upper half, then 1 + the slot of the port that it
+    /// came in by and 1 + that of the one that it left by, in 16 bits each; 0 if nothing
+    pub accepted: [W64; 2],
+    /// Per direction, source and destination port as packets of it arrive, as on the wire
+    pub ports: [W32; 2],
+    /// Per direction, source and destination address as packets of it arrive, as on the wire; both IPv4 addresses in the
+    /// first word
+    pub addresses: [[W64; 4]; 2],
+    /// Per direction
+    pub counters: [FlowCounters; 2],
+}
+const _: () = assert!(size_of::<Flow>() == 128);
+
+/// What passed of a flow in one direction.
+#[repr(C)]
+pub struct FlowCounters {
+    /// Packets
+    pub packets: W64,
+    /// Their bytes, from the IP header on
+    pub bytes: W64,
+}
+
+/// Places in a line of the index of flows.
+pub const FLOW_PLACES: usize = 8;
+
+/// A line of the index of flows. The upper half of a word is the tag of a tuple, which no other one in the line has; the lower
+/// half twice the flow's index plus two, and one more for the second direction; 0 if the place is free.
+#[repr(C, align(64))]
+pub struct FlowLine {
+    /// By place
+    pub places: [W64; FLOW_PLACES],
+}
+const _: () = assert!(size_of::<FlowLine>() == 64);
+
 /// Counters of one port on one CPU, written by that CPU only. Index in the table: `cpu * port slots + slot`.
 #[repr(C, align(64))]
 pub struct PortStats {
@@ -464,11 +518,15 @@ pub enum TableId {
     Groups = 7,
     /// `PortStats`
     Stats = 8,
+    /// `Flow`
+    Flows = 9,
+    /// `FlowLine`; their number is a power of two
+    FlowLines = 10,
 }
 
 impl TableId {
     /// Every table.
-    pub const ALL: [TableId; 9] = [
+    pub const ALL: [TableId; 11] = [
         TableId::Config,
         TableId::Ports,
         TableId::Vlans,
@@ -478,6 +536,8 @@ impl TableId {
         TableId::NexthopKeys,
         TableId::Groups,
         TableId::Stats,
+        TableId::Flows,
+        TableId::FlowLines,
     ];
 
     /// Name of the BPF map and of its pin.
@@ -492,6 +552,8 @@ impl TableId {
             TableId::NexthopKeys => "nexthop_keys",
             TableId::Groups => "groups",
             TableId::Stats => "stats",
+            TableId::Flows => "flows",
+            TableId::FlowLines => "flow_lines",
         }
     }
 
@@ -507,6 +569,8 @@ impl TableId {
             TableId::NexthopKeys => ".bss.nexthop_keys",
             TableId::Groups => ".bss.groups",
             TableId::Stats => ".bss.stats",
+            TableId::Flows => ".bss.flows",
+            TableId::FlowLines => ".bss.flow_lines",
         }
     }
 
@@ -533,6 +597,8 @@ impl TableId {
             TableId::NexthopKeys => size_of::<NexthopKey>(),
             TableId::Groups => size_of::<Group>(),
             TableId::Stats => size_of::<PortStats>(),
+            TableId::Flows => size_of::<Flow>(),
+            TableId::FlowLines => size_of::<FlowLine>(),
         }
     }
 }

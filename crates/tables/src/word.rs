@@ -26,6 +26,25 @@ macro_rules! word {
             pub fn store(&self, value: $int) {
                 self.0.store(value)
             }
+
+            /// Adds to a word that others add to at the same time.
+            #[inline(always)]
+            pub fn add(&self, value: $int) {
+                self.0.add(value)
+            }
+
+            /// Sets bits of a word of which others change other bits at the same time.
+            #[inline(always)]
+            pub fn set(&self, bits: $int) {
+                self.0.set(bits)
+            }
+
+            /// Clears bits of a word of which others change other bits at the same time.
+            #[cfg(not(target_arch = "bpf"))]
+            #[inline(always)]
+            pub fn clear(&self, bits: $int) {
+                self.0.clear(bits)
+            }
         }
     };
 }
@@ -64,6 +83,18 @@ mod imp {
                 pub fn store(&self, value: $int) {
                     self.0.store(value, Relaxed)
                 }
+                #[inline(always)]
+                pub fn add(&self, value: $int) {
+                    self.0.fetch_add(value, Relaxed);
+                }
+                #[inline(always)]
+                pub fn set(&self, bits: $int) {
+                    self.0.fetch_or(bits, Relaxed);
+                }
+                #[inline(always)]
+                pub fn clear(&self, bits: $int) {
+                    self.0.fetch_and(!bits, Relaxed);
+                }
             }
         };
     }
@@ -73,6 +104,7 @@ mod imp {
 
 #[cfg(target_arch = "bpf")]
 mod imp {
+    use core::arch::asm;
     use core::cell::UnsafeCell;
 
     #[repr(transparent)]
@@ -95,6 +127,26 @@ mod imp {
             unsafe { core::ptr::write_volatile(self.0.get(), value) }
         }
     }
+
+    // The language has no atomic additions for this target.
+    macro_rules! atomic {
+        ($int:ty, $add:literal, $set:literal, $class:ident) => {
+            impl Cell<$int> {
+                #[inline(always)]
+                pub fn add(&self, value: $int) {
+                    // SAFETY: the cell is valid and aligned.
+                    unsafe { asm!($add, in(reg) self.0.get(), in($class) value, options(nostack)) }
+                }
+                #[inline(always)]
+                pub fn set(&self, bits: $int) {
+                    // SAFETY: as for `add`.
+                    unsafe { asm!($set, in(reg) self.0.get(), in($class) bits, options(nostack)) }
+                }
+            }
+        };
+    }
+    atomic!(u32, "lock *(u32 *)({0} + 0) += {1}", "lock *(u32 *)({0} + 0) |= {1}", wreg);
+    atomic!(u64, "lock *(u64 *)({0} + 0) += {1}", "lock *(u64 *)({0} + 0) |= {1}", reg);
 
     // SAFETY: a word is only ever accessed as a whole by volatile loads and stores.
     unsafe impl<I> Sync for Cell<I> {}

@@ -8,6 +8,8 @@ use crate::adopt::{AdoptError, scan};
 use crate::backing::{Backing, GrowError, View};
 use crate::brake::Brake;
 use crate::filter::local_filter_bit;
+use crate::flow::{Connection, Tuple};
+use crate::flows::{self, FlowTotals, FlowView, Flows, Full};
 use crate::grace::Grace;
 use crate::layout::layout_hash;
 use crate::lpm::Leaf;
@@ -165,6 +167,7 @@ pub struct TableWriter<B, G> {
     words: Option<usize>,
     /// Slots of tunnels
     tunnels: BTreeSet<u32>,
+    flows: Flows,
 }
 
 impl<B: Backing, G: Grace> TableWriter<B, G> {
@@ -182,6 +185,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         config.version.store(LAYOUT_VERSION);
         config.layout.store(layout_hash());
         config.epoch.store(1);
+        writer.flows.begin(&writer.store.mem.view());
+        let config = writer.view().config();
         order::publish(&config.magic, MAGIC);
         Ok(writer)
     }
@@ -200,9 +205,12 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         let ports = (0..).zip(writer.view().ports());
         writer.tunnels = ports.filter(|(_, port)| port.tunnel.flags.load() != 0).map(|(slot, _)| slot).collect();
         writer.find_ways();
-        // Readers may still hold what the last writer had in limbo, or a way that was not the routes' any more: that counts
-        // as free from now on.
+        // Flows are not taken over: Linux describes them anew.
+        flows::end(&writer.store.mem.view());
+        // Readers may still hold what the last writer had in limbo, or a way that was not the routes' any more, or a flow: that
+        // counts as free from now on.
         writer.store.wait();
+        writer.flows.begin(&writer.store.mem.view());
         for root in roots {
             let family = writer.view().roots()[root as usize].family.load();
             writer.routes.insert(root, new_routes(root, if family == 1 { Family::V4 } else { Family::V6 }));
@@ -230,6 +238,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             leaving: Vec::new(),
             words: None,
             tunnels: BTreeSet::new(),
+            flows: Flows::default(),
         }
     }
 
@@ -278,6 +287,44 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             filter[bit as usize / 64] |= 1 << (bit % 64);
         }
         self.view().config().local_filter.iter().zip(filter).for_each(|(word, value)| word.store(value));
+    }
+
+    // ---- flows
+
+    /// Makes a connection a flow: a new one, of which Linux has accepted nothing yet, or one that is no longer closed. What
+    /// cannot be at the same time, because a tuple is the same, is no flow any more.
+    pub fn set_flow(&mut self, connection: &Connection) -> Result<(), Full> {
+        if self.flows.wants_grace(&self.store.mem.view()) {
+            self.store.wait();
+            self.flows.reclaim();
+        }
+        self.flows.set(&self.store.mem.view(), connection)
+    }
+
+    /// Ends the flow with this original tuple; gives what has passed of it.
+    pub fn remove_flow(&mut self, original: &Tuple) -> Option<FlowTotals> {
+        self.flows.remove(&self.store.mem.view(), original)
+    }
+
+    /// No flow passes any more, and none is accepted, until `open_flows`. Packets that are on their way may still pass for a
+    /// grace period.
+    pub fn close_flows(&mut self) {
+        flows::close(self.view().config());
+    }
+
+    /// Flows pass again as soon as Linux has accepted them anew.
+    pub fn open_flows(&mut self) {
+        flows::open(self.view().config());
+    }
+
+    /// All flows.
+    pub fn flows(&self) -> impl Iterator<Item = FlowView> {
+        flows::views(&self.store.mem.view())
+    }
+
+    /// Number of flows.
+    pub fn flow_count(&self) -> usize {
+        self.flows.count()
     }
 
     // ---- ports
@@ -636,6 +683,10 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Waits for a grace period and makes reusable everything that was taken out of use; for quiet moments.
     pub fn reclaim(&mut self) {
+        if self.flows.limbo() {
+            self.store.wait();
+            self.flows.reclaim();
+        }
         self.store.reclaim();
     }
 
@@ -646,6 +697,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             let elements = view.elements(table);
             let used = match table {
                 TableId::Config => 1,
+                TableId::Flows => self.flows.count(),
+                TableId::FlowLines => (2 * self.flows.count()).div_ceil(FLOW_PLACES),
                 TableId::Ports => self.ports().count(),
                 TableId::Stats => self.ports().count() * (elements / view.ports().len().max(1)),
                 _ => self.store.used(table).unwrap_or(0),

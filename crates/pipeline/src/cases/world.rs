@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
-    Config, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats,
-    Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
+    Config, Flow, FlowLine, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
+    PortStats, Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
     port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
 use towpath_tables::tunnel;
@@ -74,6 +74,8 @@ pub struct World {
     nexthops: Vec<Nexthop>,
     groups: Vec<Group>,
     stats: Vec<PortStats>,
+    flows: Vec<Flow>,
+    flow_lines: Vec<FlowLine>,
     routes: BTreeMap<(u32, Vec<u8>), [u32; 256]>,
 }
 
@@ -115,6 +117,8 @@ impl World {
             nexthops: zeroed(NEXTHOPS),
             groups: zeroed(2),
             stats: zeroed(PORT_SLOTS as usize),
+            flows: zeroed(4),
+            flow_lines: zeroed(4),
             routes: BTreeMap::new(),
         };
         for (slot, lower, vlan) in [
@@ -361,6 +365,8 @@ impl World {
             TableId::NexthopKeys => &[],
             TableId::Groups => bytes(&self.groups),
             TableId::Stats => bytes(&self.stats),
+            TableId::Flows => bytes(&self.flows),
+            TableId::FlowLines => bytes(&self.flow_lines),
         }
     }
 
