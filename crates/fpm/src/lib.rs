@@ -5,6 +5,9 @@
 //! published before every awaited class of objects was described whole once, so that tables taken over from a daemon
 //! that died go on saying what they said until this one knows as much.
 
+mod flows;
+mod gate;
+mod idle;
 mod inspect;
 mod mirror;
 mod missing;
@@ -13,14 +16,21 @@ mod snapshot;
 mod state;
 mod via;
 
+pub use flows::Refused;
+pub use idle::Timeouts;
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
 
 pub use missing::Waiting;
 
+use flows::Flows;
+use gate::Gate;
+use idle::Idle;
 use mirror::Mirror;
 use state::State;
 use std::collections::BTreeSet;
+use std::time::Instant;
 use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
+use towpath_tables::Tuple;
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::record::Family;
@@ -41,6 +51,9 @@ pub enum Transmit {
 pub struct Fpm<B, G> {
     state: State,
     mirror: Mirror<B, G>,
+    flows: Flows,
+    gate: Gate,
+    idle: Idle,
     /// A publication is under way
     unfinished: bool,
 }
@@ -71,7 +84,14 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// A manager for these tables, new (`TableWriter::create`) or taken over (`TableWriter::adopt`). It publishes
     /// nothing before it has seen the end of a snapshot of each of `awaited` (usually `all_classes()`).
     pub fn new(tables: TableWriter<B, G>, awaited: impl IntoIterator<Item = Snapshot>) -> Self {
-        Self { state: State::awaiting(awaited), mirror: Mirror::new(tables), unfinished: false }
+        Self {
+            state: State::awaiting(awaited),
+            mirror: Mirror::new(tables),
+            flows: Flows::default(),
+            gate: Gate::default(),
+            idle: Idle::default(),
+            unfinished: false,
+        }
     }
 
     /// Serves an interface and its VLAN sub-interfaces, or no longer. Takes effect with `publish`.
@@ -107,9 +127,16 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.is_filtered(policy)
     }
 
-    /// Takes one message. Takes effect with `publish`.
+    /// Takes one message. Takes effect with `publish`, but for connections: those are in the tables at once.
     pub fn apply(&mut self, message: Message) {
-        self.state.apply(message);
+        let tables = &mut self.mirror.tables;
+        match message {
+            Message::Flow(connection) => self.flows.set(tables, &connection),
+            Message::FlowDelete(original) => self.flows.remove(tables, &original),
+            Message::SnapshotBegin(Snapshot::Flows) => self.flows.begin(),
+            Message::SnapshotEnd(Snapshot::Flows) => self.flows.end(tables),
+            message => self.state.apply(message),
+        }
     }
 
     /// True once everything awaited has been described.
@@ -136,6 +163,10 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     pub fn publish_while(&mut self, go_on: impl FnMut() -> bool) -> Progress {
         if !self.is_complete() || !(self.unfinished || self.state.is_changed() || !self.mirror.is_filled()) {
             return Progress::Nothing;
+        }
+        // First of all: rules that are new may be about connections that pass.
+        if self.gate.govern(self.state.rules(), Instant::now()) {
+            self.mirror.tables.close_flows();
         }
         let published = self.mirror.sync(&mut self.state, go_on);
         self.unfinished = published.is_none();
@@ -193,6 +224,58 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
             .collect();
         hits.dedup();
         hits
+    }
+
+    /// Says whether Linux's rules are followed; they are until something else is said. Where nobody would see them change, no
+    /// connection passes. Takes effect with `publish`.
+    pub fn follow_rules(&mut self, on: bool) {
+        self.state.follow_rules(on);
+    }
+
+    /// After the rules have changed, the number of the change once what Linux had let pass before has had time to leave:
+    /// then somebody is to wait for a grace period, and to call `open_flows`. Given once for each change.
+    pub fn settled_flows(&mut self, now: Instant) -> Option<u64> {
+        self.gate.settled(now)
+    }
+
+    /// Lets connections pass as soon as Linux has accepted them anew, unless the rules have changed again.
+    pub fn open_flows(&mut self, change: u64) {
+        if self.gate.open(change) {
+            self.mirror.tables.open_flows();
+        }
+    }
+
+    /// Whether connections pass.
+    pub fn is_open(&self) -> bool {
+        self.gate.is_open()
+    }
+
+    /// Sets for how long Linux keeps connections that are not used.
+    pub fn set_flow_timeouts(&mut self, timeouts: Timeouts) {
+        self.idle.set_timeouts(timeouts);
+    }
+
+    /// If it is due, looks at some of the connections: gives (by original tuple) those with packets that Linux is to be told
+    /// of, so that it keeps them; makes those Linux's that had none for so long that it may be about to forget them.
+    pub fn take_used_flows(&mut self, now: Instant) -> Vec<Tuple> {
+        let tables = &mut self.mirror.tables;
+        if tables.flow_count() == 0 {
+            return Vec::new();
+        }
+        let found = self.idle.step(tables.view().flows(), now);
+        found.idle.into_iter().for_each(|index| tables.reject_flow(index));
+        found.used
+    }
+
+    /// When `settled_flows` or `take_used_flows` has something to do.
+    pub fn flows_due(&self) -> Option<Instant> {
+        let idle = (self.mirror.tables.flow_count() > 0).then(|| self.idle.due());
+        [idle, self.gate.due()].into_iter().flatten().min()
+    }
+
+    /// Connections for which there was no room.
+    pub fn refused_flows(&self) -> Refused {
+        self.flows.refused()
     }
 
     /// The tables' writer, to read from.

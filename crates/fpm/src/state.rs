@@ -60,6 +60,8 @@ pub(crate) struct State {
     /// Those whose filter the engine runs
     filtered: BTreeSet<Policy>,
     pub hash_policy: [u8; 2],
+    /// Nobody follows Linux's rules
+    deaf: bool,
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
     refused_sources: BTreeSet<Prefix>,
     changes: Changes,
@@ -100,6 +102,7 @@ impl State {
             Message::RouteDelete(key) => self.remove_route(key),
             Message::Nexthop(object) => self.set_object(object),
             Message::NexthopDelete(id) => self.remove_object(id),
+            // These go right into the tables: see `flows`.
             Message::Flow(_) | Message::FlowDelete(_) => {}
             Message::Policy(policy) => self.set_policy(policy),
             Message::Alarm(alarm) => self.alarm(alarm),
@@ -449,6 +452,17 @@ impl State {
             .iter()
             .filter(|(_, port)| matches!(port.value.kind, PortKind::Tunnel(_)))
             .map(|(ifindex, _)| *ifindex)
+    }
+
+    /// Generations of the rules that connections may pass now; none if nobody would see them change.
+    pub fn rules(&self) -> BTreeSet<u32> {
+        self.policies().filter_map(|policy| policy.flows).filter(|_| !self.deaf).collect()
+    }
+
+    /// See `Fpm::follow_rules`.
+    pub fn follow_rules(&mut self, on: bool) {
+        self.changes.config |= self.deaf == on;
+        self.deaf = !on;
     }
 
     /// What the policies that `applies` picks come to.

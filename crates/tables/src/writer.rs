@@ -306,6 +306,13 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         self.flows.remove(&self.store.mem.view(), original)
     }
 
+    /// Forgets what Linux accepted of a flow: nothing of it passes until Linux accepts it anew.
+    pub fn reject_flow(&mut self, index: u32) {
+        if let Some(flow) = self.view().flows().get(index as usize) {
+            flow.accepted.iter().for_each(|word| word.store(0));
+        }
+    }
+
     /// No flow passes any more, and none is accepted, until `open_flows`. Packets that are on their way may still pass for a
     /// grace period.
     pub fn close_flows(&mut self) {

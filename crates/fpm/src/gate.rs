@@ -1,0 +1,129 @@
+//! When connections that Linux accepted pass: while the rules stand under which it did. Rules that are new shut the gate at
+//! once. It opens for connections that Linux accepts anew, when no packet is left that it let pass under the old ones.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// How long packets have to leave that Linux has decided about. Those on their way through it at the moment are waited for
+/// by a grace period that follows.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Whether connections pass, and what has to happen until they do.
+#[derive(Default, Debug)]
+pub(crate) struct Gate {
+    /// Generations of the rules in force
+    rules: BTreeSet<u32>,
+    /// Number of the last change
+    change: u64,
+    state: State,
+}
+
+#[derive(Default, PartialEq, Eq, Debug)]
+enum State {
+    /// Nothing is to pass
+    #[default]
+    Shut,
+    /// Until this time packets have to leave
+    Settling(Instant),
+    /// Somebody waits for a grace period
+    Waiting,
+    Open,
+}
+
+impl Gate {
+    /// Takes in the rules in force; true if connections must no longer pass, as of now.
+    pub fn govern(&mut self, rules: BTreeSet<u32>, now: Instant) -> bool {
+        let new = !rules.is_subset(&self.rules);
+        self.rules = rules;
+        if !new && !self.rules.is_empty() {
+            return false;
+        }
+        self.change += 1;
+        self.state = if new { State::Settling(now + SETTLE) } else { State::Shut };
+        true
+    }
+
+    /// When a grace period is to begin; None if none is.
+    pub fn due(&self) -> Option<Instant> {
+        match self.state {
+            State::Settling(until) => Some(until),
+            State::Shut | State::Waiting | State::Open => None,
+        }
+    }
+
+    /// The change for which a grace period is to begin now; given once.
+    pub fn settled(&mut self, now: Instant) -> Option<u64> {
+        if self.due()? > now {
+            return None;
+        }
+        self.state = State::Waiting;
+        Some(self.change)
+    }
+
+    /// After a grace period that began for this change: whether connections pass from now on.
+    pub fn open(&mut self, change: u64) -> bool {
+        let opens = self.state == State::Waiting && change == self.change;
+        if opens {
+            self.state = State::Open;
+        }
+        opens
+    }
+
+    /// Whether connections pass.
+    pub fn is_open(&self) -> bool {
+        self.state == State::Open
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(generations: &[u32]) -> BTreeSet<u32> {
+        generations.iter().copied().collect()
+    }
+
+    /// Opens it for what it was told last.
+    fn opened(gate: &mut Gate, begin: Instant) {
+        let change = gate.settled(begin + SETTLE).expect("due");
+        assert!(gate.open(change) && gate.is_open());
+    }
+
+    #[test]
+    fn it_opens_when_what_was_on_its_way_has_left() {
+        let (mut gate, begin) = (Gate::default(), Instant::now());
+        assert!(gate.govern(rules(&[1]), begin));
+        assert_eq!((gate.due(), gate.settled(begin)), (Some(begin + SETTLE), None));
+        let change = gate.settled(begin + SETTLE).expect("due");
+        assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None), "waited for once");
+        assert!(!gate.is_open());
+        assert!(gate.open(change) && gate.is_open());
+        assert!(!gate.open(change), "opened once");
+        assert!(!gate.govern(rules(&[1]), begin) && gate.is_open(), "nothing is new");
+    }
+
+    #[test]
+    fn a_change_meanwhile_starts_the_wait_anew() {
+        let (mut gate, begin) = (Gate::default(), Instant::now());
+        gate.govern(rules(&[1]), begin);
+        let later = begin + SETTLE / 2;
+        assert!(gate.govern(rules(&[2]), later));
+        assert_eq!(gate.settled(begin + SETTLE), None);
+        let stale = gate.settled(later + SETTLE).expect("due");
+        assert!(gate.govern(rules(&[3]), later + SETTLE));
+        assert!(!gate.open(stale) && !gate.is_open(), "of another change");
+        opened(&mut gate, later + SETTLE);
+    }
+
+    #[test]
+    fn rules_that_go_shut_nothing_unless_they_were_the_last() {
+        let (mut gate, begin) = (Gate::default(), Instant::now());
+        gate.govern(rules(&[1, 2]), begin);
+        opened(&mut gate, begin);
+        assert!(!gate.govern(rules(&[2]), begin) && gate.is_open());
+        assert!(gate.govern(rules(&[1, 2]), begin), "one that comes back may not be the same");
+        opened(&mut gate, begin);
+        assert!(gate.govern(rules(&[]), begin) && !gate.is_open());
+        assert_eq!(gate.due(), None, "nobody is to pass");
+    }
+}
