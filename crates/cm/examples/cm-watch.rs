@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::time::Instant;
-use towpath_cm::{Cm, CmError, Options, guard};
+use towpath_cm::{Cm, CmError, FlowMode, Options, guard};
 use towpath_fpc::{Message, Snapshot};
 use towpath_tables::record::Family;
 
@@ -29,5 +29,5 @@ fn main() -> Result<(), CmError> {
         }
         Ok(())
     };
-    Cm::new(Options::default(), guard::watchers()?)?.run(&mut sink, never.as_fd())
+    Cm::new(Options::default(), guard::watchers(FlowMode::default())?)?.run(&mut sink, never.as_fd())
 }

@@ -6,6 +6,7 @@
 //! class is then read again, as after an overrun of the socket. A snapshot never flushes: FPM marks and sweeps.
 //! Policies come from [`Watcher`]s ([`guard`]).
 
+pub mod conntrack;
 pub mod decode;
 mod dump;
 mod epoll;
@@ -20,6 +21,7 @@ mod sysctl;
 pub mod watch;
 mod watched;
 
+pub use conntrack::{FlowMode, FlowModeError};
 pub use error::CmError;
 pub use manager::{Cm, Options};
 pub use sink::FpcSink;

@@ -1,14 +1,15 @@
 //! The cache manager's loop: notifications, policy watchers, settings that must be polled, and dumps, one chunk at a
 //! time, so that none of them waits for a long dump.
 
+use crate::conntrack::{FlowMode, Mirror};
 use crate::decode::{self, link::Link, nexthop, rtm};
 use crate::dump::{Class, Dump, Key};
 use crate::epoll::Epoll;
 use crate::error::CmError;
 use crate::guard::POLL;
 use crate::netlink::{
-    self, Incoming, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLMSG_DONE, NLMSG_ERROR, OTHER_GROUPS, PORT_GROUPS, Received,
-    Rtnetlink,
+    self, Channel, Incoming, NETLINK_ROUTE, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLMSG_DONE, NLMSG_ERROR, OTHER_GROUPS,
+    PORT_GROUPS, Received,
 };
 use crate::ports::Ports;
 use crate::routes::{Outcome, Shared};
@@ -47,7 +48,8 @@ const TOKEN_STOP: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
 const TOKEN_REQUESTER: u64 = 2;
 const TOKEN_PORTS: u64 = 3;
-const TOKEN_WATCHER: u64 = 4;
+const TOKEN_FLOWS: u64 = 4;
+const TOKEN_WATCHER: u64 = 5;
 
 /// How the manager is to work.
 #[derive(Clone, Debug)]
@@ -58,11 +60,13 @@ pub struct Options {
     /// Names of the interfaces that the fast path serves (their VLAN sub-interfaces count too): settings that must be
     /// polled are polled for these. None: for all.
     pub serve: Option<Vec<String>>,
+    /// Which connections Linux hands over; the watchers must be made for the same
+    pub flows: FlowMode,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { receive_buffer: 128 << 20, serve: None }
+        Self { receive_buffer: 128 << 20, serve: None, flows: FlowMode::default() }
     }
 }
 
@@ -71,11 +75,11 @@ pub struct Cm {
     options: Options,
     epoll: Epoll,
     /// What happens to interfaces comes apart from the rest, so that it does not wait behind routes
-    port_listener: Rtnetlink,
-    listener: Rtnetlink,
+    port_listener: Channel,
+    listener: Channel,
     /// Something was read from `port_listener` that happened after what `listener` still holds
     ahead: bool,
-    requester: Rtnetlink,
+    requester: Channel,
     buffer: Vec<u8>,
     watchers: Vec<Watched>,
     ports: Ports,
@@ -87,6 +91,7 @@ pub struct Cm {
     hash_policy_due: Instant,
     shared: Shared,
     nexthops: HashSet<u32>,
+    flows: Mirror,
     dump: Option<Dump>,
     /// Classes to read, and when
     due: BTreeMap<Class, Instant>,
@@ -102,9 +107,9 @@ impl Cm {
     /// A manager for the calling thread's network namespace. It subscribes here and reads nothing yet.
     pub fn new(options: Options, watchers: Vec<Box<dyn Watcher>>) -> Result<Self, CmError> {
         let epoll = Epoll::new()?;
-        let port_listener = Rtnetlink::listener(PORT_GROUPS, options.receive_buffer)?;
-        let listener = Rtnetlink::listener(OTHER_GROUPS, options.receive_buffer)?;
-        let requester = Rtnetlink::requester()?;
+        let port_listener = Channel::listener(NETLINK_ROUTE, PORT_GROUPS, options.receive_buffer)?;
+        let listener = Channel::listener(NETLINK_ROUTE, OTHER_GROUPS, options.receive_buffer)?;
+        let requester = Channel::requester(NETLINK_ROUTE)?;
         epoll.add(port_listener.as_fd(), TOKEN_PORTS)?;
         epoll.add(listener.as_fd(), TOKEN_LISTENER)?;
         epoll.add(requester.as_fd(), TOKEN_REQUESTER)?;
@@ -116,13 +121,14 @@ impl Cm {
         }
         Ok(Self {
             ports: Ports::new(options.serve.clone()),
+            flows: Mirror::new(options.flows, options.receive_buffer),
             options,
             epoll,
             port_listener,
             listener,
             ahead: false,
             requester,
-            buffer: Rtnetlink::buffer(),
+            buffer: Channel::buffer(),
             watchers,
             ports_complete: false,
             port_alarms: Alarms::of(PolicySource::Ports),
@@ -175,6 +181,7 @@ impl Cm {
             if !full {
                 self.step_dump(sink, !busy)?;
                 self.begin_dump()?;
+                busy |= self.step_flows(sink)?;
             }
             if busy {
                 // Batches become full, and fuller ones cost less.
@@ -225,7 +232,7 @@ impl Cm {
     /// When the first of it is due.
     fn poll_due(&self) -> Instant {
         let watchers = self.watchers.iter().filter_map(Watched::due).filter(|_| self.ports_complete);
-        watchers.fold(self.settings_due.min(self.hash_policy_due), Instant::min)
+        watchers.chain(self.flows.due()).fold(self.settings_due.min(self.hash_policy_due), Instant::min)
     }
 
     fn poll(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
@@ -242,14 +249,32 @@ impl Cm {
             self.settings_due = now + SETTINGS_INTERVAL;
             self.out.extend(self.ports.poll_settings());
         }
+        let mut rules = false;
         for watched in self.watchers.iter_mut().filter(|_| self.ports_complete) {
             if watched.due().is_some_and(|due| due <= soon) {
                 let found = watched.poll(self.ports.index());
                 found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
+                rules |= !found.messages.is_empty();
                 self.out.extend(found.messages);
             }
         }
+        if rules {
+            let generations = self.watchers.iter().flat_map(Watched::flows).collect();
+            self.flows.rules(generations, &mut self.out);
+        }
         Ok(())
+    }
+
+    /// Goes on with connections; true if there is more to do.
+    fn step_flows(&mut self, sink: &mut dyn FpcSink) -> Result<bool, CmError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let stepped = self.flows.step(&mut buffer, &mut self.out);
+        self.buffer = buffer;
+        if let Some(listener) = self.flows.take_opened() {
+            self.epoll.add(listener, TOKEN_FLOWS)?;
+        }
+        self.flush_full(sink)?;
+        Ok(stepped)
     }
 
     // Dumps.
@@ -523,11 +548,11 @@ impl Cm {
     fn overrun(&mut self) -> Result<(), CmError> {
         tracing::warn!("notifications were lost; traffic goes to Linux until everything has been read again");
         // What is still queued is older than what was lost: away with it.
-        self.port_listener = Rtnetlink::listener(PORT_GROUPS, self.options.receive_buffer)?;
+        self.port_listener = Channel::listener(NETLINK_ROUTE, PORT_GROUPS, self.options.receive_buffer)?;
         self.epoll.add(self.port_listener.as_fd(), TOKEN_PORTS)?;
-        self.listener = Rtnetlink::listener(OTHER_GROUPS, self.options.receive_buffer)?;
+        self.listener = Channel::listener(NETLINK_ROUTE, OTHER_GROUPS, self.options.receive_buffer)?;
         self.epoll.add(self.listener.as_fd(), TOKEN_LISTENER)?;
-        self.requester = Rtnetlink::requester()?;
+        self.requester = Channel::requester(NETLINK_ROUTE)?;
         self.epoll.add(self.requester.as_fd(), TOKEN_REQUESTER)?;
         for ifindex in self.ports.indices() {
             self.hold(ifindex, &Class::ALL);

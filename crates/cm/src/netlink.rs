@@ -1,9 +1,10 @@
-//! Rtnetlink sockets: one that listens to notifications, one that asks for dumps.
+//! Netlink sockets for what is mirrored, of rtnetlink and ctnetlink: some listen to notifications, others ask.
 
 use crate::decode::{attrs, family_number, rtm};
 use crate::error::CmError;
 use netlink_packet_core::NetlinkBuffer;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+pub use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use netlink_sys::{Socket, SocketAddr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use towpath_tables::record::Family;
@@ -20,7 +21,8 @@ pub const NLM_F_REPLACE: u16 = 0x100;
 pub const NLM_F_EXCL: u16 = 0x200;
 /// Of a notification: the route stands behind those that were under its key.
 pub const NLM_F_APPEND: u16 = 0x800;
-const NLM_F_REQUEST_DUMP: u16 = 0x301;
+/// The request asks for a dump.
+pub const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
@@ -42,27 +44,29 @@ pub enum Received {
     Overrun,
 }
 
-/// A rtnetlink socket.
-pub struct Rtnetlink {
+/// A netlink socket.
+pub struct Channel {
     socket: Socket,
+    /// Its address: what it causes is told with this number
+    port: u32,
     sequence: u32,
 }
 
-impl Rtnetlink {
+impl Channel {
     /// A socket that gets the notifications of these groups, with a receive buffer of (twice) this size.
-    pub fn listener(groups: &[u32], receive_buffer: usize) -> Result<Self, CmError> {
-        let listener = Self::open()?;
+    pub fn listener(protocol: isize, groups: &[u32], receive_buffer: usize) -> Result<Self, CmError> {
+        let listener = Self::open(protocol)?;
         listener.set_receive_buffer(receive_buffer)?;
         for group in groups {
             let joined = listener.socket.add_membership(*group);
-            joined.map_err(|e| CmError::io(format!("subscribing to rtnetlink group {group}"), e))?;
+            joined.map_err(|e| CmError::io(format!("subscribing to netlink group {group}"), e))?;
         }
         Ok(listener)
     }
 
-    /// A socket for dumps.
-    pub fn requester() -> Result<Self, CmError> {
-        let requester = Self::open()?;
+    /// A socket for requests.
+    pub fn requester(protocol: isize) -> Result<Self, CmError> {
+        let requester = Self::open(protocol)?;
         let set = |what: &str, result: io::Result<()>| result.map_err(|e| CmError::io(what, e));
         set("NETLINK_GET_STRICT_CHK", requester.socket.set_netlink_get_strict_chk(true))?;
         set("NETLINK_EXT_ACK", requester.socket.set_ext_ack(true))?;
@@ -70,14 +74,19 @@ impl Rtnetlink {
         Ok(requester)
     }
 
-    fn open() -> Result<Self, CmError> {
+    fn open(protocol: isize) -> Result<Self, CmError> {
         let open = || {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
+            let mut socket = Socket::new(protocol)?;
+            let port = socket.bind_auto()?.port_number();
             socket.set_non_blocking(true)?;
-            Ok(socket)
+            Ok(Self { socket, port, sequence: 0 })
         };
-        open().map(|socket| Self { socket, sequence: 0 }).map_err(|e| CmError::io("opening a rtnetlink socket", e))
+        open().map_err(|e| CmError::io("opening a netlink socket", e))
+    }
+
+    /// The number that messages about what it caused carry.
+    pub fn port(&self) -> u32 {
+        self.port
     }
 
     /// Sets the receive buffer beyond the administrator's limit if CM may do so, within it otherwise.
@@ -96,7 +105,7 @@ impl Rtnetlink {
         if rc == 0 {
             return Ok(());
         }
-        self.socket.set_rx_buf_sz(value).map_err(|e| CmError::io("setting a rtnetlink receive buffer", e))
+        self.socket.set_rx_buf_sz(value).map_err(|e| CmError::io("setting a netlink receive buffer", e))
     }
 
     /// A buffer large enough for `receive`.
@@ -115,29 +124,40 @@ impl Rtnetlink {
                 Some(libc::EAGAIN) => Ok(Received::Empty),
                 Some(libc::ENOBUFS) => Ok(Received::Overrun),
                 Some(libc::EINTR) => Ok(Received::Bytes(0)),
-                _ => Err(CmError::io("reading a rtnetlink socket", e)),
+                _ => Err(CmError::io("reading a netlink socket", e)),
             },
         }
     }
 
     /// Asks for a dump; its messages will carry the sequence number given back.
     pub fn dump(&mut self, request: Request) -> Result<u32, CmError> {
+        let mut bytes = Vec::new();
+        let sequence = self.put(request.message_type(), NLM_F_REQUEST_DUMP, &request.payload(), &mut bytes);
+        self.send(&bytes, || format!("asking for a {request:?} dump"))?;
+        Ok(sequence)
+    }
+
+    /// Appends a request to those in `bytes`, to be sent together; gives the sequence number that its answers carry.
+    pub fn put(&mut self, kind: u16, flags: u16, payload: &[u8], bytes: &mut Vec<u8>) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
-        let payload = request.payload();
-        let mut bytes = Vec::with_capacity(16 + payload.len());
         bytes.extend((16 + payload.len() as u32).to_ne_bytes());
-        bytes.extend(request.message_type().to_ne_bytes());
-        bytes.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
         bytes.extend(self.sequence.to_ne_bytes());
         bytes.extend(0u32.to_ne_bytes());
         bytes.extend(payload);
-        let sent = self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0);
-        sent.map_err(|e| CmError::io(format!("asking for a {request:?} dump"), e))?;
-        Ok(self.sequence)
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        self.sequence
+    }
+
+    /// Sends requests; `what` is being done by them.
+    pub fn send(&self, bytes: &[u8], what: impl FnOnce() -> String) -> Result<(), CmError> {
+        let sent = self.socket.send_to(bytes, &SocketAddr::new(0, 0), 0);
+        sent.map(drop).map_err(|e| CmError::io(what(), e))
     }
 }
 
-impl AsFd for Rtnetlink {
+impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -210,6 +230,8 @@ pub struct Incoming<'a> {
     pub flags: u16,
     /// `nlmsg_seq`
     pub sequence: u32,
+    /// `nlmsg_pid`: the socket that asked, or caused what is told; 0 for none
+    pub port: u32,
     /// What follows the header
     pub payload: &'a [u8],
 }
@@ -233,6 +255,7 @@ pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Result<Incoming<'_>, C
             kind: message.message_type(),
             flags: message.flags(),
             sequence: message.sequence_number(),
+            port: message.port_number(),
             payload: message.payload(),
         }))
     })

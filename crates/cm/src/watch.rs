@@ -64,6 +64,11 @@ impl Finding {
         Self { scope, reason, detail: detail.into(), filter: None, flows: None }
     }
 
+    /// The same, but that connections which Linux handed over may pass it, by the rules of this generation.
+    pub fn passed_by(self, flows: Option<u32>) -> Self {
+        Self { flows, ..self }
+    }
+
     /// One that touches every forwarded packet of the family.
     pub fn family(family: Family, reason: Reason, detail: impl Into<String>) -> Self {
         Self::new(Scope::Family(family), reason, detail)

@@ -44,6 +44,11 @@ impl Watched {
         self.due
     }
 
+    /// Generations of the rules that connections may pass, as told last.
+    pub fn flows(&self) -> impl Iterator<Item = u32> {
+        self.told.iter().flatten().filter_map(|policy| policy.flows)
+    }
+
     /// It must be polled at once.
     pub fn wake(&mut self) {
         self.due = Some(Instant::now());

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::FamilyReader, watchers};
-use towpath_cm::{Finding, PortIndex, Watcher};
+use towpath_cm::{Finding, FlowMode, PortIndex, Watcher};
 use towpath_fpc::{Port, PortFamily, PortKind, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family::{V4, V6};
@@ -185,7 +185,7 @@ const CONNTRACK: Reason = Reason::PolicyConntrack;
 #[test]
 fn nft_rules_on_the_way() {
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     let both = [family(V4, NETFILTER), family(V6, NETFILTER)];
     let flush = "nft flush ruleset";
     for hook in ["prerouting", "forward", "postrouting"] {
@@ -221,7 +221,7 @@ fn nft_rules_on_the_way() {
 #[test]
 fn nft_connection_tracking_anywhere() {
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     let both = [family(V4, CONNTRACK), family(V6, CONNTRACK)];
     let flush = "nft flush ruleset";
     let input = |rule: &str| {
@@ -256,7 +256,7 @@ fn nft_connection_tracking_anywhere() {
 #[test]
 fn nft_flowtables() {
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     let flowtable = "nft 'add table inet t; add flowtable inet t f { hook ingress priority 0; devices = { g0, g1 }; }'";
     if !offers(flowtable) {
         return;
@@ -270,7 +270,7 @@ fn nft_flowtables() {
 #[test]
 fn nft_that_is_not_in_the_way() {
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     let (mark, unmark) = (
         "nft 'add table ip6 m; add chain ip6 m c { type filter hook forward priority 0; policy drop; }'",
         "nft delete table ip6 m",
@@ -297,7 +297,7 @@ fn nft_that_is_not_in_the_way() {
 #[test]
 fn iptables_nft() {
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     for (tool, scope) in [("iptables-nft", V4), ("ip6tables-nft", V6)] {
         let only = |reason| [family(scope, reason)];
         let undo = |table: &str| format!("{tool} -t {table} -F");
@@ -606,7 +606,7 @@ fn bpf_programs_in_netfilter_hooks() {
         return; // no such links yet
     }
     let lab = Lab::new();
-    let mut nft = Watched::new(Nftables::new().unwrap(), &lab.ports);
+    let mut nft = Watched::new(Nftables::new(FlowMode::Flowtable).unwrap(), &lab.ports);
     let (netfilter, attach_type, accept) = (32, 45, 1);
     let (forward, input, priority) = (2, 1, 7);
     let v6 = 10;
@@ -827,7 +827,8 @@ fn watching_an_idle_router_costs_next_to_nothing() {
     // Rules that concern the router's own traffic only, for something to be read.
     let legacy = works("for p in 1 2 3 4 5 6 7 8; do iptables-legacy -A INPUT -p tcp --dport $p -j DROP; done");
     run("nft 'add table inet t; add chain inet t c { type filter hook input priority 0; }; add rule inet t c counter'");
-    let mut all: Vec<_> = watchers().unwrap().into_iter().map(|watcher| (watcher, Duration::ZERO)).collect();
+    let mut all: Vec<_> =
+        watchers(FlowMode::Flowtable).unwrap().into_iter().map(|watcher| (watcher, Duration::ZERO)).collect();
     for (watcher, _) in &mut all {
         assert_eq!(watcher.findings(&lab.ports).unwrap(), [], "{}", watcher.name());
     }

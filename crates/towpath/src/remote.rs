@@ -116,7 +116,9 @@ fn describe(writer: &mut Writer, hurry: &std::sync::mpsc::Sender<Urgent>, stoppe
     std::thread::scope(|scope| {
         let writer = scope.spawn(move || writer.write_out(&waiting));
         let mut sink = Outlet { batches, hurry: hurry.clone(), waiting: None };
-        let mut cm = Cm::new(towpath_cm::Options::default(), towpath_cm::guard::watchers()?)?;
+        let options = towpath_cm::Options::default();
+        let watchers = towpath_cm::guard::watchers(options.flows)?;
+        let mut cm = Cm::new(options, watchers)?;
         let ended = cm.run(&mut sink, stopped.as_fd());
         drop(sink);
         let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

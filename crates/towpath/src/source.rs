@@ -129,7 +129,8 @@ fn start_cm(serve: Option<Vec<String>>, inbound: Inbound) -> Result<Running> {
 fn follow_linux(serve: Option<Vec<String>>, inbound: &Inbound, stopped: &UnixStream) -> Result<(), CmError> {
     let options = towpath_cm::Options { serve, ..towpath_cm::Options::default() };
     let mut sink = Inlet { inbound: inbound.clone(), waiting: None };
-    Cm::new(options, towpath_cm::guard::watchers()?)?.run(&mut sink, stopped.as_fd())
+    let watchers = towpath_cm::guard::watchers(options.flows)?;
+    Cm::new(options, watchers)?.run(&mut sink, stopped.as_fd())
 }
 
 /// One CM at a time; when it goes, the tables stay as they are until the next one describes everything anew.

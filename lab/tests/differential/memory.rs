@@ -134,7 +134,8 @@ fn mirror(node: &Node) -> Result<(HeapBacking, Vec<(u32, u32)>)> {
         let manager = scope.spawn(move || {
             node.enter(|| -> Result<()> {
                 let options = Options { serve: Some(PORT_NAMES.map(String::from).into()), ..Options::default() };
-                Ok(Cm::new(options, guard::watchers()?)?.run(&mut sender, stopped.as_fd())?)
+                let watchers = guard::watchers(options.flows)?;
+                Ok(Cm::new(options, watchers)?.run(&mut sender, stopped.as_fd())?)
             })?
         });
         let told = loop {

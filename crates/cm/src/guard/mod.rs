@@ -9,7 +9,7 @@ mod bpf;
 mod capture;
 pub mod netfilter;
 mod nftables;
-mod nl;
+pub(crate) mod nl;
 mod rules;
 pub mod sysctl;
 mod tc;
@@ -17,6 +17,7 @@ mod tunnels;
 mod xfrm;
 mod xtables;
 
+use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
 use std::time::Duration;
@@ -39,10 +40,11 @@ pub const POLL: Duration = Duration::from_millis(70);
 /// Both families.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
-/// All watchers of the calling thread's network namespace. They must be used by a thread of that namespace.
-pub fn watchers() -> Result<Vec<Box<dyn Watcher>>, CmError> {
+/// All watchers of the calling thread's network namespace, where these connections are handed over. They must be used by
+/// a thread of that namespace.
+pub fn watchers(flows: FlowMode) -> Result<Vec<Box<dyn Watcher>>, CmError> {
     Ok(vec![
-        Box::new(Nftables::new()?),
+        Box::new(Nftables::new(flows)?),
         Box::new(Xtables::new()?),
         Box::new(Xfrm::new()?),
         Box::new(Rules::new()?),

@@ -63,6 +63,22 @@ pub fn xt_tracks(name: &str) -> bool {
     !WITHOUT_CONNTRACK.contains(&name)
 }
 
+/// Targets of xtables that say no more than what becomes of a connection, or leave its packets as they are.
+#[rustfmt::skip]
+const DECIDING: &[&str] = &[
+    "", "AUDIT", "CONNMARK", "CONNSECMARK", "DNAT", "ERROR", "IDLETIMER", "LED", "LOG", "MARK", "MASQUERADE", "NETMAP",
+    "NFLOG", "RATEEST", "REDIRECT", "REJECT", "SECMARK", "SET", "SNAT", "TCPMSS", "TRACE", "standard",
+];
+
+/// Targets that change each packet, or copy it: a flowtable's connections do not meet them in Linux either.
+const CHANGING: &[&str] = &["CHECKSUM", "CLASSIFY", "DSCP", "ECN", "HL", "HMARK", "TCPOPTSTRIP", "TEE", "TOS", "TTL"];
+
+/// Whether connections that Linux handed over may pass a rule with this target; `flowtable`: those of a flowtable. By
+/// net/netfilter/xt_*.c and net/ipv{4,6}/netfilter, Linux 6.1; unknown ones are not passed.
+pub fn xt_passes(target: &str, flowtable: bool) -> bool {
+    DECIDING.contains(&target) || flowtable && CHANGING.contains(&target)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,10 +5,12 @@
 //! if the generation is another; should one ever be missing, the generation is asked for now and then all the same
 //! (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
 
+mod barrier;
 mod hooks;
 mod ruleset;
 
 use super::{Finding, POLL, has_tunnels, nl};
+use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
@@ -43,6 +45,7 @@ pub struct Nftables {
     asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
+    flows: FlowMode,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,8 +56,8 @@ enum Generation {
 }
 
 impl Nftables {
-    /// Watches the thread's network namespace.
-    pub fn new() -> Result<Self, CmError> {
+    /// Watches the thread's network namespace, where these connections are handed over.
+    pub fn new(flows: FlowMode) -> Result<Self, CmError> {
         let open = |e| CmError::io("nftables: netlink socket", e);
         let mut netlink = Netlink::open(NETLINK_NETFILTER).map_err(open)?;
         Ok(Self {
@@ -64,6 +67,7 @@ impl Nftables {
             generation: Generation::Unknown,
             asked: Instant::now(),
             ruleset: Ruleset::default(),
+            flows,
         })
     }
 
@@ -85,7 +89,9 @@ impl Nftables {
             Err(e) => return Err(e),
         };
         match generation {
-            Generation::Is(_) if generation != self.generation => self.ruleset = Ruleset::read(&mut self.netlink)?,
+            Generation::Is(_) if generation != self.generation => {
+                self.ruleset = Ruleset::read(&mut self.netlink, self.flows)?;
+            }
             Generation::Is(_) => {}
             _ => self.ruleset = Ruleset::default(),
         }
@@ -113,8 +119,14 @@ impl Watcher for Nftables {
 
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         self.refresh().inspect_err(|_| self.generation = Generation::Unknown)?;
-        let mut findings = self.ruleset.findings(ports);
-        findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports))?);
+        let flows = match self.generation {
+            _ if self.flows == FlowMode::None => None,
+            Generation::Is(generation) => Some(generation),
+            // Connections are tracked all the same, and this never changes.
+            Generation::Absent | Generation::Unknown => Some(0),
+        };
+        let mut findings = self.ruleset.findings(ports, flows, self.flows);
+        findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
         Ok(findings)
     }
 }

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use towpath_tables::Reason;
+use towpath_tables::record::Family;
 
 const SUBSYSTEM: u16 = 12;
 const HOOKNUM: u16 = 1;
@@ -32,6 +33,8 @@ const JUDGED: &[&str] = &[
     "ipt_do_table",
     "iptable_mangle_hook",
 ];
+/// Functions of connection tracking whose names do not say so (nf_conntrack_proto.c, nf_defrag_ipv6_hooks.c; 6.1 and 6.18).
+const TRACKING: &[&str] = &["ipv4_confirm", "ipv6_confirm", "nf_confirm", "ipv6_defrag"];
 const JUDGED_PREFIXES: &[&str] = &["nf_nat_", "nft_do_chain"];
 
 /// Where to look.
@@ -56,15 +59,20 @@ impl Hooks {
         }
     }
 
-    /// What hangs in the hooks now.
-    pub fn findings(&mut self, netlink: &mut Netlink, tunnels: bool) -> Result<Vec<Finding>, CmError> {
+    /// What hangs in the hooks now. `flows`: what connections may pass connection tracking by.
+    pub fn findings(
+        &mut self,
+        netlink: &mut Netlink,
+        tunnels: bool,
+        flows: Option<u32>,
+    ) -> Result<Vec<Finding>, CmError> {
         let mut findings = Vec::new();
         match self {
             Self::Listed => {
                 for pf in [pf::IPV4, pf::IPV6] {
                     for (hook, name, local) in hooks(tunnels) {
                         for function in list(netlink, pf, hook)? {
-                            findings.extend(judge(pf, (name, local), &function));
+                            findings.extend(judge(pf, (name, local), &function, flows));
                         }
                     }
                 }
@@ -103,14 +111,16 @@ fn unlisted(error: CmError) -> CmError {
     }
 }
 
-fn judge(pf: u8, (hook, local): (&str, bool), function: &str) -> Vec<Finding> {
+fn judge(pf: u8, (hook, local): (&str, bool), function: &str, flows: Option<u32>) -> Vec<Finding> {
     if JUDGED.contains(&function) || JUDGED_PREFIXES.iter().any(|prefix| function.starts_with(prefix)) {
         return Vec::new();
     }
-    let tracks = function.contains("conntrack");
+    let tracks = function.contains("conntrack") || TRACKING.contains(&function);
+    let flows = flows.filter(|_| tracks && !local);
     let reason = if tracks { Reason::PolicyConntrack } else { Reason::PolicyNetfilter };
     let detail = format!("netfilter hook {hook}: kernel function {function}");
-    families(pf).iter().map(|f| Finding::new(scope(*f, local), reason, detail.clone())).collect()
+    let finding = |family: &Family| Finding::new(scope(*family, local), reason, detail.clone()).passed_by(flows);
+    families(pf).iter().map(finding).collect()
 }
 
 /// Names of the functions in a hook.
@@ -158,18 +168,20 @@ impl Ipvs {
 mod tests {
     use super::*;
     use towpath_fpc::Scope;
-    use towpath_tables::record::Family;
 
     #[test]
     fn only_unknown_functions_stand_in_the_way() {
         for harmless in ["nft_do_chain_inet", "ipt_do_table", "nf_nat_ipv4_out", "apparmor_ip_postroute"] {
-            assert_eq!(judge(pf::IPV4, ("forward", false), harmless), [], "{harmless}");
+            assert_eq!(judge(pf::IPV4, ("forward", false), harmless, Some(7)), [], "{harmless}");
         }
-        let found = judge(pf::IPV6, ("prerouting", false), "ipv6_conntrack_in");
+        let found = judge(pf::IPV6, ("prerouting", false), "ipv6_conntrack_in", Some(7));
         let detail = "netfilter hook prerouting: kernel function ipv6_conntrack_in";
-        assert_eq!(found, [Finding::family(Family::V6, Reason::PolicyConntrack, detail)]);
-        assert_eq!(judge(pf::IPV4, ("forward", false), "nf_hook_run_bpf")[0].reason, Reason::PolicyNetfilter);
-        assert_eq!(judge(pf::IPV4, ("input", true), "nf_hook_run_bpf")[0].scope, Scope::Local(Family::V4));
+        assert_eq!(found, [Finding::family(Family::V6, Reason::PolicyConntrack, detail).passed_by(Some(7))]);
+        assert_eq!(judge(pf::IPV4, ("postrouting", false), "nf_confirm", Some(7))[0].flows, Some(7));
+        assert_eq!(judge(pf::IPV4, ("input", true), "nf_confirm", Some(7))[0].flows, None);
+        assert_eq!(judge(pf::IPV4, ("forward", false), "nf_hook_run_bpf", Some(7))[0].flows, None);
+        assert_eq!(judge(pf::IPV4, ("forward", false), "nf_hook_run_bpf", None)[0].reason, Reason::PolicyNetfilter);
+        assert_eq!(judge(pf::IPV4, ("input", true), "nf_hook_run_bpf", None)[0].scope, Scope::Local(Family::V4));
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! The rule set as far as it matters: base chains and where they hang, how many rules they hold, and what uses
 //! connection tracking.
 
-use super::super::netfilter::{families, hooks, pf, scope, xt_tracks};
+use super::super::netfilter::{FORWARD_PATH, families, hooks, pf, scope, xt_tracks};
 use super::super::nl::{Message, Netlink, attrs, be32, find, text_of};
 use super::super::{Finding, count, has_tunnels};
+use super::barrier::{barrier, object_is_barrier};
 use super::{SUBSYSTEM, header};
+use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::PortIndex;
 use std::collections::{BTreeMap, BTreeSet};
 use towpath_fpc::Scope;
 use towpath_tables::Reason;
+use towpath_tables::record::Family;
 
 const GETTABLE: u16 = 1;
 const GETCHAIN: u16 = 4;
@@ -37,6 +40,8 @@ pub struct Ruleset {
     /// What tracks connections: the netfilter family and where it was found
     tracking: BTreeSet<(u8, String)>,
     flowtables: Vec<Flowtable>,
+    /// What no connection may pass: the netfilter family and where it was found
+    barriers: BTreeSet<(u8, String)>,
 }
 
 #[derive(PartialEq, Eq, Debug)]
@@ -56,46 +61,64 @@ struct Flowtable {
 }
 
 impl Ruleset {
-    /// Reads the rule set of the namespace.
-    pub fn read(netlink: &mut Netlink) -> Result<Self, CmError> {
+    /// Reads the rule set of the namespace, where these connections are handed over.
+    pub fn read(netlink: &mut Netlink, flows: FlowMode) -> Result<Self, CmError> {
         let tables = dump(netlink, "nftables tables", GETTABLE, table)?;
         let chains = dump(netlink, "nftables chains", GETCHAIN, chain)?;
         let flowtables = dump(netlink, "nftables flowtables", GETFLOWTABLE, flowtable)?;
         let mut tracking: BTreeSet<_> = dump(netlink, "nftables sets", GETSET, set)?.into_iter().collect();
-        tracking.extend(dump(netlink, "nftables objects", GETOBJ, object)?);
-        let mut rules = BTreeMap::new();
-        for rule in dump(netlink, "nftables rules", GETRULE, rule)? {
-            if let Some(expression) = rule.tracking {
-                let (pf, table) = &rule.chain.0;
-                tracking.insert((*pf, format!("{}, chain {}: {expression}", table_name(*pf, table), rule.chain.1)));
+        let mut barriers = BTreeSet::new();
+        for object in dump(netlink, "nftables objects", GETOBJ, object)? {
+            if object_is_barrier(object.kind) {
+                barriers.insert((object.pf, object.place.clone()));
             }
+            tracking.insert((object.pf, object.place));
+        }
+        let mut rules = BTreeMap::new();
+        for rule in
+            dump(netlink, "nftables rules", GETRULE, |what, family, attributes| rule(what, family, attributes, flows))?
+        {
+            let (pf, table) = &rule.chain.0;
+            let place = |expression| (*pf, format!("{}, chain {}: {expression}", table_name(*pf, table), rule.chain.1));
+            tracking.extend(rule.tracking.map(place));
+            barriers.extend(rule.barrier.map(place));
             *rules.entry(rule.chain).or_default() += 1;
         }
-        Ok(Self { dormant: tables.into_iter().collect(), chains, rules, tracking, flowtables })
+        Ok(Self { dormant: tables.into_iter().collect(), chains, rules, tracking, flowtables, barriers })
     }
 
-    /// What stands in the way, with the interfaces known at the moment.
-    pub fn findings(&self, ports: &PortIndex) -> Vec<Finding> {
+    /// What stands in the way, with the interfaces known at the moment. `flows` is the generation that connections may pass,
+    /// chosen by `mode`.
+    pub fn findings(&self, ports: &PortIndex, flows: Option<u32>, mode: FlowMode) -> Vec<Finding> {
         let mut findings = Vec::new();
         for chain in self.chains.iter().filter(|chain| !self.dormant.contains(&chain.table)) {
             let rules = self.rules.get(&(chain.table.clone(), chain.name.clone())).copied().unwrap_or(0);
             if rules > 0 || !chain.accepts {
                 let policy = if chain.accepts { "" } else { ", policy drop" };
                 let detail = format!("{}: {}{policy}", chain.describe(), count(rules, "rule"));
-                findings.extend(
-                    chain.scopes(ports).into_iter().map(|s| Finding::new(s, Reason::PolicyNetfilter, detail.clone())),
-                );
+                let passing = flows.filter(|_| chain.sees_connections());
+                let finding = |scope| Finding::new(scope, Reason::PolicyNetfilter, detail.clone());
+                findings.extend(chain.scopes(ports).into_iter().map(|scope| match scope {
+                    Scope::Family(_) => finding(scope).passed_by(passing),
+                    _ => finding(scope),
+                }));
             }
         }
         for (pf, detail) in &self.tracking {
             let detail = format!("{detail} (connection tracking)");
-            findings.extend(families(*pf).iter().map(|f| Finding::family(*f, Reason::PolicyConntrack, detail.clone())));
+            let finding = |f: &Family| Finding::family(*f, Reason::PolicyConntrack, detail.clone()).passed_by(flows);
+            findings.extend(families(*pf).iter().map(finding));
+        }
+        for (pf, detail) in self.barriers.iter().filter(|_| flows.is_some()) {
+            let detail = format!("{detail} (no connection may pass)");
+            findings.extend(families(*pf).iter().map(|f| Finding::family(*f, Reason::PolicyNetfilter, detail.clone())));
         }
         for flowtable in &self.flowtables {
             let detail = format!("{}, flowtable {}", table_name(flowtable.table.0, &flowtable.table.1), flowtable.name);
             findings.extend(
                 indices(&flowtable.devices, ports)
-                    .map(|i| Finding::new(Scope::Ingress(i, None), Reason::PolicyConntrack, detail.clone())),
+                    .map(|i| Finding::new(Scope::Ingress(i, None), Reason::PolicyConntrack, detail.clone()))
+                    .map(|finding| finding.passed_by(flows.filter(|_| mode == FlowMode::Flowtable))),
             );
         }
         findings
@@ -105,6 +128,11 @@ impl Ruleset {
 impl Chain {
     fn describe(&self) -> String {
         format!("{}, chain {}", table_name(self.table.0, &self.table.1), self.name)
+    }
+
+    /// Whether it hangs where connections are tracked and rules see each once for all.
+    fn sees_connections(&self) -> bool {
+        !families(self.table.0).is_empty() && FORWARD_PATH.iter().any(|(hook, _)| *hook == self.hook)
     }
 
     /// What the chain sees of forwarded packets; nothing if it is not on their way.
@@ -216,24 +244,35 @@ fn set(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<(u8
 }
 
 /// A named object that tracks connections by being there.
-fn object(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<(u8, String)>, CmError> {
+struct Object {
+    pf: u8,
+    kind: Option<u32>,
+    place: String,
+}
+
+fn object(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Object>, CmError> {
     // Counter, quota, limit, tunnel and secmark do not; ct helper, ct timeout, ct expectation, connlimit, synproxy and
     // whatever comes later do.
-    if matches!(find(attributes, 3).and_then(be32), Some(1 | 2 | 4 | 6 | 8)) {
+    let kind = find(attributes, 3).and_then(be32);
+    if matches!(kind, Some(1 | 2 | 4 | 6 | 8)) {
         return Ok(None);
     }
     let table = table_name(family, &string(what, attributes, 1)?);
-    Ok(Some((family, format!("{table}, object {}", string(what, attributes, 2)?))))
+    let place = format!("{table}, object {}", string(what, attributes, 2)?);
+    Ok(Some(Object { pf: family, kind, place }))
 }
 
 struct Rule {
     chain: (TableKey, String),
     tracking: Option<String>,
+    /// Why no connection may pass
+    barrier: Option<String>,
 }
 
-fn rule(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Rule>, CmError> {
+fn rule(what: &str, family: u8, attributes: &Attributes<'_>, flows: FlowMode) -> Result<Option<Rule>, CmError> {
     let chain = ((family, string(what, attributes, 1)?), string(what, attributes, 2)?);
-    Ok(Some(Rule { chain, tracking: list_tracking(what, find(attributes, 4).unwrap_or_default())? }))
+    let list = find(attributes, 4).unwrap_or_default();
+    Ok(Some(Rule { chain, tracking: list_tracking(what, list)?, barrier: barrier(what, list, flows)? }))
 }
 
 /// The first expression of a list that tracks connections.
@@ -290,6 +329,10 @@ mod tests {
             .collect()
     }
 
+    fn established(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<Rule>, CmError> {
+        rule(what, family, attributes, FlowMode::Established)
+    }
+
     /// The rule set of the recorded dumps in `recorded/`, each line one message's payload.
     fn recorded() -> Ruleset {
         let what = "recording";
@@ -298,7 +341,7 @@ mod tests {
             set.chains.extend(decode_with(what, &Message { kind: 0, payload: &payload }, chain).unwrap());
         }
         for payload in fixture(include_str!("../recorded/rules.hex")) {
-            let rule = decode_with(what, &Message { kind: 0, payload: &payload }, rule).unwrap().unwrap();
+            let rule = decode_with(what, &Message { kind: 0, payload: &payload }, established).unwrap().unwrap();
             if let Some(name) = rule.tracking {
                 set.tracking.insert((rule.chain.0.0, name));
             }
@@ -326,7 +369,7 @@ mod tests {
     fn truncated_recordings_are_errors_or_nothing_but_never_a_panic() {
         for payload in fixture(include_str!("../recorded/rules.hex")) {
             for length in 0..payload.len() {
-                let _ = decode_with("test", &Message { kind: 0, payload: &payload[..length] }, rule);
+                let _ = decode_with("test", &Message { kind: 0, payload: &payload[..length] }, established);
             }
         }
     }
