@@ -1,4 +1,5 @@
-//! Hit flags: neighbours that the fast path uses stay valid in Linux by Linux's own probing, idle ones age as ever.
+//! Hit flags: neighbours that the fast path uses stay valid in Linux by Linux's own probing, idle ones age as ever; and
+//! so do connections (`Connections`).
 //!
 //! Linux keeps a neighbour alive while it sends to it itself; packets that take the fast path do not count. So engines
 //! mark the next hops they use, and once a period the neighbours behind the marked ones are reported to Linux as used
@@ -7,8 +8,10 @@
 //! net/core/neighbour.c, 6.1). ARP and ND alike. The period must be shorter than `delay_first_probe_time` (5 s), within
 //! which Linux wants to have seen a use when `REACHABLE` ends.
 
+mod connections;
 mod netlink;
 
+pub use connections::{Connections, RefreshConnections};
 pub use netlink::Netlink;
 
 use std::time::{Duration, Instant};
@@ -37,6 +40,9 @@ pub enum RefreshError {
         /// The kernel's answer
         cause: std::io::Error,
     },
+    /// Linux's connection tracking cannot be asked, or refuses
+    #[error("reporting used connections: {0}")]
+    Connections(towpath_cm::CmError),
     /// The other process is gone
     #[error(transparent)]
     Connection(#[from] towpath_fpc::ConnectionError),

@@ -12,8 +12,10 @@
 pub mod entry;
 mod judge;
 mod mode;
+mod table;
 
 pub use mode::{FlowMode, FlowModeError};
+pub use table::{Change, Table, Timeouts};
 
 use crate::error::CmError;
 use crate::netlink::{
@@ -30,14 +32,15 @@ use towpath_tables::flow::Tuple;
 /// NFNLGRP_CONNTRACK_NEW, _UPDATE and _DESTROY.
 const GROUPS: &[u32] = &[1, 2, 3];
 /// NFNL_SUBSYS_CTNETLINK with IPCTNL_MSG_CT_NEW, _GET and _DELETE.
-pub const NEW: u16 = 0x100;
-/// See `NEW`
-pub const GET: u16 = 0x101;
+const NEW: u16 = 0x100;
+const GET: u16 = 0x101;
 const DELETE: u16 = 0x102;
 const NLM_F_REQUEST: u16 = 1;
 
 /// Events read, and entries touched, before others get their turn again.
 const AT_ONCE: usize = 64;
+/// Room that the listener has for the events of each entry that is touched: they come while it does not read.
+const ROOM: usize = 2048;
 /// Dumps are this far apart at least, and this multiple of the time that the last one took.
 const INTERVAL: Duration = Duration::from_secs(5);
 const REST: u32 = 50;
@@ -163,12 +166,14 @@ impl Mirror {
                     self.opened = true;
                     session.due = Instant::now();
                     session.dump = None;
+                    // Their answers may be among what was lost.
+                    session.asked = Default::default();
                     return Ok(true);
                 }
             }
         }
         busy |= session.step_dump(buffer, self.mode, &mut self.malformed, out)?;
-        busy |= session.step_touch(buffer)?;
+        busy |= session.step_touch(buffer, (self.receive_buffer / ROOM).clamp(1, AT_ONCE))?;
         Ok(busy)
     }
 
@@ -355,12 +360,12 @@ impl Session {
         self.due = self.settled.map_or(next, |settled| settled.min(next));
     }
 
-    /// Touches some of the entries that are to be touched; true if there are more.
-    fn step_touch(&mut self, buffer: &mut [u8]) -> Result<bool, CmError> {
+    /// Touches at most `count` of the entries that are to be touched; true if there may be more.
+    fn step_touch(&mut self, buffer: &mut [u8], count: usize) -> Result<bool, CmError> {
         // Refusals: entries that are gone have told it themselves, and others stay in Linux.
         while !matches!(self.toucher.receive(buffer)?, Received::Empty) {}
         let mut requests = Vec::new();
-        for (original, tcp) in self.touch.drain(..self.touch.len().min(AT_ONCE)) {
+        for (original, tcp) in self.touch.drain(..self.touch.len().min(count)) {
             let mut body = entry::named(&original);
             if tcp {
                 body.extend(entry::liberal());

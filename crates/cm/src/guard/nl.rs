@@ -74,6 +74,46 @@ impl Netlink {
         answer.ok_or_else(|| CmError::decode(what, "the kernel gave no answer"))
     }
 
+    /// Sends several requests at once, each of which must have exactly one answer; `each` gets its number and the answer:
+    /// a message (an acknowledgement is one), or the kernel's refusal.
+    pub fn batch(
+        &mut self,
+        what: &str,
+        kind: u16,
+        flags: u16,
+        bodies: &[Vec<u8>],
+        mut each: impl FnMut(usize, Result<Message<'_>, CmError>) -> Result<(), CmError>,
+    ) -> Result<(), CmError> {
+        let first = self.sequence.wrapping_add(1);
+        let mut requests = Vec::new();
+        for body in bodies {
+            self.sequence = self.sequence.wrapping_add(1);
+            requests.extend(request(kind, flags | NLM_F_REQUEST, self.sequence, body));
+        }
+        self.socket.send_to(&requests, &SocketAddr::new(0, 0), 0).map_err(|e| CmError::io(what, e))?;
+        let mut awaited = bodies.len();
+        while awaited > 0 {
+            self.buffer.clear();
+            self.socket.recv(&mut self.buffer, 0).map_err(|e| CmError::io(what, e))?;
+            let mut rest = self.buffer.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkBuffer::new_checked(rest).map_err(|e| CmError::decode(what, e))?;
+                let length = message.length() as usize;
+                let payload = &rest[HEADER..length];
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                let number = message.sequence_number().wrapping_sub(first) as usize;
+                if number >= bodies.len() {
+                    continue; // left over from a question that was given up
+                }
+                awaited -= 1;
+                let kind = message.message_type();
+                let refusal = if kind == NLMSG_ERROR { done(what, payload, message.flags()) } else { Ok(()) };
+                each(number, refusal.map(|()| Message { kind, payload }))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sends a request and feeds the answers to `each`, up to the end of a dump or to the first answer otherwise.
     /// False if the kernel says that the dump is inconsistent.
     fn exchange(
@@ -130,6 +170,7 @@ fn done(what: &str, payload: &[u8], flags: u16) -> Result<(), CmError> {
 fn request(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
     let mut request = vec![0; HEADER];
     request.extend_from_slice(body);
+    request.resize(request.len().next_multiple_of(4), 0);
     let length = request.len() as u32;
     let mut header = NetlinkBuffer::new(&mut request);
     header.set_length(length);

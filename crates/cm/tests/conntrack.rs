@@ -1,0 +1,385 @@
+//! Connections through a real router with real connection tracking and address translation, as CM tells them.
+//!
+//! ```text
+//! client (10.0.0.2, 2001:db8:1::2) eth0 ---- in (.1, ::1) router out (192.0.2.1, 2001:db8:2::1) ---- eth0 server (.2, ::2)
+//! ```
+
+mod support;
+
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+use support::{Model, Running};
+use towpath_cm::conntrack::Table;
+use towpath_cm::conntrack::entry::{ESTABLISHED, Tcp, status};
+use towpath_cm::guard::Nftables;
+use towpath_cm::{FlowMode, Options, Watcher};
+use towpath_fpc::{Message, PolicySource, Scope, Snapshot};
+use towpath_lab::{Lab, Node, wait_for};
+use towpath_tables::flow::{Connection, Tuple};
+use towpath_tables::record::Family;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const SERVERS: [&str; 2] = ["192.0.2.2", "2001:db8:2::2"];
+const MASQUERADE: &str =
+    "table inet nat { chain post { type nat hook postrouting priority srcnat; oifname out masquerade; }; }";
+
+struct Net {
+    _lab: Lab,
+    client: Node,
+    router: Node,
+    server: Node,
+}
+
+impl Net {
+    fn new(name: &str) -> Result<Self> {
+        let lab = Lab::new(name)?;
+        let (client, router, server) = (lab.node("client")?, lab.node("router")?, lab.node("server")?);
+        lab.link((&client, "eth0"), (&router, "in"))?;
+        lab.link((&router, "out"), (&server, "eth0"))?;
+        for (node, port, addresses) in [
+            (&client, "eth0", ["10.0.0.2/24", "2001:db8:1::2/64"]),
+            (&router, "in", ["10.0.0.1/24", "2001:db8:1::1/64"]),
+            (&router, "out", ["192.0.2.1/24", "2001:db8:2::1/64"]),
+            (&server, "eth0", ["192.0.2.2/24", "2001:db8:2::2/64"]),
+        ] {
+            for address in addresses {
+                node.run(["ip", "address", "add", address, "dev", port])?;
+            }
+        }
+        router.forward()?;
+        for (node, gateways) in [(&client, ["10.0.0.1", "2001:db8:1::1"]), (&server, ["192.0.2.1", "2001:db8:2::1"])] {
+            for gateway in gateways {
+                let family = if gateway.contains(':') { "-6" } else { "-4" };
+                node.run(["ip", family, "route", "add", "default", "via", gateway])?;
+            }
+        }
+        Ok(Self { _lab: lab, client, router, server })
+    }
+
+    fn nft(&self, rules: &str) -> Result<()> {
+        self.router.run(["nft", rules]).map(drop)
+    }
+
+    /// A CM in the router with the watcher of nftables, which has told its first connections.
+    fn cm(&self, mode: &str, receive_buffer: Option<usize>) -> Result<Running> {
+        let flows: FlowMode = mode.parse()?;
+        let receive_buffer = receive_buffer.unwrap_or(Options::default().receive_buffer);
+        let options = Options { flows, receive_buffer, ..Options::default() };
+        let watchers = move || vec![Box::new(Nftables::new(flows).expect("nftables")) as Box<dyn Watcher>];
+        let cm = self.router.enter(|| Running::with(options, watchers))?;
+        wait_for(LIMIT, "first connections", || {
+            cm.receiver.lock().unwrap().ended.contains(&Snapshot::Flows).then_some(())
+        })?;
+        Ok(cm)
+    }
+
+    /// A UDP connection with a packet each way: the client's end, the server's end, and how the server sees the client.
+    fn udp(&self, server: &str, port: u16) -> Result<Udp> {
+        let server: IpAddr = server.parse()?;
+        let any = |port| SocketAddr::new(if server.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, port);
+        let there = self.server.enter(|| UdpSocket::bind(any(port)))??;
+        let here = self.client.enter(|| UdpSocket::bind(any(0)))??;
+        here.connect((server, port))?;
+        for socket in [&here, &there] {
+            socket.set_read_timeout(Some(LIMIT))?;
+        }
+        here.send(b"there")?;
+        let (_, seen) = there.recv_from(&mut [0; 16])?;
+        there.send_to(b"and back", seen)?;
+        here.recv(&mut [0; 16])?;
+        Ok(Udp { here, there, seen })
+    }
+
+    /// An established TCP connection: the client's end and the server's end.
+    fn tcp(&self, server: &str, listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+        let address = SocketAddr::new(server.parse()?, listener.local_addr()?.port());
+        let mut here = self.client.enter(|| TcpStream::connect_timeout(&address, LIMIT))??;
+        let (mut there, _) = listener.accept()?;
+        here.write_all(b"there")?;
+        there.read_exact(&mut [0; 5])?;
+        there.write_all(b"back")?;
+        here.read_exact(&mut [0; 4])?;
+        Ok((here, there))
+    }
+
+    fn listener(&self, server: &str) -> Result<TcpListener> {
+        let any: IpAddr = if server.contains(':') { [0; 16].into() } else { [0; 4].into() };
+        Ok(self.server.enter(|| TcpListener::bind((any, 0)))??)
+    }
+}
+
+struct Udp {
+    here: UdpSocket,
+    there: UdpSocket,
+    seen: SocketAddr,
+}
+
+impl Udp {
+    /// What connection tracking must have: the client as it is, and as the server sees it.
+    fn connection(&self, client: &str) -> Result<Connection> {
+        let (here, server) = (self.here.local_addr()?.port(), self.here.peer_addr()?);
+        connection(17, SocketAddr::new(client.parse()?, here), server, self.seen)
+    }
+}
+
+fn connection(protocol: u8, client: SocketAddr, server: SocketAddr, seen: SocketAddr) -> Result<Connection> {
+    let tuple = |from: SocketAddr, to: SocketAddr| Tuple {
+        source: from.ip(),
+        destination: to.ip(),
+        source_port: from.port(),
+        destination_port: to.port(),
+        protocol,
+    };
+    Connection::new(tuple(client, server), tuple(server, seen)).context("no connection")
+}
+
+fn tcp_connection((here, there): &(TcpStream, TcpStream)) -> Result<Connection> {
+    connection(6, here.local_addr()?, here.peer_addr()?, there.peer_addr()?)
+}
+
+fn flows(model: &Model) -> BTreeSet<Connection> {
+    model.flows.values().copied().collect()
+}
+
+/// Waits until exactly these connections are told.
+fn expect(cm: &Running, what: &str, expected: &[Connection]) -> Result<()> {
+    let expected: BTreeSet<_> = expected.iter().copied().collect();
+    wait_for(LIMIT, what, || (flows(&cm.model()) == expected).then_some(())).with_context(|| {
+        let told = flows(&cm.model());
+        let [extra, missing] = [&told - &expected, &expected - &told];
+        format!("extra: {extra:#?}\nmissing: {missing:#?}")
+    })
+}
+
+/// What the router's connection tracking says of connections.
+fn entry(router: &Node, connection: &Connection) -> Result<Option<towpath_cm::conntrack::entry::Entry>> {
+    Ok(router.enter(|| Table::open()?.entries(&[connection.original]))??[0])
+}
+
+const LIBERAL: Option<Tcp> = Some(Tcp { state: ESTABLISHED, liberal: true });
+
+#[test]
+fn masqueraded_connections_of_both_families_are_told_and_end() -> Result<()> {
+    let net = Net::new("ctmasq")?;
+    net.nft(MASQUERADE)?;
+    let cm = net.cm("established", None)?;
+    let mut told = Vec::new();
+    let mut open = Vec::new();
+    for ((server, client), port) in SERVERS.into_iter().zip(["10.0.0.2", "2001:db8:1::2"]).zip(5300..) {
+        let udp = net.udp(server, port)?;
+        ensure!(udp.seen.ip() != client.parse::<IpAddr>()?, "not masqueraded: {}", udp.seen);
+        let listener = net.listener(server)?;
+        let tcp = net.tcp(server, &listener)?;
+        told.extend([udp.connection(client)?, tcp_connection(&tcp)?]);
+        open.push((udp, tcp));
+    }
+    expect(&cm, "four connections", &told)?;
+    for connection in told.iter().filter(|connection| connection.original.protocol == 6) {
+        let entry = entry(&net.router, connection)?.context("no entry")?;
+        ensure!(entry.tcp == LIBERAL && entry.connection == *connection, "{entry:?}");
+    }
+    // The client closes one: conntrack goes to FIN_WAIT.
+    let (udp, (here, there)) = open.pop().context("open")?;
+    drop(here);
+    expect(&cm, "a FIN", &told[..3])?;
+    drop((udp, there));
+    let started = Instant::now();
+    net.router.run(["conntrack", "-D", "-p", "udp", "-f", "ipv6"])?;
+    expect(&cm, "conntrack -D", &told[..2])?;
+    net.router.run(["conntrack", "-F"])?;
+    expect(&cm, "conntrack -F", &[])?;
+    ensure!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    Ok(())
+}
+
+#[test]
+fn forwarded_ports_and_hairpins_are_connections_like_others() -> Result<()> {
+    let net = Net::new("ctdnat")?;
+    net.nft(
+        "table ip nat { chain pre { type nat hook prerouting priority dstnat; ip daddr 192.0.2.1 udp dport 53 dnat to 10.0.0.2:5353; ip daddr 192.0.2.1 udp dport 54 dnat to 192.0.2.2:5354; }; chain post { type nat hook postrouting priority srcnat; ip daddr 192.0.2.2 masquerade; }; }",
+    )?;
+    let cm = net.cm("established", None)?;
+    for (inside, port, to) in [(&net.client, 5353, 53), (&net.server, 5354, 54)] {
+        let there = inside.enter(|| UdpSocket::bind(("0.0.0.0", port)))??;
+        let here = net.server.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
+        here.connect(("192.0.2.1", to))?;
+        for socket in [&here, &there] {
+            socket.set_read_timeout(Some(LIMIT))?;
+        }
+        here.send(b"there")?;
+        let (_, seen) = there.recv_from(&mut [0; 16])?;
+        there.send_to(b"and back", seen)?;
+        here.recv(&mut [0; 16])?;
+        let client = SocketAddr::new("192.0.2.2".parse()?, here.local_addr()?.port());
+        let (inside, public): (SocketAddr, SocketAddr) = match port {
+            5353 => ("10.0.0.2:5353".parse()?, "192.0.2.1:53".parse()?),
+            _ => ("192.0.2.2:5354".parse()?, "192.0.2.1:54".parse()?),
+        };
+        let original = connection(17, client, public, client)?.original;
+        let reply = connection(17, client, inside, seen)?.reply;
+        let expected = Connection::new(original, reply).context("no connection")?;
+        wait_for(LIMIT, "the connection", || flows(&cm.model()).contains(&expected).then_some(()))
+            .with_context(|| format!("told {:#?}\nexpected {expected:#?}", flows(&cm.model())))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn only_marked_connections_are_told_and_only_while_they_are() -> Result<()> {
+    let net = Net::new("ctmark")?;
+    // Long packets change the mark.
+    net.nft("table inet f { chain forward { type filter hook forward priority 0; udp dport 5301 ct mark set 0x17; meta length > 500 tcp dport > 0 ct mark set 0x10; meta length > 500 udp dport > 0 ct mark set 0x20; }; }")?;
+    let cm = net.cm("mark=0x10/0xf0", None)?;
+    let other = net.udp(SERVERS[0], 5302)?;
+    let marked = net.udp(SERVERS[0], 5301)?;
+    let told = marked.connection("10.0.0.2")?;
+    expect(&cm, "the marked one", &[told])?;
+    let listener = net.listener(SERVERS[0])?;
+    let mut tcp = net.tcp(SERVERS[0], &listener)?;
+    tcp.0.write_all(&[0; 600])?;
+    let tcp_told = tcp_connection(&tcp)?;
+    expect(&cm, "one that is marked later", &[told, tcp_told])?;
+    ensure!(entry(&net.router, &tcp_told)?.context("no entry")?.tcp == LIBERAL, "windows are still checked");
+    net.nft("flush chain inet f forward; add rule inet f forward meta length > 500 udp dport > 0 ct mark set 0x20")?;
+    marked.here.send(&[0; 600])?;
+    expect(&cm, "a mark taken away", &[tcp_told])?;
+    drop((other, marked.there));
+    Ok(())
+}
+
+#[test]
+fn zones_helpers_and_half_open_connections_stay_in_linux() -> Result<()> {
+    let net = Net::new("ctstay")?;
+    net.nft("table inet f { chain pre { type filter hook prerouting priority raw; udp dport 5311 ct zone set 5; udp sport 5311 ct zone set 5; }; chain forward { type filter hook forward priority 0; ct state established accept; }; }")?;
+    let helper = "table ip h { ct helper ftp { type \"ftp\" protocol tcp; }; chain pre { type filter hook prerouting priority 0; tcp dport 2100 ct helper set \"ftp\"; }; }";
+    let helped = net.nft(helper).is_ok();
+    let cm = net.cm("established", None)?;
+    let zoned = net.udp(SERVERS[0], 5311)?;
+    let silent = net.client.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
+    silent.send_to(b"nobody answers", "192.0.2.2:5312")?;
+    let listener = net.server.enter(|| TcpListener::bind("0.0.0.0:2100"))??;
+    let ftp = net.tcp(SERVERS[0], &listener)?;
+    let plain = net.udp(SERVERS[0], 5313)?.connection("10.0.0.2")?;
+    let mut expected = vec![plain];
+    if helped {
+        let entry = entry(&net.router, &tcp_connection(&ftp)?)?.context("no entry")?;
+        ensure!(entry.helped, "{entry:?}");
+    } else {
+        eprintln!("no FTP helper here: not tested");
+        expected.push(tcp_connection(&ftp)?);
+    }
+    expect(&cm, "the plain one", &expected)?;
+    let zones = net.router.run(["conntrack", "-L", "-w", "5"])?;
+    ensure!(zones.contains("dport=5311"), "{zones}");
+    // No connection may pass rules that choose a zone.
+    let policies = cm.model().policies[&PolicySource::Nftables].clone();
+    let of = |family| policies.iter().filter(move |policy| policy.scope == Scope::Family(family));
+    for family in [Family::V4, Family::V6] {
+        ensure!(
+            of(family).any(|policy| policy.flows.is_none() && policy.detail.contains("ct zone set")),
+            "{policies:#?}"
+        );
+        ensure!(of(family).any(|policy| policy.flows.is_some()), "{policies:#?}");
+    }
+    drop(zoned);
+    Ok(())
+}
+
+#[test]
+fn lost_notifications_end_in_what_linux_has() -> Result<()> {
+    let net = Net::new("ctlost")?;
+    net.nft(MASQUERADE)?;
+    let cm = net.cm("established", Some(4096))?;
+    let blocked = cm.receiver.lock().expect("lock");
+    let kept: Vec<_> = (5400..5500).map(|port| net.udp(SERVERS[0], port)).collect::<Result<_>>()?;
+    // Hundreds of entries that are never told, and for which there is no room.
+    let noise = net.client.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
+    for port in 10_000..12_000u16 {
+        noise.send_to(b"x", ("192.0.2.2", port))?;
+    }
+    drop(blocked);
+    let started = Instant::now();
+    let connections = kept.iter().map(|udp| udp.connection("10.0.0.2")).collect::<Result<Vec<_>>>()?;
+    expect(&cm, "all that there are", &connections)?;
+    ensure!(
+        started.elapsed() < Duration::from_secs(4),
+        "told by the dump that was due anyhow: {:?}",
+        started.elapsed()
+    );
+    net.router.run(["conntrack", "-D", "-p", "udp", "--dport", "5400"])?;
+    expect(&cm, "one less", &connections[1..])
+}
+
+#[test]
+fn another_rule_set_is_another_generation_and_an_alarm() -> Result<()> {
+    let net = Net::new("ctgen")?;
+    net.nft(MASQUERADE)?;
+    let cm = net.cm("established", None)?;
+    let udp = net.udp(SERVERS[0], 5300)?;
+    expect(&cm, "the connection", &[udp.connection("10.0.0.2")?])?;
+    let generations = |model: &Model| -> BTreeSet<Option<u32>> {
+        model.policies[&PolicySource::Nftables].iter().map(|policy| policy.flows).collect()
+    };
+    let before = generations(&cm.model());
+    ensure!(before.len() == 1, "{before:?}");
+    let first = before.first().copied().flatten().context("no generation")?;
+    net.nft("add rule inet nat post counter")?;
+    let after = wait_for(LIMIT, "another generation", || Some(generations(&cm.model())).filter(|now| *now != before))?;
+    ensure!(after.iter().all(|generation| generation.is_some_and(|generation| generation > first)), "{after:?}");
+    let log = cm.receiver.lock().unwrap().log.clone();
+    let announced = log.iter().any(|message| match message {
+        Message::Alarm(alarm) => alarm.policies.iter().any(|policy| after.contains(&policy.flows)),
+        _ => false,
+    });
+    ensure!(announced, "no alarm");
+    wait_for(LIMIT, "connections read anew", || {
+        let log = cm.receiver.lock().unwrap().log.clone();
+        let changed = log.iter().rposition(|message| matches!(message, Message::Alarm(_)))?;
+        log[changed..].contains(&Message::SnapshotEnd(Snapshot::Flows)).then_some(())
+    })?;
+    expect(&cm, "the connection still", &[udp.connection("10.0.0.2")?])?;
+    net.nft("flush ruleset")?;
+    expect(&cm, "no rules, no connections", &[])
+}
+
+#[test]
+fn connections_older_than_the_mirror_stay_in_linux() -> Result<()> {
+    let net = Net::new("ctold")?;
+    net.nft(MASQUERADE)?;
+    // As if nobody had listened; a listener in any namespace is one.
+    net.router.sysctl("net.netfilter.nf_conntrack_events", "0")?;
+    let old = net.udp(SERVERS[0], 5300)?;
+    net.router.sysctl("net.netfilter.nf_conntrack_events", "1")?;
+    let before = entry(&net.router, &old.connection("10.0.0.2")?)?.context("no entry")?;
+    ensure!(before.is(status::SEEN_REPLY | status::CONFIRMED), "{before:?}");
+    let cm = net.cm("established", None)?;
+    let new = net.udp(SERVERS[0], 5301)?.connection("10.0.0.2")?;
+    expect(&cm, "the new one", &[new])?;
+    // Its packets go on all the same.
+    old.here.send(b"still there")?;
+    old.there.recv(&mut [0; 16])?;
+    Ok(())
+}
+
+#[test]
+fn without_a_mode_nothing_is_told() -> Result<()> {
+    let net = Net::new("ctnone")?;
+    net.nft(MASQUERADE)?;
+    let watchers = || vec![Box::new(Nftables::new(FlowMode::None).expect("nftables")) as Box<dyn Watcher>];
+    let options = Options { flows: FlowMode::None, ..Options::default() };
+    let cm = net.router.enter(|| Running::with(options, watchers))?;
+    net.udp(SERVERS[0], 5300)?;
+    let policies = wait_for(LIMIT, "policies", || {
+        cm.model().policies.get(&PolicySource::Nftables).filter(|policies| !policies.is_empty()).cloned()
+    })?;
+    ensure!(policies.iter().all(|policy| policy.flows.is_none()), "{policies:#?}");
+    let log = cm.receiver.lock().unwrap().log.clone();
+    let spoken = |message: &Message| {
+        matches!(message, Message::Flow(_) | Message::FlowDelete(_) | Message::SnapshotBegin(Snapshot::Flows))
+    };
+    ensure!(!log.iter().any(spoken), "{log:#?}");
+    Ok(())
+}
