@@ -8,6 +8,9 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::order;
 use crate::record::{Family, Flow, FlowLine, flow_state};
 
+/// Name of the program on ports' egress that notes which packets Linux lets through.
+pub const ACCEPT_PROGRAM: &str = "towpath_accept";
+
 /// One direction's addresses and ports, as packets of it arrive.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Tuple {

@@ -265,9 +265,12 @@ pub enum Tcx {
     Egress = 47,
 }
 
-/// Number of tcx programs on the interface of the thread's namespace; None if the kernel has no tcx (before 6.6). 0 if
-/// the interface is gone.
-pub fn tcx_programs(ifindex: u32, place: Tcx) -> Result<Option<u32>, CmError> {
+/// More programs than this on one place are not told apart.
+const MOST: usize = 16;
+
+/// Number of tcx programs on the interface of the thread's namespace that do not have this name; None if the kernel has no
+/// tcx (before 6.6). 0 if the interface is gone. Without CAP_SYS_ADMIN the kernel does not tell names: then none has it.
+pub fn tcx_programs(ifindex: u32, place: Tcx, name: &str) -> Result<Option<u32>, CmError> {
     #[repr(C)]
     #[derive(Default)]
     struct Attribute {
@@ -283,14 +286,47 @@ pub fn tcx_programs(ifindex: u32, place: Tcx) -> Result<Option<u32>, CmError> {
         link_flags: u64,
         revision: u64,
     }
-    let mut attribute = Attribute { target: ifindex, attach_type: place as u32, ..Attribute::default() };
+    let mut ids = [0u32; MOST];
+    let mut attribute = Attribute {
+        target: ifindex,
+        attach_type: place as u32,
+        programs: ids.as_mut_ptr().expose_provenance() as u64,
+        count: MOST as u32,
+        ..Attribute::default()
+    };
+    let what = || format!("tcx programs on interface {ifindex}");
     match bpf(PROG_QUERY, &mut attribute) {
-        Ok(_) => Ok(Some(attribute.count)),
+        Ok(_) => {
+            let mut others = attribute.count;
+            for id in ids.into_iter().take(attribute.count as usize) {
+                others -= u32::from(has_name(id, name).map_err(|e| CmError::io(what(), e))?);
+            }
+            Ok(Some(others))
+        }
         Err(e) => match e.raw_os_error() {
             Some(libc::ENODEV) => Ok(Some(0)),
+            // The rest did not fit.
+            Some(libc::ENOSPC) => Ok(Some(attribute.count)),
             Some(libc::EINVAL | libc::E2BIG) => Ok(None),
-            _ => Err(CmError::io(format!("tcx programs on interface {ifindex}"), e)),
+            _ => Err(CmError::io(what(), e)),
         },
+    }
+}
+
+/// Whether a program has this name, as far as the kernel keeps names.
+fn has_name(id: u32, name: &str) -> io::Result<bool> {
+    /// bpf_prog_info up to the name.
+    #[repr(C, align(8))]
+    #[derive(Default)]
+    struct Info {
+        before: [u64; 8],
+        name: [u8; 16],
+    }
+    let mut info = Info::default();
+    match information(PROG_GET_FD_BY_ID, id, &mut info) {
+        Ok(found) => Ok(found && super::nl::text_of(&info.name) == name),
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

@@ -17,6 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
+use towpath_tables::flow::ACCEPT_PROGRAM;
 
 const NETLINK_ROUTE: isize = 0;
 /// RTNLGRP_LINK, RTNLGRP_TC
@@ -28,6 +29,7 @@ const GETTFILTER: u16 = 46;
 
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+const BPF_NAME: u16 = 7;
 const FQ_FLOW_MAX_RATE: u16 = 7;
 /// Parents of the filters of clsact; `ingress` takes the first too.
 const AT_INGRESS: u32 = 0xffff_fff2;
@@ -117,7 +119,7 @@ impl Tc {
                     Tcx::Ingress => Scope::Ingress(port.ifindex, None),
                     Tcx::Egress => Scope::Egress(port.ifindex, None),
                 };
-                match tcx_programs(port.ifindex, place)? {
+                match tcx_programs(port.ifindex, place, ACCEPT_PROGRAM)? {
                     None => self.has_tcx = false,
                     Some(0) => {}
                     Some(number) => {
@@ -215,13 +217,22 @@ fn qdisc(message: Message<'_>) -> Result<Option<Qdisc>, CmError> {
     Ok(Some(Qdisc { ifindex, handle, kind, passes }))
 }
 
-/// The kind of a filter.
+/// The kind of a filter, unless it does nothing to packets: the program that notes what Linux lets through, and what stands
+/// before the programs of a priority, without any options (cls_api.c, tcf_chain_dump).
 fn filter(message: Message<'_>) -> Result<Option<String>, CmError> {
     if message.kind != NEWTFILTER {
         return Ok(None);
     }
-    let (_, _, attributes) = tc_object("tc filters", &message)?;
-    Ok(Some(find(&attributes, TCA_KIND).map(text_of).unwrap_or_default()))
+    let what = "tc filters";
+    let (_, _, attributes) = tc_object(what, &message)?;
+    let kind = find(&attributes, TCA_KIND).map(text_of).unwrap_or_default();
+    if kind == "bpf" {
+        let Some(options) = find(&attributes, TCA_OPTIONS) else { return Ok(None) };
+        if find(&attrs(what, options)?, BPF_NAME).map(text_of).as_deref() == Some(ACCEPT_PROGRAM) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(kind))
 }
 
 /// Interface, handle and attributes of a qdisc or filter.
@@ -268,6 +279,20 @@ mod tests {
         assert_eq!(parents("pfifo_fast"), []);
         assert_eq!(handle(0x8001_0000), "8001:");
         assert_eq!(handle(0x0001_0020), "1:20");
+    }
+
+    #[test]
+    fn the_program_that_notes_what_is_accepted_is_not_in_the_way() {
+        let read = |kind: &str, options: Option<&str>| {
+            let mut payload = message(kind, &nl::attr(BPF_NAME, options.unwrap_or_default().as_bytes()));
+            payload.truncate(if options.is_some() { payload.len() } else { 20 + nl::attr(TCA_KIND, b"bpf\0").len() });
+            filter(Message { kind: NEWTFILTER, payload: &payload }).unwrap()
+        };
+        assert_eq!(read("bpf", Some("towpath_accept\0")), None);
+        assert_eq!(read("bpf", Some("towpath_accept2\0")).as_deref(), Some("bpf"));
+        assert_eq!(read("bpf", Some("other\0")).as_deref(), Some("bpf"));
+        assert_eq!(read("bpf", None), None, "the head of a priority");
+        assert_eq!(read("u32", Some("towpath_accept\0")).as_deref(), Some("u32"));
     }
 
     #[test]
