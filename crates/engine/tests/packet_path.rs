@@ -354,7 +354,10 @@ fn random_frames_in_the_kernel_and_natively() {
     let mut random = Random(seed);
     let cases = cases::all();
     let mut program = Program::load();
-    let routers = routers();
+    let with_flows = ["flow, IPv4, TCP, both, Original, 22 bytes", "flow, IPv6, UDP, both, Reply, 22 bytes"];
+    let with_flows = cases.iter().filter(|case| with_flows.contains(&case.name.as_str())).map(Case::router);
+    let routers: Vec<World> = routers().into_iter().chain(with_flows).collect();
+    assert_eq!(routers.len(), 9, "with flows in two of them");
     let mut forwarded = 0;
     for world in &routers {
         program.configure(world);

@@ -7,7 +7,7 @@ use crate::network::Network;
 use crate::rewrite::rewrite_packet;
 use crate::route::Last;
 use crate::stats::Tally;
-use crate::{Entry, Frame, Parsed, Tables, count_exception};
+use crate::{Entry, Frame, Parsed, Stop, Tables, count_exception};
 use arrayvec::ArrayVec;
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Walk};
@@ -73,10 +73,15 @@ pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut
     let Some(entry) = Entry::find(tables, ifindex) else { return ways };
     frames.iter().filter_map(|frame| frame.get::<Ethernet>(0)).for_each(prefetch);
     let (mut four, mut six) = (Jobs::<4>::new(), Jobs::<16>::new());
-    for (place, frame) in frames.iter().enumerate().take(BATCH) {
+    for (place, frame) in frames.iter_mut().enumerate().take(BATCH) {
         let mut entry = entry;
-        if let Err(reason) = parse(frame, tables, &mut entry, place, &mut four, &mut six) {
-            count_exception(tables, entry.slot, reason);
+        match parse(frame, tables, &mut entry, place, &mut four, &mut six) {
+            Ok(()) => {}
+            Err(Stop::Exception(reason)) => count_exception(tables, entry.slot, reason),
+            Err(Stop::Flow(candidate)) => match frame.flow(tables, &entry, candidate) {
+                Ok(slot) => ways.0[place] = slot,
+                Err(reason) => count_exception(tables, entry.slot, reason),
+            },
         }
     }
     finish::<Ipv4, 4, F, T>(tables, frames, &mut four, &mut ways);
@@ -92,12 +97,12 @@ fn parse<'t, F: Frame, T: Tables>(
     place: usize,
     four: &mut Jobs<'t, 4>,
     six: &mut Jobs<'t, 16>,
-) -> Result<(), Reason> {
+) -> Result<(), Stop> {
     let (ethertype, offset) = parse_link(frame, tables, entry)?;
     match ethertype {
         ethernet::IPV4 => add_job::<Ipv4, 4, F, T>(frame, tables, *entry, (place, offset), four),
         ethernet::IPV6 => add_job::<Ipv6, 16, F, T>(frame, tables, *entry, (place, offset), six),
-        _ => Err(Reason::UnsupportedEncap),
+        _ => Err(Reason::UnsupportedEncap.into()),
     }
 }
 
@@ -108,7 +113,7 @@ fn add_job<'t, N: Header<BYTES>, const BYTES: usize, F: Frame, T: Tables>(
     entry: Entry<'t>,
     (place, offset): (usize, usize),
     jobs: &mut Jobs<'t, BYTES>,
-) -> Result<(), Reason> {
+) -> Result<(), Stop> {
     let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
     let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
     let root = entry.port.root[N::FAMILY as usize].load();

@@ -34,6 +34,44 @@ pub struct Parsed {
     pub several: bool,
 }
 
+/// Why a frame is not one to be routed by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// It is Linux's for this reason
+    Exception(Reason),
+    /// It may pass if it is of a flow
+    Flow(Candidate),
+}
+
+/// A packet that a policy leaves to Linux unless it is of a flow. Its header is not looked at yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Candidate {
+    /// Address family
+    pub family: Family,
+    /// Where the IP header begins
+    pub offset: usize,
+    /// The policy's reason
+    pub reason: Reason,
+}
+
+impl From<Reason> for Stop {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::Exception(reason)
+    }
+}
+
+impl Stop {
+    /// The reason where flows do not count.
+    #[inline(always)]
+    pub fn reason(self) -> Reason {
+        match self {
+            Self::Exception(reason) => reason,
+            Self::Flow(candidate) => candidate.reason,
+        }
+    }
+}
+
 impl<'t> Entry<'t> {
     /// The port of the interface with this index, if it has one.
     #[inline(always)]
@@ -95,6 +133,21 @@ impl<'t> Entry<'t> {
         self.has(port_flags::PRESENT | port_flags::READY)
     }
 
+    /// Whether transport checksums of frames that entered here may be incomplete
+    #[inline(always)]
+    pub fn may_be_partial(&self) -> bool {
+        self.flags & port_flags::PARTIAL_CSUM != 0
+    }
+
+    /// The same, as `may_be_partial` was said to be.
+    #[inline(always)]
+    pub fn with_partial(mut self, may_be: bool) -> Self {
+        if !may_be {
+            self.flags &= !port_flags::PARTIAL_CSUM;
+        }
+        self
+    }
+
     #[inline(always)]
     fn has(&self, flags: u32) -> Result<(), Reason> {
         if self.flags & flags == flags { Ok(()) } else { Err(Reason::PortNotReady) }
@@ -145,12 +198,12 @@ impl Parsed {
 
 /// Reads the frame's headers and leaves in `entry` the port that they belong to.
 #[inline(always)]
-pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Reason> {
+pub fn parse<'t, F: Frame, T: Tables>(frame: &F, tables: &'t T, entry: &mut Entry<'t>) -> Result<Parsed, Stop> {
     let (ethertype, offset) = parse_link(frame, tables, entry)?;
     match ethertype {
         ethernet::IPV4 => parse_packet::<Ipv4, F, T>(frame, tables, entry, offset, frame.total_len()),
         ethernet::IPV6 => parse_packet::<Ipv6, F, T>(frame, tables, entry, offset, frame.total_len()),
-        _ => Err(Reason::UnsupportedEncap),
+        _ => Err(Reason::UnsupportedEncap.into()),
     }
 }
 
@@ -190,15 +243,18 @@ pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
     entry: &Entry,
     offset: usize,
     end: usize,
-) -> Result<Parsed, Reason> {
+) -> Result<Parsed, Stop> {
     let config = tables.config().ok_or(Reason::Internal)?;
     entry.has(N::FORWARDING)?;
-    policy(config.policy[N::FAMILY as usize].load())?;
-    policy(entry.port.ingress_policy[N::FAMILY as usize].load())?;
+    let (all, here) = (&config.policy, &entry.port.ingress_policy);
+    let words = [all[N::FAMILY as usize].load(), here[N::FAMILY as usize].load()];
+    if words != [0; 2] {
+        return Err(stopped(words, N::FAMILY, offset));
+    }
     let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
     let packet_len = header.packet_len(end.wrapping_sub(offset))?;
     header.check_scopes(entry.flags)?;
-    if entry.flags & port_flags::PARTIAL_CSUM != 0 {
+    if entry.may_be_partial() {
         partial::check(frame, header, offset, packet_len)?;
     }
     let frame_len = frame.total_len();
@@ -206,11 +262,27 @@ pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
     Ok(Parsed { family: N::FAMILY, offset, packet_len, frame_len, several })
 }
 
+/// What two policies, of which one at least says something, make of a packet: the stricter counts.
+#[inline(always)]
+fn stopped(words: [u32; 2], family: Family, offset: usize) -> Stop {
+    match words.map(policy) {
+        [Err((reason, false)), _] | [_, Err((reason, false))] => Stop::Exception(reason),
+        [Err((reason, true)), _] | [_, Err((reason, true))] => Stop::Flow(Candidate { family, offset, reason }),
+        [Ok(()), Ok(())] => Stop::Exception(Reason::Internal),
+    }
+}
+
 /// A policy word: 0, or 1 + the reason for which packets are exceptions.
 #[inline(always)]
-pub(crate) fn policy(word: u32) -> Result<(), Reason> {
+pub(crate) fn policy(word: u32) -> Result<(), (Reason, bool)> {
     match word {
         0 => Ok(()),
-        word => Err(Obstacle::of(word).map_or(Reason::Internal, |obstacle| obstacle.reason)),
+        word => Err(Obstacle::of(word).map_or((Reason::Internal, false), |obstacle| (obstacle.reason, obstacle.flows))),
     }
+}
+
+/// As `policy`, where flows do not count.
+#[inline(always)]
+pub(crate) fn strict_policy(word: u32) -> Result<(), Reason> {
+    policy(word).map_err(|(reason, _)| reason)
 }

@@ -12,6 +12,7 @@
 #[cfg(any(test, feature = "std"))]
 pub mod batch;
 pub mod cache;
+mod flow;
 mod hash;
 mod ingress;
 #[cfg(any(test, feature = "std"))]
@@ -31,7 +32,8 @@ pub mod cases;
 #[cfg(any(test, feature = "std"))]
 pub mod packet;
 
-pub use ingress::{Entry, Parsed, parse};
+pub use flow::forward as forward_flow;
+pub use ingress::{Candidate, Entry, Parsed, Stop, parse};
 pub use rewrite::rewrite;
 pub use route::{Hop, Refusal, route};
 pub use slot_set::SlotSet;
@@ -39,6 +41,7 @@ pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_
 pub use tunnel::forward as forward_tunnelled;
 
 use towpath_tables::Reason;
+use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::record::{Config, CpuStats, Group, Nexthop, Port, VlanTable};
 use towpath_wire::View;
@@ -96,10 +99,16 @@ pub trait Frame: Sized {
     ) -> Result<u32, Reason> {
         forward_tunnelled(self, tables, entry, parsed, refusal)
     }
+    /// Calls `forward_flow`, as a function of its own like `tunnelled`.
+    #[cold]
+    #[inline(never)]
+    fn flow<T: Tables>(&mut self, tables: &T, entry: &Entry, candidate: Candidate) -> Result<u32, Reason> {
+        forward_flow(self, tables, entry, candidate)
+    }
 }
 
 /// The tables. Each look-up returns None if the index is outside its table.
-pub trait Tables: LpmRead + Sized {
+pub trait Tables: LpmRead + FlowRead + Sized {
     /// What holds for the whole region
     fn config(&self) -> Option<&Config>;
     /// A port by its slot
@@ -126,6 +135,11 @@ pub trait Tables: LpmRead + Sized {
     #[inline(always)]
     fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(self, root, address)
+    }
+    /// The flow that has this tuple. An engine may make it a function of its own.
+    #[inline(always)]
+    fn find_flow<const WORDS: usize>(&self, key: &Key<WORDS>) -> Option<Found> {
+        flows::find(self, self.config()?.flow_seed.load(), key)
     }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.
@@ -160,14 +174,21 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 #[inline(always)]
 pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) {
     if let Some(mut entry) = Entry::find(tables, ifindex) {
-        let reason = parse(frame, tables, &mut entry).err().unwrap_or(Reason::PolicyCapture);
+        let reason = match parse(frame, tables, &mut entry) {
+            Err(Stop::Exception(reason)) => reason,
+            Ok(_) | Err(Stop::Flow(_)) => Reason::PolicyCapture,
+        };
         count_exception(tables, entry.slot, reason);
     }
 }
 
 #[inline(always)]
 fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
-    let parsed = parse(frame, tables, entry)?;
+    let parsed = match parse(frame, tables, entry) {
+        Ok(parsed) => parsed,
+        Err(Stop::Flow(candidate)) => return frame.flow(tables, entry, candidate),
+        Err(Stop::Exception(reason)) => return Err(reason),
+    };
     let hop = match route(frame, tables, entry, &parsed) {
         Ok(hop) => hop,
         Err(refusal) => return frame.tunnelled(tables, entry, &parsed, refusal),

@@ -3,8 +3,9 @@
 use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
 use towpath_tables::backing::View;
+use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{Config, CpuStats, Group, Line, Nexthop, Port, VlanTable, port_flags};
+use towpath_tables::record::{Config, CpuStats, Flow, FlowLine, Group, Line, Nexthop, Port, VlanTable, port_flags};
 
 /// Mapped tables, and what their reader may do.
 #[derive(Clone, Copy)]
@@ -41,6 +42,18 @@ impl LpmRead for Mapped<'_> {
         if let Some(line) = self.view.line_of(index) {
             prefetch(line);
         }
+    }
+}
+
+impl FlowRead for Mapped<'_> {
+    #[inline(always)]
+    fn flow_line(&self, number: u32) -> Option<&FlowLine> {
+        let lines = self.view.flow_lines();
+        lines.get(number as usize & lines.len().wrapping_sub(1))
+    }
+    #[inline(always)]
+    fn flow(&self, index: u32) -> Option<&Flow> {
+        self.view.flows().get(index as usize)
     }
 }
 

@@ -2,9 +2,12 @@
 
 use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
+use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
-use towpath_tables::record::{Config, CpuStats, Group, Line, Nexthop, Port, PortStats, Root, VlanTable, port_flags};
+use towpath_tables::record::{
+    Config, CpuStats, Flow, FlowLine, Group, Line, Nexthop, Port, PortStats, Root, VlanTable, port_flags,
+};
 
 /// The tables that the packet path reads, and the counters of all CPUs.
 #[derive(Clone, Copy)]
@@ -23,6 +26,10 @@ pub struct Slices<'t> {
     pub nexthops: &'t [Nexthop],
     /// Next-hop groups
     pub groups: &'t [Group],
+    /// Flows
+    pub flows: &'t [Flow],
+    /// Their index
+    pub flow_lines: &'t [FlowLine],
     /// Counters: `cpu * PORT_SLOTS + slot`
     pub stats: &'t [PortStats],
     /// Whose counters to write
@@ -55,6 +62,17 @@ impl LpmRead for Slices<'_> {
         if let Some(line) = self.nodes.get(index as usize) {
             prefetch(line);
         }
+    }
+}
+
+impl FlowRead for Slices<'_> {
+    #[inline(always)]
+    fn flow_line(&self, number: u32) -> Option<&FlowLine> {
+        self.flow_lines.get(number as usize & self.flow_lines.len().wrapping_sub(1))
+    }
+    #[inline(always)]
+    fn flow(&self, index: u32) -> Option<&Flow> {
+        self.flows.get(index as usize)
     }
 }
 

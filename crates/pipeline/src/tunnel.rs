@@ -9,7 +9,7 @@
 use crate::network::Network;
 use crate::rewrite::fit;
 use crate::stats::{count_into_tunnel, count_out_of_tunnel};
-use crate::{Entry, Frame, Hop, Parsed, Refusal, Tables, count_forward, hash, ingress, rewrite, route};
+use crate::{Entry, Frame, Hop, Parsed, Refusal, Stop, Tables, count_forward, hash, ingress, rewrite, route};
 use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::record::{Family, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 use towpath_tables::{Reason, opaque, order};
@@ -116,10 +116,11 @@ fn look_through<'t, F: Frame, T: Tables>(
     from.ready()?;
     outer.check_source(tables, entry)?;
     let inner = match gre.protocol.get() {
-        ethernet::IPV4 => ingress::parse_packet::<Ipv4, F, _>(frame, tables, &from, offset, end)?,
-        ethernet::IPV6 => ingress::parse_packet::<Ipv6, F, _>(frame, tables, &from, offset, end)?,
+        ethernet::IPV4 => ingress::parse_packet::<Ipv4, F, _>(frame, tables, &from, offset, end),
+        ethernet::IPV6 => ingress::parse_packet::<Ipv6, F, _>(frame, tables, &from, offset, end),
         _ => return Err(Reason::Tunnel),
-    };
+    }
+    .map_err(Stop::reason)?;
     // INET_ECN_decapsulate (6.1, include/net/inet_ecn.h) changes the packet inside, or drops it, unless:
     let inner_ecn = match inner.family {
         Family::V4 => frame.get::<Ipv4>(offset).ok_or(Reason::Truncated)?.class(),
@@ -154,7 +155,7 @@ fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Res
             return Err(Reason::TableBusy);
         }
         if same {
-            ingress::policy(policy)?;
+            ingress::strict_policy(policy)?;
             return Ok(Entry::new(slot, port));
         }
     }
@@ -200,7 +201,7 @@ fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
 ) -> Result<u32, Reason> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     let config = tables.config().ok_or(Reason::Internal)?;
-    ingress::policy(config.policy[Family::V4 as usize].load())?;
+    ingress::strict_policy(config.policy[Family::V4 as usize].load())?;
     let tunnel = &tables.port(into).ok_or(Reason::Internal)?.tunnel;
     let sequence = order::begin(&tunnel.sequence).ok_or(Reason::TableBusy)?;
     let outer = outer(header, parsed, tunnel)?;
@@ -232,7 +233,7 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
     if flags & tunnel_flags::GRE == 0 {
         return Err(Reason::TableBusy);
     }
-    ingress::policy(tunnel.policy.load())?;
+    ingress::strict_policy(tunnel.policy.load())?;
     let [ttl, tos, ..] = tunnel.ttl_tos.load().to_le_bytes();
     let class = header.class();
     let tos = if tos & INHERIT != 0 { class } else { tos };

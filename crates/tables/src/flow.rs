@@ -88,7 +88,8 @@ impl<const WORDS: usize> Key<WORDS> {
     /// The kind of a tuple's flows.
     #[inline(always)]
     pub const fn kind(protocol: u8) -> u32 {
-        1 + (if WORDS == 1 { Family::V4 } else { Family::V6 } as u32) | (protocol as u32) << 8
+        let family = if WORDS == 1 { Family::V4 } else { Family::V6 };
+        (1 + family as u32) | (protocol as u32) << 8
     }
 
     /// Source and destination exchanged.

@@ -45,6 +45,30 @@ impl Sum {
     }
 }
 
+/// How words that a checksum covers change (RFC 1624, equation 3).
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Change(Sum);
+
+impl Change {
+    /// A word as on the wire becomes another.
+    #[inline(always)]
+    pub fn word(self, old: u32, new: u32) -> Self {
+        Self(Sum(self.0.0 + u64::from(!old) + u64::from(new)))
+    }
+
+    /// As `word`, for eight bytes.
+    #[inline(always)]
+    pub fn double_word(self, old: u64, new: u64) -> Self {
+        self.word(old as u32, new as u32).word((old >> 32) as u32, (new >> 32) as u32)
+    }
+
+    /// What a checksum as on the wire becomes. Never 0xffff but where there is nothing but zeros.
+    #[inline(always)]
+    pub fn apply(self, checksum: u16) -> u16 {
+        !Sum(self.0.0 + u64::from(!checksum)).fold()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +78,25 @@ mod tests {
     fn rfc_1071_example() {
         let words = [[0x00, 0x01, 0xf2, 0x03], [0xf4, 0xf5, 0xf6, 0xf7]].map(U32::from_bytes);
         assert_eq!(Sum::default().words(&words).fold(), 0xddf2u16.to_be());
+    }
+
+    /// Whatever changes, the sum over everything stays what it was: all ones.
+    #[test]
+    fn a_changed_checksum_is_right() {
+        let mut random = 1u64;
+        for _ in 0..10_000 {
+            random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            let (old, new, rest) = (random, random.rotate_left(29).wrapping_mul(3), (random >> 11) as u32);
+            let words = |word: u64| [word as u32, (word >> 32) as u32, rest].map(U32::new);
+            let checksum = !Sum::default().words(&words(old)).fold();
+            let changed = Change::default().double_word(old, new).apply(checksum);
+            assert_eq!(
+                Sum::default().words(&words(new)).number(u16::from_be(changed)).fold(),
+                0xffff,
+                "{old:x} {new:x}"
+            );
+            assert_ne!(changed, 0xffff);
+        }
     }
 
     #[test]

@@ -35,4 +35,4 @@ macro_rules! view {
 }
 pub(crate) use view;
 
-pub use checksum::Sum;
+pub use checksum::{Change, Sum};

@@ -39,6 +39,20 @@ view! {
     }
 }
 
+impl Ports {
+    /// Both, as on the wire.
+    #[inline(always)]
+    pub fn word(self) -> u32 {
+        zerocopy::transmute!(self)
+    }
+
+    /// Those of such a word.
+    #[inline(always)]
+    pub fn of(word: u32) -> Self {
+        zerocopy::transmute!(word)
+    }
+}
+
 view! {
     /// UDP (RFC 768), 8 bytes.
     Udp {
@@ -62,6 +76,31 @@ view! {
         flags: [u8; 4],
         /// Checksum, as on the wire
         checksum: native_endian::U16,
+    }
+}
+
+impl Tcp {
+    /// Length of the shortest header
+    pub const MIN: usize = 20;
+    /// Flags of the second byte of `flags`: no more data
+    pub const FIN: u8 = 1;
+    /// Synchronize
+    pub const SYN: u8 = 2;
+    /// Reset
+    pub const RST: u8 = 4;
+    /// Acknowledgement
+    pub const ACK: u8 = 16;
+
+    /// Length of the header with its options, as it says
+    #[inline(always)]
+    pub fn header_len(&self) -> usize {
+        usize::from(self.flags[0] >> 4) * 4
+    }
+
+    /// `FIN` and so on
+    #[inline(always)]
+    pub fn control(&self) -> u8 {
+        self.flags[1]
     }
 }
 

@@ -4,8 +4,8 @@ use crate::beside;
 use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
-use towpath_pipeline::{Beside, Entry, Frame, Parsed, Refusal, Tables, forward_tunnelled};
-use towpath_tables::record::PORT_SLOTS;
+use towpath_pipeline::{Beside, Candidate, Entry, Frame, Parsed, Refusal, Tables, forward_flow, forward_tunnelled};
+use towpath_tables::record::{Family, PORT_SLOTS};
 use towpath_tables::{Reason, opaque};
 use towpath_wire::View;
 
@@ -101,10 +101,20 @@ impl Frame for XdpFrame {
         let what = into | entry.slot << SLOT_SHIFT | parsed.offset as u32 & OFFSET;
         let answer = tunnelled(self.ctx, Self::forget(what));
         self.reload();
-        match answer.checked_sub(REFUSED) {
-            None => Ok(answer),
-            Some(reason) => Err(Reason::from_index(reason as u8).unwrap_or(Reason::Internal)),
-        }
+        result(answer)
+    }
+
+    #[inline(always)]
+    fn flow<T: Tables>(&mut self, _: &T, entry: &Entry, candidate: Candidate) -> Result<u32, Reason> {
+        let partial = if entry.may_be_partial() { PARTIAL } else { 0 };
+        let what = entry.slot << SLOT_SHIFT | (candidate.reason as u32) << REASON_SHIFT;
+        let what = Self::forget(what | partial | candidate.offset as u32 & OFFSET);
+        let answer = match candidate.family {
+            Family::V4 => flow4(self.ctx, what),
+            Family::V6 => flow6(self.ctx, what),
+        };
+        self.reload();
+        result(answer)
     }
 
     #[inline(always)]
@@ -123,19 +133,60 @@ const THROUGH: u32 = 0x20;
 const SLOT_SHIFT: u32 = 8;
 const INTO_SHIFT: u32 = 16;
 const _: () = assert!(PORT_SLOTS << SLOT_SHIFT <= 1 << INTO_SHIFT);
-/// What it answers: a slot, or a reason from here on
+/// What `flow4` and `flow6` are told besides place and slot: checksums may be incomplete, and the policy's reason.
+const PARTIAL: u32 = 0x20;
+const REASON_SHIFT: u32 = 16;
+/// What both answer: a slot, or a reason from here on
 const REFUSED: u32 = PORT_SLOTS;
 
-#[inline(never)]
-fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
-    // SAFETY: the caller has the context from the kernel.
-    let mut frame = unsafe { XdpFrame::new(ctx) };
-    match go_on(&mut frame, what) {
+/// From an answer.
+#[inline(always)]
+fn result(answer: u32) -> Result<u32, Reason> {
+    match answer.checked_sub(REFUSED) {
+        None => Ok(answer),
+        Some(reason) => Err(Reason::from_index(reason as u8).unwrap_or(Reason::Internal)),
+    }
+}
+
+/// The answer.
+#[inline(always)]
+fn answer(result: Result<u32, Reason>) -> u32 {
+    match result {
         Ok(device) => device,
         // A compiler that knew nothing against it would add before it looks whether there is a reason, and a verifier
         // objects to adding to what may be anything.
         Err(reason) => opaque(reason as usize) as u32 + REFUSED,
     }
+}
+
+#[inline(never)]
+fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    answer(go_on(&mut frame, what))
+}
+
+#[inline(never)]
+fn flow4(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    answer(go_on_by_flow(&mut frame, Family::V4, what))
+}
+
+/// Apart from `flow4`, so that neither needs room on the stack for what the other keeps there.
+#[inline(never)]
+fn flow6(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    answer(go_on_by_flow(&mut frame, Family::V6, what))
+}
+
+#[inline(always)]
+fn go_on_by_flow(frame: &mut XdpFrame, family: Family, what: u32) -> Result<u32, Reason> {
+    let slot = what >> SLOT_SHIFT & (PORT_SLOTS - 1);
+    let entry = Entry::new(slot, FAR_MAPS.port(slot).ok_or(Reason::Internal)?).with_partial(what & PARTIAL != 0);
+    let reason = Reason::from_index((what >> REASON_SHIFT) as u8).ok_or(Reason::Internal)?;
+    forward_flow(frame, &FAR_MAPS, &entry, Candidate { family, offset: (what & OFFSET) as usize, reason })
 }
 
 #[inline(always)]

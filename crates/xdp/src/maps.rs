@@ -8,11 +8,12 @@ use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
+use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::opaque;
 use towpath_tables::record::{
-    Config, CpuStats, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES,
-    TableId, VlanTable,
+    Config, CpuStats, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root,
+    SOCKET_QUEUES, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 
@@ -49,6 +50,8 @@ tables! {
     NEXTHOPS = Nexthops: ".bss.nexthops";
     GROUPS = Groups: ".bss.groups";
     STATS = Stats: ".bss.stats";
+    FLOWS = Flows: ".bss.flows";
+    FLOW_LINES = FlowLines: ".bss.flow_lines";
 }
 
 /// A record of a table; the length is the one that is put there when the program is loaded.
@@ -141,6 +144,13 @@ fn lookup6(root: u32, high: u64, low: u64) -> u64 {
     lpm::lookup(&MAPS, root, &address).map_or(INTERNAL, |word| word.0.into())
 }
 
+/// As `lookup4`, for a flow; 0 if there is none.
+#[inline(never)]
+fn find_flow<const WORDS: usize>(key: &Key<WORDS>) -> u32 {
+    let seed = FAR_MAPS.config().map_or(0, |config| config.flow_seed.load());
+    flow::find(&FAR_MAPS, seed, key).map_or(0, |found| found.0)
+}
+
 /// The maps of this program. Look-ups of routes are called if `CALLS`, and repeated at every place otherwise.
 pub struct Maps<const CALLS: bool>;
 
@@ -190,6 +200,19 @@ impl<const CALLS: bool> LpmRead for Maps<CALLS> {
         const BYTES: usize = NODE_REACH * LINE_BYTES;
         // SAFETY: as for `stored`.
         unsafe { Some(*(&raw const *node.line).cast::<u8>().add(opaque(position as usize) % BYTES)) }
+    }
+}
+
+impl<const CALLS: bool> FlowRead for Maps<CALLS> {
+    #[inline(always)]
+    fn flow_line(&self, number: u32) -> Option<&FlowLine> {
+        let mask = constant!(const TableId::FlowLines.length_mark()) as u32 - 1;
+        record!(FLOW_LINES[number & mask]: FlowLine, FlowLines)
+    }
+
+    #[inline(always)]
+    fn flow(&self, index: u32) -> Option<&Flow> {
+        record!(FLOWS[index]: Flow, Flows)
     }
 }
 
@@ -255,6 +278,14 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
         // SAFETY: both are sixteen bytes, of any value.
         let [high, low]: [u64; 2] = unsafe { core::mem::transmute(*address) };
         found(lookup6(root, high, low))
+    }
+
+    #[inline(always)]
+    fn find_flow<const WORDS: usize>(&self, key: &Key<WORDS>) -> Option<Found> {
+        match find_flow(key) {
+            0 => None,
+            found => Some(Found(found)),
+        }
     }
 
     /// Names the receiver for the verdict XDP_REDIRECT that is to follow.

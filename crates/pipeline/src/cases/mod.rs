@@ -1,11 +1,13 @@
 //! The table of cases of the packet path. Each is a router, a frame, and everything that must become of them; the
 //! native build and the BPF object are both held against it.
 
+mod flows;
 pub mod frames;
 mod tunnels;
 pub mod world;
 
 use crate::Beside;
+pub use flows::Effect;
 use frames::*;
 use towpath_tables::record::port_flags::{
     BESIDE, FORWARD_V4, FORWARD_V6, PARTIAL_CSUM, PRESENT, READY, REDIRECTS, ROUTE_LOCALNET, RP_LOOSE, RP_STRICT,
@@ -51,6 +53,8 @@ pub struct Case {
     pub expect: Expect,
     /// Packets that tunnels count: slot, direction, and length
     pub tunnels: Vec<(u32, Way, usize)>,
+    /// What becomes of the flow, if something does
+    pub flow: Option<Effect>,
 }
 
 /// Which way a packet passes a tunnel.
@@ -74,6 +78,9 @@ impl Case {
     /// Writes into the router the counters and hit flags that must be found afterwards.
     pub fn apply(&self, world: &World) {
         self.expect.apply(world, self.frame.len());
+        if let Some(effect) = self.flow {
+            effect.apply(world);
+        }
         for (slot, way, len) in &self.tunnels {
             let stats = world.stats(*slot);
             let (packets, bytes) = match way {
@@ -119,6 +126,7 @@ pub fn all() -> Vec<Case> {
     cases.partial_checksums();
     cases.beside();
     cases.tunnels();
+    cases.flows();
     cases.0
 }
 
@@ -182,6 +190,7 @@ impl Cases {
             beside: None,
             expect,
             tunnels: Vec::new(),
+            flow: None,
         });
     }
 
@@ -466,7 +475,7 @@ impl Cases {
                 world.port(OUT).ingress_policy[family].store(1 + Reason::PolicyXfrm as u32);
             };
             self.pass(format!("{name}, others' policies"), other, packet.clone(), 0);
-            for word in [REASONS as u32, 257, u32::MAX] {
+            for word in [REASONS as u32, 513, u32::MAX] {
                 let wild = move |world: &mut World| world.config().policy[family].store(word);
                 self.except(format!("{name}, policy word {word}"), wild, arrive(&packet), Reason::Internal);
             }
@@ -797,7 +806,8 @@ impl Cases {
             let (four, frame) = (name == "IPv4", arrive(&packet));
             let busy = |world: &mut World| world.nexthop(HOP).sequence.store(9);
             self.except(format!("{name}, next hop in change"), busy, frame.clone(), Reason::TableBusy);
-            for state in [0u32, 4, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | 39 << 8] {
+            for state in [0u32, 4, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | (Reason::ALL.len() as u32) << 8]
+            {
                 let wild = move |world: &mut World| world.nexthop(HOP).state.store(state);
                 self.except(format!("{name}, next hop state {state:x}"), wild, frame.clone(), Reason::Internal);
             }

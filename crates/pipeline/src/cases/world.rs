@@ -194,6 +194,15 @@ impl World {
         &self.stats[slot as usize]
     }
 
+    /// The flows
+    pub fn flows(&self) -> &[Flow] {
+        &self.flows
+    }
+
+    pub(super) fn flow_lines(&self) -> &[FlowLine] {
+        &self.flow_lines
+    }
+
     /// Sets flags of a port.
     pub fn flag(&self, slot: u32, flags: u32) {
         let word = &self.port(slot).flags;
@@ -348,6 +357,8 @@ impl World {
             nexthops: &self.nexthops,
             groups: &self.groups,
             stats: &self.stats,
+            flows: &self.flows,
+            flow_lines: &self.flow_lines,
             cpu: 0,
             transmitters: SlotSet::ALL,
         }
