@@ -116,7 +116,8 @@ impl<'a> Walk<'a> {
         let mut frame = packet::Packet::new(frame, HEADROOM);
         let parsed = match parse(&frame, &tables, &mut entry) {
             Ok(parsed) => parsed,
-            Err(reason) => {
+            Err(stop) => {
+                let reason = stop.reason();
                 let detail = self.detail(reason, None, None);
                 return self.left_to_linux(reason, detail);
             }
