@@ -210,6 +210,11 @@ impl Left {
         self.region.config()
     }
 
+    /// Records that a table has room for.
+    pub fn elements(&self, table: TableId) -> usize {
+        self.region.len(table) as usize
+    }
+
     /// Whether its programs let Linux have what captures are to see, which this binary's will not do at first.
     pub fn has_captures(&self) -> Result<bool> {
         let failed = |e| Error::io("ask about the programs that were left", e);

@@ -152,6 +152,11 @@ impl ConfigTable {
     pub fn release(&self) {
         self.brake.release(self);
     }
+
+    /// See `TableWriter::close_flows`.
+    pub fn close_flows(&self) {
+        towpath_tables::flows::close(self);
+    }
 }
 
 impl Deref for ConfigTable {

@@ -461,20 +461,26 @@ impl State {
 
     /// See `Fpm::follow_rules`.
     pub fn follow_rules(&mut self, on: bool) {
-        self.changes.config |= self.deaf == on;
-        self.deaf = !on;
+        if std::mem::replace(&mut self.deaf, !on) == on {
+            let scopes: Vec<_> = self.policies().filter(|policy| policy.flows.is_some()).map(|p| p.scope).collect();
+            scopes.into_iter().for_each(|scope| self.policy_changed(scope));
+        }
     }
 
     /// What the policies that `applies` picks come to.
     pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
-        sum(self.policies().filter(|policy| applies(&policy.scope)).map(obstacle))
+        sum(self.policies().filter(|policy| applies(&policy.scope)).map(|policy| self.obstacle(policy)))
     }
 
     /// The same for the policies for all packets of a port in a direction.
     fn port_policy(&self, chain: &[&Port], applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
         let (touching, plain) = (self.policies().filter(|policy| applies(&policy.scope)), chain.len() == 1);
         let whole = touching.filter(|policy| !(plain && self.is_filtered(policy)));
-        sum(whole.map(obstacle).chain(unsupported(chain).map(Obstacle::new)))
+        sum(whole.map(|policy| self.obstacle(policy)).chain(unsupported(chain).map(Obstacle::new)))
+    }
+
+    fn obstacle(&self, policy: &Policy) -> Obstacle {
+        Obstacle { reason: policy.reason, flows: policy.flows.is_some() && !self.deaf }
     }
 
     /// Why packets of a family that come in by a port are exceptions.
@@ -635,10 +641,6 @@ fn is_rival(own: &Tunnel, other: &Port) -> bool {
         && (same_remote || other.remote.is_unspecified())
         && other.link != own.link
         && (other.link != 0 || same_local && same_remote)
-}
-
-fn obstacle(policy: &Policy) -> Obstacle {
-    Obstacle { reason: policy.reason, flows: policy.flows.is_some() }
 }
 
 /// What several obstacles come to: connections pass if they pass each of them. The reason that counts is the lowest, of

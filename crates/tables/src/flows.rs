@@ -1,6 +1,7 @@
 //! The flows as their writer and those who show them see them.
 
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 
 use crate::backing::View;
 use crate::flow::{AnyKey, Connection, Direction, FlowRead, Found, Key, Tuple, in_line};
@@ -53,8 +54,44 @@ impl FlowRead for View<'_> {
 
 /// All flows.
 pub fn views<'a>(view: &View<'a>) -> impl Iterator<Item = FlowView> + use<'a> {
+    views_in(view, 0..view.flows().len() as u32)
+}
+
+/// The flows with these indices.
+pub fn views_in<'a>(view: &View<'a>, indices: Range<u32>) -> impl Iterator<Item = FlowView> + use<'a> {
+    let (view, generation) = (*view, view.config().flow_generation.load());
+    indices.filter_map(move |index| view_of(index, view.flows().get(index as usize)?, generation))
+}
+
+/// How many flows are in which state.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct FlowStates {
+    /// Linux has accepted one direction at least in the current generation
+    pub fast: u64,
+    /// It has not
+    pub waiting: u64,
+    /// A FIN or RST was seen
+    pub closed: u64,
+}
+
+/// Counts the flows.
+pub fn count(view: &View<'_>) -> FlowStates {
     let generation = view.config().flow_generation.load();
-    (0..).zip(view.flows()).filter_map(move |(index, flow)| view_of(index, flow, generation))
+    let mut states = FlowStates::default();
+    for flow in view.flows() {
+        let state = flow.state.load();
+        if state & flow_state::KIND == 0 {
+            continue;
+        }
+        let accepted = flow.accepted.iter().any(|word| word.load() != 0 && (word.load() >> 32) as u32 == generation);
+        let of = match (state & flow_state::CLOSED != 0, accepted) {
+            (true, _) => &mut states.closed,
+            (false, true) => &mut states.fast,
+            (false, false) => &mut states.waiting,
+        };
+        *of += 1;
+    }
+    states
 }
 
 /// The flow with this tuple, and the tuple's direction.
@@ -88,8 +125,8 @@ fn totals(flow: &Flow) -> FlowTotals {
     }
 }
 
-/// No flow passes any more.
-pub(crate) fn close(config: &Config) {
+/// No flow passes any more, and none is accepted.
+pub fn close(config: &Config) {
     let generation = config.flow_generation.load();
     order::publish(&config.flow_generation, generation | 1);
 }

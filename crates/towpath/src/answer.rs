@@ -7,6 +7,7 @@ use crate::report::{self, Families, Forwarding};
 use crate::wires::Wire;
 use crate::words;
 use anyhow::{Context, Result, bail};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,11 +15,14 @@ use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
 use towpath_tables::Reason;
+use towpath_tables::flows::{self, FlowStates, FlowView};
 use towpath_tables::nexthop::{Action, NexthopValue};
 use towpath_tables::record::Family;
 
 /// Routes in one answer, so that it takes a few milliseconds.
 const PAGE: usize = 1000;
+/// Places in the table of connections that are looked at for one answer.
+const FLOW_PAGE: u32 = 1024;
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 /// What is known of the daemon itself.
@@ -65,6 +69,7 @@ impl Daemon {
             Request::Nexthops => control::answer(Ok(self.nexthops())),
             Request::Exceptions => control::answer(Ok(self.exceptions())),
             Request::Stats => control::answer(Ok(self.stats())),
+            Request::Flows { after } => control::answer(Ok(self.flows_page(after))),
             Request::Explain(packet) => control::answer(self.explain(&packet)),
             Request::Stop => control::answer(Ok(true)),
         }
@@ -104,6 +109,7 @@ impl Daemon {
                 .iter()
                 .flat_map(|workers| workers.report(|ifindex| self.interface(ifindex)))
                 .collect(),
+            flows: self.flow_summary(),
             notices: self.notices(),
         })
     }
@@ -112,7 +118,63 @@ impl Daemon {
         let cannot = self.cannot_transmit.iter();
         let cannot = cannot.map(|(i, why)| format!("what leaves by {} goes to Linux: {why}", self.interface(*i)));
         let full = self.fpm.full().map(|full| words::shortage(full, self.fpm.waiting()));
-        self.facts.notices.iter().cloned().chain(cannot).chain(full).chain(self.captures.notice()).collect()
+        let flows = self.fpm.refused_flows().full.then(|| self.full_flows());
+        self.facts
+            .notices
+            .iter()
+            .cloned()
+            .chain(cannot)
+            .chain(full)
+            .chain(self.captures.notice())
+            .chain(flows)
+            .collect()
+    }
+
+    fn flow_summary(&self) -> report::FlowSummary {
+        let FlowStates { fast, waiting, closed } = flows::count(&self.fpm.tables().view());
+        let wanted = self.flows.wanted;
+        report::FlowSummary {
+            mode: wanted.mode.map(|mode| mode.to_string()),
+            fast,
+            waiting,
+            closing: closed,
+            refused: self.fpm.refused_flows().total,
+            capacity: wanted.room.into(),
+        }
+    }
+
+    fn flows_page(&self, after: Option<u32>) -> report::Flows {
+        let (view, first) = (self.fpm.tables().view(), after.unwrap_or(0));
+        let names: HashMap<u32, String> = self.fpm.ports().map(|state| (state.slot, state.port.name.clone())).collect();
+        let name = |slot: u32| names.get(&slot).cloned();
+        let direction = |flow: &FlowView, which: usize| {
+            let tuple = [flow.connection.original, flow.connection.reply][which];
+            let way = flow.accepted[which].filter(|_| !flow.closed);
+            let state = match (flow.closed, way) {
+                (true, _) => "closing",
+                (false, Some(_)) => "fast",
+                (false, None) => "waiting",
+            };
+            report::FlowDirection {
+                source: tuple.source.to_string(),
+                source_port: tuple.source_port,
+                destination: tuple.destination.to_string(),
+                destination_port: tuple.destination_port,
+                state: state.into(),
+                packets: flow.totals.packets[which],
+                bytes: flow.totals.bytes[which],
+                r#in: way.and_then(|(from, _)| name(from)),
+                out: way.and_then(|(_, to)| name(to)),
+            }
+        };
+        let end = first.saturating_add(FLOW_PAGE).min(view.flows().len() as u32);
+        let flow = |flow: FlowView| report::Flow {
+            protocol: words::transport(flow.connection.original.protocol),
+            original: direction(&flow, 0),
+            reply: direction(&flow, 1),
+        };
+        let flows = flows::views_in(&view, first..end).map(flow).collect();
+        report::Flows { flows, next: (end < view.flows().len() as u32).then_some(end) }
     }
 
     /// Routes known, by family.

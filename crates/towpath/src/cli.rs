@@ -4,6 +4,7 @@ use crate::wires::PortArgument;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use towpath_cm::FlowMode;
 
 /// A fast path beside the Linux network stack.
 ///
@@ -46,6 +47,17 @@ pub enum Command {
 /// `towpath up`
 #[derive(Args, Clone)]
 pub struct Up {
+    /// As for `fpm`
+    #[command(flatten)]
+    pub serve: Serve,
+    /// As for `cm`
+    #[command(flatten)]
+    pub follow: Follow,
+}
+
+/// How ports are served
+#[derive(Args, Clone)]
+pub struct Serve {
     /// Interfaces to serve; none: every interface that can be served. With --engine user, PORT=WIRE has
     /// frames come and go by something else: af_packet:NAME (an interface, by packet sockets), tap:NAME (a TAP),
     /// pcap:IN,OUT (files) or dpdk:DEVICE (a device of DPDK's). PORT is then a TAP with the port's settings
@@ -60,6 +72,21 @@ pub struct Up {
     /// Use XDP's generic mode, on every port: slower, but no driver needs to know of it
     #[arg(long)]
     pub generic: bool,
+    /// Room for so many connections that Linux hands over; more stay in Linux, and are counted. 0: none is taken
+    #[arg(long, value_name = "NUMBER", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=MAX_FLOWS))]
+    pub max_flows: u32,
+}
+
+const MAX_FLOWS: i64 = towpath_tables::backing::MAX_FLOWS as i64;
+
+/// What is read of Linux's state
+#[derive(Args, Clone, Copy)]
+pub struct Follow {
+    /// Connections that go fast once Linux has accepted them, where firewall rules or NAT are in the way: those that a
+    /// rule put into a flowtable (flowtable), those with a connection mark (mark=VALUE/MASK), all that are established
+    /// (established), or none
+    #[arg(long, value_name = "WHICH", default_value_t = FlowMode::Flowtable)]
+    pub flows: FlowMode,
 }
 
 /// Engines that can be asked for.
@@ -123,6 +150,8 @@ pub enum Show {
     Exceptions(Output),
     /// Packets and bytes forwarded by the fast path, by port
     Stats(Output),
+    /// Connections that Linux hands over, direction by direction
+    Flows(Output),
 }
 
 /// `towpath show routes`
@@ -178,6 +207,9 @@ pub enum Protocol {
 /// `towpath cm`
 #[derive(Args)]
 pub struct Cm {
+    /// As for `up`
+    #[command(flatten)]
+    pub follow: Follow,
     /// Socket of the `towpath fpm` to send to; default: the one of this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
@@ -188,7 +220,7 @@ pub struct Cm {
 pub struct Fpm {
     /// As for `up`
     #[command(flatten)]
-    pub up: Up,
+    pub serve: Serve,
     /// Socket to listen on for the `towpath cm`; default: in this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
@@ -213,6 +245,32 @@ mod tests {
         for wrong in ["", ",", "1,", "a", "1-", "-1", "3-2", "4294967295", "0-99999999"] {
             assert!(cores(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn flows_are_chosen_by_word_or_mark() {
+        let up = |words: &[&str]| {
+            let parsed = Cli::try_parse_from([&["towpath", "up"], words].concat());
+            parsed.map_err(|error| error.to_string()).map(|cli| match cli.command {
+                Command::Up(Up { serve, follow }) => (follow.flows, serve.max_flows),
+                _ => panic!("it was up"),
+            })
+        };
+        assert_eq!(up(&[]), Ok((FlowMode::Flowtable, 65_536)));
+        assert_eq!(up(&["--flows", "none", "--max-flows", "0"]), Ok((FlowMode::None, 0)));
+        let marked = FlowMode::Mark { value: 0x10, mask: 0xf0 };
+        assert_eq!(up(&["--flows", "mark=0x10/0xf0", "--max-flows", "4194303"]), Ok((marked, 4_194_303)));
+        for (wrong, why) in [
+            (["--flows", "all"], "established"),
+            (["--flows", "mark=1/2"], "can never match"),
+            (["--max-flows", "4194304"], "4194303"),
+            (["--max-flows", "many"], "invalid digit"),
+        ] {
+            let message = up(&wrong).expect_err("wrong");
+            assert!(message.contains(wrong[1]) && message.contains(why), "{message}");
+        }
+        assert!(Cli::try_parse_from(["towpath", "cm", "--flows", "established"]).is_ok());
+        assert!(Cli::try_parse_from(["towpath", "fpm", "--max-flows", "7"]).is_ok());
     }
 
     #[test]

@@ -44,6 +44,11 @@ pub enum Request {
     Exceptions,
     /// `report::Stats`
     Stats,
+    /// `report::Flows`: a page of them
+    Flows {
+        /// `next` of the page before; none for the first
+        after: Option<u32>,
+    },
     /// `report::Explanation`
     Explain(Packet),
     /// Take the fast path off and exit; answered with `true` before

@@ -3,9 +3,10 @@
 
 use crate::answer::Facts;
 use crate::captures::Captures;
-use crate::cli::{self, Up};
+use crate::cli::{self, Serve};
 use crate::control::{self, Request};
 use crate::explain::Names;
+use crate::flows::{self, Flows};
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::ports::Wanted;
@@ -20,6 +21,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
+use towpath_cm::FlowMode;
 use towpath_engine::{Engine, Mode, Options, PortRequest, Site, TransmitWatch};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
@@ -49,6 +51,8 @@ pub enum Event {
     SourceLost,
     /// Whether these ports can transmit may have changed
     Transmit(Vec<u32>),
+    /// What Linux had let pass before this change of its rules has left
+    Settled(u64),
     /// A question and where the answer goes
     Request(Request, SyncSender<String>),
     /// End, because of this
@@ -66,7 +70,10 @@ pub struct Daemon {
     pub facts: Facts,
     pub source: Running,
     pub hits: HitFlags<Keeper>,
+    pub flows: Flows,
     pub inbox: Receiver<Event>,
+    /// The way into the inbox
+    pub events: SyncSender<Event>,
     /// Has the alarms, which overtake what is in the inbox
     pub sentry: Sentry,
     /// An event taken from the inbox that is still to be handled
@@ -79,6 +86,8 @@ pub struct Daemon {
     pub told: BTreeMap<u32, Told>,
     /// Classes of objects that are being described anew
     pub resyncing: HashSet<Snapshot>,
+    /// The cache manager has left, and no other one has described everything since
+    pub lost: bool,
     /// Ports that nothing can be redirected to, and why
     pub cannot_transmit: BTreeMap<u32, String>,
     /// Those last seen, for the log
@@ -109,12 +118,19 @@ pub struct NoSlot {
     ifindex: u32,
 }
 
-/// `towpath up`, and `towpath fpm` with the socket of a CM: serves until told to stop.
-pub fn run(up: &Up, socket: Option<Option<PathBuf>>) -> Result<()> {
+/// Where Linux's state comes from.
+pub enum Origin {
+    /// A cache manager in this process, which hands over such connections
+    InProcess(FlowMode),
+    /// One that connects to this socket, or to the instance's own
+    Socket(Option<PathBuf>),
+}
+
+/// `towpath up`, and `towpath fpm`: serves until told to stop.
+pub fn run(serve: &Serve, origin: Origin) -> Result<()> {
     let instance = Instance::current()?;
     let lock = instance.lock()?;
-    let remote = socket.map(|path| Source::Socket(path.unwrap_or_else(|| instance.fpc_socket())));
-    let ended = start(up, remote, &instance).and_then(|daemon| match daemon {
+    let ended = start(serve, origin, &instance).and_then(|daemon| match daemon {
         Some(daemon) => daemon.serve(),
         None => Ok(()),
     });
@@ -142,14 +158,19 @@ pub fn down() -> Result<()> {
 }
 
 /// Brings everything up; None if told to stop meanwhile.
-fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<Daemon>> {
+fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Daemon>> {
     let termination = Termination::block()?;
-    let user = up.engine == cli::Engine::User;
-    let options = Options { mode: if up.generic { Mode::Generic } else { Mode::Native }, sockets: user };
+    let mode = match &origin {
+        Origin::InProcess(mode) => Some(*mode),
+        Origin::Socket(_) => None,
+    };
+    let flows = flows::Wanted::new(mode, serve.max_flows);
+    let user = serve.engine == cli::Engine::User;
+    let options = Options { mode: if serve.generic { Mode::Generic } else { Mode::Native }, sockets: user };
     let site = Site::prepare(options)?;
     let interfaces = interfaces::all()?;
-    let wanted = Wanted::new(&up.ports, &interfaces)?;
-    let plan = if user { Some(plan(up, &wanted, &interfaces)?) } else { None };
+    let wanted = Wanted::new(&serve.ports, &interfaces)?;
+    let plan = if user { Some(plan(serve, &wanted, &interfaces)?) } else { None };
     // Workers that were killed leave it, and new ones replace it.
     if !user {
         towpath_fptun::remove()?;
@@ -161,15 +182,28 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
     thread("sentry", move || watch.watch())?;
     let stop = events.clone();
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
-    let source = remote
-        .unwrap_or_else(|| Source::InProcess(wanted.names()))
-        .start(Inbound { events: events.clone(), sentry: sentry.clone() })?;
+    let source = match origin {
+        Origin::Socket(path) => Source::Socket(path.unwrap_or_else(|| instance.fpc_socket())),
+        Origin::InProcess(_) => Source::InProcess(towpath_cm::Options {
+            serve: wanted.names(),
+            flows: flows.mode.unwrap_or_default(),
+            ..towpath_cm::Options::default()
+        }),
+    };
+    let source = source.start(Inbound { events: events.clone(), sentry: sentry.clone() })?;
     let keeper = match &source.peer {
         Some(peer) => Keeper::Remote(peer.clone()),
         None => Keeper::Local(Netlink::open()?),
     };
+    let connections = match (flows.any(), &source.peer) {
+        (false, _) => flows::Keeper::Nobody,
+        (true, Some(peer)) => flows::Keeper::Remote(peer.clone()),
+        (true, None) => flows::Keeper::local()?,
+    };
     let hits = HitFlags::new(keeper, towpath_hitflags::PERIOD, Instant::now());
-    let Parts { engine, fpm, workers } = tables(site, options, plan.as_ref(), &mut facts, &sentry)?;
+    // A table of none cannot be made.
+    let setup = Setup { plan: plan.as_ref(), flows: flows.room.max(1) as usize };
+    let Parts { engine, fpm, workers } = tables(site, options, &setup, &mut facts, &sentry)?;
     let mut daemon = Daemon {
         instance: instance.clone(),
         engine,
@@ -179,7 +213,10 @@ fn start(up: &Up, remote: Option<Source>, instance: &Instance) -> Result<Option<
         facts,
         source,
         hits,
+        flows: Flows::new(flows, connections),
+        lost: false,
         inbox,
+        events: events.clone(),
         sentry,
         pending: None,
         running: false,
@@ -222,13 +259,13 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
 }
 
 /// What the user engine is to be, from the command line and the interfaces there are.
-fn plan(up: &Up, wanted: &Wanted, interfaces: &[(String, u32)]) -> Result<Plan> {
+fn plan(serve: &Serve, wanted: &Wanted, interfaces: &[(String, u32)]) -> Result<Plan> {
     let mut ports = wanted.with_driver();
     let wires = wanted.indices().len() - ports.len();
     if ports.is_empty() && wires == 0 {
         ports.extend(interfaces.iter().filter(|(name, _)| name != "lo").map(|(_, ifindex)| ifindex));
     }
-    Plan::new(up.cores.as_ref().map(|cores| cores.0.as_slice()), &ports, wires)
+    Plan::new(serve.cores.as_ref().map(|cores| cores.0.as_slice()), &ports, wires)
 }
 
 /// What works on the tables.
@@ -238,30 +275,43 @@ struct Parts {
     workers: Option<Workers>,
 }
 
+/// What the tables are to be good for.
+struct Setup<'a> {
+    plan: Option<&'a Plan>,
+    /// Room for connections
+    flows: usize,
+}
+
 /// The tables a former daemon left if they are whole, else new ones.
-fn tables(site: Site, options: Options, plan: Option<&Plan>, facts: &mut Facts, sentry: &Sentry) -> Result<Parts> {
+fn tables(site: Site, options: Options, setup: &Setup, facts: &mut Facts, sentry: &Sentry) -> Result<Parts> {
     if site.exists() {
-        match adopt(site, plan, sentry) {
+        match adopt(site, setup, sentry) {
             Ok(parts) => {
                 facts.adopted = true;
                 return Ok(parts);
             }
             Err(error) => tracing::warn!("tables of a former daemon are replaced: {error:#}"),
         }
-        return create(Site::prepare(options)?, plan, sentry);
+        return create(Site::prepare(options)?, setup, sentry);
     }
-    create(site, plan, sentry)
+    create(site, setup, sentry)
 }
 
 /// To take tables over takes a while, in which the programs left forward: the sentry watches from the beginning.
-fn adopt(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {
+fn adopt(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
     let left = site.left()?;
     towpath_tables::adopt::check(&left.config())?;
+    // Nobody has followed the rules since.
+    left.config().close_flows();
+    let room = left.elements(TableId::Flows);
+    if room != setup.flows {
+        bail!("they have room for {room} connections, and {} are asked for", setup.flows);
+    }
     if left.has_captures()? {
         sentry.raise(captures_unknown());
     }
     sentry.guard(left.config());
-    join(left.adopt()?, plan, TableWriter::adopt)
+    join(left.adopt()?, setup.plan, TableWriter::adopt)
 }
 
 /// Everything may be what a capture is to see, until the cache manager has told its first captures.
@@ -278,9 +328,9 @@ fn captures_unknown() -> Alarm {
     Alarm { id: AlarmId { source, number: 0 }, policies: [Family::V4, Family::V6].map(policy).into() }
 }
 
-fn create(site: Site, plan: Option<&Plan>, sentry: &Sentry) -> Result<Parts> {
-    let engine = site.create(&initial_elements(statistics_lines()?))?;
-    let parts = join(engine, plan, TableWriter::create)?;
+fn create(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
+    let engine = site.create(&initial_elements(statistics_lines()?).with_flows(setup.flows))?;
+    let parts = join(engine, setup.plan, TableWriter::create)?;
     sentry.guard(parts.engine.config());
     Ok(parts)
 }
@@ -317,7 +367,7 @@ impl Daemon {
                 Ok(Event::Stop(_)) => return Ok(false),
                 Ok(Event::SourceEnded(error)) => bail!("cannot learn Linux's state: {error}"),
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
-                Ok(Event::Alarm | Event::SourceLost | Event::Request(..) | Event::Transmit(_)) => {}
+                Ok(Event::Alarm | Event::SourceLost | Event::Request(..) | Event::Transmit(_) | Event::Settled(_)) => {}
                 Err(_) => bail!("Linux's state was not told within {} s", FIRST_SNAPSHOT.as_secs()),
             }
             self.take_alarms();
@@ -452,7 +502,13 @@ impl Daemon {
                     self.sync();
                 }
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
-                Ok(Event::SourceLost) => self.resyncing.extend(towpath_fpm::all_classes()),
+                Ok(Event::SourceLost) => {
+                    self.resyncing.extend(towpath_fpm::all_classes());
+                    self.lost = true;
+                    self.fpm.follow_rules(false);
+                    self.sync();
+                }
+                Ok(Event::Settled(change)) => self.fpm.open_flows(change),
                 Ok(Event::SourceEnded(error)) => {
                     self.take_off()?;
                     bail!("Linux's state can no longer be followed, so the fast path was taken off: {error}");

@@ -52,6 +52,10 @@ impl Daemon {
             }
             self.fpm.apply(message);
         }
+        if self.lost && self.resyncing.is_empty() {
+            self.lost = false;
+            self.fpm.follow_rules(true);
+        }
     }
 
     fn port_described(&mut self, port: &Port) {
@@ -265,13 +269,15 @@ impl Daemon {
 
     /// When there is something to do even if nothing happens.
     pub fn due(&self) -> Instant {
-        self.captures.due().map_or(self.hits.due(), |due| due.min(self.hits.due()))
+        let others = [self.captures.due(), self.fpm.flows_due()];
+        others.into_iter().flatten().fold(self.hits.due(), Instant::min)
     }
 
     /// Keeps neighbours in use alive in Linux, and tries again what found no room, once a period; and does what is due for
-    /// captures.
+    /// captures and connections.
     pub fn tick(&mut self) {
         self.follow_captures();
+        self.follow_flows();
         if Instant::now() >= self.hits.due() {
             self.retry();
         }

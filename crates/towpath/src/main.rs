@@ -6,6 +6,7 @@ mod cli;
 mod control;
 mod daemon;
 mod explain;
+mod flows;
 mod follow;
 mod frame;
 mod instance;
@@ -24,7 +25,7 @@ mod words;
 mod workers;
 
 use clap::{CommandFactory, Parser, error::ErrorKind};
-use cli::{Cli, Command, Engine, Fpm, Up};
+use cli::{Cli, Command, Engine, Fpm, Serve, Up};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -43,18 +44,18 @@ fn main() -> ExitCode {
 /// What clap's definitions cannot say.
 fn check_usage(cli: &Cli) {
     let fail = |text: &str| Cli::command().error(ErrorKind::ValueValidation, text).exit();
-    let up = match &cli.command {
-        Command::Up(up) | Command::Fpm(Fpm { up, .. }) => Some(up),
+    let serve = match &cli.command {
+        Command::Up(Up { serve, .. }) | Command::Fpm(Fpm { serve, .. }) => Some(serve),
         _ => None,
     };
-    match up {
-        Some(Up { cores: Some(_), engine: Engine::Xdp | Engine::Auto, .. }) => {
+    match serve {
+        Some(Serve { cores: Some(_), engine: Engine::Xdp | Engine::Auto, .. }) => {
             fail("--cores is for workers of their own: it goes with --engine user")
         }
-        Some(Up { generic: true, engine: Engine::User, .. }) => {
+        Some(Serve { generic: true, engine: Engine::User, .. }) => {
             fail("--engine user needs native XDP, so --generic does not go with it")
         }
-        Some(Up { ports, engine, .. }) => {
+        Some(Serve { ports, engine, .. }) => {
             let of_wire = |port: &&wires::PortArgument| port.wire.is_some();
             if let Some(port) = ports.iter().find(of_wire).filter(|_| *engine != Engine::User) {
                 fail(&format!("{}=… has a wire of its own: that goes with --engine user", port.name))
@@ -95,9 +96,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(output) => read::status(output),
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
-        Command::Up(up) => daemon::run(&up, None),
+        Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),
-        Command::Fpm(fpm) => daemon::run(&fpm.up, Some(fpm.socket)),
+        Command::Fpm(fpm) => daemon::run(&fpm.serve, daemon::Origin::Socket(fpm.socket)),
         Command::Cm(cm) => remote::run_cm(&cm),
     }
 }

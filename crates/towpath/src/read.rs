@@ -36,6 +36,7 @@ pub fn show(what: &Show) -> Result<()> {
         Show::Nexthops(output) => print(*output, &Request::Nexthops, nexthops_text),
         Show::Exceptions(output) => print(*output, &Request::Exceptions, exceptions_text),
         Show::Stats(output) => print(*output, &Request::Stats, stats_text),
+        Show::Flows(output) => show_flows(*output),
     }
 }
 
@@ -93,6 +94,21 @@ fn show_routes(wanted: &Routes) -> Result<()> {
     write_out(&if wanted.output.json { json(&all)? } else { routes_text(&all) })
 }
 
+/// Connections come in pages, too.
+fn show_flows(output: Output) -> Result<()> {
+    let mut client = connect()?;
+    let mut all = report::Flows { flows: Vec::new(), next: None };
+    loop {
+        let page: report::Flows = client.ask(&Request::Flows { after: all.next })?;
+        all.flows.extend(page.flows);
+        all.next = page.next;
+        if all.next.is_none() {
+            break;
+        }
+    }
+    write_out(&if output.json { json(&all)? } else { flows_text(&all) })
+}
+
 fn status_text(status: &report::Status) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let sync = if status.in_sync { "in sync with Linux" } else { "NOT in sync with Linux (resync under way)" };
@@ -112,6 +128,9 @@ fn status_text(status: &report::Status) -> String {
         text += &format!("program id {}{verified}\n", program.id);
     }
     text += &format!("\n{}", ports_text(&status.ports));
+    if let Some(flows) = flow_summary(&status.flows) {
+        text += &format!("\n{flows}\n");
+    }
     if !status.workers.is_empty() {
         text += &format!("\n{}", workers_text(&status.workers));
     }
@@ -126,6 +145,17 @@ fn status_text(status: &report::Status) -> String {
         text += &format!("\nnote: {notice}\n");
     }
     text
+}
+
+/// A line on connections; None if none are taken.
+fn flow_summary(flows: &report::FlowSummary) -> Option<String> {
+    let mode = flows.mode.as_ref().map_or(String::new(), |mode| format!(" ({mode})"));
+    (flows.capacity > 0).then(|| {
+        format!(
+            "connections{mode}: {} fast, {} waiting for Linux, {} closing; room for {}, {} times there was none",
+            flows.fast, flows.waiting, flows.closing, flows.capacity, flows.refused
+        )
+    })
 }
 
 fn workers_text(workers: &[report::Worker]) -> String {
@@ -260,6 +290,28 @@ fn stats_text(stats: &report::Stats) -> String {
         })
         .collect();
     table(&["port", ">rx packets", ">rx bytes", ">tx packets", ">tx bytes", ">exceptions"], &rows)
+}
+
+fn flows_text(flows: &report::Flows) -> String {
+    let direction = |of: &report::FlowDirection, protocol: &str| {
+        let end = |address: &str, port: u16| match address.contains(':') {
+            true => format!("[{address}]:{port}"),
+            false => format!("{address}:{port}"),
+        };
+        vec![
+            protocol.to_owned(),
+            end(&of.source, of.source_port),
+            end(&of.destination, of.destination_port),
+            of.state.clone(),
+            or_dash(&of.r#in),
+            or_dash(&of.out),
+            of.packets.to_string(),
+            of.bytes.to_string(),
+        ]
+    };
+    let rows = |flow: &report::Flow| [direction(&flow.original, &flow.protocol), direction(&flow.reply, "")];
+    let heads = ["protocol", "from", "to", "state", "in", "out", ">packets", ">bytes"];
+    table(&heads, &flows.flows.iter().flat_map(rows).collect::<Vec<_>>())
 }
 
 fn explanation_text(explanation: &report::Explanation) -> String {

@@ -3,6 +3,7 @@
 //! Batches are acknowledged when they have been taken, and few may be under way, so that what is read at the other end
 //! need not wait there. Thus an alarm finds the way free however long a batch takes.
 
+use crate::flows::Keeper;
 use crate::instance::Instance;
 use crate::source::thread;
 use anyhow::{Context, Result};
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use towpath_cm::{Cm, CmError, FpcSink};
+use towpath_cm::{Cm, CmError, FlowMode, FpcSink};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, Connection, ConnectionError, Feedback, Message, Sender};
 use towpath_hitflags::{Netlink, Refresh};
@@ -36,7 +37,7 @@ pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
             Ok(connection) => {
                 waiting = false;
                 tracing::info!("connected to {}", path.display());
-                serve(connection)?;
+                serve(connection, cli.follow.flows)?;
                 tracing::warn!("the fast path manager has left");
             }
             Err(ConnectionError::Io(error)) if is_absent(&error) => {
@@ -81,16 +82,20 @@ impl Shared {
 }
 
 /// Describes everything, then every change, until the other end leaves; again from the start if it asks.
-fn serve(connection: Connection) -> Result<()> {
+fn serve(connection: Connection, flows: FlowMode) -> Result<()> {
     let Connection { sender, receiver } = connection;
     let shared = Arc::new(Shared::default());
     let listener = shared.clone();
     let mut netlink = Netlink::open()?;
+    let connections = match flows {
+        FlowMode::None => Keeper::Nobody,
+        _ => Keeper::local()?,
+    };
     let (hurry, urgent) = channel();
     let mut writer = Writer { sender, urgent, unacknowledged: 0 };
     let acknowledged = hurry.clone();
     thread("feedback", move || {
-        listen(receiver, &mut netlink, &listener, &acknowledged);
+        listen(receiver, &mut netlink, &connections, &listener, &acknowledged);
         // Nobody hears it if nobody waits.
         drop(acknowledged.send(Urgent::Left));
         listener.ended.store(true, Ordering::SeqCst);
@@ -103,7 +108,7 @@ fn serve(connection: Connection) -> Result<()> {
         if shared.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
-        match describe(&mut writer, &hurry, &stopped) {
+        match describe(&mut writer, &hurry, &stopped, flows) {
             Ok(()) => {}
             Err(CmError::Sink(_)) => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -111,12 +116,17 @@ fn serve(connection: Connection) -> Result<()> {
     }
 }
 
-fn describe(writer: &mut Writer, hurry: &std::sync::mpsc::Sender<Urgent>, stopped: &UnixStream) -> Result<(), CmError> {
+fn describe(
+    writer: &mut Writer,
+    hurry: &std::sync::mpsc::Sender<Urgent>,
+    stopped: &UnixStream,
+    flows: FlowMode,
+) -> Result<(), CmError> {
     let (batches, waiting) = sync_channel(BATCHES);
     std::thread::scope(|scope| {
         let writer = scope.spawn(move || writer.write_out(&waiting));
         let mut sink = Outlet { batches, hurry: hurry.clone(), waiting: None };
-        let options = towpath_cm::Options::default();
+        let options = towpath_cm::Options { flows, ..towpath_cm::Options::default() };
         let watchers = towpath_cm::guard::watchers(options.flows)?;
         let mut cm = Cm::new(options, watchers)?;
         let ended = cm.run(&mut sink, stopped.as_fd());
@@ -215,6 +225,7 @@ impl Writer {
 fn listen(
     mut receiver: towpath_fpc::Receiver,
     netlink: &mut Netlink,
+    connections: &Keeper,
     shared: &Shared,
     hurry: &std::sync::mpsc::Sender<Urgent>,
 ) {
@@ -230,7 +241,7 @@ fn listen(
                         tracing::warn!("{error}");
                     }
                 }
-                Packet::Feedback(Feedback::FlowsUsed(_)) => {}
+                Packet::Feedback(Feedback::FlowsUsed(used)) => connections.keep(used),
                 Packet::Ack(_) => drop(hurry.send(Urgent::Acknowledged)),
                 Packet::Message(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,

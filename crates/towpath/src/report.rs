@@ -33,6 +33,9 @@ pub struct Status {
     /// The user engine's workers
     #[serde(default)]
     pub workers: Vec<Worker>,
+    /// Connections that Linux hands over
+    #[serde(default)]
+    pub flows: FlowSummary,
     /// What the operator should know
     pub notices: Vec<String>,
 }
@@ -293,6 +296,67 @@ pub struct PortStats {
     pub tx_bytes: u64,
     /// Packets that came in here and were handed to Linux
     pub exceptions: u64,
+}
+
+/// How connections that Linux hands over are doing.
+#[derive(Serialize, Deserialize, Debug, Default, Clone, PartialEq, Eq)]
+pub struct FlowSummary {
+    /// Which ones are taken, as `--flows` says it; None if the cache manager at the other end of a socket decides
+    pub mode: Option<String>,
+    /// Connections of which one direction at least goes fast
+    pub fast: u64,
+    /// Connections of which Linux has not accepted a packet since its rules changed
+    pub waiting: u64,
+    /// Connections that are ending, in Linux
+    pub closing: u64,
+    /// How often one stayed in Linux because the table was full
+    pub refused: u64,
+    /// Room in the table
+    pub capacity: u64,
+}
+
+/// `towpath show flows`, a page of them
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Flows {
+    /// In no order
+    pub flows: Vec<Flow>,
+    /// Present if there are more
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<u32>,
+}
+
+/// A connection that Linux hands over.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Flow {
+    /// `tcp` or `udp`
+    pub protocol: String,
+    /// Packets of whoever began it
+    pub original: FlowDirection,
+    /// The answers
+    pub reply: FlowDirection,
+}
+
+/// One direction of a connection: its packets as they arrive.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct FlowDirection {
+    /// Source address
+    pub source: String,
+    /// Source port
+    pub source_port: u16,
+    /// Destination address
+    pub destination: String,
+    /// Destination port
+    pub destination_port: u16,
+    /// `fast`, `waiting` (Linux has not accepted a packet since its rules changed), `closing`
+    pub state: String,
+    /// Packets that went fast
+    pub packets: u64,
+    /// Their bytes, IP header included
+    pub bytes: u64,
+    /// The port that they come in by, while they go fast
+    pub r#in: Option<String>,
+    /// The port that they leave by, while they go fast
+    pub out: Option<String>,
 }
 
 /// `towpath explain`

@@ -71,8 +71,8 @@ impl FpcSink for Inlet {
 
 /// Which source to use.
 pub enum Source {
-    /// A CM in this process; names of the interfaces to follow closely, None for all
-    InProcess(Option<Vec<String>>),
+    /// A CM in this process
+    InProcess(towpath_cm::Options),
     /// A CM that connects here
     Socket(PathBuf),
 }
@@ -109,25 +109,24 @@ impl Source {
     /// Starts it; its messages go to `events`, and `Event::SourceEnded` if there will be no more.
     pub fn start(self, inbound: Inbound) -> Result<Running> {
         match self {
-            Source::InProcess(serve) => start_cm(serve, inbound),
+            Source::InProcess(options) => start_cm(options, inbound),
             Source::Socket(path) => listen(&path, inbound),
         }
     }
 }
 
 /// A watcher stays in the thread that made it, so everything is made there.
-fn start_cm(serve: Option<Vec<String>>, inbound: Inbound) -> Result<Running> {
+fn start_cm(options: towpath_cm::Options, inbound: Inbound) -> Result<Running> {
     let (stop, stopped) = UnixStream::pair().context("cannot make a socket pair")?;
     thread("cm", move || {
-        if let Err(error) = follow_linux(serve, &inbound, &stopped) {
+        if let Err(error) = follow_linux(options, &inbound, &stopped) {
             let _ = inbound.events.send(Event::SourceEnded(error.to_string()));
         }
     })?;
     Ok(Running { _stop: Some(stop), peer: None })
 }
 
-fn follow_linux(serve: Option<Vec<String>>, inbound: &Inbound, stopped: &UnixStream) -> Result<(), CmError> {
-    let options = towpath_cm::Options { serve, ..towpath_cm::Options::default() };
+fn follow_linux(options: towpath_cm::Options, inbound: &Inbound, stopped: &UnixStream) -> Result<(), CmError> {
     let mut sink = Inlet { inbound: inbound.clone(), waiting: None };
     let watchers = towpath_cm::guard::watchers(options.flows)?;
     Cm::new(options, watchers)?.run(&mut sink, stopped.as_fd())

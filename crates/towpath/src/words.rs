@@ -75,6 +75,15 @@ pub fn route_kind(number: u8) -> String {
     name.into()
 }
 
+/// IPPROTO_*
+pub fn transport(number: u8) -> String {
+    match number {
+        6 => "tcp".into(),
+        17 => "udp".into(),
+        other => other.to_string(),
+    }
+}
+
 /// A routing table: its name if it has one by default.
 pub fn table(number: u32) -> String {
     match number {
