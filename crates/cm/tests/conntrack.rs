@@ -17,7 +17,7 @@ use towpath_cm::conntrack::entry::{ESTABLISHED, Tcp, status};
 use towpath_cm::guard::Nftables;
 use towpath_cm::{FlowMode, Options, Watcher};
 use towpath_fpc::{Message, PolicySource, Scope, Snapshot};
-use towpath_lab::{Lab, Node, wait_for};
+use towpath_lab::{Lab, Node, supported, wait_for};
 use towpath_tables::flow::{Connection, Tuple};
 use towpath_tables::record::Family;
 
@@ -294,10 +294,10 @@ fn lost_notifications_end_in_what_linux_has() -> Result<()> {
     net.nft(MASQUERADE)?;
     let cm = net.cm("established", Some(4096))?;
     let blocked = cm.receiver.lock().expect("lock");
-    let kept: Vec<_> = (5400..5500).map(|port| net.udp(SERVERS[0], port)).collect::<Result<_>>()?;
+    let kept: Vec<_> = (5400..5440).map(|port| net.udp(SERVERS[0], port)).collect::<Result<_>>()?;
     // Hundreds of entries that are never told, and for which there is no room.
     let noise = net.client.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
-    for port in 10_000..12_000u16 {
+    for port in 10_000..10_600u16 {
         noise.send_to(b"x", ("192.0.2.2", port))?;
     }
     drop(blocked);
@@ -381,5 +381,40 @@ fn without_a_mode_nothing_is_told() -> Result<()> {
         matches!(message, Message::Flow(_) | Message::FlowDelete(_) | Message::SnapshotBegin(Snapshot::Flows))
     };
     ensure!(!log.iter().any(spoken), "{log:#?}");
+    Ok(())
+}
+
+#[test]
+fn connections_of_a_flowtable_are_told_until_the_rules_change_without_it() -> Result<()> {
+    let net = Net::new("ctflow")?;
+    let rules = "table inet f { flowtable ft { hook ingress priority 0; devices = { in, out }; }; chain forward { type filter hook forward priority 0; udp dport 5302 accept; udp sport 5302 accept; meta l4proto { tcp, udp } flow add @ft; }; }";
+    if !supported("flowtables of nftables", || net.nft(rules)) {
+        return Ok(());
+    }
+    // Linux lets go of what it does not see for this long.
+    net.router.sysctl("net.netfilter.nf_flowtable_udp_timeout", "1")?;
+    let cm = net.cm("flowtable", None)?;
+    let policies = cm.model().policies[&PolicySource::Nftables].clone();
+    ensure!(policies.iter().all(|policy| policy.flows.is_some()), "{policies:#?}");
+    let other = net.udp(SERVERS[0], 5302)?;
+    let udp = net.udp(SERVERS[0], 5303)?;
+    let listener = net.listener(SERVERS[1])?;
+    let tcp = net.tcp(SERVERS[1], &listener)?;
+    let (udp_told, tcp_told) = (udp.connection("10.0.0.2")?, tcp_connection(&tcp)?);
+    expect(&cm, "two in the flowtable", &[udp_told, tcp_told])?;
+    wait_for(LIMIT, "Linux to let go", || {
+        entry(&net.router, &udp_told).ok().flatten().filter(|entry| !entry.is(status::OFFLOAD))
+    })?;
+    let dumps = |cm: &Running| {
+        cm.receiver.lock().expect("lock").ended.iter().filter(|ended| **ended == Snapshot::Flows).count()
+    };
+    let before = dumps(&cm);
+    wait_for(LIMIT, "another dump", || (dumps(&cm) > before).then_some(()))?;
+    expect(&cm, "both still", &[udp_told, tcp_told])?;
+    net.nft("add rule inet f forward counter")?;
+    expect(&cm, "the one that is there under these rules", &[tcp_told])?;
+    net.nft("delete chain inet f forward; delete flowtable inet f ft; table inet f { chain forward { type filter hook forward priority 0; ct state established accept; }; }")?;
+    expect(&cm, "no flowtable", &[])?;
+    drop(other);
     Ok(())
 }

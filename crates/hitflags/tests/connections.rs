@@ -149,7 +149,8 @@ fn a_connection_that_ends_is_left_to_end() -> Result<()> {
     let (here, there, original) = net.tcp()?;
     drop(here);
     let state = |entry: Entry| entry.tcp.map(|tcp| tcp.state);
-    wait_for(LIMIT, "a FIN", || net.entry(original).ok().filter(|entry| state(*entry) != Some(3)))?;
+    // CLOSE_WAIT: the FIN is acknowledged, and nothing more comes.
+    wait_for(LIMIT, "a FIN", || net.entry(original).ok().filter(|entry| state(*entry) == Some(5)))?;
     net.shorten(&[original])?;
     connections.refresh(&[original])?;
     ensure!(is_new(&net.entry(original)?, SHORT), "{:?}", net.entry(original)?);
