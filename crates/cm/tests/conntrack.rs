@@ -26,6 +26,16 @@ const SERVERS: [&str; 2] = ["192.0.2.2", "2001:db8:2::2"];
 const MASQUERADE: &str =
     "table inet nat { chain post { type nat hook postrouting priority srcnat; oifname out masquerade; }; }";
 
+/// Lines for `ip -batch` that give addresses to an interface.
+fn ends(port: &str, addresses: [&str; 2]) -> String {
+    addresses.map(|address| format!("address add {address} dev {port}\\n")).concat()
+}
+
+/// Lines that make default routes.
+fn via(gateways: [&str; 2]) -> String {
+    gateways.map(|gateway| format!("route add default via {gateway}\\n")).concat()
+}
+
 struct Net {
     _lab: Lab,
     client: Node,
@@ -39,22 +49,20 @@ impl Net {
         let (client, router, server) = (lab.node("client")?, lab.node("router")?, lab.node("server")?);
         lab.link((&client, "eth0"), (&router, "in"))?;
         lab.link((&router, "out"), (&server, "eth0"))?;
-        for (node, port, addresses) in [
-            (&client, "eth0", ["10.0.0.2/24", "2001:db8:1::2/64"]),
-            (&router, "in", ["10.0.0.1/24", "2001:db8:1::1/64"]),
-            (&router, "out", ["192.0.2.1/24", "2001:db8:2::1/64"]),
-            (&server, "eth0", ["192.0.2.2/24", "2001:db8:2::2/64"]),
-        ] {
-            for address in addresses {
-                node.run(["ip", "address", "add", address, "dev", port])?;
-            }
-        }
         router.forward()?;
-        for (node, gateways) in [(&client, ["10.0.0.1", "2001:db8:1::1"]), (&server, ["192.0.2.1", "2001:db8:2::1"])] {
-            for gateway in gateways {
-                let family = if gateway.contains(':') { "-6" } else { "-4" };
-                node.run(["ip", family, "route", "add", "default", "via", gateway])?;
-            }
+        for (node, lines) in [
+            (
+                &router,
+                [ends("in", ["10.0.0.1/24", "2001:db8:1::1/64"]), ends("out", ["192.0.2.1/24", "2001:db8:2::1/64"])]
+                    .concat(),
+            ),
+            (&client, [ends("eth0", ["10.0.0.2/24", "2001:db8:1::2/64"]), via(["10.0.0.1", "2001:db8:1::1"])].concat()),
+            (
+                &server,
+                [ends("eth0", ["192.0.2.2/24", "2001:db8:2::2/64"]), via(["192.0.2.1", "2001:db8:2::1"])].concat(),
+            ),
+        ] {
+            node.sh(&format!("printf '{lines}' | ip -batch -"))?;
         }
         Ok(Self { _lab: lab, client, router, server })
     }
