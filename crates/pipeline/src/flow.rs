@@ -59,10 +59,12 @@ fn forward_packet<N: Translated<WORDS>, const WORDS: usize, F: Frame, T: Tables>
         2 => write::<DoubleTagged, N, WORDS, F>(frame, &parsed, &hop, leaving)?,
         _ => return Err(Reason::Internal),
     }
-    hop.mark_hit();
-    let counters = &flow.counters[place(direction)];
-    counters.packets.add(1);
-    counters.bytes.add(parsed.packet_len as u64);
+    if tables.counts() {
+        hop.mark_hit();
+        let counters = &flow.counters[place(direction)];
+        counters.packets.add(1);
+        counters.bytes.add(parsed.packet_len as u64);
+    }
     count_forward(tables, entry.slot, &parsed, &hop);
     Ok(hop.device)
 }

@@ -124,6 +124,11 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn group(&self, index: u32) -> Option<&Group>;
     /// The caller's CPU or worker, as `stats` numbers them
     fn cpu(&self) -> u32;
+    /// Whether packets are counted, and leave marks of use
+    #[inline(always)]
+    fn counts(&self) -> bool {
+        true
+    }
     /// Counters that only this CPU or worker writes
     fn stats(&self, cpu: u32) -> Option<&CpuStats>;
     /// The route to an IPv4 address. An engine may make look-ups functions of their own.

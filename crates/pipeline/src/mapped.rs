@@ -85,6 +85,10 @@ impl Tables for Mapped<'_> {
         self.view.groups().get(index as usize)
     }
     #[inline(always)]
+    fn counts(&self) -> bool {
+        self.counters.is_some()
+    }
+    #[inline(always)]
     fn cpu(&self) -> u32 {
         self.counters.unwrap_or_default()
     }

@@ -1,20 +1,23 @@
 //! `explain`: sends a made-up packet through the very pipeline that the engine runs, over the same tables, and puts
 //! names to what decides. The verdict is the pipeline's; only the words around it are made here.
 
+use crate::cli::Protocol;
 use crate::control::Packet;
 use crate::frame::{Link, build, tunnelled};
 use crate::report::{Explanation, Step, Verdict};
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::{Policy, Scope, Tunnel};
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
-use towpath_pipeline::{Entry, Frame, Parsed, SlotSet, parse, rewrite, route};
-use towpath_tables::Reason;
+use towpath_pipeline::{Candidate, Entry, Frame, Parsed, SlotSet, Stop, parse, rewrite, route};
 use towpath_tables::backing::View;
+use towpath_tables::flow::Direction;
+use towpath_tables::flows::{self, FlowView};
 use towpath_tables::lpm::{self, Kind};
 use towpath_tables::nexthop::NexthopIdentity;
 use towpath_tables::record::{Family, Port};
+use towpath_tables::{Reason, Tuple};
 
 /// Room before the frame, as drivers leave it.
 const HEADROOM: usize = 256;
@@ -116,14 +119,14 @@ impl<'a> Walk<'a> {
         let mut frame = packet::Packet::new(frame, HEADROOM);
         let parsed = match parse(&frame, &tables, &mut entry) {
             Ok(parsed) => parsed,
-            Err(stop) => {
-                let reason = stop.reason();
+            Err(Stop::Exception(reason)) => {
                 let detail = self.detail(reason, None, None);
                 return self.left_to_linux(reason, detail);
             }
+            Err(Stop::Flow(candidate)) => return self.by_flow(&mut frame, &entry, candidate),
         };
         self.accepted(entry.port, &parsed);
-        let target = self.look_up(entry.port);
+        let target = self.look_up(entry.port, self.packet.destination);
         let routed = route(&frame, &tables, &entry, &parsed);
         let routed = match routed {
             Ok(hop) => Ok(hop),
@@ -153,6 +156,74 @@ impl<'a> Walk<'a> {
                 let detail = self.detail(reason, target, Some(&parsed));
                 self.left_to_linux(reason, detail)
             }
+        }
+    }
+
+    /// What a policy leaves to Linux unless it is of a connection that Linux accepted.
+    fn by_flow(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explanation {
+        let policies = self.policies(candidate.reason, None).join("; ");
+        self.step("policy", format!("only connections that Linux accepted pass: {policies}"));
+        let found = flows::find(&self.view, &self.tuple());
+        let leaving = found.as_ref().map(|(flow, direction)| leaving(flow, *direction));
+        if let (Some((flow, direction)), Some(leaving)) = (&found, leaving) {
+            self.step("connection", self.describe_flow(flow, *direction, leaving));
+        }
+        let destination = leaving.map(|leaving| leaving.destination);
+        let target = destination.and_then(|destination| self.look_up(entry.port, destination));
+        let tables = self.tables;
+        match frame.flow(&tables, entry, candidate) {
+            Ok(device) => {
+                let out = target.and_then(|target| target.ifindex).unwrap_or_else(|| self.interface_in(device));
+                self.step("next hop", self.describe(out, target));
+                let bytes = frame.bytes();
+                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
+                let port = self.names.interface(out);
+                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+            }
+            Err(reason) => {
+                let detail = self.flow_detail(reason, found.as_ref()).or_else(|| self.detail(reason, target, None));
+                self.left_to_linux(reason, detail)
+            }
+        }
+    }
+
+    fn tuple(&self) -> Tuple {
+        let Packet { source, destination, sport, dport, protocol, .. } = *self.packet;
+        let protocol = match protocol {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+        };
+        Tuple { source, destination, source_port: sport, destination_port: dport, protocol }
+    }
+
+    fn describe_flow(&self, flow: &FlowView, direction: Direction, leaving: Tuple) -> String {
+        let which = match direction {
+            Direction::Original => "of whoever began it",
+            Direction::Reply => "an answer",
+        };
+        let translated = match leaving == self.tuple() {
+            true => "as it is".to_owned(),
+            false => format!("as {}", ends(&leaving)),
+        };
+        let packets = flow.totals.packets[direction as usize];
+        format!("{}, {which}, leaves {translated}; {packets} packets went fast so far", ends(&self.tuple()))
+    }
+
+    /// Why a connection's packet is Linux's.
+    fn flow_detail(&self, reason: Reason, found: Option<&(FlowView, Direction)>) -> Option<String> {
+        match (reason, found) {
+            (Reason::FlowNew, None) => {
+                Some(format!("Linux has handed over no connection with {}", ends(&self.tuple())))
+            }
+            (Reason::FlowWaiting, Some((flow, direction))) => Some(match flow.accepted[*direction as usize] {
+                None => "the next packet of it that Linux forwards makes it fast".into(),
+                Some((from, to)) => {
+                    let [from, to] = [from, to].map(|slot| self.names.interface(self.interface_in(slot)));
+                    format!("Linux accepted it from {from} to {to}, and this is another way")
+                }
+            }),
+            (Reason::FlowClosing, Some(_)) => Some("a FIN or RST was seen: Linux ends it".into()),
+            _ => None,
         }
     }
 
@@ -192,33 +263,28 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// What the tables say about the destination, for the words only: `route` looks it up itself.
-    fn look_up(&mut self, port: &Port) -> Option<Target> {
+    /// What the tables say about a destination, for the words only: `route` looks it up itself.
+    fn look_up(&mut self, port: &Port, destination: IpAddr) -> Option<Target> {
         let root = port.root.get(self.family() as usize)?.load();
-        let word = match self.packet.destination {
+        let word = match destination {
             IpAddr::V4(address) => lpm::lookup(&self.tables, root, &address.octets()),
             IpAddr::V6(address) => lpm::lookup(&self.tables, root, &address.octets()),
         };
-        let known = self.names.route(self.packet.destination).unwrap_or_else(|| "none known".into());
+        let known = self.names.route(destination).unwrap_or_else(|| "none known".into());
         let (leaf, target) = match word.ok()?.kind() {
-            Kind::Nexthop(index) => (format!("next hop {index}"), self.target(index)),
+            Kind::Nexthop(index) => (format!("next hop {index}"), self.target(index, destination)),
             Kind::Group(index) => (format!("group {index}, next hop by the flow's hash"), None),
             Kind::None | Kind::Node(_) => ("no leaf".into(), None),
         };
-        self.step("route", format!("{}: {known}; in the tables: {leaf}", self.packet.destination));
+        self.step("route", format!("{destination}: {known}; in the tables: {leaf}"));
         target
     }
 
-    fn target(&self, index: u32) -> Option<Target> {
+    fn target(&self, index: u32, destination: IpAddr) -> Option<Target> {
         let identity = NexthopIdentity::read(self.view.nexthop_keys().get(index as usize)?)?;
         let ifindex = (identity.ifindex != 0).then_some(identity.ifindex);
         let mtu = self.view.nexthops().get(index as usize)?.mtu.load();
-        Some(Target {
-            index: Some(index),
-            ifindex,
-            neighbour: identity.gateway.unwrap_or(self.packet.destination),
-            mtu,
-        })
+        Some(Target { index: Some(index), ifindex, neighbour: identity.gateway.unwrap_or(destination), mtu })
     }
 
     fn describe(&self, out: u32, target: Option<Target>) -> String {
@@ -290,15 +356,32 @@ impl<'a> Walk<'a> {
                 target.is_none_or(|target| target.ifindex == Some(ifindex)) && of.is_none_or(|of| of == family)
             }
         };
-        let policies =
-            self.names.policies().into_iter().filter(|policy| policy.reason == reason && touches(policy.scope));
-        policies.map(|policy| policy.detail.clone()).collect()
+        let policies = self.names.policies().into_iter();
+        let policies: Vec<_> = policies.filter(|policy| policy.reason == reason && touches(policy.scope)).collect();
+        // Those that connections pass decide only if there are no others.
+        let strict = policies.iter().any(|policy| policy.flows.is_none());
+        let deciding = policies.into_iter().filter(|policy| strict == policy.flows.is_none());
+        deciding.map(|policy| policy.detail.clone()).collect()
     }
 
     fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explanation {
         let (name, text) = (reason.name().to_string(), reason.text().to_string());
         Explanation { steps: self.steps, verdict: Verdict::Linux { reason: name, text, detail } }
     }
+}
+
+/// What a packet of a flow leaves as.
+fn leaving(flow: &FlowView, direction: Direction) -> Tuple {
+    match direction {
+        Direction::Original => flow.connection.reply.inverse(),
+        Direction::Reply => flow.connection.original.inverse(),
+    }
+}
+
+/// Addresses and ports of a tuple.
+fn ends(tuple: &Tuple) -> String {
+    let from = SocketAddr::new(tuple.source, tuple.source_port);
+    format!("{from} to {}", SocketAddr::new(tuple.destination, tuple.destination_port))
 }
 
 /// A family in words.
