@@ -9,6 +9,7 @@
 //! (`tx-vlan-offload`, which VLAN interfaces and bridges on top of a veth use) travels beside the frame. Where the program
 //! cannot see that (see `beside`), the user is told what to do at the other end.
 
+use crate::accept;
 use crate::beside::Places;
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
@@ -176,7 +177,8 @@ impl Attachment {
             interface.ethtool.set_rx_vlan(false).map_err(|e| failed("the receive VLAN offload", e))?;
             attachment.plan.rx_vlan = true;
         }
-        let link = sys::link_create(program, interface.index, mode.flags()).map_err(|e| explain(interface, mode, e))?;
+        let link = sys::link_create(program, interface.index, sys::AttachType::Xdp, mode.flags())
+            .map_err(|e| explain(interface, mode, e))?;
         attachment.link = Some(link);
         Ok(attachment)
     }
@@ -213,6 +215,7 @@ impl Drop for Attachment {
 
 /// Takes the program off the interface `index`, whose link is pinned, and restores what the marks say.
 pub(crate) fn release(dir: &PinDir, index: u32) -> Result<()> {
+    accept::take_off(dir, index)?;
     match sys::get_pinned(&dir.pin(&link_pin(index))) {
         Ok(link) => match detach(link.as_fd()) {
             // ENOLINK: the interface went away and took the program with it.

@@ -1,5 +1,6 @@
 //! An instance: its place, its tables, its program and the ports it serves.
 
+use crate::accept;
 use crate::attach::{self, Attachment, Mode, Notice};
 use crate::bpffs::{PinDir, netns_inode};
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ pub struct Options {
     pub mode: Mode,
     /// Frames go to sockets of the user engine where there are some
     pub sockets: bool,
+    /// What Linux transmits is looked at, to know which flows it has accepted
+    pub flows: bool,
 }
 
 impl Options {
@@ -333,7 +336,15 @@ impl Core {
             Err(e) if e.raw_os_error() != Some(libc::ENOLINK) => {
                 Err(Error::privileged(format!("replace the program of interface {index}"), "CAP_NET_ADMIN", e))
             }
-            _ => Ok(()),
+            _ => self.put_accept_on(program, index),
+        }
+    }
+
+    /// Has the tc program that goes with a program run on an interface, or none.
+    fn put_accept_on(&self, program: &Program, index: u32) -> Result<()> {
+        match program.accept() {
+            Some(accept) => accept::put_on(&self.site.dir, accept, index),
+            None => accept::take_off(&self.site.dir, index),
         }
     }
 
@@ -368,6 +379,12 @@ impl Core {
             .map(|interface| Ok((interface.index, Attachment::make(interface, program.fd(), self.site.options.mode)?)))
             .collect::<Result<Vec<_>>>()?;
         self.fill_devices(requests)?;
+        for (done, request) in new.iter().enumerate() {
+            if let Err(error) = self.put_accept_on(&program, request.ifindex) {
+                new.iter().take(done).try_for_each(|done| accept::take_off(&self.site.dir, done.ifindex))?;
+                return Err(error);
+            }
+        }
         if self.region.staged() {
             self.commit()?;
         }

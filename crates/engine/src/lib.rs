@@ -7,6 +7,7 @@
 //! New and enlarged tables are pinned beside the old under names ending in `_new`; when every link runs the program
 //! that uses them, they take the old names. `adopt` finishes or discards what a crash left in between.
 
+mod accept;
 mod attach;
 mod beside;
 mod bpffs;

@@ -7,6 +7,7 @@ use crate::sys;
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,8 @@ use towpath_tables::record::TableId;
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
+/// Name of the tc program that notes what Linux transmits of flows.
+pub(crate) const NAME_ACCEPT: &str = "towpath_accept";
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
@@ -44,6 +47,7 @@ static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR")
 #[derive(Debug)]
 pub struct Program {
     fd: OwnedFd,
+    accept: Option<OwnedFd>,
     sees_beside: bool,
 }
 
@@ -68,30 +72,31 @@ impl Program {
             Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
         let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
         relocate(&mut object, &fds)?;
-        let program = object.programs.get(name).ok_or_else(|| Error::Object(format!("has no program {name}")))?;
-        let function = object
-            .functions
-            .get(&(program.section_index, program.address))
-            .ok_or_else(|| Error::Object(format!("has no code for {name}")))?;
-        let mut code = function.instructions.clone();
-        set_lengths(&mut code, &fds)?;
+        let (license, mut code) = code_of(&object, name, &fds)?;
+        let accept = options.flows.then(|| load_accept(&object, &fds)).transpose()?;
         set_captures(&mut code, captures)?;
         let name = if captures.is_empty() { name } else { NAME_CAPTURE };
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
             set_places(&mut code, places);
             let mut log = vec![0u8; LOG_BYTES];
-            sys::prog_load(name, &program.license, sys::AttachType::Xdp, &code, &mut log)
-                .map(|fd| Self { fd, sees_beside: places.is_some() })
+            sys::prog_load(name, license, sys::AttachType::Xdp, &code, &mut log)
+                .map(|fd| Self { fd, accept: None, sees_beside: places.is_some() })
                 .map_err(|e| rejected(e, &log))
         };
-        match Places::find() {
+        let program = match Places::find() {
             Ok(places) if options.looks() => load(Some(&places)).or_else(|error| {
                 tracing::warn!("the XDP program may not look at what travels beside frames: {error}");
                 load(None)
             }),
             _ => load(None),
-        }
+        }?;
+        Ok(Self { accept, ..program })
+    }
+
+    /// The tc program that goes with it, if there are flows.
+    pub(crate) fn accept(&self) -> Option<BorrowedFd<'_>> {
+        self.accept.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether it sees what travels beside the frames of a veth.
@@ -114,6 +119,25 @@ impl Program {
             jited_bytes: info.jited_prog_len,
         })
     }
+}
+
+/// A program's licence and its code, with the tables' lengths in it.
+fn code_of<'o>(
+    object: &'o Object,
+    name: &str,
+    fds: &HashMap<&'static str, OwnedFd>,
+) -> Result<(&'o CStr, Vec<bpf_insn>)> {
+    let program = object.programs.get(name).ok_or_else(|| Error::Object(format!("has no program {name}")))?;
+    let function = object.functions.get(&(program.section_index, program.address));
+    let mut code = function.ok_or_else(|| Error::Object(format!("has no code for {name}")))?.instructions.clone();
+    set_lengths(&mut code, fds)?;
+    Ok((&program.license, code))
+}
+
+fn load_accept(object: &Object, fds: &HashMap<&'static str, OwnedFd>) -> Result<OwnedFd> {
+    let (license, code) = code_of(object, NAME_ACCEPT, fds)?;
+    let mut log = vec![0u8; LOG_BYTES];
+    sys::prog_load(NAME_ACCEPT, license, sys::AttachType::TcxEgress, &code, &mut log).map_err(|e| rejected(e, &log))
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {

@@ -97,7 +97,7 @@ fn fragments() -> io::Result<Option<OwnedFd>> {
 fn link() -> io::Result<Option<OwnedFd>> {
     // SAFETY: never a valid descriptor, and the kernel only looks it up.
     let nothing = unsafe { BorrowedFd::borrow_raw(i32::MAX) };
-    match sys::link_create(nothing, 1, 0) {
+    match sys::link_create(nothing, 1, sys::AttachType::Xdp, 0) {
         Err(e) if e.raw_os_error() == Some(libc::EBADF) => Ok(None),
         other => other.map(Some),
     }

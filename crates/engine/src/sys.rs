@@ -15,13 +15,15 @@ use std::path::Path;
 pub const MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_XDP_HAS_FRAGS`: the program handles frames of several buffers (since 5.18).
 const XDP_HAS_FRAGS: u32 = 1 << 5;
-/// What an XDP program is for (`enum bpf_attach_type`).
+/// What a program is for (`enum bpf_attach_type`).
 #[derive(Clone, Copy, Debug)]
 pub enum AttachType {
     /// `BPF_XDP_DEVMAP`: for an entry of a map of devices
     Devmap = 33,
     /// `BPF_XDP`: for an interface
     Xdp = 37,
+    /// `BPF_TCX_EGRESS`: a tc program, for what an interface is to transmit (since 6.6)
+    TcxEgress = 47,
 }
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: a test run whose verdicts are carried out (since 5.18).
 const TEST_LIVE_FRAMES: u32 = 1 << 1;
@@ -90,7 +92,7 @@ impl Instruction for bpf_insn {}
 impl Instruction for u64 {}
 const _: () = assert!(size_of::<bpf_insn>() == size_of::<u64>());
 
-/// Loads an XDP program that handles frames of several buffers. If the kernel refuses it, the verifier's words are in
+/// Loads a tc program, or an XDP program that handles frames of several buffers. If the kernel refuses it, the verifier's words are in
 /// `log`. They are asked for only then, since writing them takes longer than verifying.
 pub fn prog_load<I: Instruction>(
     name: &str,
@@ -102,9 +104,14 @@ pub fn prog_load<I: Instruction>(
     let mut attr = attr();
     // SAFETY: the members written are those of BPF_PROG_LOAD; code, license and log outlive the calls.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
-    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_XDP as u32;
-    load.expected_attach_type = attach as u32;
-    load.prog_flags = XDP_HAS_FRAGS;
+    // The kernel asks a tc program what it is for only when it is attached.
+    let (kind, attach, flags) = match attach {
+        AttachType::TcxEgress => (bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, 0, 0),
+        xdp => (bpf_prog_type::BPF_PROG_TYPE_XDP, xdp as u32, XDP_HAS_FRAGS),
+    };
+    load.prog_type = kind as u32;
+    load.expected_attach_type = attach;
+    load.prog_flags = flags;
     load.insns = code.as_ptr() as u64;
     load.insn_cnt = code.len() as u32;
     load.license = license.as_ptr() as u64;
@@ -189,15 +196,15 @@ pub fn get_pinned(path: &Path) -> io::Result<OwnedFd> {
     bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
 }
 
-/// Attaches an XDP program to an interface of this namespace; the program stays until the link's last descriptor and
-/// pin are gone. `flags` are `XDP_FLAGS_*`.
-pub fn link_create(program: BorrowedFd<'_>, ifindex: u32, flags: u32) -> io::Result<OwnedFd> {
+/// Attaches a program to an interface of this namespace; the program stays until the link's last descriptor and
+/// pin are gone. `flags` are `XDP_FLAGS_*` for an XDP program, 0 otherwise.
+pub fn link_create(program: BorrowedFd<'_>, ifindex: u32, attach: AttachType, flags: u32) -> io::Result<OwnedFd> {
     let mut attr = attr();
     attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
     attr.link_create.__bindgen_anon_2.target_ifindex = ifindex;
     // SAFETY: plain integers of the BPF_LINK_CREATE member.
     let create = unsafe { &mut attr.link_create };
-    create.attach_type = AttachType::Xdp as u32;
+    create.attach_type = attach as u32;
     create.flags = flags;
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }

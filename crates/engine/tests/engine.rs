@@ -10,10 +10,13 @@ use towpath_engine::{
 };
 use towpath_filter::{Capture, Filter, Layer, instruction};
 use towpath_lab::{PacketSocket, packet, wait_for};
-use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
+use towpath_tables::flow::acceptance;
+use towpath_tables::grace::NoReaders;
 use towpath_tables::record::{Family, NO_VLANS, PORT_SLOTS, TableId, port_flags};
+use towpath_tables::writer::TableWriter;
 use towpath_tables::writer::port_totals;
+use towpath_tables::{Connection, Obstacle, Reason, Tuple};
 
 /// One test at a time: they count packets at a pace.
 fn alone() -> MutexGuard<'static, ()> {
@@ -536,4 +539,146 @@ fn what_captures_match_goes_to_linux_and_is_counted() -> Result {
     rig.await_arrival(arrived, 6)?;
     assert_eq!(counted(&engine), (before.0 + 3, before.1 + 3), "they are to be asked for again");
     Ok(rig.on_router(|| engine.teardown())?)
+}
+
+const WITH_FLOWS: Options = Options { mode: Mode::Native, sockets: false, flows: true };
+
+/// An engine with the connection of the rig's frame as a flow, and rules that let only flows pass.
+fn with_flow(rig: &Rig, source_port: u16) -> Result<Engine> {
+    let engine = rig.engine_with(WITH_FLOWS, &sizes()?)?;
+    let mut writer = TableWriter::create(engine.tables(), NoReaders)?;
+    let (source, destination) = ("198.18.0.2".parse()?, "198.19.0.1".parse()?);
+    let original = Tuple { source, destination, source_port, destination_port: 2000, protocol: 17 };
+    writer.set_flow(&Connection::new(original, original.inverse()).ok_or("two directions")?)?;
+    writer.open_flows();
+    writer.set_policy(Family::V4, Some(Obstacle { reason: Reason::PolicyNetfilter, flows: true }));
+    rig.fill(&engine)?;
+    Ok(engine)
+}
+
+/// What Linux accepted of the flow, per direction.
+fn accepted(engine: &Engine) -> [u64; 2] {
+    engine.tables().view().flows()[0].accepted.each_ref().map(|word| word.load())
+}
+
+fn exceptions(engine: &Engine, slot: u32, reason: Reason) -> u64 {
+    port_totals(&engine.tables().view(), slot).exceptions[reason as usize]
+}
+
+/// Programs on the egress hook of a port: in links, and as filters of that name.
+fn on_egress(rig: &Rig, port: &str) -> Result<usize> {
+    const BPF_PROG_QUERY: i32 = 16;
+    const BPF_TCX_EGRESS: u32 = 47;
+    let index = rig.router.ifindex(port)?;
+    // `union bpf_attr`: interface and kind first, a pointer to room for identifiers at 16 bytes, their number at 24.
+    let mut ids = [0u32; 8];
+    let mut attr = [0u64; 8];
+    attr[0] = u64::from(index) | u64::from(BPF_TCX_EGRESS) << 32;
+    (attr[2], attr[3]) = (ids.as_mut_ptr() as u64, ids.len() as u64);
+    // SAFETY: the command writes to the attributes and the identifiers, both of which outlive the call.
+    let query = || unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, attr.as_mut_ptr(), size_of_val(&attr)) };
+    // Linux before 6.6 knows no such hook.
+    let links = if rig.on_router(query) == 0 { attr[3] as u32 as usize } else { 0 };
+    let filters = rig.router.run(["tc", "filter", "show", "dev", port, "egress"])?;
+    Ok(links + filters.lines().filter(|line| line.contains("towpath_accept")).count())
+}
+
+#[test]
+fn a_flow_passes_once_linux_has_accepted_a_packet_of_it() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("accept")?;
+    let engine = with_flow(&rig, 1000)?;
+    attach(&rig, &engine)?;
+    assert_eq!((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?), (1, 1));
+    let [from, to] = rig.requests()?.map(|request| request.slot);
+    let wanted = |generation| [acceptance(generation, from, to), 0];
+    let arrived = rig.arrived()?;
+    rig.send(1)?;
+    rig.await_arrival(arrived, 1)?;
+    assert_eq!((accepted(&engine), fast(&engine, from)), (wanted(2), 0), "the first by Linux");
+    assert_eq!(exceptions(&engine, from, Reason::FlowWaiting), 1);
+    rig.send(9)?;
+    rig.await_arrival(arrived, 10)?;
+    assert_eq!(fast(&engine, from), 9, "the others without");
+    let tables = engine.tables();
+    let counters = &tables.view().flows()[0].counters[0];
+    assert_eq!((counters.packets.load(), counters.bytes.load()), (9, 9 * (20 + 8 + 18)));
+
+    // Other rules: none passes, and Linux's packets count only once flows are open again.
+    let generation = &tables.view().config().flow_generation;
+    generation.store(3);
+    rig.send(5)?;
+    rig.await_arrival(arrived, 15)?;
+    assert_eq!((accepted(&engine), fast(&engine, from)), (wanted(2), 9));
+    generation.store(4);
+    rig.send(1)?;
+    rig.await_arrival(arrived, 16)?;
+    assert_eq!((accepted(&engine), fast(&engine, from)), (wanted(4), 9));
+    rig.send(4)?;
+    rig.await_arrival(arrived, 20)?;
+    assert_eq!(fast(&engine, from), 13);
+    rig.on_router(|| engine.teardown())?;
+    assert_eq!((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?), (0, 0));
+    Ok(())
+}
+
+#[test]
+fn what_linux_does_not_forward_of_a_flow_is_not_accepted() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("notaccept")?;
+    let engine = with_flow(&rig, 1000)?;
+    attach(&rig, &engine)?;
+    let arrived = rig.arrived()?;
+    // A packet of the router's own with the connection's addresses and ports.
+    let own = rig.router.packet_socket("eth1")?;
+    let mut frame = rig.frame.clone();
+    frame[..6].copy_from_slice(&rig.sink.mac("eth0")?);
+    own.send(&frame)?;
+    rig.await_arrival(arrived, 1)?;
+    assert_eq!(accepted(&engine), [0; 2], "the host's own");
+    // Dropped by a rule.
+    rig.router.run([
+        "nft",
+        "add table ip t; add chain ip t f { type filter hook forward priority 0; }; add rule ip t f drop",
+    ])?;
+    rig.send(3)?;
+    let slot = rig.requests()?[0].slot;
+    wait_for(LIMIT, "three packets to be Linux's", || {
+        (exceptions(&engine, slot, Reason::FlowWaiting) == 3).then_some(())
+    })?;
+    let dropped = || rig.router.run(["nft", "-a", "list", "ruleset"]);
+    println!("{}", dropped()?);
+    assert_eq!(accepted(&engine), [0; 2], "dropped by a rule");
+    rig.router.run(["nft", "flush", "ruleset"])?;
+    rig.send(1)?;
+    rig.await_arrival(arrived, 2)?;
+    assert_ne!(accepted(&engine)[0], 0);
+    rig.on_router(|| engine.teardown())?;
+    Ok(())
+}
+
+#[test]
+fn the_tc_program_outlives_the_process_is_replaced_and_goes_with_flows() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("acceptlife")?;
+    let engine = with_flow(&rig, 1000)?;
+    attach(&rig, &engine)?;
+    drop(engine);
+    assert_eq!((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?), (1, 1), "pinned");
+    let engine =
+        rig.on_router(|| rig.site_with(WITH_FLOWS).map(|site| site.left().and_then(|left| left.adopt())))??;
+    assert_eq!((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?), (1, 1), "replaced");
+    let arrived = rig.arrived()?;
+    rig.send(1)?;
+    rig.await_arrival(arrived, 1)?;
+    assert_ne!(accepted(&engine)[0], 0);
+    let port = rig.requests()?[1].ifindex;
+    rig.on_router(|| engine.detach(port))?;
+    assert_eq!((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?), (1, 0), "with its port");
+    drop(engine);
+    let engine = rig.on_router(|| rig.site().map(|site| site.left().and_then(|left| left.adopt())))??;
+    assert_eq!(on_egress(&rig, "eth0")?, 0, "a process that has no flows takes it off");
+    rig.on_router(|| engine.teardown())?;
+    assert!(!rig.site()?.exists(), "pins are gone");
+    Ok(())
 }

@@ -167,7 +167,7 @@ fn check_flow<T: Tables>(
     direction: Direction,
     turn: Turn,
 ) -> Result<u32, Reason> {
-    if turn == Turn::End {
+    if turn == Turn::End && tables.counts() {
         flow.state.set(flow_state::CLOSED);
     }
     if turn != Turn::None || flow.state.load() & flow_state::CLOSED != 0 {

@@ -9,6 +9,7 @@
 //! them one after another, [`batch`] each with all packets of a batch in turn.
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 
+mod accept;
 #[cfg(any(test, feature = "std"))]
 pub mod batch;
 pub mod cache;
@@ -32,6 +33,7 @@ pub mod cases;
 #[cfg(any(test, feature = "std"))]
 pub mod packet;
 
+pub use accept::{Sent, accept};
 pub use flow::forward as forward_flow;
 pub use ingress::{Candidate, Entry, Parsed, Stop, parse};
 pub use rewrite::rewrite;

@@ -166,7 +166,8 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     };
     let flows = flows::Wanted::new(mode, serve.max_flows);
     let user = serve.engine == cli::Engine::User;
-    let options = Options { mode: if serve.generic { Mode::Generic } else { Mode::Native }, sockets: user };
+    let options =
+        Options { mode: if serve.generic { Mode::Generic } else { Mode::Native }, sockets: user, flows: flows.any() };
     let site = Site::prepare(options)?;
     let interfaces = interfaces::all()?;
     let wanted = Wanted::new(&serve.ports, &interfaces)?;

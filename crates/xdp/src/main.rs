@@ -3,6 +3,7 @@
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, asm_goto_with_outputs))]
 
+mod accept;
 mod beside;
 mod captured;
 mod constant;

@@ -58,12 +58,20 @@ impl Rig {
     }
 
     pub fn site(&self) -> Result<Site> {
-        Ok(self.on_router(|| Site::prepare(Options::default()))?)
+        self.site_with(Options::default())
+    }
+
+    pub fn site_with(&self, options: Options) -> Result<Site> {
+        Ok(self.on_router(|| Site::prepare(options))?)
     }
 
     /// An engine with filled tables that is not attached yet.
     pub fn engine(&self, sizes: &PerTable) -> Result<Engine> {
-        let site = self.site()?;
+        self.engine_with(Options::default(), sizes)
+    }
+
+    pub fn engine_with(&self, options: Options, sizes: &PerTable) -> Result<Engine> {
+        let site = self.site_with(options)?;
         let engine = self.on_router(|| site.create(sizes))?;
         self.fill(&engine)?;
         Ok(engine)
