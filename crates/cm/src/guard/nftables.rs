@@ -121,6 +121,8 @@ impl Watcher for Nftables {
         self.refresh().inspect_err(|_| self.generation = Generation::Unknown)?;
         let flows = match self.generation {
             _ if self.flows == FlowMode::None => None,
+            // No rule hands any over.
+            _ if self.flows == FlowMode::Flowtable && !self.ruleset.has_flowtables() => None,
             Generation::Is(generation) => Some(generation),
             // Connections are tracked all the same, and this never changes.
             Generation::Absent | Generation::Unknown => Some(0),

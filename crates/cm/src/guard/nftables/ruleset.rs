@@ -87,6 +87,11 @@ impl Ruleset {
         Ok(Self { dormant: tables.into_iter().collect(), chains, rules, tracking, flowtables, barriers })
     }
 
+    /// Whether rules may put connections into flowtables.
+    pub fn has_flowtables(&self) -> bool {
+        !self.flowtables.is_empty()
+    }
+
     /// What stands in the way, with the interfaces known at the moment. `flows` is the generation that connections may pass,
     /// chosen by `mode`.
     pub fn findings(&self, ports: &PortIndex, flows: Option<u32>, mode: FlowMode) -> Vec<Finding> {
