@@ -343,7 +343,8 @@ fn another_rule_set_is_another_generation_and_an_alarm() -> Result<()> {
         _ => false,
     });
     ensure!(announced, "no alarm");
-    wait_for(LIMIT, "connections read anew", || {
+    // Sooner than by the dump that is due anyhow.
+    wait_for(Duration::from_secs(4), "connections read anew", || {
         let log = cm.receiver.lock().unwrap().log.clone();
         let changed = log.iter().rposition(|message| matches!(message, Message::Alarm(_)))?;
         log[changed..].contains(&Message::SnapshotEnd(Snapshot::Flows)).then_some(())

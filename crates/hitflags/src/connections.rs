@@ -108,3 +108,56 @@ impl RefreshConnections for Connections {
         self.report(used, Instant::now()).map_err(RefreshError::Connections)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towpath_cm::conntrack::entry::Tcp;
+    use towpath_tables::flow::Connection;
+
+    const TIMEOUTS: Timeouts = Timeouts { tcp: 1000, tcp_closing: 100, udp: 30, udp_stream: 200 };
+
+    fn entry(protocol: u8, left: u32) -> Entry {
+        let (source, destination) = ([10, 0, 0, 2].into(), [192, 0, 2, 2].into());
+        let original = Tuple { source, destination, source_port: 1, destination_port: 2, protocol };
+        Entry {
+            connection: Connection::new(original, original.inverse()).unwrap(),
+            status: status::CONFIRMED | status::SEEN_REPLY,
+            mark: 0,
+            timeout: Some(left),
+            tcp: (protocol == 6).then_some(Tcp { state: ESTABLISHED, liberal: true }),
+            zoned: false,
+            helped: false,
+            proxied: false,
+        }
+    }
+
+    #[test]
+    fn only_what_a_packet_would_do_is_done() {
+        let mut connections = Connections::open().unwrap();
+        let start = Instant::now();
+        let mut wanted = |entry: Entry, after: Duration| {
+            let change = connections.wanted(entry.connection.original, &entry, &TIMEOUTS, start + after)?;
+            Some((change.timeout, change.status))
+        };
+        let now = Duration::ZERO;
+        assert_eq!(wanted(entry(6, 900), now), Some((1000, None)));
+        assert_eq!(wanted(entry(6, 980), now), None, "it is as good as new");
+        assert_eq!(wanted(Entry { timeout: None, tcp: None, ..entry(6, 0) }, now), None, "in a flowtable");
+        let fixed = Entry { status: entry(17, 1).status | status::FIXED_TIMEOUT, ..entry(17, 1) };
+        assert_eq!(wanted(fixed, now), None);
+        for state in [1, 2, 4, 5, 6, 7, 8] {
+            let closing = Entry { tcp: Some(Tcp { state, liberal: true }), ..entry(6, 1) };
+            assert_eq!(wanted(closing, now), None, "{state}");
+        }
+        assert_eq!(wanted(entry(17, 10), now), Some((30, None)));
+        assert_eq!(wanted(entry(17, 10), STREAM), Some((30, None)), "not yet a stream");
+        let assured = entry(17, 10).status | status::ASSURED;
+        let later = STREAM + Duration::from_millis(1);
+        assert_eq!(wanted(entry(17, 30), later), Some((200, Some(assured))));
+        assert_eq!(wanted(Entry { status: assured, ..entry(17, 10) }, now), Some((200, None)));
+        let unanswered = Entry { status: status::CONFIRMED, ..entry(17, 10) };
+        assert_eq!(wanted(unanswered, now), Some((30, None)));
+        assert_eq!(wanted(unanswered, later), Some((30, None)), "nobody answered");
+    }
+}
