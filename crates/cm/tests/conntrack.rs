@@ -343,13 +343,20 @@ fn another_rule_set_is_another_generation_and_an_alarm() -> Result<()> {
         _ => false,
     });
     ensure!(announced, "no alarm");
-    // Sooner than by the dump that is due anyhow.
+    // At once and a second later: sooner than by the dump that is due anyhow.
     wait_for(Duration::from_secs(4), "connections read anew", || {
         let log = cm.receiver.lock().unwrap().log.clone();
         let changed = log.iter().rposition(|message| matches!(message, Message::Alarm(_)))?;
-        log[changed..].contains(&Message::SnapshotEnd(Snapshot::Flows)).then_some(())
+        let ended = |message: &&Message| **message == Message::SnapshotEnd(Snapshot::Flows);
+        (log[changed..].iter().filter(ended).count() == 2).then_some(())
     })?;
     expect(&cm, "the connection still", &[udp.connection("10.0.0.2")?])?;
+    let deleted = Instant::now();
+    net.router.run(["conntrack", "-D", "-p", "udp"])?;
+    expect(&cm, "one that a dump told, gone", &[])?;
+    ensure!(deleted.elapsed() < Duration::from_secs(3), "told by the dump that was due anyhow");
+    let udp = net.udp(SERVERS[0], 5301)?;
+    expect(&cm, "another", &[udp.connection("10.0.0.2")?])?;
     net.nft("flush ruleset")?;
     expect(&cm, "no rules, no connections", &[])
 }

@@ -100,7 +100,7 @@ impl Mirror {
 
     /// Connections may pass rules of these generations: none, or others than before.
     pub fn rules(&mut self, generations: BTreeSet<u32>, out: &mut Vec<Message>) {
-        if generations == self.generations || self.mode == FlowMode::None {
+        if generations == self.generations {
             return;
         }
         self.generations = generations;
