@@ -120,3 +120,174 @@ fn slot_out<S: Sent, T: Tables>(packet: &S, tables: &T) -> Option<u32> {
     let same = tables.port(slot)?.vlan.load() == u32::from(protocol) << 16 | id as u32;
     same.then_some(slot)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cases::frames::{ipv4, ipv6, udp};
+    use crate::cases::world::{IN, IN_DOUBLE, IN_VLAN, OTHER, OUT, OUT_DOUBLE, OUT_VLAN, TUNNEL, World};
+    use std::net::IpAddr;
+    use towpath_tables::{Connection, Tuple};
+
+    const GENERATION: u32 = 8;
+    const ACK: u8 = 0x10;
+
+    /// A packet that leaves, and what travels beside it.
+    struct Leaving {
+        packet: Vec<u8>,
+        tag: Option<(u16, u16)>,
+        from: u32,
+        to: u32,
+    }
+
+    impl Sent for Leaving {
+        fn load<T: View>(&self, offset: usize) -> Option<T> {
+            T::read_from_prefix(self.packet.get(offset..)?).ok().map(|(view, _)| view)
+        }
+        fn ethertype(&self) -> u16 {
+            match self.packet[0] >> 4 {
+                4 => ethernet::IPV4,
+                6 => ethernet::IPV6,
+                _ => 0x0806,
+            }
+        }
+        fn tag(&self) -> Option<(u16, u16)> {
+            self.tag
+        }
+        fn from(&self) -> u32 {
+            self.from
+        }
+        fn to(&self) -> u32 {
+            self.to
+        }
+    }
+
+    /// A connection through masquerade and a forwarded port at once.
+    fn connection(six: bool, protocol: u8) -> Connection {
+        let [client, inner, outer, server] = match six {
+            false => ["192.0.2.99", "192.0.2.1", "198.51.100.1", "198.51.100.7"],
+            true => ["2001:db8::63", "2001:db8::1", "2001:db8:1::1:1", "2001:db8:1::7"],
+        }
+        .map(|address| address.parse::<IpAddr>().unwrap());
+        let tuple = |source, source_port, destination, destination_port| Tuple {
+            source,
+            destination,
+            source_port,
+            destination_port,
+            protocol,
+        };
+        Connection::new(tuple(client, 4000, inner, 8080), tuple(server, 80, outer, 61_000)).unwrap()
+    }
+
+    fn packet(tuple: Tuple, flags: u8) -> Vec<u8> {
+        let (source, destination) = (tuple.source_port, tuple.destination_port);
+        let mut payload = udp(source, destination, &[0; 20]);
+        if tuple.protocol == protocol::TCP {
+            payload[4..14].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags]);
+        }
+        match (tuple.source, tuple.destination) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => ipv4(from.octets(), to.octets(), tuple.protocol, &payload),
+            (IpAddr::V6(from), IpAddr::V6(to)) => ipv6(from.octets(), to.octets(), tuple.protocol, &payload),
+            _ => panic!("two families"),
+        }
+    }
+
+    /// What is accepted, per direction, after a packet left a router where the connection is a flow.
+    fn accepted(connection: &Connection, leaving: &Leaving, change: impl Fn(&mut World)) -> [u64; 2] {
+        let mut world = World::new();
+        world.add_flow(connection);
+        world.config().flow_generation.store(GENERATION);
+        change(&mut world);
+        accept(leaving, &world.slices());
+        let flow = &world.flows()[0];
+        assert!(flow.counters.iter().all(|counters| counters.packets.load() == 0 && counters.bytes.load() == 0));
+        assert_eq!(flow.state.load() & towpath_tables::record::flow_state::CLOSED, 0);
+        flow.accepted.each_ref().map(|word| word.load())
+    }
+
+    fn leaving(packet: Vec<u8>) -> Leaving {
+        Leaving { packet, tag: None, from: IN, to: OUT }
+    }
+
+    fn nothing(_: &mut World) {}
+
+    #[test]
+    fn a_packet_is_accepted_as_what_leaves_translated() {
+        for (six, protocol) in [(false, 6), (false, 17), (true, 6), (true, 17)] {
+            let connection = connection(six, protocol);
+            let [original, reply] = [connection.original, connection.reply];
+            let wanted = acceptance(GENERATION, IN, OUT);
+            let there = leaving(packet(reply.inverse(), ACK));
+            assert_eq!(accepted(&connection, &there, nothing), [wanted, 0]);
+            let back = leaving(packet(original.inverse(), ACK));
+            assert_eq!(accepted(&connection, &back, nothing), [0, wanted]);
+            for before in [original, reply] {
+                let untranslated = leaving(packet(before, ACK));
+                assert_eq!(accepted(&connection, &untranslated, nothing), [0; 2], "as it arrived");
+            }
+            let others = leaving(packet(Tuple { source_port: 1, ..reply.inverse() }, ACK));
+            assert_eq!(accepted(&connection, &others, nothing), [0; 2], "another's");
+        }
+    }
+
+    #[test]
+    fn what_says_nothing_is_not_accepted() {
+        let connection = connection(false, 6);
+        let good = || packet(connection.reply.inverse(), ACK);
+        let not = |leaving: Leaving, why: &str| assert_eq!(accepted(&connection, &leaving, nothing), [0; 2], "{why}");
+        for flags in [0x11, 0x14, 0x04, 0x12, 0x02, 0x00, 0x08, 0x01] {
+            not(leaving(packet(connection.reply.inverse(), flags)), &format!("TCP flags {flags:x}"));
+        }
+        not(Leaving { from: 0, ..leaving(good()) }, "the host's own");
+        not(Leaving { from: 77, ..leaving(good()) }, "from no port");
+        not(Leaving { to: 77, ..leaving(good()) }, "to no port");
+        for (at, value, why) in
+            [(6, 0x20, "first fragment"), (7, 1, "later fragment"), (0, 0x46, "options"), (9, 1, "ICMP")]
+        {
+            let mut packet = good();
+            packet[at] = value;
+            not(leaving(packet), why);
+        }
+        for len in [0, 19, 20, 37] {
+            let mut packet = good();
+            packet.truncate(len.max(1));
+            not(leaving(packet), "cut off");
+        }
+        let mut arp = good();
+        arp[0] = 0;
+        not(leaving(arp), "no IP");
+        for generation in [GENERATION + 1, 1, u32::MAX] {
+            let closed = |world: &mut World| world.config().flow_generation.store(generation);
+            assert_eq!(accepted(&connection, &leaving(good()), closed), [0; 2], "generation {generation}");
+        }
+        let next = |world: &mut World| {
+            world.flows()[0].accepted[0].store(acceptance(GENERATION - 2, OTHER, OTHER));
+            world.flows()[0].accepted[1].store(7);
+        };
+        let wanted = acceptance(GENERATION, IN, OUT);
+        assert_eq!(accepted(&connection, &leaving(good()), next), [wanted, 7], "in place of an older one");
+    }
+
+    #[test]
+    fn ports_are_known_by_interface_and_tag() {
+        let connection = connection(true, 17);
+        let by = |from, to, tag| {
+            let leaving = Leaving { packet: packet(connection.reply.inverse(), 0), tag, from, to };
+            accepted(&connection, &leaving, |world| {
+                world.port(OUT).vlans.store(0);
+                world.set_vlan(0, 200, OUT_VLAN);
+            })[0]
+        };
+        let way = |from, to| acceptance(GENERATION, from, to);
+        for from in [IN, OTHER, IN_VLAN, IN_DOUBLE, TUNNEL] {
+            assert_eq!(by(from, OUT, None), way(from, OUT));
+        }
+        assert_eq!(by(IN, OUT, Some((0x8100, 200))), way(IN, OUT_VLAN));
+        assert_eq!(by(IN, OUT, Some((0x8100, 0xe000 | 200))), way(IN, OUT_VLAN), "with priority");
+        assert_eq!(by(IN, OUT, Some((0x88a8, 200))), 0, "another protocol");
+        assert_eq!(by(IN, OUT, Some((0x8100, 201))), 0, "no such VLAN");
+        assert_eq!(by(IN, OUT, Some((0x8100, 0))), 0, "a priority only");
+        assert_eq!(by(IN, OTHER, Some((0x8100, 200))), 0, "no VLANs there");
+        assert_eq!(by(IN, OUT_DOUBLE, None), way(IN, OUT_DOUBLE), "its slot follows from its index here");
+    }
+}

@@ -517,7 +517,7 @@ impl Cases {
 
 impl World {
     /// Makes the connection the flow in record 0, of which nothing was accepted yet.
-    fn add_flow(&mut self, connection: &Connection) {
+    pub(crate) fn add_flow(&mut self, connection: &Connection) {
         for (tuple, direction) in [(connection.original, DIRECTIONS[0]), (connection.reply, DIRECTIONS[1])] {
             let flow = &self.flows()[0];
             let (addresses, ports, kind, (lines, tag)) = match AnyKey::from(&tuple) {
