@@ -11,8 +11,16 @@ mkdir -p $logs
 export TOWPATH_BIN=$PWD/target/release/towpath
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
-steps=(build fmt clippy unit dpdk loom miri lab vm instructions)
-step_build() { cargo build --release; }
+steps=(build fmt clippy unit dpdk loom miri vm instructions)
+# The command, and beside it the tests: neither build keeps two cores busy by itself. Every later step takes what is built
+# here, so it must choose the same packages: with others cargo would build much of it again, with other features.
+step_build() {
+    local status=0
+    cargo test --workspace --no-run &
+    cargo build --release || status=1
+    wait $! || status=1
+    return $status
+}
 bpf_crates=(crates/xdp crates/fptun/bpf)
 step_fmt() {
     local status=0 crate
@@ -30,7 +38,7 @@ step_clippy() {
     done
     return $status
 }
-step_unit() { cargo test --workspace --exclude towpath-lab --no-fail-fast; }
+step_unit() { cargo test --workspace --no-fail-fast; }
 step_loom() { scripts/loom.sh; }
 step_miri() { scripts/miri.sh; }
 # What is built only with DPDK.
@@ -41,11 +49,12 @@ step_dpdk() {
     cargo test -p towpath -p towpath-user --features $features --no-fail-fast --test dpdk --test wires || status=1
     return $status
 }
-step_lab() { cargo test -p towpath-lab --no-fail-fast -- --nocapture; }
+# Of the step unit, the differential test alone, with what it says: for longer runs.
+step_lab() { cargo test --workspace --test differential -- --nocapture; }
 step_vm() { scripts/test-vm.sh; }
 # Instructions a packet, counted in the virtual machine: a regression bound that does not depend on the machine's speed.
 step_instructions() {
-    cargo build --release -q -p towpath -p towpath-bench &&
+    cargo build --release -q &&
         target/release/towpath-bench instructions --judge --report out/test/instructions.html
 }
 

@@ -42,7 +42,6 @@ pub fn start(findings: &mut Findings, report: &mut Report, rounds: usize) -> Res
         towpath.wait_for_output(Duration::from_secs(120), "ready")?;
         let start = begin.elapsed().as_secs_f64();
         if round + 1 == rounds {
-            // `ip netns exec` becomes the command it runs.
             let pid = towpath.pid();
             memory = memory_of(pid)? + table_memory(router)?;
             idle = idle_share(pid)?;

@@ -44,13 +44,15 @@ pub fn wait_for<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> O
     let deadline = Instant::now() + limit;
     let mut pause = Duration::from_millis(1);
     loop {
+        let asked = Instant::now();
         if let Some(value) = condition() {
             return Ok(value);
         }
         if Instant::now() >= deadline {
             bail!("waited {limit:?} in vain for: {what}");
         }
-        std::thread::sleep(pause);
+        // Where asking takes long (a process in a virtual machine), what is waited for must get on beside it.
+        std::thread::sleep(pause.max(asked.elapsed()));
         pause = (pause * 2).min(Duration::from_millis(50));
     }
 }

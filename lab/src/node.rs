@@ -8,8 +8,9 @@ use crate::wait_for;
 use anyhow::{Context, Result, bail};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -73,8 +74,10 @@ impl Node {
 
     /// A command that will run in the node, with the node's /sys, as `ip netns exec` arranges it.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", self.netns()]).arg(program);
+        let mut command = Command::new(program);
+        let inner = self.inner.clone();
+        // SAFETY: what runs between fork and exec makes system calls only; the descriptor lives as long as the command.
+        unsafe { command.pre_exec(move || enter_for_good(inner.file.as_raw_fd())) };
         command
     }
 
@@ -100,8 +103,8 @@ impl Node {
         self.start(command)
     }
 
-    /// Starts a prepared command (from [`Node::command`]) as [`Node::spawn`] does. It has entered the namespace, by
-    /// which a closing lab finds it, when this returns.
+    /// Starts a prepared command as [`Node::spawn`] does. It has entered the namespace, by which a closing lab finds it,
+    /// when this returns.
     pub fn start(&self, command: Command) -> Result<Process> {
         let number = self.inner.processes.fetch_add(1, Ordering::Relaxed);
         let mut process = Process::start(command, self.folder(&format!("{number}.log")))?;
@@ -200,6 +203,20 @@ impl Node {
         if let Err(error) = leftovers::remove_namespace(self.netns()) {
             eprintln!("lab: {error:#}");
         }
+    }
+}
+
+/// Makes the calling process one of this network namespace, with a /sys that shows it, in mounts of its own.
+fn enter_for_good(netns: RawFd) -> std::io::Result<()> {
+    let done = |result| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+    let nothing = std::ptr::null();
+    // SAFETY: every pointer is null, as mount(2) allows here, or a constant C string.
+    unsafe {
+        done(libc::setns(netns, libc::CLONE_NEWNET))?;
+        done(libc::unshare(libc::CLONE_NEWNS))?;
+        done(libc::mount(nothing, c"/".as_ptr(), nothing, libc::MS_SLAVE | libc::MS_REC, nothing.cast()))?;
+        done(libc::umount2(c"/sys".as_ptr(), libc::MNT_DETACH))?;
+        done(libc::mount(c"sysfs".as_ptr(), c"/sys".as_ptr(), c"sysfs".as_ptr(), 0, nothing.cast()))
     }
 }
 
