@@ -3,16 +3,16 @@
 //! An interface as a wire, by packet sockets.
 #![cfg(not(miri))]
 
+mod support;
+
 use anyhow::{Context, Result, ensure};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
+use support::{LIMIT, arrived, quiet};
 use towpath_lab::{Lab, Node, packet, wait_for};
 use towpath_user::af_packet::PacketPort;
 use towpath_user::tap::Tap;
-use towpath_user::{BATCH, Buffer, Passed, Pool, PortDriver};
-
-const LIMIT: Duration = Duration::from_secs(20);
+use towpath_user::{BATCH, Passed, Pool, PortDriver};
 
 struct Rig {
     host: Node,
@@ -26,11 +26,8 @@ struct Rig {
 impl Rig {
     fn new(name: &str) -> Result<Self> {
         let lab = Lab::new(name)?;
-        let [host, router] = [lab.node("host")?, lab.node("router")?];
-        for node in [&host, &router] {
-            // Nothing but the test's own frames is on the wire, and the wire has no addresses.
-            node.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
-        }
+        // Nothing but the test's own frames is on the wire, and the wire has no addresses.
+        let [host, router] = [quiet(&lab, "host")?, quiet(&lab, "router")?];
         lab.link((&host, "eth0"), (&router, "wire0"))?;
         router.run(["ip", "tuntap", "add", "dev", "lan0", "mode", "tap"])?;
         router.run(["ip", "link", "set", "lan0", "up"])?;
@@ -41,30 +38,12 @@ impl Rig {
         Ok(Self { host, router, port, twin, pool: Pool::new(4 * BATCH, 4096), _lab: lab })
     }
 
-    /// Frames that arrive until there are so many.
     fn receive(&mut self, count: usize) -> Result<Vec<Vec<u8>>> {
-        let mut all = Vec::new();
-        wait_for(LIMIT, &format!("{count} frames"), || {
-            let mut frames = Vec::new();
-            self.port.receive(&mut self.pool, &mut frames);
-            all.extend(frames.iter().map(|frame| frame.bytes().to_vec()));
-            frames.drain(..).for_each(|frame| self.pool.give(frame));
-            (all.len() >= count).then_some(())
-        })?;
-        Ok(all)
+        support::receive(&mut self.port, &mut self.pool, count)
     }
 
     fn transmit(&mut self, frames: &[Vec<u8>]) -> usize {
-        let mut fill = |frame: &Vec<u8>| -> Buffer {
-            let mut buffer = self.pool.take().expect("a buffer");
-            buffer.resize(frame.len()).copy_from_slice(frame);
-            buffer
-        };
-        let mut frames: Vec<_> = frames.iter().map(&mut fill).collect();
-        self.port.transmit(&mut self.pool, &mut frames);
-        let left = frames.len();
-        frames.drain(..).for_each(|frame| self.pool.give(frame));
-        left
+        support::transmit(&mut self.port, &mut self.pool, frames)
     }
 
     fn frame(&self, number: u16, payload: usize) -> Result<Vec<u8>> {
@@ -85,12 +64,7 @@ fn frames_cross_the_wire_both_ways_as_they_are() -> Result<()> {
     let mut rig = Rig::new("packet")?;
     let socket = rig.host.packet_socket("eth0")?;
     let mut frames = (0..300).map(|n| rig.frame(n, usize::from(n) * 4)).collect::<Result<Vec<_>>>()?;
-    for frame in frames.iter_mut().step_by(7) {
-        frame.splice(12..12, [0x81, 0, 0x60, 5]);
-    }
-    for frame in frames.iter_mut().step_by(21) {
-        frame.splice(12..12, [0x88, 0xa8, 0x10, 7]);
-    }
+    support::tag(&mut frames);
     socket.send_all(&frames)?;
     assert_eq!(rig.receive(frames.len())?, frames);
     assert_eq!(rig.port.passed(), Passed::default());
@@ -124,44 +98,20 @@ fn tells_segments() -> bool {
 fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<()> {
     let mut rig = Rig::new("packetgso")?;
     rig.host.run(["ethtool", "-K", "eth0", "tx", "on", "tx-udp-segmentation", "on"])?;
-    rig.host.run([
-        "ip",
-        "neigh",
-        "add",
-        "192.0.2.9",
-        "lladdr",
-        "02:00:00:00:00:09",
-        "dev",
-        "eth0",
-        "nud",
-        "permanent",
-    ])?;
+    rig.host.sh("ip neigh add 192.0.2.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent")?;
     let twin = rig.router.packet_socket("lan0")?;
     let host = rig.host.clone();
     let send = |bytes: usize, segment: libc::c_int| {
         host.enter(|| -> Result<()> {
             let socket = std::net::UdpSocket::bind("192.0.2.2:1000")?;
-            // SAFETY: the value lives across the call and is as long as said.
-            let set = unsafe {
-                let value = (&raw const segment).cast();
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    libc::SOL_UDP,
-                    libc::UDP_SEGMENT,
-                    value,
-                    size_of_val(&segment) as u32,
-                )
-            };
-            ensure!(set == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+            support::segment(&socket, segment)?;
             socket.send_to(&vec![9; bytes], "192.0.2.9:9")?;
             Ok(())
         })?
     };
     send(777, 1000)?;
     let frame = rig.receive(1)?.remove(0);
-    let udp = &frame[34..];
-    let pseudo = [&frame[26..34], &[0, 17], &(udp.len() as u16).to_be_bytes(), udp].concat();
-    assert_eq!((frame.len(), packet::checksum(&pseudo)), (819, 0), "{frame:02x?}");
+    assert!(frame.len() == 819 && support::udp_checksum_holds(&frame), "{frame:02x?}");
     // Several packets in one, more than a buffer holds.
     send(8500, 1000)?;
     if !tells_segments() {
@@ -169,9 +119,7 @@ fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<
         return wait_for(LIMIT, "the loss to be counted", || (losses.count() == 1).then_some(()));
     }
     let got = wait_for(LIMIT, "Linux to receive it by the twin", || {
-        let mut frames = Vec::new();
-        rig.port.receive(&mut rig.pool, &mut frames);
-        assert!(frames.is_empty());
+        assert!(arrived(&mut rig.port, &mut rig.pool).is_empty());
         twin.receive(Duration::from_millis(1)).ok().flatten()
     })?;
     assert_eq!((got.bytes.len(), got.partial_checksum), (8542, true));
@@ -180,7 +128,7 @@ fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<
     rig.router.run(["ip", "link", "set", "lan0", "down"])?;
     send(8500, 1000)?;
     let passed = wait_for(LIMIT, "the frame", || {
-        rig.port.receive(&mut rig.pool, &mut Vec::new());
+        assert!(arrived(&mut rig.port, &mut rig.pool).is_empty());
         Some(rig.port.passed()).filter(|passed| passed.frames != 0)
     })?;
     assert_eq!(passed, Passed { frames: 1, lost: 1 });

@@ -1,14 +1,13 @@
 //! DPDK's software devices as wires.
 #![cfg(feature = "dpdk")]
 
+mod support;
+
 use anyhow::{Context, Result};
-
-use std::time::Duration;
-use towpath_lab::{Lab, Node, packet, wait_for};
+use support::{LIMIT, quiet};
+use towpath_lab::{Lab, packet};
 use towpath_user::dpdk::DpdkPort;
-use towpath_user::{BATCH, Buffer, Pool, PortDriver};
-
-const LIMIT: Duration = Duration::from_secs(20);
+use towpath_user::{BATCH, Pool, PortDriver};
 
 struct Wire {
     port: DpdkPort,
@@ -24,34 +23,16 @@ impl Wire {
     }
 
     fn turn(&mut self) -> Vec<Vec<u8>> {
-        let mut frames = Vec::new();
-        self.port.receive(&mut self.pool, &mut frames);
-        let bytes = frames.iter().map(|frame| frame.bytes().to_vec()).collect();
-        frames.drain(..).for_each(|frame| self.pool.give(frame));
-        bytes
+        support::arrived(&mut self.port, &mut self.pool)
     }
 
     fn receive(&mut self, count: usize) -> Result<Vec<Vec<u8>>> {
-        let mut all = Vec::new();
-        wait_for(LIMIT, &format!("{count} frames"), || {
-            all.extend(self.turn());
-            (all.len() >= count).then_some(())
-        })?;
-        Ok(all)
+        support::receive(&mut self.port, &mut self.pool, count)
     }
 
     /// How many were not sent.
     fn transmit(&mut self, frames: &[Vec<u8>]) -> usize {
-        let mut fill = |frame: &Vec<u8>| -> Buffer {
-            let mut buffer = self.pool.take().expect("a buffer");
-            buffer.resize(frame.len()).copy_from_slice(frame);
-            buffer
-        };
-        let mut frames: Vec<_> = frames.iter().map(&mut fill).collect();
-        self.port.transmit(&mut self.pool, &mut frames);
-        let left = frames.len();
-        frames.drain(..).for_each(|frame| self.pool.give(frame));
-        left
+        support::transmit(&mut self.port, &mut self.pool, frames)
     }
 }
 
@@ -63,19 +44,8 @@ fn frame(number: u16, payload: usize) -> Vec<u8> {
 /// Of many lengths, some with a tag or two.
 fn frames() -> Vec<Vec<u8>> {
     let mut frames: Vec<_> = (0..60).map(|n| frame(n, 20 * usize::from(n))).collect();
-    for frame in frames.iter_mut().step_by(7) {
-        frame.splice(12..12, [0x81, 0, 0x60, 5]);
-    }
-    for frame in frames.iter_mut().step_by(14) {
-        frame.splice(12..12, [0x88, 0xa8, 0x10, 7]);
-    }
+    support::tag(&mut frames);
     frames
-}
-
-fn quiet(lab: &Lab, name: &str) -> Result<Node> {
-    let node = lab.node(name)?;
-    node.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
-    Ok(node)
 }
 
 #[test]

@@ -1,14 +1,17 @@
 //! Files as a wire.
 #![cfg(not(miri))]
 
+mod support;
+
 use pcap_file::pcap::{PcapHeader, PcapPacket, PcapReader, PcapWriter};
 use pcap_file::{DataLink, TsResolution};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use support::{arrived, buffers, give, transmit};
 use towpath_user::pcap::PcapPort;
-use towpath_user::{BATCH, Buffer, Pool, PortDriver};
+use towpath_user::{BATCH, Pool, PortDriver};
 
 /// A folder that goes when the test is over.
 struct Folder(PathBuf);
@@ -52,25 +55,7 @@ fn whole(frames: impl Iterator<Item = Vec<u8>>) -> Vec<(Vec<u8>, u32)> {
 
 /// All that arrives until nothing more does, from batch to batch.
 fn received(port: &mut PcapPort, pool: &mut Pool) -> Vec<Vec<Vec<u8>>> {
-    let mut all = Vec::new();
-    loop {
-        let mut frames = Vec::new();
-        port.receive(pool, &mut frames);
-        if frames.is_empty() {
-            return all;
-        }
-        all.push(frames.iter().map(|frame| frame.bytes().to_vec()).collect());
-        frames.drain(..).for_each(|frame| pool.give(frame));
-    }
-}
-
-fn buffers(pool: &mut Pool, frames: &[Vec<u8>]) -> Vec<Buffer> {
-    let mut fill = |frame: &Vec<u8>| {
-        let mut buffer = pool.take().expect("a buffer");
-        buffer.resize(frame.len()).copy_from_slice(frame);
-        buffer
-    };
-    frames.iter().map(&mut fill).collect()
+    std::iter::from_fn(|| Some(arrived(port, pool)).filter(|batch| !batch.is_empty())).collect()
 }
 
 #[test]
@@ -100,9 +85,8 @@ fn what_leaves_is_in_the_file_at_once_with_the_time_in_nanoseconds() {
     let sent: Vec<_> = (0..10).map(frame).collect();
     let before = SystemTime::now().duration_since(UNIX_EPOCH).expect("time");
     for part in [&sent[..0], &sent[..4], &sent[4..]] {
-        let mut frames = buffers(&mut pool, part);
-        port.transmit(&mut pool, &mut frames);
-        assert!(frames.is_empty() && pool.free() == pool.count());
+        assert_eq!(transmit(&mut port, &mut pool, part), 0);
+        assert_eq!(pool.free(), pool.count());
     }
     let after = SystemTime::now().duration_since(UNIX_EPOCH).expect("time");
     let mut reader = PcapReader::new(File::open(&path).expect("the file")).expect("a header");
@@ -146,7 +130,7 @@ fn a_file_that_cannot_be_written_refuses_what_leaves() {
     assert_eq!(left, 2);
     port.transmit(&mut pool, &mut frames);
     assert_eq!(frames.len(), 2, "nor does anything follow");
-    frames.drain(..).for_each(|frame| pool.give(frame));
+    give(&mut pool, frames);
 }
 
 #[test]

@@ -3,22 +3,22 @@
 //! TAPs as wires, and as what stands for a wire in Linux.
 #![cfg(not(miri))]
 
+mod support;
+
 use anyhow::{Context, Result, ensure};
 use std::sync::Arc;
-use std::time::Duration;
+use support::{LIMIT, buffers, give, quiet, receive, transmit};
 use towpath_lab::{Lab, Node, packet, wait_for};
 use towpath_user::memory::{Cable, MemoryPort};
 use towpath_user::tap::{Tap, TapPort};
 use towpath_user::twin::Twinned;
-use towpath_user::{BATCH, Buffer, Pool, PortDriver, Vnet};
+use towpath_user::{BATCH, Pool, PortDriver, Vnet};
 
-const LIMIT: Duration = Duration::from_secs(20);
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
 /// A node with a TAP that says nothing by itself, and the other side of the TAP.
 fn node(lab: &Lab, name: &str, device: &str) -> Result<(Node, Tap)> {
-    let node = lab.node(name)?;
-    node.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+    let node = quiet(lab, name)?;
     node.run(["ip", "tuntap", "add", "dev", device, "mode", "tap"])?;
     node.run(["ip", "link", "set", device, "up", "address", "02:00:00:00:00:01"])?;
     let tap = node.enter(|| Tap::open(device))??;
@@ -34,28 +34,6 @@ fn frame(number: u16, payload: usize) -> Vec<u8> {
     packet::udp((MAC, [2, 0, 0, 0, 0, 1]), ips, (1000, number), &vec![7; payload])
 }
 
-/// Frames that arrive until there are so many.
-fn receive(port: &mut impl PortDriver, pool: &mut Pool, count: usize) -> Result<Vec<Vec<u8>>> {
-    let mut all = Vec::new();
-    wait_for(LIMIT, &format!("{count} frames"), || {
-        let mut frames = Vec::new();
-        port.receive(pool, &mut frames);
-        all.extend(frames.iter().map(|frame| frame.bytes().to_vec()));
-        frames.drain(..).for_each(|frame| pool.give(frame));
-        (all.len() >= count).then_some(())
-    })?;
-    Ok(all)
-}
-
-fn buffers(pool: &mut Pool, frames: &[Vec<u8>]) -> Vec<Buffer> {
-    let mut fill = |frame: &Vec<u8>| {
-        let mut buffer = pool.take().expect("a buffer");
-        buffer.resize(frame.len()).copy_from_slice(frame);
-        buffer
-    };
-    frames.iter().map(&mut fill).collect()
-}
-
 #[test]
 fn frames_cross_a_tap_both_ways_as_they_are() -> Result<()> {
     let lab = Lab::new("tap")?;
@@ -64,15 +42,11 @@ fn frames_cross_a_tap_both_ways_as_they_are() -> Result<()> {
     assert!(port.readable(&mut Vec::new()));
     // More than a batch, of all lengths, some with tags.
     let mut sent: Vec<_> = (0..100).map(|n| frame(n, 10 * usize::from(n))).collect();
-    for frame in sent.iter_mut().step_by(7) {
-        frame.splice(12..12, [0x81, 0, 0x60, 5]);
-    }
+    support::tag(&mut sent);
     socket.send_all(&sent)?;
     assert_eq!(receive(&mut port, &mut pool, sent.len())?, sent);
     for part in sent.chunks(BATCH) {
-        let mut frames = buffers(&mut pool, part);
-        port.transmit(&mut pool, &mut frames);
-        assert!(frames.is_empty());
+        assert_eq!(transmit(&mut port, &mut pool, part), 0);
         for frame in part {
             let got = socket.receive(LIMIT)?.context("a frame")?;
             assert_eq!((&got.bytes, got.partial_checksum), (frame, false));
@@ -80,10 +54,7 @@ fn frames_cross_a_tap_both_ways_as_they_are() -> Result<()> {
     }
     // While the interface is down nothing is taken.
     host.run(["ip", "link", "set", "tap0", "down"])?;
-    let mut frames = buffers(&mut pool, &sent[..3]);
-    port.transmit(&mut pool, &mut frames);
-    assert_eq!(frames.len(), 3);
-    frames.drain(..).for_each(|frame| pool.give(frame));
+    assert_eq!(transmit(&mut port, &mut pool, &sent[..3]), 3);
     assert_eq!(pool.free(), pool.count());
     Ok(())
 }
@@ -100,13 +71,7 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
     let sent = host.enter(|| -> Result<_> {
         let socket = std::net::UdpSocket::bind("192.0.2.1:1000")?;
         socket.send_to(&[9; 777], "192.0.2.2:9")?;
-        let segment: libc::c_int = 1000;
-        // SAFETY: the value lives across the call and is as long as said.
-        let set = unsafe {
-            let (fd, value) = (std::os::fd::AsRawFd::as_raw_fd(&socket), (&raw const segment).cast());
-            libc::setsockopt(fd, libc::SOL_UDP, libc::UDP_SEGMENT, value, size_of_val(&segment) as u32)
-        };
-        ensure!(set == 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+        support::segment(&socket, 1000)?;
         Ok(socket.send_to(&[9; 2500], "192.0.2.2:9"))
     })??;
     // Linux 6.1 does not cut UDP for a device that completes no checksums.
@@ -118,10 +83,7 @@ fn linux_cuts_and_completes_what_it_sends() -> Result<()> {
     let got = receive(&mut port, &mut pool, cut.len())?;
     assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), cut);
     for frame in got {
-        let udp = &frame[34..];
-        let length = (udp.len() as u16).to_be_bytes();
-        let pseudo = [&frame[26..34], &[0, 17], &length, udp].concat();
-        assert_eq!(packet::checksum(&pseudo), 0, "{frame:02x?}");
+        assert!(support::udp_checksum_holds(&frame), "{frame:02x?}");
     }
     Ok(())
 }
@@ -139,14 +101,13 @@ fn a_twin_stands_for_the_wire_in_linux() -> Result<()> {
     // What is not forwarded, Linux receives.
     let exceptions = buffers(&mut pool, &[frame(2, 18), frame(3, 1000)]);
     assert_eq!(port.deliver(&exceptions), Some(0));
-    exceptions.into_iter().for_each(|frame| pool.give(frame));
+    give(&mut pool, exceptions);
     for number in [2, 3] {
         let got = linux.receive(LIMIT)?.context("a frame")?;
         assert_eq!(got.bytes, frame(number, if number == 2 { 18 } else { 1000 }));
     }
     // What is forwarded leaves by the wire, and so does what Linux sends, also while frames keep arriving.
-    let mut forwarded = buffers(&mut pool, &[frame(4, 18)]);
-    port.transmit(&mut pool, &mut forwarded);
+    assert_eq!(transmit(&mut port, &mut pool, &[frame(4, 18)]), 0);
     assert_eq!(cable.outwards.pop(), Some(frame(4, 18)));
     let own: Vec<_> = (10..90).map(|n| frame(n, 18)).collect();
     linux.send_all(&own)?;
@@ -164,7 +125,7 @@ fn a_twin_stands_for_the_wire_in_linux() -> Result<()> {
     router.run(["ip", "link", "set", "twin0", "down"])?;
     let exceptions = buffers(&mut pool, &[frame(2, 18), frame(3, 1000)]);
     assert_eq!(port.deliver(&exceptions), Some(2));
-    exceptions.into_iter().for_each(|frame| pool.give(frame));
+    give(&mut pool, exceptions);
     Ok(())
 }
 
