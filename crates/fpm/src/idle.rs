@@ -134,7 +134,10 @@ impl Idle {
             if !self.shortest.concern(seen.untold, told, used) {
                 continue;
             }
-            let kind = record.state.load() & flow_state::KIND;
+            let (state, kind) = (record.state.load(), record.state.load() & flow_state::KIND);
+            // What Linux ends it must end in its time: a RST may leave it established, by name, for seconds only
+            // (`nf_conntrack_tcp_packet`, net/netfilter/nf_conntrack_proto_tcp.c, 6.1).
+            seen.untold &= state & flow_state::CLOSED == 0;
             let limits = if kind >> 8 == TCP { self.tcp } else { self.udp };
             if seen.untold && told >= limits.tell {
                 (seen.told, seen.untold) = (time, false);

@@ -250,6 +250,19 @@ fn idle_connections_are_linuxs_before_it_forgets_them() {
 }
 
 #[test]
+fn linux_is_not_told_of_connections_that_it_ends() {
+    let mut used = Used::new();
+    let close = |used: &Used| used.fixture.fpm.tables().view().flows()[used.index(0)].state.set(flow_state::CLOSED);
+    close(&used);
+    assert_eq!(used.pass(Duration::from_secs(30), [1, 0]), [0, 0]);
+    assert_eq!(used.pass(Duration::from_secs(3), [0, 0]), [0, 0]);
+    // Described again, it is as any other.
+    used.fixture.fpm.apply(Message::Flow(used.flows[0]));
+    assert_eq!(used.pass(Duration::from_secs(3), [0, 0]), [0, 0]);
+    assert_eq!(used.pass(Duration::from_secs(3), [1, 0]), [1, 0]);
+}
+
+#[test]
 fn what_became_another_connection_is_looked_at_as_such() {
     let mut used = Used::new();
     used.pass(Duration::from_secs(15), [1, 0]);

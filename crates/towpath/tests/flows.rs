@@ -1,0 +1,366 @@
+//! Connections through a stateful firewall and NAT: the first packets by Linux, the rest fast once Linux says so, and never
+//! past what Linux would have let through.
+
+mod common;
+#[path = "flows/support.rs"]
+mod support;
+
+use common::{Daemon, LEFT, Net, RIGHT, RIGHT6, eventually};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+use support::{FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, fast_packets, firewall, flow, is_fast, tracked};
+
+/// More than this after a command is a leak, whatever else the machine does. What was seen is printed.
+const LEAK: Duration = Duration::from_secs(1);
+
+fn up(net: &Net) -> Daemon {
+    net.up(&["--flows", "established", "eth0", "eth1"])
+}
+
+#[test]
+fn transfers_through_nat_are_whole_and_fast() {
+    const BYTES: usize = 4 << 20;
+    let net = firewall();
+    let _daemon = up(&net);
+    echoes(&net);
+    for (from, to, source) in
+        [(&net.left, format!("{RIGHT}:7001"), OUTSIDE), (&net.right, format!("{OUTSIDE}:{FORWARDED}"), LEFT)]
+    {
+        let mut talk = Talk::start(from, &to);
+        talk.becomes_fast(&net);
+        let before = fast_packets(&flow(&net, talk.port()).expect("it is known"));
+        talk.transfer(BYTES);
+        let found = flow(&net, talk.port()).expect("it is known");
+        let after = fast_packets(&found);
+        // Full-sized segments one way, and the acknowledgements.
+        let segments = (BYTES / 1460) as u64;
+        assert!((0..2).all(|way| after[way] >= before[way] + segments * 9 / 10), "{before:?} {after:?} of {segments}");
+        assert!(is_fast(&found), "{found}");
+        let seen = [&found["reply"]["destination"], &found["reply"]["source"]];
+        assert!(seen.contains(&&source.into()), "translated: {found}");
+        assert_eq!(
+            [&found["original"]["in"], &found["original"]["out"]],
+            [&found["reply"]["out"], &found["reply"]["in"]]
+        );
+        talk.exchange(3);
+        assert_eq!(tracked(&net, talk.port()).len(), 1, "Linux has it all the time");
+    }
+    let status = net.json(&["status"]);
+    assert_eq!(status["flows"]["mode"], "established");
+    assert_eq!((&status["flows"]["refused"], &status["flows"]["capacity"]), (&0.into(), &65_536.into()));
+    assert!(net.exceptions("flow-new") > 0, "the first packets were Linux's");
+}
+
+#[test]
+fn ipv6_and_udp_go_fast_too() {
+    let net = firewall();
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    pulse.becomes_fast(&net);
+    pulse.goes_on();
+    let six = Pulse::between(&net.left, &net.right, (RIGHT6, 7003));
+    six.becomes_fast(&net);
+    six.goes_on();
+    echo(&net.right, &format!("[{RIGHT6}]:7004"));
+    let mut talk = Talk::start(&net.left, &format!("[{RIGHT6}]:7004"));
+    talk.becomes_fast(&net);
+    talk.transfer(1 << 20);
+}
+
+#[test]
+fn a_rule_that_drops_a_connection_stops_it() {
+    let net = firewall();
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        pulse.becomes_fast(&net);
+        net.router.run(["nft", "insert rule inet filter forward udp dport 7002 drop"]).expect("a rule");
+        let begin = Instant::now();
+        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
+        times.push(pulse.last().expect("answers before").saturating_duration_since(begin));
+        let found = flow(&net, pulse.port).expect("it is known");
+        assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
+        let handle = net.exec("nft -a list chain inet filter forward");
+        let handle = handle.lines().find(|line| line.contains("7002")).expect("the rule");
+        let handle = handle.rsplit(' ').next().expect("a handle").to_owned();
+        net.exec(&format!("nft delete rule inet filter forward handle {handle}"));
+        pulse.goes_on();
+    }
+    times.sort();
+    println!("stopped after {times:?}");
+    assert!(times.iter().all(|time| *time < LEAK), "{times:?}");
+}
+
+#[test]
+fn a_change_of_rules_lets_a_connection_be_fast_only_after_linux_forwarded_a_packet() {
+    let net = firewall();
+    let _daemon = up(&net);
+    echoes(&net);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    for port in 100..105 {
+        let before = net.exceptions("flow-waiting");
+        net.exec(&format!("nft add element inet filter stopped {{ {port} }}"));
+        eventually("it waits", || {
+            let found = flow(&net, talk.port())?;
+            ["original", "reply"].iter().all(|way| found[way]["state"] == "waiting").then_some(())
+        });
+        assert!(flow(&net, talk.port()).is_some_and(|found| !is_fast(&found)), "nothing comes, nothing is accepted");
+        talk.becomes_fast(&net);
+        assert!(net.exceptions("flow-waiting") >= before + 2, "a packet each way at least");
+    }
+}
+
+#[test]
+fn a_deleted_connection_stops() {
+    let net = firewall();
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    pulse.becomes_fast(&net);
+    // What begins anew is not let through.
+    net.exec("nft add element inet filter stopped { 7002 }");
+    pulse.becomes_fast(&net);
+    net.exec(&format!("conntrack -D -p udp --sport {}", pulse.port));
+    let begin = Instant::now();
+    eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
+    let after = pulse.last().expect("answers before").saturating_duration_since(begin);
+    println!("stopped after {after:?}");
+    assert!(after < LEAK, "{after:?}");
+    assert_eq!(flow(&net, pulse.port), None);
+    assert!(net.exceptions("flow-new") > 0);
+}
+
+#[test]
+fn the_end_of_a_connection_is_linuxs() {
+    let net = firewall();
+    let _daemon = up(&net);
+    echoes(&net);
+    let field = |port, place| {
+        tracked(&net, port).first().and_then(|line| line.split_whitespace().nth(place).map(str::to_owned))
+    };
+    let state = |port| field(port, 3);
+    let gone = |port| eventually("the flow is gone", || flow(&net, port).is_none().then_some(()));
+
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    assert_eq!(state(talk.port()).as_deref(), Some("ESTABLISHED"));
+    // The answer may come when the flow has gone already.
+    let ends = || net.exceptions("flow-closing") + net.exceptions("flow-new");
+    let (before, first) = (ends(), net.exceptions("flow-closing"));
+    let port = talk.port();
+    talk.stream.shutdown(Shutdown::Write).expect("FIN");
+    let mut rest = Vec::new();
+    std::io::Read::read_to_end(&mut talk.stream, &mut rest).expect("the other end's FIN");
+    assert!(rest.is_empty());
+    eventually("conntrack waits", || (state(port).as_deref() == Some("TIME_WAIT")).then_some(()));
+    gone(port);
+    assert!(ends() >= before + 2 && net.exceptions("flow-closing") > first, "both FINs");
+
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    let port = talk.port();
+    reset(talk);
+    // Linux has not seen the last sequence numbers: it may wait for a challenge, but not for long.
+    eventually("conntrack waits for a moment only", || {
+        field(port, 2).is_none_or(|seconds| seconds.parse::<u32>().is_ok_and(|seconds| seconds <= 10)).then_some(())
+    });
+    assert!(flow(&net, port).is_none_or(|found| found["original"]["state"] == "closing"));
+    // Linux forgets it when somebody looks at it, or it tidies up.
+    eventually("the flow is gone", || (tracked(&net, port).is_empty() && flow(&net, port).is_none()).then_some(()));
+}
+
+/// Ends a connection by RST.
+fn reset(talk: Talk) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: pointer and length describe `linger`, which lives across the call; the socket is open.
+    let ret = unsafe {
+        let (value, length) = ((&raw const linger).cast(), size_of_val(&linger) as u32);
+        libc::setsockopt(talk.stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, value, length)
+    };
+    assert_eq!(ret, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn connections_in_use_stay_and_idle_ones_go() {
+    const TIMEOUT: u64 = 12;
+    let net = firewall();
+    for name in ["tcp_timeout_established", "udp_timeout", "udp_timeout_stream"] {
+        net.router.sysctl(&format!("net.netfilter.nf_conntrack_{name}"), &TIMEOUT.to_string()).expect("set");
+    }
+    let _daemon = up(&net);
+    echoes(&net);
+    let (used, idle) = (Pulse::start(&net, 7002), Pulse::start(&net, 7005));
+    let [mut talk, mut silent] = [(); 2].map(|()| Talk::start(&net.left, &format!("{RIGHT}:7001")));
+    for talk in [&mut talk, &mut silent] {
+        talk.becomes_fast(&net);
+    }
+    for pulse in [&used, &idle] {
+        pulse.becomes_fast(&net);
+    }
+    let (idle_port, silent_port) = (idle.port, silent.port());
+    drop(idle);
+    let begin = Instant::now();
+    let exceptions = || ["flow-new", "flow-waiting", "flow-closing"].map(|reason| net.exceptions(reason));
+    talk.exchange(1);
+    let before = exceptions();
+    let mut went = [None; 2];
+    while begin.elapsed() < Duration::from_secs(3 * TIMEOUT) {
+        talk.exchange(1);
+        for (port, went) in [idle_port, silent_port].into_iter().zip(&mut went) {
+            if went.is_none() && tracked(&net, port).is_empty() {
+                *went = Some(begin.elapsed());
+            }
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(exceptions(), before, "no packet of those in use was Linux's");
+    for port in [used.port, talk.port()] {
+        assert!(flow(&net, port).is_some_and(|found| is_fast(&found)), "{port}");
+    }
+    println!("idle ones went after {went:?}");
+    let limits = Duration::from_secs(TIMEOUT - 2)..Duration::from_secs(TIMEOUT + 8);
+    assert!(went.iter().all(|went| went.is_some_and(|went| limits.contains(&went))), "{went:?}");
+    eventually("the flows are gone", || {
+        [idle_port, silent_port].iter().all(|port| flow(&net, *port).is_none()).then_some(())
+    });
+    used.goes_on();
+    talk.exchange(1);
+}
+
+#[test]
+fn without_flows_everything_is_linuxs() {
+    let net = firewall();
+    for arguments in [["--flows", "none"], ["--max-flows", "0"]] {
+        let mut daemon = net.up(&[&arguments[..], &["eth0", "eth1"]].concat());
+        let pulse = Pulse::start(&net, 7002);
+        pulse.goes_on();
+        let before = (net.exceptions("policy-conntrack") + net.exceptions("policy-netfilter"), net.forwarded());
+        eventually("packets are Linux's", || {
+            (net.exceptions("policy-conntrack") + net.exceptions("policy-netfilter") >= before.0 + 100).then_some(())
+        });
+        assert_eq!(net.forwarded(), before.1);
+        let status = net.json(&["status"]);
+        assert_eq!((&status["flows"]["mode"], &status["flows"]["capacity"]), (&"none".into(), &0.into()));
+        assert_eq!(net.json(&["show", "flows"])["flows"], serde_json::json!([]));
+        assert_eq!(daemon.signal(libc::SIGTERM).code(), Some(0));
+    }
+}
+
+#[test]
+fn marked_connections_go_fast_and_others_do_not() {
+    let net = firewall();
+    net.router.run(["nft", "insert rule inet filter forward udp dport 7002 ct mark set 0x10"]).expect("a rule");
+    let _daemon = net.up(&["--flows", "mark=0x10/0xf0", "eth0", "eth1"]);
+    let (marked, other) = (Pulse::start(&net, 7002), Pulse::start(&net, 7005));
+    marked.becomes_fast(&net);
+    other.goes_on();
+    assert_eq!(flow(&net, other.port), None);
+}
+
+#[test]
+fn what_finds_no_room_stays_in_linux_and_is_counted() {
+    let net = firewall();
+    let mut daemon = net.up(&["--flows", "established", "--max-flows", "1", "eth0", "eth1"]);
+    let first = Pulse::start(&net, 7002);
+    first.becomes_fast(&net);
+    let second = Pulse::start(&net, 7005);
+    second.goes_on();
+    eventually("it is counted", || (net.json(&["status"])["flows"]["refused"].as_u64()? > 0).then_some(()));
+    daemon.await_log("--max-flows");
+    let notices = net.json(&["status"])["notices"].to_string();
+    assert!(notices.contains("--max-flows"), "{notices}");
+    assert_eq!(flow(&net, second.port), None);
+    second.goes_on();
+    first.goes_on();
+}
+
+#[test]
+fn a_restart_goes_on_with_connections() {
+    let net = firewall();
+    let mut daemon = up(&net);
+    echoes(&net);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    daemon.signal(libc::SIGKILL);
+    talk.exchange(10);
+    let again = up(&net);
+    assert_eq!(net.json(&["status"])["adopted"], true);
+    talk.becomes_fast(&net);
+    talk.transfer(1 << 20);
+    // With other room, by other tables.
+    drop(again);
+    let other = net.up(&["--flows", "established", "--max-flows", "100", "eth0", "eth1"]);
+    assert_eq!(net.json(&["status"])["flows"]["capacity"], 100);
+    talk.becomes_fast(&net);
+    drop(other);
+    assert!(net.towpath(&["down"]).status.success());
+    talk.exchange(10);
+}
+
+#[test]
+fn managers_of_their_own_do_the_same() {
+    let net = firewall();
+    let start = |arguments: &[&str]| {
+        let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+        command.args(arguments);
+        net.start(command)
+    };
+    let mut fpm = start(&["fpm", "--max-flows", "100", "eth0", "eth1"]);
+    let mut cm = start(&["cm", "--flows", "established"]);
+    fpm.await_log("ready: 2 ports, ");
+    assert!(net.json(&["status"])["flows"]["mode"].is_null());
+    echoes(&net);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    // Nobody would see rules change.
+    cm.signal(libc::SIGKILL);
+    eventually("it is Linux's", || flow(&net, talk.port()).is_some_and(|found| !is_fast(&found)).then_some(()));
+    talk.exchange(10);
+    assert!(!is_fast(&flow(&net, talk.port()).expect("it is known")));
+    let _cm = start(&["cm", "--flows", "established"]);
+    talk.becomes_fast(&net);
+}
+
+#[test]
+fn explain_says_why_a_connection_is_fast_or_not() {
+    let net = firewall();
+    let _daemon = up(&net);
+    echoes(&net);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    let ports = [talk.port().to_string(), "7001".to_owned()];
+    let explain = |ports: &[String; 2]| {
+        let [sport, dport] = ports;
+        let packet = ["explain", LEFT, RIGHT, "in", "eth0", "--protocol", "tcp", "--sport", sport, "--dport", dport];
+        net.json(&packet)
+    };
+    let packets = || fast_packets(&flow(&net, talk.port()).expect("it is known"));
+    let before = eventually("the last acknowledgement has passed", || {
+        let before = packets();
+        std::thread::sleep(Duration::from_millis(200));
+        (packets() == before).then_some(before)
+    });
+    let fast = explain(&ports);
+    assert_eq!((&fast["verdict"]["path"], &fast["verdict"]["port"]), (&"fast".into(), &"eth1".into()), "{fast}");
+    assert!(fast["steps"].to_string().contains(OUTSIDE), "translated: {fast}");
+    assert_eq!(packets(), before, "a made-up packet is not counted");
+    let reason = |explained: &serde_json::Value| explained["verdict"]["reason"].as_str().unwrap_or("fast").to_owned();
+    let other = explain(&["1".into(), "7001".into()]);
+    assert_eq!(reason(&other), "flow-new", "{other}");
+    net.exec("nft add element inet filter stopped { 100 }");
+    eventually("it waits", || (reason(&explain(&ports)) == "flow-waiting").then_some(()));
+    talk.becomes_fast(&net);
+    // What no connection passes is named.
+    let zone = "add table ip other; \
+        add chain ip other zones { type filter hook prerouting priority raw; }; \
+        add rule ip other zones udp dport 1 ct zone set 1";
+    net.router.run(["nft", zone]).expect("a zone");
+    let refused = eventually("it is a policy's", || {
+        let explained = explain(&ports);
+        (reason(&explained) == "policy-netfilter").then_some(explained)
+    });
+    let detail = refused["verdict"]["detail"].to_string();
+    assert!(detail.contains("ct zone set") && !detail.contains("chain forward"), "{refused}");
+}
