@@ -91,13 +91,7 @@ impl Net {
         let there = self.server.enter(|| UdpSocket::bind(any(port)))??;
         let here = self.client.enter(|| UdpSocket::bind(any(0)))??;
         here.connect((server, port))?;
-        for socket in [&here, &there] {
-            socket.set_read_timeout(Some(LIMIT))?;
-        }
-        here.send(b"there")?;
-        let (_, seen) = there.recv_from(&mut [0; 16])?;
-        there.send_to(b"and back", seen)?;
-        here.recv(&mut [0; 16])?;
+        let seen = exchange(&here, &there)?;
         Ok(Udp { here, there, seen })
     }
 
@@ -117,6 +111,22 @@ impl Net {
         let any: IpAddr = if server.contains(':') { [0; 16].into() } else { [0; 4].into() };
         Ok(self.server.enter(|| TcpListener::bind((any, 0)))??)
     }
+}
+
+/// A packet each way, and whom the other end sees. What is lost, as packets may be, is sent again.
+fn exchange(here: &UdpSocket, there: &UdpSocket) -> Result<SocketAddr> {
+    for socket in [here, there] {
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    }
+    let seen = wait_for(LIMIT, "a packet there", || {
+        here.send(b"there").ok()?;
+        Some(there.recv_from(&mut [0; 16]).ok()?.1)
+    })?;
+    wait_for(LIMIT, "a packet back", || {
+        there.send_to(b"and back", seen).ok()?;
+        here.recv(&mut [0; 16]).ok()
+    })?;
+    Ok(seen)
 }
 
 struct Udp {
@@ -214,13 +224,7 @@ fn forwarded_ports_and_hairpins_are_connections_like_others() -> Result<()> {
         let there = inside.enter(|| UdpSocket::bind(("0.0.0.0", port)))??;
         let here = net.server.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
         here.connect(("192.0.2.1", to))?;
-        for socket in [&here, &there] {
-            socket.set_read_timeout(Some(LIMIT))?;
-        }
-        here.send(b"there")?;
-        let (_, seen) = there.recv_from(&mut [0; 16])?;
-        there.send_to(b"and back", seen)?;
-        here.recv(&mut [0; 16])?;
+        let seen = exchange(&here, &there)?;
         let client = SocketAddr::new("192.0.2.2".parse()?, here.local_addr()?.port());
         let (inside, public): (SocketAddr, SocketAddr) = match port {
             5353 => ("10.0.0.2:5353".parse()?, "192.0.2.1:53".parse()?),
@@ -362,7 +366,7 @@ fn another_rule_set_is_another_generation_and_an_alarm() -> Result<()> {
 }
 
 #[test]
-fn connections_older_than_the_mirror_stay_in_linux() -> Result<()> {
+fn connections_older_than_the_mirror_stay_in_linux_and_without_a_mode_all() -> Result<()> {
     let net = Net::new("ctold")?;
     net.nft(MASQUERADE)?;
     // As if nobody had listened; a listener in any namespace is one.
@@ -375,24 +379,18 @@ fn connections_older_than_the_mirror_stay_in_linux() -> Result<()> {
     let new = net.udp(SERVERS[0], 5301)?.connection("10.0.0.2")?;
     expect(&cm, "the new one", &[new])?;
     // Its packets go on all the same.
-    old.here.send(b"still there")?;
-    old.there.recv(&mut [0; 16])?;
-    Ok(())
-}
-
-#[test]
-fn without_a_mode_nothing_is_told() -> Result<()> {
-    let net = Net::new("ctnone")?;
-    net.nft(MASQUERADE)?;
+    exchange(&old.here, &old.there)?;
+    // Nothing is told where nothing is wanted.
     let watchers = || vec![Box::new(Nftables::new(FlowMode::None).expect("nftables")) as Box<dyn Watcher>];
     let options = Options { flows: FlowMode::None, ..Options::default() };
-    let cm = net.router.enter(|| Running::with(options, watchers))?;
-    net.udp(SERVERS[0], 5300)?;
+    let none = net.router.enter(|| Running::with(options, watchers))?;
     let policies = wait_for(LIMIT, "policies", || {
-        cm.model().policies.get(&PolicySource::Nftables).filter(|policies| !policies.is_empty()).cloned()
+        none.model().policies.get(&PolicySource::Nftables).filter(|policies| !policies.is_empty()).cloned()
     })?;
     ensure!(policies.iter().all(|policy| policy.flows.is_none()), "{policies:#?}");
-    let log = cm.receiver.lock().unwrap().log.clone();
+    net.udp(SERVERS[0], 5302)?;
+    wait_for(LIMIT, "what the other is told", || (cm.model().flows.len() == 2).then_some(()))?;
+    let log = none.receiver.lock().expect("lock").log.clone();
     let spoken = |message: &Message| {
         matches!(message, Message::Flow(_) | Message::FlowDelete(_) | Message::SnapshotBegin(Snapshot::Flows))
     };

@@ -19,7 +19,7 @@ use towpath_tables::record::TableId;
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
 /// Name of the tc program that notes what Linux transmits of flows.
-pub(crate) const NAME_ACCEPT: &str = "towpath_accept";
+pub(crate) use towpath_tables::flow::ACCEPT_PROGRAM as NAME_ACCEPT;
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.

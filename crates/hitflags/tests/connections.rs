@@ -59,12 +59,17 @@ impl Net {
         let here = self.client.enter(|| UdpSocket::bind("10.0.0.2:0"))??;
         here.connect(("192.0.2.2", port))?;
         for socket in [&here, &there] {
-            socket.set_read_timeout(Some(LIMIT))?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
         }
-        here.send(b"there")?;
-        let (_, seen) = there.recv_from(&mut [0; 8])?;
-        there.send_to(b"back", seen)?;
-        here.recv(&mut [0; 8])?;
+        // What is lost, as packets may be, is sent again.
+        let seen = wait_for(LIMIT, "a packet there", || {
+            here.send(b"there").ok()?;
+            Some(there.recv_from(&mut [0; 8]).ok()?.1)
+        })?;
+        wait_for(LIMIT, "a packet back", || {
+            there.send_to(b"back", seen).ok()?;
+            here.recv(&mut [0; 8]).ok()
+        })?;
         let original = tuple(17, here.local_addr()?.port(), port)?;
         Ok((here, original))
     }
