@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
-use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, HeapBacking, initial_elements};
+use towpath_tables::flow::{AnyKey, Direction};
 use towpath_tables::grace::{self, Workers};
 use towpath_tables::lpm::{Kind, Leaf, lookup};
 use towpath_tables::mix::Random;
@@ -14,6 +14,7 @@ use towpath_tables::record::TableId;
 use towpath_tables::rib::Entry;
 use towpath_tables::word::W32;
 use towpath_tables::writer::{MAIN_ROOT, TableWriter};
+use towpath_tables::{Connection, Reason, Tuple};
 
 const READERS: usize = 2;
 const DURATION: Duration = Duration::from_millis(if cfg!(miri) { 50 } else { 1500 });
@@ -94,6 +95,71 @@ fn readers_never_miss_a_route_or_see_a_torn_record() {
     assert!(published > 100 || cfg!(miri), "only {published} root words were published");
     assert!(seen.load(Relaxed) > 1000 || cfg!(miri), "only {} look-ups were made", seen.load(Relaxed));
     assert_eq!(writer.nexthop(1), Some(NexthopValue::exception(Reason::TableFull)));
+}
+
+/// More connections than records: each record is another connection's again and again, and one stays.
+#[test]
+fn readers_never_meet_another_connections_record() {
+    let tables = Arc::new(HeapBacking::new(initial_elements(1).with_flows(8)));
+    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
+    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    let connection = |n: u32| {
+        let tuple = |from: [u8; 4], to: [u8; 4], port: u32| Tuple {
+            source: from.into(),
+            destination: to.into(),
+            source_port: port as u16,
+            destination_port: 1000 + n as u16,
+            protocol: 6,
+        };
+        let [client, server, ours] = [[10, 0, 0, n as u8], [20, 0, 0, 1], [30, 0, 0, 1]];
+        Connection::new(tuple(client, server, n), tuple(server, ours, 2000 + n)).unwrap()
+    };
+    const STAYS: u32 = 64;
+    writer.set_flow(&connection(STAYS)).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let found = Arc::new(AtomicU64::new(0));
+    let readers: Vec<_> = words
+        .into_iter()
+        .enumerate()
+        .map(|(n, word)| {
+            let (tables, stop, found) = (tables.clone(), stop.clone(), found.clone());
+            thread::spawn(move || {
+                let mut random = Random(n as u64);
+                while !stop.load(Relaxed) {
+                    grace::enter(&*word);
+                    let view = tables.view();
+                    let seed = view.config().flow_seed.load();
+                    let find = |tuple: &Tuple| AnyKey::from(tuple).find(&view, seed);
+                    assert!(find(&connection(STAYS).original).is_some() && find(&connection(STAYS).reply).is_some());
+                    for _ in 0..32 {
+                        let wanted = connection(random.below(STAYS));
+                        let tuple = if random.below(2) == 0 { wanted.original } else { wanted.reply };
+                        let Some(index) = find(&tuple) else { continue };
+                        let flow = &view.flows()[index.index() as usize];
+                        let keys = [Direction::Original, Direction::Reply].map(|d| AnyKey::of(flow, d));
+                        // One that was removed meanwhile is in no use.
+                        let [Some(original), Some(reply)] = keys else { continue };
+                        assert_eq!([Tuple::from(&original), Tuple::from(&reply)], [wanted.original, wanted.reply]);
+                        found.fetch_add(1, Relaxed);
+                    }
+                    grace::leave(&*word);
+                }
+            })
+        })
+        .collect();
+    let mut random = Random(7);
+    let deadline = Instant::now() + DURATION;
+    while Instant::now() < deadline {
+        let one = connection(random.below(STAYS));
+        if random.below(2) == 0 {
+            let _full = writer.set_flow(&one);
+        } else {
+            writer.remove_flow(&one.original);
+        }
+    }
+    stop.store(true, Relaxed);
+    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
+    assert!(found.load(Relaxed) > 1000 || cfg!(miri), "only {} flows were found", found.load(Relaxed));
 }
 
 /// Tables that readers hold as well; they do not grow.
