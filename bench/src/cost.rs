@@ -66,22 +66,29 @@ fn measure(arrangement: &mut Arrangement, family: &'static str, all: &[(IpAddr, 
     arrangement.wait_in_sync(all)?;
     let destinations = routes::destinations(all, if all.len() == 1 { 1 } else { DESTINATIONS });
     arrangement.set_destinations(&destinations, false)?;
-    let contenders = arrangement.contenders();
-    let mut costs = vec![Vec::new(); contenders.len()];
-    // One round to warm caches and neighbours; it is not counted.
-    for round in 0..=rounds {
+    // To warm caches and neighbours; it is not counted.
+    take_turns(arrangement, 1)?;
+    let costs = take_turns(arrangement, rounds)?;
+    arrangement.assert_fast_path()?;
+    println!("{family}, {} routes:", all.len());
+    Ok(Case { family, routes: all.len(), results: outcomes(&arrangement.contenders(), &costs)? })
+}
+
+/// A window of each contender in every round: nanoseconds a packet, by contender.
+pub(crate) fn take_turns(arrangement: &mut Arrangement, rounds: usize) -> Result<Vec<Vec<f64>>> {
+    let mut costs = vec![Vec::new(); arrangement.contenders().len()];
+    for _ in 0..rounds {
         for (number, costs) in costs.iter_mut().enumerate() {
-            let cost = arrangement.window(number, WINDOW)?;
-            if round > 0 {
-                costs.push(cost);
-            }
+            costs.push(arrangement.window(number, WINDOW)?);
         }
     }
-    arrangement.assert_fast_path()?;
+    Ok(costs)
+}
+
+/// What the contenders' costs come to, printed as well.
+pub(crate) fn outcomes(contenders: &[Contender], costs: &[Vec<f64>]) -> Result<Vec<Outcome>> {
     let base = contenders.iter().position(|contender| *contender == Contender::Redirect).context("no base")?;
-    let mut results = Vec::new();
-    println!("{family}, {} routes:", all.len());
-    for (contender, cost) in contenders.iter().zip(&costs) {
+    let outcome = |(contender, cost): (&Contender, &Vec<f64>)| {
         let ratios: Vec<f64> = cost.iter().zip(&costs[base]).map(|(cost, base)| cost / base).collect();
         let (cost, ratio) = (Summary::of(cost).context("no windows")?, Summary::of(&ratios).context("no windows")?);
         println!(
@@ -94,15 +101,31 @@ fn measure(arrangement: &mut Arrangement, family: &'static str, all: &[(IpAddr, 
             ratio.floor,
             ratio.high
         );
-        results.push(Outcome { contender: contender.name(), cost, ratio });
-    }
-    Ok(Case { family, routes: all.len(), results })
+        Ok(Outcome { contender: contender.name(), cost, ratio })
+    };
+    contenders.iter().zip(costs).map(outcome).collect()
+}
+
+/// Cost of one of them in multiples of the bare redirect.
+pub(crate) fn ratio(results: &[Outcome], contender: Contender) -> Result<f64> {
+    let found = results.iter().find(|outcome| outcome.contender == contender.name());
+    Ok(found.with_context(|| format!("{} was not measured", contender.name()))?.ratio.median)
+}
+
+/// The contenders' costs as bars.
+pub(crate) fn bars(results: &[Outcome]) -> Vec<Bar> {
+    let bar = |outcome: &Outcome| Bar {
+        label: outcome.contender.to_owned(),
+        value: outcome.cost.median,
+        low: outcome.cost.floor,
+        high: outcome.cost.high,
+    };
+    results.iter().map(bar).collect()
 }
 
 impl Case {
     fn ratio(&self, contender: Contender) -> Result<f64> {
-        let found = self.results.iter().find(|outcome| outcome.contender == contender.name());
-        Ok(found.with_context(|| format!("{} was not measured", contender.name()))?.ratio.median)
+        ratio(&self.results, contender)
     }
 
     fn label(&self) -> String {
@@ -150,17 +173,11 @@ fn plot(report: &mut Report, cases: &[Case]) -> Result<()> {
          formed inside a round.",
     );
     for case in cases {
-        let bars: Vec<Bar> = case
-            .results
-            .iter()
-            .map(|outcome| Bar {
-                label: outcome.contender.to_owned(),
-                value: outcome.cost.median,
-                low: outcome.cost.floor,
-                high: outcome.cost.high,
-            })
-            .collect();
-        report.bars(&format!("{}: ns per packet, median, floor to 90th percentile", case.label()), "ns", &bars)?;
+        report.bars(
+            &format!("{}: ns per packet, median, floor to 90th percentile", case.label()),
+            "ns",
+            &bars(&case.results),
+        )?;
     }
     let lines: Vec<Series> = CONTENDERS[1..]
         .iter()

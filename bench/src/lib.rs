@@ -11,6 +11,7 @@ pub mod findings;
 pub mod instructions;
 pub mod latency;
 pub mod memory;
+pub mod nat;
 pub mod path;
 pub mod routes;
 pub mod sockets;

@@ -5,7 +5,7 @@ use clap::Parser;
 
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
-use towpath_bench::{capture, cost, exceptions, findings, instructions, latency, sockets, stalls, sync, user};
+use towpath_bench::{capture, cost, exceptions, findings, instructions, latency, nat, sockets, stalls, sync, user};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.
@@ -31,6 +31,8 @@ struct Arguments {
 enum Section {
     /// Nanoseconds a packet, by contender and table size
     Cost,
+    /// Nanoseconds a packet of masqueraded connections
+    Nat,
     /// What a capture that matches nothing costs the rest
     Capture,
     /// Start with full tables, memory, idle CPU
@@ -61,6 +63,9 @@ fn main() -> Result<()> {
     let mut report = Report::new("Towpath benchmarks");
     if wanted(Section::Cost) {
         cost::run(&mut findings, &mut report, arguments.rounds, &[1, 1_000, 10_000, 100_000, 1_000_000])?;
+    }
+    if wanted(Section::Nat) {
+        nat::run(&mut findings, &mut report, arguments.rounds, &[1 << 10, 1 << 15, 1 << 20])?;
     }
     if wanted(Section::Capture) {
         capture::run(&mut findings, &mut report, arguments.rounds)?;

@@ -99,15 +99,31 @@ pub fn gateway(ipv6: bool, number: usize) -> String {
 impl Arrangement {
     /// Sets up the router and its contenders; `variations` bounds the number of destinations.
     pub fn new(name: &str, contenders: &[Contender], variations: usize) -> Result<Arrangement> {
-        Self::with_sink(name, contenders, variations, "sink")
+        Self::with_sink(name, contenders, variations, "sink", &[])
+    }
+
+    /// The same, with more options for Towpath.
+    pub fn with_options(
+        name: &str,
+        contenders: &[Contender],
+        variations: usize,
+        options: &[&str],
+    ) -> Result<Arrangement> {
+        Self::with_sink(name, contenders, variations, "sink", options)
     }
 
     /// The same with a sink that notes latencies and changes of the gateway.
     pub fn observed(name: &str, contenders: &[Contender], variations: usize) -> Result<Arrangement> {
-        Self::with_sink(name, contenders, variations, "observe")
+        Self::with_sink(name, contenders, variations, "observe", &[])
     }
 
-    fn with_sink(name: &str, contenders: &[Contender], variations: usize, program: &str) -> Result<Arrangement> {
+    fn with_sink(
+        name: &str,
+        contenders: &[Contender],
+        variations: usize,
+        program: &str,
+        options: &[&str],
+    ) -> Result<Arrangement> {
         let lab = Lab::new(name)?;
         let router = lab.node("router")?;
         let sink_node = lab.node("sink")?;
@@ -128,7 +144,8 @@ impl Arrangement {
             entries.push(Entry::new(&lab, &router, *contender, number, variations)?);
         }
         let towpath = entries.iter().find(|entry| entry.contender == Contender::Towpath).map(|entry| {
-            let mut process = router.spawn([&towpath_binary()?, "up", &entry.port, OUT])?;
+            let (binary, ports) = (towpath_binary()?, [&entry.port as &str, OUT]);
+            let mut process = router.spawn([&[&binary as &str, "up"], options, &ports].concat())?;
             process.wait_for_output(Duration::from_secs(120), "ready")?;
             anyhow::Ok(process)
         });

@@ -1,0 +1,123 @@
+//! What a packet of a translated connection costs the router's core, beside a bare redirect and Linux.
+
+use crate::cost::{Outcome, WINDOW, bars, outcomes, ratio, take_turns};
+use crate::findings::{Aim, Findings};
+use crate::path::{Arrangement, Contender, OUT, ask, gateway};
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+use towpath_lab::{Node, wait_for};
+use towpath_report::Report;
+
+const CONTENDERS: [Contender; 3] = [Contender::Redirect, Contender::Linux, Contender::Towpath];
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Sources are masqueraded to the router's address on its port towards the sink.
+const RULES: &str = "
+table ip nat { chain postrouting { type nat hook postrouting priority srcnat; oifname o masquerade; }; }
+table ip filter { chain forward { type filter hook forward priority filter; policy drop;
+    ct state established accept; oifname o accept; }; }";
+
+/// All contenders with so many connections.
+#[derive(Clone, Debug, Serialize)]
+struct Case {
+    flows: usize,
+    results: Vec<Outcome>,
+}
+
+/// Runs the section; `sizes` are powers of two.
+pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize, sizes: &[usize]) -> Result<()> {
+    println!(
+        "masquerade: {rounds} rounds of windows of {WINDOW} packets each, each packet of another connection than the last"
+    );
+    let mut cases = Vec::new();
+    for flows in sizes {
+        match measure(*flows, rounds)? {
+            Some(case) => cases.push(case),
+            None => println!("{flows} connections: left out, this kernel keeps fewer (net.netfilter.nf_conntrack_max)"),
+        }
+    }
+    println!("aims:");
+    for case in &cases {
+        let (towpath, linux) = (ratio(&case.results, Contender::Towpath)?, ratio(&case.results, Contender::Linux)?);
+        let times = linux / towpath;
+        match case.flows {
+            32_768 => {
+                findings.goal("NAT, 32,768 flows: times the bare redirect", towpath, Aim::AtMost(1.6));
+                findings.goal("NAT, 32,768 flows: times faster than Linux", times, Aim::AtLeast(3.3));
+            }
+            flows if flows >= 1_000_000 => {
+                findings.goal("NAT, 1,000,000 flows: times faster than Linux", times, Aim::AtLeast(3.0));
+            }
+            flows => println!(
+                "  NAT, {flows} flows: {towpath:.2} times the bare redirect, {times:.2} times faster than Linux"
+            ),
+        }
+    }
+    plot(report, &cases)?;
+    findings.keep("nat", &cases);
+    Ok(())
+}
+
+/// None if conntrack cannot hold so many entries.
+fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
+    let capacity = (flows + flows / 8).to_string();
+    let options = ["--flows", "established", "--max-flows", &capacity];
+    let mut arrangement = Arrangement::with_options("nat", &CONTENDERS, flows, &options)?;
+    let router = arrangement.router.clone();
+    let room: usize = router.sysctl_get("net.netfilter.nf_conntrack_max")?.trim().parse()?;
+    if room < flows + flows / 8 {
+        return Ok(None);
+    }
+    router.sh(&format!("nft -f - <<'END'\n{RULES}\nEND\nip route add 10.0.0.0/8 via {}", gateway(false, 0)))?;
+    let destinations: Vec<IpAddr> = (0..flows as u32).map(|n| Ipv4Addr::from_bits(10 << 24 | n).into()).collect();
+    connect(&router, &destinations)?;
+    wait_for(PATIENCE, "Towpath to know the connections", || {
+        (ask(&router, &["status"])?["flows"]["known"].as_u64()? >= flows as u64).then_some(())
+    })?;
+    arrangement.set_destinations(&destinations, false)?;
+    // The first packets go through Linux, which accepts them; the others warm caches.
+    let rounds_of_all = (flows as u32).div_ceil(WINDOW) as usize;
+    take_turns(&mut arrangement, rounds_of_all + 1)?;
+    let before = fast(&router)?;
+    let costs = take_turns(&mut arrangement, rounds)?;
+    let (fast, sent) = (fast(&router)? - before, rounds as u64 * u64::from(WINDOW));
+    ensure!(fast * 100 >= sent * 99, "Towpath forwarded only {fast} of {sent} packets of flows");
+    println!("{flows} connections:");
+    Ok(Some(Case { flows, results: outcomes(&CONTENDERS, &costs)? }))
+}
+
+/// Has conntrack know an established connection from the sources to each destination.
+fn connect(router: &Node, destinations: &[IpAddr]) -> Result<()> {
+    let mut text = String::new();
+    for destination in destinations {
+        writeln!(
+            text,
+            "-I -p udp -s 198.51.100.2 -d {destination} --sport 9 --dport 9 -t 3600 -u SEEN_REPLY,ASSURED \
+             --src-nat 198.19.255.1"
+        )?;
+    }
+    let file = router.folder("connections");
+    std::fs::write(&file, text).with_context(|| file.display().to_string())?;
+    router.sh(&format!("conntrack -R {} 2>&1", file.display())).map(drop)
+}
+
+/// Packets that came in by Towpath's ports and were forwarded fast.
+fn fast(router: &Node) -> Result<u64> {
+    let stats = ask(router, &["show", "stats"]).context("no statistics")?;
+    let ports = stats["ports"].as_array().context("show stats has no ports")?;
+    Ok(ports.iter().filter(|port| port["port"] != OUT).filter_map(|port| port["rx_packets"].as_u64()).sum())
+}
+
+fn plot(report: &mut Report, cases: &[Case]) -> Result<()> {
+    report.section("Cost of a masqueraded packet").text(
+        "The same arrangement; the router masquerades all that goes to the sink. conntrack knows the connections before, \
+         each packet is of another one, and Towpath runs with --flows established.",
+    );
+    for case in cases {
+        let title = format!("{} connections: ns per packet, median, floor to 90th percentile", case.flows);
+        report.bars(&title, "ns", &bars(&case.results))?;
+    }
+    Ok(())
+}
