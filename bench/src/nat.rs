@@ -74,7 +74,9 @@ fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
     let destinations: Vec<IpAddr> = (0..flows as u32).map(|n| Ipv4Addr::from_bits(10 << 24 | n).into()).collect();
     connect(&router, &destinations)?;
     wait_for(PATIENCE, "Towpath to know the connections", || {
-        (ask(&router, &["status"])?["flows"]["known"].as_u64()? >= flows as u64).then_some(())
+        let status = ask(&router, &["status"])?;
+        let known: u64 = ["fast", "waiting"].iter().filter_map(|state| status["flows"][state].as_u64()).sum();
+        (known >= flows as u64).then_some(())
     })?;
     arrangement.set_destinations(&destinations, false)?;
     // The first packets go through Linux, which accepts them; the others warm caches.

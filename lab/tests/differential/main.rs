@@ -289,6 +289,26 @@ fn linux_agrees_with_itself_about_connections() -> Result<()> {
     Ok(())
 }
 
+/// Connections that Towpath takes over from Linux, while the rules change now and then.
+#[test]
+fn towpath_agrees_with_linux_about_connections() -> Result<()> {
+    let mut pair = Pair::new("diff-tracked", ["linux", "towpath"], &stateful::TRACKED)?;
+    pair.routers.iter().try_for_each(stateful::configure)?;
+    let towpath = Towpath::up(&pair.routers[1].node, &[&["--flows", "established"], &PORT_NAMES[..]].concat())?;
+    let another_rule = |pair: &Pair| {
+        let add = "nft add rule inet stateful forward counter";
+        pair.routers.iter().try_for_each(|router| router.node.sh(add).map(drop))
+    };
+    let sent = stateful::run(&mut pair, seed(), 2000, 60, another_rule)?;
+    let entries = stateful::same_entries(&pair)?;
+    let (fast, waiting) = (fast(&towpath)?, exceptions(&towpath, "flow-waiting")?);
+    eprintln!("lab: {sent} packets of connections, {} came out, {fast} by the fast path", pair.received);
+    eprintln!("lab: {waiting} while Linux had not accepted anew, {} entries in the end", entries.len());
+    assert!(fast * 3 > sent, "only {fast} of {sent} by the fast path");
+    assert!(waiting > 0 && exceptions(&towpath, "flow-closing")? > 0);
+    Ok(())
+}
+
 /// The harness itself: a router with another firewall is found out.
 #[test]
 fn another_firewall_is_found() -> Result<()> {
