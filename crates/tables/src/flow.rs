@@ -233,9 +233,11 @@ pub enum AnyKey {
 impl AnyKey {
     /// As the record of a flow has it; None for a record that is not in use.
     pub fn of(flow: &Flow, direction: Direction) -> Option<Self> {
-        match flow.state.load() & 0xff {
-            1 => Some(Self::V4(Key::of(flow, direction))),
-            2 => Some(Self::V6(Key::of(flow, direction))),
+        // Read once: it may go out of use meanwhile.
+        let kind = flow.state.load() & flow_state::KIND;
+        match kind & 0xff {
+            1 => Some(Self::V4(Key { kind, ..Key::of(flow, direction) })),
+            2 => Some(Self::V6(Key { kind, ..Key::of(flow, direction) })),
             _ => None,
         }
     }
