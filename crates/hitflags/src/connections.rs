@@ -67,8 +67,11 @@ impl Connections {
     /// What a packet of the moment would do to the entry, if that is worth saying.
     fn wanted(&mut self, original: Tuple, entry: &Entry, timeouts: &Timeouts, now: Instant) -> Option<Change> {
         let left = entry.timeout.filter(|_| !entry.is(status::FIXED_TIMEOUT))?;
+        // A RST whose number conntrack does not know, since it has not seen the last packets, leaves an entry established
+        // by name, but for no longer than it would be closed (nf_conntrack_tcp_packet).
+        let reset = left <= timeouts.tcp_close && timeouts.tcp / 4 > timeouts.tcp_close;
         let (timeout, status) = match entry.tcp {
-            Some(tcp) if tcp.state == ESTABLISHED => (timeouts.tcp, None),
+            Some(tcp) if tcp.state == ESTABLISHED && !reset => (timeouts.tcp, None),
             Some(_) => return None,
             None if entry.is(status::ASSURED) => (timeouts.udp_stream, None),
             None if entry.is(status::SEEN_REPLY) && self.is_stream(original, now) => {
@@ -115,7 +118,7 @@ mod tests {
     use towpath_cm::conntrack::entry::Tcp;
     use towpath_tables::flow::Connection;
 
-    const TIMEOUTS: Timeouts = Timeouts { tcp: 1000, tcp_closing: 100, udp: 30, udp_stream: 200 };
+    const TIMEOUTS: Timeouts = Timeouts { tcp: 1000, tcp_closing: 100, tcp_close: 10, udp: 30, udp_stream: 200 };
 
     fn entry(protocol: u8, left: u32) -> Entry {
         let (source, destination) = ([10, 0, 0, 2].into(), [192, 0, 2, 2].into());
@@ -143,6 +146,8 @@ mod tests {
         let now = Duration::ZERO;
         assert_eq!(wanted(entry(6, 900), now), Some((1000, None)));
         assert_eq!(wanted(entry(6, 980), now), None, "it is as good as new");
+        assert_eq!(wanted(entry(6, 11), now), Some((1000, None)));
+        assert_eq!(wanted(entry(6, 10), now), None, "a RST has ended it");
         assert_eq!(wanted(Entry { timeout: None, tcp: None, ..entry(6, 0) }, now), None, "in a flowtable");
         let fixed = Entry { status: entry(17, 1).status | status::FIXED_TIMEOUT, ..entry(17, 1) };
         assert_eq!(wanted(fixed, now), None);

@@ -20,6 +20,8 @@ pub struct Timeouts {
     pub tcp: u32,
     /// `tcp_timeout_time_wait`
     pub tcp_closing: u32,
+    /// `tcp_timeout_close`
+    pub tcp_close: u32,
     /// `udp_timeout`
     pub udp: u32,
     /// `udp_timeout_stream`
@@ -40,14 +42,20 @@ pub struct Change {
 /// The entries of a network namespace.
 pub struct Table {
     netlink: Netlink,
-    settings: [Setting; 4],
+    settings: [Setting; 5],
 }
 
 impl Table {
     /// Those of the calling thread's namespace.
     pub fn open() -> Result<Self, CmError> {
         let netlink = Netlink::open(NETLINK_NETFILTER).map_err(|e| CmError::io("conntrack: netlink socket", e))?;
-        let names = ["tcp_timeout_established", "tcp_timeout_time_wait", "udp_timeout", "udp_timeout_stream"];
+        let names = [
+            "tcp_timeout_established",
+            "tcp_timeout_time_wait",
+            "tcp_timeout_close",
+            "udp_timeout",
+            "udp_timeout_stream",
+        ];
         let settings = names.map(|name| Setting::new(&format!("netfilter/nf_conntrack_{name}")));
         let mut table = Self { netlink, settings };
         // The files are this namespace's from now on.
@@ -57,9 +65,15 @@ impl Table {
 
     /// The timeouts of the moment; None where connections are not tracked.
     pub fn timeouts(&mut self) -> Option<Timeouts> {
-        let [tcp, tcp_closing, udp, udp_stream] =
+        let [tcp, tcp_closing, tcp_close, udp, udp_stream] =
             self.settings.each_mut().map(|setting| setting.read().and_then(|seconds| u32::try_from(seconds).ok()));
-        Some(Timeouts { tcp: tcp?, tcp_closing: tcp_closing?, udp: udp?, udp_stream: udp_stream? })
+        Some(Timeouts {
+            tcp: tcp?,
+            tcp_closing: tcp_closing?,
+            tcp_close: tcp_close?,
+            udp: udp?,
+            udp_stream: udp_stream?,
+        })
     }
 
     /// The entries with these original tuples, in their order; None for those that are gone.
