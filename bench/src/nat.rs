@@ -2,7 +2,7 @@
 
 use crate::cost::{Outcome, WINDOW, bars, outcomes, ratio, take_turns};
 use crate::findings::{Aim, Findings};
-use crate::path::{Arrangement, Contender, OUT, ask, gateway};
+use crate::path::{Arrangement, Contender, ask, gateway};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -12,6 +12,8 @@ use towpath_lab::{Node, wait_for};
 use towpath_report::Report;
 
 const CONTENDERS: [Contender; 3] = [Contender::Redirect, Contender::Linux, Contender::Towpath];
+/// Which of them Towpath is
+const TOWPATH: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources are masqueraded to the router's address on its port towards the sink.
 const RULES: &str = "
@@ -79,13 +81,19 @@ fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
         (known >= flows as u64).then_some(())
     })?;
     arrangement.set_destinations(&destinations, false)?;
-    // The first packets go through Linux, which accepts them; the others warm caches.
-    let rounds_of_all = (flows as u32).div_ceil(WINDOW) as usize;
-    take_turns(&mut arrangement, rounds_of_all + 1)?;
-    let before = fast(&router)?;
+    // The first packets go through Linux, which accepts them.
+    wait_for(PATIENCE, "Linux to accept a packet of each connection", || {
+        arrangement.send(TOWPATH, WINDOW).ok()?;
+        (ask(&router, &["status"])?["flows"]["waiting"] == 0).then_some(())
+    })?;
+    // To warm caches; it is not counted.
+    take_turns(&mut arrangement, 1)?;
+    let counted = |arrangement: &Arrangement| arrangement.forwarded_of_taken(None)?.context("Towpath takes no part");
+    let before = counted(&arrangement)?;
     let costs = take_turns(&mut arrangement, rounds)?;
-    let (fast, sent) = (fast(&router)? - before, rounds as u64 * u64::from(WINDOW));
-    ensure!(fast * 100 >= sent * 99, "Towpath forwarded only {fast} of {sent} packets of flows");
+    let after = counted(&arrangement)?;
+    let [fast, taken] = [after[0] - before[0], after[1] - before[1]];
+    ensure!(fast * 100 >= taken * 99, "Towpath forwarded only {fast} of {taken} packets of flows");
     println!("{flows} connections:");
     Ok(Some(Case { flows, results: outcomes(&CONTENDERS, &costs)? }))
 }
@@ -103,13 +111,6 @@ fn connect(router: &Node, destinations: &[IpAddr]) -> Result<()> {
     let file = router.folder("connections");
     std::fs::write(&file, text).with_context(|| file.display().to_string())?;
     router.sh(&format!("conntrack -R {} 2>&1", file.display())).map(drop)
-}
-
-/// Packets that came in by Towpath's ports and were forwarded fast.
-fn fast(router: &Node) -> Result<u64> {
-    let stats = ask(router, &["show", "stats"]).context("no statistics")?;
-    let ports = stats["ports"].as_array().context("show stats has no ports")?;
-    Ok(ports.iter().filter(|port| port["port"] != OUT).filter_map(|port| port["rx_packets"].as_u64()).sum())
 }
 
 fn plot(report: &mut Report, cases: &[Case]) -> Result<()> {
