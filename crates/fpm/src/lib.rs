@@ -131,6 +131,9 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     pub fn apply(&mut self, message: Message) {
         let tables = &mut self.mirror.tables;
         match message {
+            Message::Flow(connection) if self.state.is_end_of(&connection) => {
+                self.flows.remove(tables, &connection.original);
+            }
             Message::Flow(connection) => self.flows.set(tables, &connection),
             Message::FlowDelete(original) => self.flows.remove(tables, &original),
             Message::SnapshotBegin(Snapshot::Flows) => self.flows.begin(),

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use towpath_fpc::*;
 use towpath_tables::tunnel::TunnelValue;
-use towpath_tables::{Obstacle, Reason, record::Family};
+use towpath_tables::{Connection, Obstacle, Reason, record::Family};
 
 /// Both families.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -51,6 +51,8 @@ pub(crate) struct State {
     beside: BTreeSet<u32>,
     pub ports: BTreeMap<u32, Marked<Port>>,
     pub addresses: BTreeMap<Address, u8>,
+    /// The same without interfaces
+    own: HashSet<IpAddr>,
     pub neighbours: BTreeMap<NeighbourKey, Marked<Neighbour>>,
     pub objects: HashMap<u32, Marked<NexthopObject>>,
     pub routes: Routes,
@@ -222,14 +224,23 @@ impl State {
     fn set_address(&mut self, address: Address) {
         let generation = self.generations.current(Snapshot::Addresses(family_of(address.address)));
         if self.addresses.insert(address, generation).is_none() {
+            self.own.insert(address.address);
             self.address_changed(address);
         }
     }
 
     fn remove_address(&mut self, address: Address) {
         if self.addresses.remove(&address).is_some() {
+            if !self.addresses.keys().any(|other| other.address == address.address) {
+                self.own.remove(&address.address);
+            }
             self.address_changed(address);
         }
+    }
+
+    /// Whether this host is one of a connection's ends: nothing of it is forwarded.
+    pub fn is_end_of(&self, connection: &Connection) -> bool {
+        [connection.original, connection.reply].iter().any(|tuple| self.own.contains(&tuple.source))
     }
 
     fn address_changed(&mut self, address: Address) {
@@ -415,7 +426,7 @@ impl State {
             !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast() && !address.is_loopback()
         };
         // Without it Linux finds no way out (ip_route_output_key_hash_rcu, net/ipv4/route.c).
-        let ours = self.addresses.keys().any(|address| address.address == own.local);
+        let ours = self.own.contains(&own.local);
         let clear =
             !self.ports.values().any(|other| other.value.ifindex != port.ifindex && is_rival(&own, &other.value));
         let sound = port.unsupported.is_none() && is_host(local) && is_host(remote) && ours && clear;

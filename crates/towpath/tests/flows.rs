@@ -10,6 +10,7 @@ use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 use support::{FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, fast_packets, firewall, flow, is_fast, tracked};
+use towpath_lab::supported;
 
 /// More than this after a command is a leak, whatever else the machine does. What was seen is printed.
 const LEAK: Duration = Duration::from_secs(1);
@@ -66,6 +67,41 @@ fn ipv6_and_udp_go_fast_too() {
     let mut talk = Talk::start(&net.left, &format!("[{RIGHT6}]:7004"));
     talk.becomes_fast(&net);
     talk.transfer(1 << 20);
+}
+
+#[test]
+fn a_flowtable_hands_connections_over() {
+    let net = firewall();
+    let flowtable = "add flowtable inet filter f { hook ingress priority 0; devices = { eth0, eth1 }; }";
+    if !supported("flowtables of nftables", || net.router.run(["nft", flowtable]).map(drop)) {
+        return;
+    }
+    let add = "insert rule inet filter forward meta l4proto { tcp, udp } flow add @f";
+    net.router.run(["nft", add]).expect("a rule");
+    let _daemon = net.up(&["eth0", "eth1"]);
+    echoes(&net);
+    let pulse = Pulse::start(&net, 7002);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    for port in [talk.port(), pulse.port] {
+        if port == pulse.port {
+            pulse.becomes_fast(&net)
+        } else {
+            talk.becomes_fast(&net)
+        }
+        let entry = tracked(&net, port).concat();
+        assert!(entry.contains("[OFFLOAD]"), "{entry}");
+    }
+    talk.transfer(1 << 20);
+    assert_eq!(net.json(&["status"])["flows"]["mode"], "flowtable");
+    // Without the rule, Linux hands over none that is new.
+    let rules = net.exec("nft -a list chain inet filter forward");
+    let handle = rules.lines().find(|line| line.contains("flow add")).and_then(|line| line.rsplit(' ').next());
+    net.exec(&format!("nft delete rule inet filter forward handle {}", handle.expect("the rule")));
+    let mut other = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    other.exchange(100);
+    let entry = tracked(&net, other.port()).concat();
+    assert!(entry.contains("ASSURED") && !entry.contains("OFFLOAD"), "{entry}");
+    assert_eq!(flow(&net, other.port()), None);
 }
 
 #[test]

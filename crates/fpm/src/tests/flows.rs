@@ -84,6 +84,28 @@ fn connections_come_and_go_at_once() {
 }
 
 #[test]
+fn the_routers_own_connections_are_not_taken() {
+    let mut fixture = Fixture::new();
+    let there = flow(1, 1000);
+    let back = Connection::new(there.reply, there.original).expect("sound");
+    let own = Address { ifindex: 9, address: there.original.source, prefix_len: 24 };
+    for taken in [there, back] {
+        fixture.fpm.apply(Message::Flow(taken));
+        assert_eq!(known(&fixture.fpm), [taken].into());
+        // On two interfaces, and gone from one of them.
+        [3, 9].into_iter().for_each(|ifindex| fixture.fpm.apply(Message::Address(Address { ifindex, ..own })));
+        fixture.fpm.apply(Message::AddressDelete(Address { ifindex: 3, ..own }));
+        fixture.fpm.apply(Message::Flow(taken));
+        assert_eq!(known(&fixture.fpm), BTreeSet::new());
+        fixture.fpm.apply(Message::AddressDelete(own));
+    }
+    // An address that packets are translated to is no end.
+    fixture.fpm.apply(Message::Address(Address { address: there.reply.destination, ..own }));
+    fixture.fpm.apply(Message::Flow(there));
+    assert_eq!(known(&fixture.fpm), [there].into());
+}
+
+#[test]
 fn a_description_ends_what_it_does_not_mention() {
     let mut fixture = Fixture::new();
     let [one, two, three, four] = [1, 2, 3, 4].map(|host| flow(host, 1000));
