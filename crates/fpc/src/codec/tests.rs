@@ -296,10 +296,11 @@ fn errors_name_field_and_offset() {
     assert_eq!(failed(16, 0, &[9]), DecodeError::BadValue { field: "Snapshot", offset: 0, value: 9 });
     let host_bits = [0, 0, 0, 254, 4, 192, 0, 2, 1, 24, 0, 0, 0, 20, 0];
     assert_eq!(failed(25, 0, &host_bits), DecodeError::BadValue { field: "RouteKey.prefix", offset: 9, value: 24 });
-    let tuple = |protocol| [4, 192, 0, 2, 1, 4, 192, 0, 2, 2, 0, 80, 0, 81, protocol];
-    assert!(decode(&raw(32, 0, &[tuple(6), tuple(6)].concat())).is_ok());
+    let original = [4, 192, 0, 2, 1, 4, 192, 0, 2, 2, 0, 80, 0, 81, 6];
+    let reply = |protocol| [4, 192, 0, 2, 2, 4, 192, 0, 2, 1, 0, 81, 0, 80, protocol];
+    assert!(decode(&raw(32, 0, &[original, reply(6)].concat())).is_ok());
     assert_eq!(
-        failed(32, 0, &[tuple(6), tuple(17)].concat()),
+        failed(32, 0, &[original, reply(17)].concat()),
         DecodeError::BadValue { field: "Message::Flow", offset: 29, value: 17 }
     );
     let huge_count = [0xff; 4];
