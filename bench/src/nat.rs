@@ -16,7 +16,7 @@ const CONTENDERS: [Contender; 3] = [Contender::Redirect, Contender::Linux, Conte
 const TOWPATH: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources are masqueraded to the router's address on its port towards the sink.
-const RULES: &str = "
+pub(crate) const RULES: &str = "
 table ip nat { chain postrouting { type nat hook postrouting priority srcnat; oifname o masquerade; }; }
 table ip filter { chain forward { type filter hook forward priority filter; policy drop;
     ct state established accept; oifname o accept; }; }";
@@ -74,12 +74,8 @@ fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
     }
     router.sh(&format!("nft -f - <<'END'\n{RULES}\nEND\nip route add 10.0.0.0/8 via {}", gateway(false, 0)))?;
     let destinations: Vec<IpAddr> = (0..flows as u32).map(|n| Ipv4Addr::from_bits(10 << 24 | n).into()).collect();
-    connect(&router, &destinations)?;
-    wait_for(PATIENCE, "Towpath to know the connections", || {
-        let status = ask(&router, &["status"])?;
-        let known: u64 = ["fast", "waiting"].iter().filter_map(|state| status["flows"][state].as_u64()).sum();
-        (known >= flows as u64).then_some(())
-    })?;
+    connect(&router, &destinations, true)?;
+    wait_for_connections(&router, flows)?;
     arrangement.set_destinations(&destinations, false)?;
     // The first packets go through Linux, which accepts them.
     wait_for(PATIENCE, "Linux to accept a packet of each connection", || {
@@ -98,19 +94,28 @@ fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
     Ok(Some(Case { flows, results: outcomes(&CONTENDERS, &costs)? }))
 }
 
-/// Has conntrack know an established connection from the sources to each destination.
-fn connect(router: &Node, destinations: &[IpAddr]) -> Result<()> {
+/// Has conntrack know an established connection from the sources to each destination, masqueraded or as it is.
+pub(crate) fn connect(router: &Node, destinations: &[IpAddr], masqueraded: bool) -> Result<()> {
+    let translation = if masqueraded { "--src-nat 198.19.255.1" } else { "" };
     let mut text = String::new();
     for destination in destinations {
         writeln!(
             text,
-            "-I -p udp -s 198.51.100.2 -d {destination} --sport 9 --dport 9 -t 3600 -u SEEN_REPLY,ASSURED \
-             --src-nat 198.19.255.1"
+            "-I -p udp -s 198.51.100.2 -d {destination} --sport 9 --dport 9 -t 3600 -u SEEN_REPLY,ASSURED {translation}"
         )?;
     }
     let file = router.folder("connections");
     std::fs::write(&file, text).with_context(|| file.display().to_string())?;
     router.sh(&format!("conntrack -R {} 2>&1", file.display())).map(drop)
+}
+
+/// Waits until Towpath knows so many.
+pub(crate) fn wait_for_connections(router: &Node, count: usize) -> Result<()> {
+    wait_for(PATIENCE, "Towpath to know the connections", || {
+        let status = ask(router, &["status"])?;
+        let known: u64 = ["fast", "waiting"].iter().filter_map(|state| status["flows"][state].as_u64()).sum();
+        (known >= count as u64).then_some(())
+    })
 }
 
 fn plot(report: &mut Report, cases: &[Case]) -> Result<()> {
