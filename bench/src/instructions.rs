@@ -280,8 +280,9 @@ impl Arrangement {
 
     /// Puts a stateful firewall into the way, for a connection that is known already.
     fn guard(&self, masqueraded: bool) -> Result<()> {
-        self.router.run(["nft", "table ip f { chain forward { type filter hook forward priority 0; policy drop;
-            ct state established accept; }; }"])?;
+        let rules = "table ip f { chain forward { type filter hook forward priority 0; policy drop;
+            ct state established accept; }; }";
+        self.router.run(["nft", rules])?;
         self.connect(masqueraded)?;
         nat::wait_for_connections(&self.router, 1)
     }
@@ -289,7 +290,8 @@ impl Arrangement {
     fn connect(&self, masqueraded: bool) -> Result<()> {
         nat::connect(&self.router, &["203.0.113.9".parse()?], masqueraded)?;
         if masqueraded {
-            let rules = "table ip n { chain post { type nat hook postrouting priority srcnat; oifname o masquerade; }; }";
+            let rules =
+                "table ip n { chain post { type nat hook postrouting priority srcnat; oifname o masquerade; }; }";
             self.router.run(["nft", rules])?;
         }
         Ok(())
