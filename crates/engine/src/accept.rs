@@ -30,6 +30,11 @@ pub(crate) fn put_on(dir: &PinDir, program: BorrowedFd<'_>, index: u32) -> Resul
     ignore_gone(put_filter_on(dir, program, index)?).map_err(failed)
 }
 
+/// Whether a program was put on an interface.
+pub(crate) fn is_on(dir: &PinDir, index: u32) -> bool {
+    dir.pin(&filter_mark(index)).is_dir() || sys::get_pinned(&dir.pin(&link_pin(index))).is_ok()
+}
+
 /// Takes the program off an interface, if it is there.
 pub(crate) fn take_off(dir: &PinDir, index: u32) -> Result<()> {
     let failed = |e| Error::privileged(format!("take the tc program off interface {index}"), "CAP_NET_ADMIN", e);

@@ -30,7 +30,7 @@ pub struct Options {
     pub mode: Mode,
     /// Frames go to sockets of the user engine where there are some
     pub sockets: bool,
-    /// What Linux transmits is looked at, to know which flows it has accepted
+    /// There may be flows: what Linux transmits can be looked at, see `Engine::watch_transmitted`
     pub flows: bool,
 }
 
@@ -110,7 +110,9 @@ impl Site {
         match made {
             Ok((region, links, grace)) => {
                 let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
-                Ok(Engine::new(Core { site: self, region, program: None, captures: Vec::new(), ports, grace }))
+                let core =
+                    Core { site: self, region, program: None, captures: Vec::new(), watching: false, ports, grace };
+                Ok(Engine::new(core))
             }
             Err(e) => {
                 self.discard();
@@ -232,7 +234,8 @@ impl Left {
     pub fn adopt(self) -> Result<Engine> {
         let Self { site, region, links } = self;
         let (ports, captures) = (BTreeMap::new(), Vec::new());
-        let mut core = Core { site, region, program: None, captures, ports, grace: GraceMethod::choose()? };
+        let grace = GraceMethod::choose()?;
+        let mut core = Core { site, region, program: None, captures, watching: false, ports, grace };
         let program = core.load()?;
         let slots = core.device_slots()?;
         for (index, link) in links {
@@ -271,6 +274,8 @@ struct Core {
     program: Option<Arc<Program>>,
     /// What the program lets Linux have
     captures: Vec<Capture>,
+    /// What Linux transmits is looked at, on all ports
+    watching: bool,
     ports: BTreeMap<u32, Port>,
     grace: GraceMethod,
 }
@@ -340,11 +345,22 @@ impl Core {
         }
     }
 
-    /// Has the tc program that goes with a program run on an interface, or none.
+    /// Has the tc program that goes with a program run on an interface, if it is wanted or an older one does, or none.
     fn put_accept_on(&self, program: &Program, index: u32) -> Result<()> {
+        let dir = &self.site.dir;
         match program.accept() {
-            Some(accept) => accept::put_on(&self.site.dir, accept, index),
-            None => accept::take_off(&self.site.dir, index),
+            Some(accept) if self.watching || accept::is_on(dir, index) => accept::put_on(dir, accept, index),
+            Some(_) => Ok(()),
+            None => accept::take_off(dir, index),
+        }
+    }
+
+    fn watch_transmitted(&mut self) -> Result<()> {
+        let begins = self.site.options.flows && !self.watching;
+        self.watching |= begins;
+        match &self.program {
+            Some(program) if begins => self.ports.keys().try_for_each(|index| self.put_accept_on(program, *index)),
+            _ => Ok(()),
         }
     }
 
@@ -557,6 +573,14 @@ impl Engine {
     /// tables must be in use.
     pub fn set_captures(&self, captures: &[Capture]) -> Result<()> {
         self.core().set_captures(captures)
+    }
+
+    /// Looks at what Linux transmits, to know which flows it has accepted, on all ports that are attached or will be, as long
+    /// as they are. Nothing if there are to be no flows. Before Linux 6.6 that takes a qdisc (clsact), and Linux drops what it
+    /// would transmit by a port in the moment that the qdisc comes or goes (net/sched/sch_api.c `qdisc_graft`); what is
+    /// forwarded fast is not affected.
+    pub fn watch_transmitted(&self) -> Result<()> {
+        self.core().watch_transmitted()
     }
 
     /// Detaches from a port; not an error if it is not attached or gone.

@@ -553,6 +553,7 @@ fn with_flow(rig: &Rig, source_port: u16) -> Result<Engine> {
     writer.open_flows();
     writer.set_policy(Family::V4, Some(Obstacle { reason: Reason::PolicyNetfilter, flows: true }));
     rig.fill(&engine)?;
+    rig.on_router(|| engine.watch_transmitted())?;
     Ok(engine)
 }
 
@@ -581,6 +582,29 @@ fn on_egress(rig: &Rig, port: &str) -> Result<usize> {
     let links = if rig.on_router(query) == 0 { attr[3] as u32 as usize } else { 0 };
     let filters = rig.router.run(["tc", "filter", "show", "dev", port, "egress"])?;
     Ok(links + filters.lines().filter(|line| line.contains("towpath_accept")).count())
+}
+
+#[test]
+fn what_linux_transmits_is_looked_at_once_that_is_wanted() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("watch")?;
+    let both = || -> Result<(usize, usize)> { Ok((on_egress(&rig, "eth0")?, on_egress(&rig, "eth1")?)) };
+    let engine = rig.engine_with(WITH_FLOWS, &sizes()?)?;
+    rig.fill(&engine)?;
+    attach(&rig, &engine)?;
+    assert_eq!(both()?, (0, 0));
+    for _ in 0..2 {
+        rig.on_router(|| engine.watch_transmitted())?;
+        assert_eq!(both()?, (1, 1));
+    }
+    rig.on_router(|| engine.teardown())?;
+    let engine = rig.engine_with(Options::default(), &sizes()?)?;
+    rig.fill(&engine)?;
+    attach(&rig, &engine)?;
+    rig.on_router(|| engine.watch_transmitted())?;
+    assert_eq!(both()?, (0, 0), "there are to be no flows");
+    rig.on_router(|| engine.teardown())?;
+    Ok(())
 }
 
 #[test]

@@ -13,6 +13,8 @@ use towpath_fpm::Timeouts;
 use towpath_hitflags::{Connections, RefreshConnections};
 use towpath_tables::Tuple;
 
+/// What it means if connections cannot be let pass.
+const STAYING: &str = "connections stay in Linux until its rules change again";
 /// How often Linux's timeouts are read while there are connections.
 const READ_TIMEOUTS: Duration = Duration::from_secs(1);
 
@@ -98,7 +100,10 @@ impl Daemon {
     pub fn follow_flows(&mut self) {
         let now = Instant::now();
         if let Some(change) = self.fpm.settled_flows(now) {
-            self.await_grace(change);
+            match self.engine.watch_transmitted() {
+                Ok(()) => self.await_grace(change),
+                Err(error) => tracing::error!("{STAYING}: {error}"),
+            }
         }
         if self.fpm.tables().flow_count() == 0 {
             return;
@@ -117,13 +122,12 @@ impl Daemon {
     /// Waits for a grace period without holding up anything else; an event tells of its end.
     fn await_grace(&self, change: u64) {
         let events = self.events.clone();
-        let failed = "connections stay in Linux until its rules change again";
         let wait = move || match GraceMethod::choose().and_then(|grace| grace.wait()) {
             Ok(()) => drop(events.send(Event::Settled(change))),
-            Err(error) => tracing::error!("{failed}: {error}"),
+            Err(error) => tracing::error!("{STAYING}: {error}"),
         };
         if let Err(error) = thread("grace", wait) {
-            tracing::error!("{failed}: {error:#}");
+            tracing::error!("{STAYING}: {error:#}");
         }
     }
 
