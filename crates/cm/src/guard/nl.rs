@@ -96,11 +96,7 @@ impl Netlink {
             self.buffer.clear();
             self.socket.recv(&mut self.buffer, 0).map_err(|e| CmError::io(what, e))?;
             let mut rest = self.buffer.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkBuffer::new_checked(rest).map_err(|e| CmError::decode(what, e))?;
-                let length = message.length() as usize;
-                let payload = &rest[HEADER..length];
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            while let Some((message, payload)) = next(what, &mut rest)? {
                 let number = message.sequence_number().wrapping_sub(first) as usize;
                 if number >= bodies.len() {
                     continue; // left over from a question that was given up
@@ -132,11 +128,7 @@ impl Netlink {
             self.buffer.clear();
             self.socket.recv(&mut self.buffer, 0).map_err(|e| CmError::io(what, e))?;
             let mut rest = self.buffer.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkBuffer::new_checked(rest).map_err(|e| CmError::decode(what, e))?;
-                let length = message.length() as usize;
-                let payload = &rest[HEADER..length];
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            while let Some((message, payload)) = next(what, &mut rest)? {
                 if message.sequence_number() != self.sequence {
                     continue; // left over from a dump that was given up
                 }
@@ -165,6 +157,18 @@ fn done(what: &str, payload: &[u8], flags: u16) -> Result<(), CmError> {
     let words = attrs(what, attributes).unwrap_or_default();
     let ext = words.iter().find(|(kind, _)| *kind == 1).map(|(_, text)| text_of(text));
     Err(CmError::Kernel { what: what.to_owned(), source: io::Error::from_raw_os_error(-code), ext })
+}
+
+/// The first of the messages in `rest`, and what it carries; `rest` is then what follows it. None if there is none.
+fn next<'a>(what: &str, rest: &mut &'a [u8]) -> Result<Option<(NetlinkBuffer<&'a [u8]>, &'a [u8])>, CmError> {
+    if rest.is_empty() {
+        return Ok(None);
+    }
+    let message = NetlinkBuffer::new_checked(*rest).map_err(|e| CmError::decode(what, e))?;
+    let length = message.length() as usize;
+    let payload = &rest[HEADER..length];
+    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Ok(Some((message, payload)))
 }
 
 fn request(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
