@@ -32,6 +32,11 @@ fn frames() -> u64 {
     number("TOWPATH_DIFF_FRAMES").unwrap_or(1_000_000) / 2
 }
 
+/// Frames of a profile for a worker, which is slower under translation; so many that chance does not matter.
+fn workers_frames() -> u64 {
+    (frames() / 10).max(1_000)
+}
+
 fn number(variable: &str) -> Option<u64> {
     Some(std::env::var(variable).ok()?.parse().unwrap_or_else(|_| panic!("{variable} is not a number")))
 }
@@ -91,13 +96,13 @@ fn towpath_agrees(profile: &Profile, options: &[&str], frames: u64) -> Result<(T
     let guessed = exceptions(&towpath, "partial-checksum")?;
     assert!(guessed == 0 || !tells(&towpath)?, "{guessed} checksums are taken to be left to a device");
     assert!(fast + guessed >= pair.plain_forwarded, "the fast path forwarded only {fast} of {}", pair.plain_forwarded);
-    assert!(pair.plain_forwarded * 10 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
+    assert!(pair.plain_forwarded * 20 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
     Ok((towpath, pair))
 }
 
 /// With the user engine: what `fast` counts must then be the workers', which must have lost nothing.
 fn workers_agree(profile: &Profile, cores: &str) -> Result<()> {
-    let (towpath, _pair) = towpath_agrees(profile, &["--engine", "user", "--cores", cores], frames() / 10)?;
+    let (towpath, _pair) = towpath_agrees(profile, &["--engine", "user", "--cores", cores], workers_frames())?;
     let status = towpath.json(&["status"])?;
     let workers = status["workers"].as_array().context("no workers in status")?;
     let sum = |field: &str| workers.iter().filter_map(|worker| worker[field].as_u64()).sum::<u64>();
@@ -105,7 +110,7 @@ fn workers_agree(profile: &Profile, cores: &str) -> Result<()> {
     eprintln!("lab: {forwarded} forwarded and {exceptions} handed to Linux by workers");
     // No frame here is too long for them.
     assert_eq!(forwarded, fast(&towpath)?);
-    assert!(exceptions > frames() / 200, "only {exceptions} were handed to Linux by workers");
+    assert!(exceptions > workers_frames() / 20, "only {exceptions} were handed to Linux by workers");
     assert_eq!(["rx_lost", "tx_lost", "exceptions_lost"].map(sum), [0; 3]);
     Ok(())
 }
@@ -144,7 +149,7 @@ fn workers_agree_with_linux_about_vlans() -> Result<()> {
 
 /// A worker on ports in memory, without XDP anywhere; both Linuxes have TAPs.
 fn ports_in_memory_agree(profile: &Profile) -> Result<()> {
-    let frames = frames() / 10;
+    let frames = workers_frames();
     let lab = Lab::new(&format!("diff-mem-{}", profile.name))?;
     let (linux, _) = Router::with_taps(&lab, "linux", profile, |_, taps| Ok(memory::Taps::new(taps)))?;
     let (towpath, worker) = Router::with_taps(&lab, "towpath", profile, memory::Worker::start)?;
@@ -156,8 +161,8 @@ fn ports_in_memory_agree(profile: &Profile) -> Result<()> {
     );
     eprintln!("lab: {fast} forwarded and {exceptions} handed to Linux by the worker");
     assert!(fast >= pair.plain_forwarded, "the fast path forwarded only {fast} of {}", pair.plain_forwarded);
-    assert!(pair.plain_forwarded * 10 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
-    assert!(exceptions > frames / 200, "only {exceptions} were handed to Linux by the worker");
+    assert!(pair.plain_forwarded * 20 > frames, "only {} plain frames were forwarded", pair.plain_forwarded);
+    assert!(exceptions > frames / 20, "only {exceptions} were handed to Linux by the worker");
     assert_eq!(worker.sum(|port| port.tx_lost.load() + port.exceptions_lost.load()), 0);
     Ok(())
 }
