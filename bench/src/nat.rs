@@ -106,7 +106,9 @@ pub(crate) fn connect(router: &Node, destinations: &[IpAddr], masqueraded: bool)
     }
     let file = router.folder("connections");
     std::fs::write(&file, text).with_context(|| file.display().to_string())?;
-    router.sh(&format!("conntrack -R {} 2>&1", file.display())).map(drop)
+    // What hosts say of themselves makes the source send a frame, and conntrack may know its connection already.
+    let load = format!("conntrack -F 2>&1; conntrack -R {} 2>&1", file.display());
+    wait_for(PATIENCE, "conntrack to take the connections", || router.sh(&load).ok().map(drop))
 }
 
 /// Waits until Towpath knows so many.
