@@ -4,9 +4,17 @@
 
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
-use crate::netlink::{HEADER, Socket, attributes, word16, word32};
+use crate::netlink::ask;
 use crate::program::NAME_ACCEPT;
 use crate::sys::{self, AttachType};
+use RouteNetlinkMessage::{
+    DelQueueDiscipline, DelTrafficFilter, GetTrafficFilter, NewQueueDiscipline, NewTrafficFilter,
+};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption,
+};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -43,13 +51,13 @@ pub(crate) fn take_off(dir: &PinDir, index: u32) -> Result<()> {
         dir.remove(&link_pin(index))?;
     }
     if dir.pin(&filter_mark(index)).is_dir() {
-        ignore_gone(change(DELETE_FILTER, 0, &Message::filter(index, None))).map_err(failed)?;
+        ignore_gone(change(0, DelTrafficFilter(filter(index, None)))).map_err(failed)?;
         dir.remove(&filter_mark(index))?;
     }
     if dir.pin(&qdisc_mark(index)).is_dir() {
         // What somebody has added since stays, and the qdisc with it.
         if has_no_filter(index).map_err(failed)? {
-            ignore_gone(change(DELETE_QDISC, 0, &Message::clsact(index))).map_err(failed)?;
+            ignore_gone(change(0, DelQueueDiscipline(clsact(index)))).map_err(failed)?;
         }
         dir.remove(&qdisc_mark(index))?;
     }
@@ -59,14 +67,14 @@ pub(crate) fn take_off(dir: &PinDir, index: u32) -> Result<()> {
 /// As a filter. Markers come first, so that nothing is left behind unknown.
 fn put_filter_on(dir: &PinDir, program: BorrowedFd<'_>, index: u32) -> Result<io::Result<()>> {
     if !dir.pin(&filter_mark(index)).is_dir() {
-        match change(NEW_QDISC, CREATE | EXCLUSIVE, &Message::clsact(index)) {
+        match change(NLM_F_CREATE | NLM_F_EXCL, NewQueueDiscipline(clsact(index))) {
             Ok(()) => dir.mark(&qdisc_mark(index))?,
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
             Err(e) => return Ok(Err(e)),
         }
         dir.mark(&filter_mark(index))?;
     }
-    Ok(change(NEW_FILTER, CREATE | REPLACE, &Message::filter(index, Some(program))))
+    Ok(change(NLM_F_CREATE | NLM_F_REPLACE, NewTrafficFilter(filter(index, Some(program)))))
 }
 
 /// The interface went away and took the program with it.
@@ -89,100 +97,68 @@ fn qdisc_mark(index: u32) -> String {
     format!("clsact_{index}")
 }
 
-// linux/rtnetlink.h, linux/netlink.h
-const NEW_QDISC: u16 = 36;
-const DELETE_QDISC: u16 = 37;
-const NEW_FILTER: u16 = 44;
-const DELETE_FILTER: u16 = 45;
-const GET_FILTER: u16 = 46;
-const REQUEST: u16 = 1;
-const ACKNOWLEDGE: u16 = 4;
-const REPLACE: u16 = 0x100;
-const EXCLUSIVE: u16 = 0x200;
-const CREATE: u16 = 0x400;
-const DUMP: u16 = 0x300;
-
-// linux/pkt_sched.h: the qdisc clsact, and its two hooks
-const CLSACT: u32 = 0xffff_fff1;
-const INGRESS_HOOK: u32 = 0xffff_fff2;
-const EGRESS_HOOK: u32 = 0xffff_fff3;
-const CLSACT_HANDLE: u32 = 0xffff_0000;
 /// Ours among the filters: priority, and ETH_P_ALL as on the wire
 const FILTER_INFO: u32 = 0x7470 << 16 | 3u16.to_be() as u32;
 const FILTER_HANDLE: u32 = 1;
 
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
-// linux/pkt_cls.h
-const TCA_BPF_FD: u16 = 6;
-const TCA_BPF_NAME: u16 = 7;
-const TCA_BPF_FLAGS: u16 = 8;
-const DIRECT_ACTION: u32 = 1;
-
-/// `struct tcmsg` and attributes.
-struct Message(Vec<u8>);
-
-impl Message {
-    fn new(index: u32, handle: u32, parent: u32, info: u32) -> Self {
-        Self([0, index, handle, parent, info].map(u32::to_ne_bytes).concat())
-    }
-
-    fn clsact(index: u32) -> Self {
-        Self::new(index, CLSACT_HANDLE, CLSACT, 0).with(TCA_KIND, b"clsact\0")
-    }
-
-    /// Our filter, with a program that it is to run.
-    fn filter(index: u32, program: Option<BorrowedFd<'_>>) -> Self {
-        let message = Self::new(index, FILTER_HANDLE, EGRESS_HOOK, FILTER_INFO).with(TCA_KIND, b"bpf\0");
-        let Some(program) = program else { return message };
-        let options = Self(Vec::new())
-            .with(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes())
-            .with(TCA_BPF_NAME, format!("{NAME_ACCEPT}\0").as_bytes())
-            .with(TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
-        message.with(TCA_OPTIONS, &options.0)
-    }
-
-    fn with(mut self, kind: u16, payload: &[u8]) -> Self {
-        let len = 4 + payload.len();
-        self.0.extend([len as u16, kind].map(u16::to_ne_bytes).as_flattened());
-        self.0.extend(payload);
-        self.0.resize(self.0.len() + len.next_multiple_of(4) - len, 0);
-        self
-    }
+/// One of the hooks of the qdisc clsact: `TcHandle::MIN_INGRESS` or `MIN_EGRESS`.
+fn hook(minor: u16) -> TcHandle {
+    TcHandle { minor, ..TcHandle::CLSACT }
 }
 
-fn ask(kind: u16, flags: u16, message: &Message) -> io::Result<Vec<Vec<u8>>> {
-    let len = (HEADER + message.0.len()) as u32;
-    let mut bytes = len.to_ne_bytes().to_vec();
-    bytes.extend([kind, flags | REQUEST].map(u16::to_ne_bytes).as_flattened());
-    // Sequence number and port: this socket asks one thing at a time.
-    bytes.extend([0; 8]);
-    bytes.extend(&message.0);
-    Socket::open(netlink_sys::protocols::NETLINK_ROUTE)?.request(&bytes)
+fn message(index: u32, handle: u32, parent: TcHandle, info: u32, attributes: Vec<TcAttribute>) -> TcMessage {
+    let header = TcHeader { index: index as i32, handle: handle.into(), parent, info, ..TcHeader::default() };
+    TcMessage::from_parts(header, attributes)
 }
 
-fn change(kind: u16, flags: u16, message: &Message) -> io::Result<()> {
-    ask(kind, flags | ACKNOWLEDGE, message).map(drop)
+fn clsact(index: u32) -> TcMessage {
+    let kind = TcAttribute::Kind("clsact".into());
+    message(index, u32::from(TcHandle::CLSACT.major) << 16, TcHandle::CLSACT, 0, vec![kind])
 }
 
-/// Whether the qdisc clsact of an interface has no filters on either hook.
+/// Our filter, with a program that it is to run.
+fn filter(index: u32, program: Option<BorrowedFd<'_>>) -> TcMessage {
+    let mut attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into())];
+    attributes.extend(program.map(|program| runs(program, NAME_ACCEPT)));
+    message(index, FILTER_HANDLE, hook(TcHandle::MIN_EGRESS), FILTER_INFO, attributes)
+}
+
+fn runs(program: BorrowedFd<'_>, name: &str) -> TcAttribute {
+    TcAttribute::Options(vec![
+        TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd() as u32)),
+        TcOption::Bpf(TcFilterBpfOption::ProgName(name.into())),
+        TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
+    ])
+}
+
+fn change(flags: u16, message: RouteNetlinkMessage) -> io::Result<()> {
+    ask(message, NLM_F_ACK | flags).map(drop)
+}
+
+/// Whether the qdisc clsact of an interface has no filters on either hook. What cannot be read counts as one.
 fn has_no_filter(index: u32) -> io::Result<bool> {
-    for hook in [INGRESS_HOOK, EGRESS_HOOK] {
-        let answers = match ask(GET_FILTER, DUMP, &Message::new(index, 0, hook, 0)) {
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::EINVAL)) => return Ok(false),
-            answers => answers?,
-        };
-        let is_filter = |answer: &Vec<u8>| {
-            let rest = answer.get(HEADER + 20..).unwrap_or_default();
-            word16(answer, 4) == NEW_FILTER
-                && word32(answer, HEADER + 4) == index
-                && attributes(rest).any(|(kind, _)| kind == TCA_KIND)
-        };
-        if answers.iter().any(is_filter) {
-            return Ok(false);
+    for minor in [TcHandle::MIN_INGRESS, TcHandle::MIN_EGRESS] {
+        match filters(index, minor) {
+            Ok(filters) if filters.is_empty() => {}
+            Err(e)
+                if !matches!(e.raw_os_error(), Some(libc::ENODEV | libc::EINVAL))
+                    && e.kind() != io::ErrorKind::InvalidData =>
+            {
+                return Err(e);
+            }
+            _ => return Ok(false),
         }
     }
     Ok(true)
+}
+
+fn filters(index: u32, minor: u16) -> io::Result<Vec<TcMessage>> {
+    let answers = ask(GetTrafficFilter(message(index, 0, hook(minor), 0, Vec::new())), NLM_F_DUMP)?;
+    let filters = answers.into_iter().filter_map(|answer| match answer {
+        NewTrafficFilter(filter) if filter.header.index == index as i32 => Some(filter),
+        _ => None,
+    });
+    Ok(filters.collect())
 }
 
 #[cfg(test)]
@@ -196,17 +172,15 @@ mod tests {
         sys::prog_load(NAME_ACCEPT, c"Dual MIT/GPL", AttachType::TcxEgress, &CODE, &mut []).expect("a program")
     }
 
-    fn filters() -> usize {
-        let answers = ask(GET_FILTER, DUMP, &Message::new(1, 0, EGRESS_HOOK, 0)).unwrap_or_default();
-        let ours = |answer: &&Vec<u8>| {
-            let text = NAME_ACCEPT.as_bytes();
-            word32(answer, HEADER + 16) == FILTER_INFO && answer.windows(text.len()).any(|window| window == text)
-        };
-        answers.iter().filter(ours).count()
+    fn ours() -> usize {
+        let found = filters(1, TcHandle::MIN_EGRESS).unwrap_or_default();
+        let name = TcOption::Bpf(TcFilterBpfOption::ProgName(NAME_ACCEPT.into()));
+        let named = |a: &TcAttribute| matches!(a, TcAttribute::Options(options) if options.contains(&name));
+        found.iter().filter(|f| f.header.info == FILTER_INFO && f.attributes.iter().any(named)).count()
     }
 
     fn has_qdisc() -> bool {
-        change(NEW_QDISC, REPLACE, &Message::clsact(1)).is_ok()
+        change(NLM_F_REPLACE, NewQueueDiscipline(clsact(1))).is_ok()
     }
 
     /// As with Linux before 6.6, in a network namespace of this thread's own.
@@ -218,29 +192,27 @@ mod tests {
         dir.create().unwrap();
         for _ in 0..3 {
             put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
-            assert_eq!(filters(), 1);
+            assert_eq!(ours(), 1);
         }
         take_off(&dir, 1).unwrap();
         assert!(!has_qdisc(), "it came with the filter");
         assert_eq!(dir.names().unwrap(), [""; 0]);
         take_off(&dir, 1).unwrap();
 
-        change(NEW_QDISC, CREATE | EXCLUSIVE, &Message::clsact(1)).unwrap();
+        change(NLM_F_CREATE | NLM_F_EXCL, NewQueueDiscipline(clsact(1))).unwrap();
         put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
         take_off(&dir, 1).unwrap();
-        assert!(has_qdisc() && filters() == 0, "it was there before");
-        change(DELETE_QDISC, 0, &Message::clsact(1)).unwrap();
+        assert!(has_qdisc() && ours() == 0, "it was there before");
+        change(0, DelQueueDiscipline(clsact(1))).unwrap();
 
         put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
         let theirs = program();
-        let other = Message::new(1, 2, INGRESS_HOOK, 5 << 16 | u32::from(3u16.to_be())).with(TCA_KIND, b"bpf\0");
-        let options = Message(Vec::new())
-            .with(TCA_BPF_FD, &theirs.as_raw_fd().to_ne_bytes())
-            .with(TCA_BPF_NAME, b"other\0")
-            .with(TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
-        change(NEW_FILTER, CREATE | EXCLUSIVE, &other.with(TCA_OPTIONS, &options.0)).unwrap();
+        let attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into()), runs(theirs.as_fd(), "other")];
+        let info = 5 << 16 | u32::from(3u16.to_be());
+        let other = message(1, 2, hook(TcHandle::MIN_INGRESS), info, attributes);
+        change(NLM_F_CREATE | NLM_F_EXCL, NewTrafficFilter(other)).unwrap();
         take_off(&dir, 1).unwrap();
-        assert!(has_qdisc() && filters() == 0, "somebody uses it");
+        assert!(has_qdisc() && ours() == 0, "somebody uses it");
         assert!(!has_no_filter(1).unwrap());
         put_filter_on(&dir, program().as_fd(), 99_999).unwrap().unwrap_err();
         dir.remove_all().unwrap();

@@ -356,12 +356,14 @@ impl Core {
     }
 
     fn watch_transmitted(&mut self) -> Result<()> {
-        let begins = self.site.options.flows && !self.watching;
-        self.watching |= begins;
-        match &self.program {
-            Some(program) if begins => self.ports.keys().try_for_each(|index| self.put_accept_on(program, *index)),
-            _ => Ok(()),
+        if !self.site.options.flows {
+            return Ok(());
         }
+        self.watching = true;
+        let Some(program) = &self.program else { return Ok(()) };
+        let dir = &self.site.dir;
+        let mut missing = self.ports.keys().filter(|index| !accept::is_on(dir, **index));
+        missing.try_for_each(|index| self.put_accept_on(program, *index))
     }
 
     /// New tables come into use: every port gets the program that knows them, then their pins the final names.

@@ -2,9 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::ethtool::Ethtool;
-use crate::netlink::Socket;
+use crate::netlink::ask;
 use crate::sys;
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached};
 use std::collections::BTreeMap;
@@ -73,7 +73,7 @@ pub fn queues(ifindex: u32) -> Result<(u32, u32)> {
 pub fn dropped_by_veths() -> Result<BTreeMap<u32, u64>> {
     let mut request = LinkMessage::default();
     request.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]));
-    let links = ask(request, NLM_F_DUMP).map_err(|e| Error::io("ask for the veths' statistics", e))?;
+    let links = links(request, NLM_F_DUMP).map_err(|e| Error::io("ask for the veths' statistics", e))?;
     let dropped = |link: &LinkMessage| {
         link.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Stats64(stats) => Some((link.header.index, stats.tx_dropped)),
@@ -86,7 +86,7 @@ pub fn dropped_by_veths() -> Result<BTreeMap<u32, u64>> {
 fn get_link(index: u32) -> Result<LinkMessage> {
     let mut request = LinkMessage::default();
     request.header.index = index;
-    let links = ask(request, 0).map_err(|e| match e.raw_os_error() {
+    let links = links(request, 0).map_err(|e| match e.raw_os_error() {
         Some(libc::ENODEV) => Error::NoPort(index),
         _ => Error::io(format!("ask for interface {index}"), e),
     })?;
@@ -94,22 +94,13 @@ fn get_link(index: u32) -> Result<LinkMessage> {
 }
 
 /// Asks rtnetlink for interfaces.
-fn ask(request: LinkMessage, flags: u16) -> io::Result<Vec<LinkMessage>> {
-    let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetLink(request));
-    message.header.flags = NLM_F_REQUEST | flags;
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    let answer = Socket::open(netlink_sys::protocols::NETLINK_ROUTE)?.request(&bytes)?;
-    let mut links = Vec::new();
-    for bytes in answer {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes)
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-        if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) = message.payload {
-            links.push(link);
-        }
-    }
-    Ok(links)
+fn links(request: LinkMessage, flags: u16) -> io::Result<Vec<LinkMessage>> {
+    let answers = ask(RouteNetlinkMessage::GetLink(request), flags)?;
+    let links = answers.into_iter().filter_map(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    });
+    Ok(links.collect())
 }
 
 fn attached(link: &LinkMessage) -> Option<Attached> {

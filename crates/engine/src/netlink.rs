@@ -1,5 +1,7 @@
 //! A netlink socket for single questions and their answers.
 
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
 use std::io;
 use std::time::Duration;
 
@@ -63,6 +65,28 @@ impl Socket {
             }
         }
     }
+}
+
+/// Asks rtnetlink one thing, with flags (`NLM_F_*`) beside that of a request.
+///
+/// # Errors
+/// The kernel's refusal; `InvalidData` for an answer that cannot be read.
+pub fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+    let mut message = NetlinkMessage::from(request);
+    message.header.flags = NLM_F_REQUEST | flags;
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    let answers = Socket::open(netlink_sys::protocols::NETLINK_ROUTE)?.request(&bytes)?;
+    let mut payloads = Vec::new();
+    for bytes in answers {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes)
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        if let NetlinkPayload::InnerMessage(payload) = message.payload {
+            payloads.push(payload);
+        }
+    }
+    Ok(payloads)
 }
 
 /// The messages of one datagram; what does not fit the lengths given is left out.
