@@ -4,7 +4,7 @@
 use crate::{Entry, Tables};
 use towpath_tables::flow::{Key, acceptance, is_open};
 use towpath_tables::opaque;
-use towpath_tables::record::{NO_VLANS, PORT_SLOTS};
+use towpath_tables::record::PORT_SLOTS;
 use towpath_wire::View;
 use towpath_wire::ethernet::{self, Tag};
 use towpath_wire::ipv4::Ipv4;
@@ -109,16 +109,8 @@ fn slot_of<T: Tables>(tables: &T, ifindex: u32) -> Option<u32> {
 fn slot_out<S: Sent, T: Tables>(packet: &S, tables: &T) -> Option<u32> {
     let entry = Entry::find(tables, packet.to())?;
     let Some((protocol, control)) = packet.tag() else { return Some(entry.slot) };
-    let vlans = entry.port.vlans.load();
-    if vlans == NO_VLANS {
-        return None;
-    }
-    let id = usize::from(control & Tag::ID);
-    let table = tables.vlan_table(vlans)?;
-    let pair = table.slots.get(opaque(id / 2) % table.slots.len())?.load();
-    let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1)?;
-    let same = tables.port(slot)?.vlan.load() == u32::from(protocol) << 16 | id as u32;
-    same.then_some(slot)
+    let (slot, _) = entry.sub_interface(tables, protocol, control & Tag::ID).ok()?;
+    Some(slot)
 }
 
 #[cfg(test)]

@@ -92,24 +92,34 @@ impl<'t> Entry<'t> {
         Self { slot, port, flags: port.flags.load() }
     }
 
-    /// The VLAN sub-interface that a tag names.
-    #[cfg_attr(target_arch = "bpf", inline(always))]
-    #[cfg_attr(not(target_arch = "bpf"), inline(never))]
-    fn beneath<T: Tables>(self, tables: &'t T, protocol: u16, id: u16) -> Result<Self, (Self, Reason)> {
+    /// The slot and record of the VLAN sub-interface that a tag names.
+    #[inline(always)]
+    pub(crate) fn sub_interface<T: Tables>(
+        self,
+        tables: &'t T,
+        protocol: u16,
+        id: u16,
+    ) -> Result<(u32, &'t Port), Reason> {
         let table = match self.port.vlans.load() {
-            NO_VLANS => return Err((self, Reason::UnsupportedEncap)),
-            index => tables.vlan_table(index).ok_or((self, Reason::Internal))?,
+            NO_VLANS => return Err(Reason::UnsupportedEncap),
+            index => tables.vlan_table(index).ok_or(Reason::Internal)?,
         };
         // VLAN 0 is no VLAN but a priority, and no sub-interface can have it.
         // The verifier of Linux 6.1 forgets the range of a number when its bytes are swapped: say it again.
         let place = opaque(usize::from(id / 2)) % table.slots.len();
-        let pair = table.slots.get(place).ok_or((self, Reason::Internal))?.load();
+        let pair = table.slots.get(place).ok_or(Reason::Internal)?.load();
         let slot = (if id.is_multiple_of(2) { pair & 0xffff } else { pair >> 16 }).checked_sub(1);
-        let slot = slot.filter(|_| id != 0).ok_or((self, Reason::UnsupportedEncap))?;
-        let port = tables.port(slot).ok_or((self, Reason::Internal))?;
-        if port.vlan.load() != u32::from(protocol) << 16 | u32::from(id) {
-            return Err((self, Reason::UnsupportedEncap));
-        }
+        let slot = slot.filter(|_| id != 0).ok_or(Reason::UnsupportedEncap)?;
+        let port = tables.port(slot).ok_or(Reason::Internal)?;
+        let same = port.vlan.load() == u32::from(protocol) << 16 | u32::from(id);
+        if same { Ok((slot, port)) } else { Err(Reason::UnsupportedEncap) }
+    }
+
+    /// The VLAN sub-interface that a tag names, if it is ready.
+    #[cfg_attr(target_arch = "bpf", inline(always))]
+    #[cfg_attr(not(target_arch = "bpf"), inline(never))]
+    fn beneath<T: Tables>(self, tables: &'t T, protocol: u16, id: u16) -> Result<Self, (Self, Reason)> {
+        let (slot, port) = self.sub_interface(tables, protocol, id).map_err(|reason| (self, reason))?;
         let known = !self.flags & port_flags::PARTIAL_CSUM;
         let mut beneath = Self::new(slot, port);
         beneath.flags &= !known;
