@@ -94,7 +94,7 @@ impl Connections {
 
     /// A TCP connection may have ended between the question and the change: then no packet would end its new timeout.
     fn put_back(&mut self, changes: &[Change], timeouts: &Timeouts) -> Result<(), towpath_cm::CmError> {
-        let tcp = |change: &&Change| i32::from(change.original.protocol) == libc::IPPROTO_TCP;
+        let tcp = |change: &&Change| change.original.is_tcp();
         let changed: Vec<_> = changes.iter().filter(tcp).map(|change| change.original).collect();
         let entries = self.table.entries(&changed)?;
         let ended = |(original, entry): (&Tuple, Option<Entry>)| {

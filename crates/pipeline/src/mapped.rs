@@ -48,12 +48,11 @@ impl LpmRead for Mapped<'_> {
 impl FlowRead for Mapped<'_> {
     #[inline(always)]
     fn flow_line(&self, number: u32) -> Option<&FlowLine> {
-        let lines = self.view.flow_lines();
-        lines.get(number as usize & lines.len().wrapping_sub(1))
+        self.view.flow_line(number)
     }
     #[inline(always)]
     fn flow(&self, index: u32) -> Option<&Flow> {
-        self.view.flows().get(index as usize)
+        self.view.flow(index)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
-use towpath_tables::flow::FlowRead;
+use towpath_tables::flow::{FlowRead, line_at};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{
@@ -68,7 +68,7 @@ impl LpmRead for Slices<'_> {
 impl FlowRead for Slices<'_> {
     #[inline(always)]
     fn flow_line(&self, number: u32) -> Option<&FlowLine> {
-        self.flow_lines.get(number as usize & self.flow_lines.len().wrapping_sub(1))
+        line_at(self.flow_lines, number)
     }
     #[inline(always)]
     fn flow(&self, index: u32) -> Option<&Flow> {

@@ -27,6 +27,11 @@ pub struct Tuple {
 }
 
 impl Tuple {
+    /// Whether the protocol is TCP.
+    pub fn is_tcp(&self) -> bool {
+        self.protocol == TCP
+    }
+
     /// What a packet that leaves as the answer's opposite has: source and destination exchanged.
     pub fn inverse(self) -> Self {
         Self {
@@ -71,6 +76,12 @@ pub trait FlowRead {
     fn flow_line(&self, number: u32) -> Option<&FlowLine>;
     /// A flow; None if there is no such index
     fn flow(&self, index: u32) -> Option<&Flow>;
+}
+
+/// The line with a number: modulo how many there are, a power of two.
+#[inline(always)]
+pub fn line_at(lines: &[FlowLine], number: u32) -> Option<&FlowLine> {
+    lines.get(number as usize & lines.len().wrapping_sub(1))
 }
 
 /// A tuple as it lies in packets and records: `WORDS` is 1 for IPv4 and 4 for IPv6.

@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
 use crate::backing::View;
-use crate::flow::{AnyKey, Connection, Direction, FlowRead, Found, Key, Tuple, in_line};
+use crate::flow::{AnyKey, Connection, Direction, FlowRead, Found, Key, Tuple, in_line, line_at};
 use crate::order;
 use crate::pool::Slots;
 use crate::record::{Config, Flow, FlowLine, flow_state};
@@ -42,11 +42,12 @@ pub struct FlowView {
 }
 
 impl FlowRead for View<'_> {
+    #[inline(always)]
     fn flow_line(&self, number: u32) -> Option<&FlowLine> {
-        let lines = self.flow_lines();
-        lines.get(number as usize & lines.len().wrapping_sub(1))
+        line_at(self.flow_lines(), number)
     }
 
+    #[inline(always)]
     fn flow(&self, index: u32) -> Option<&Flow> {
         self.flows().get(index as usize)
     }
@@ -274,8 +275,7 @@ fn place(key: &AnyKey, seed: u32) -> ([u32; 2], u32) {
 /// Enters a tuple in the emptier of its lines that has no other with its tag; None if there is no room.
 fn enter(view: &View<'_>, key: &AnyKey, found: Found) -> Option<()> {
     let (lines, tag) = place(key, view.config().flow_seed.load());
-    let all = view.flow_lines();
-    let line = |number: u32| all.get(number as usize & all.len().wrapping_sub(1));
+    let line = |number| line_at(view.flow_lines(), number);
     let free = |line: &&FlowLine| line.places.iter().filter(|place| place.load() == 0).count();
     let candidates = lines.into_iter().filter_map(line).filter(|line| in_line(line, tag).is_none());
     // Of two that are alike, the first: most are then found there.
@@ -288,8 +288,7 @@ fn enter(view: &View<'_>, key: &AnyKey, found: Found) -> Option<()> {
 /// Where a tuple is entered.
 fn place_of<'a>(view: &View<'a>, key: &AnyKey, found: Found) -> Option<&'a W64> {
     let (lines, tag) = place(key, view.config().flow_seed.load());
-    let all = view.flow_lines();
     let wanted = u64::from(tag) << 32 | u64::from(found.0);
-    let places = lines.into_iter().filter_map(|number| all.get(number as usize & all.len().wrapping_sub(1)));
+    let places = lines.into_iter().filter_map(|number| line_at(view.flow_lines(), number));
     places.flat_map(|line| &line.places).find(|place| place.load() == wanted)
 }

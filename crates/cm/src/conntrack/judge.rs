@@ -26,7 +26,7 @@ pub fn judge(entry: &Entry, mode: FlowMode, handed: bool) -> Verdict {
         return Verdict::No;
     }
     match entry.tcp {
-        _ if !is_tcp(entry) => Verdict::Yes,
+        _ if !entry.connection.original.is_tcp() => Verdict::Yes,
         Some(tcp) if tcp.state != ESTABLISHED => Verdict::No,
         Some(tcp) => {
             if tcp.liberal {
@@ -53,14 +53,9 @@ fn chosen(entry: &Entry, mode: FlowMode, handed: bool) -> bool {
         // Linux's own flowtable forgets what it no longer sees.
         FlowMode::Flowtable => handed || entry.is(status::OFFLOAD),
         FlowMode::Mark { value, mask } => entry.mark & mask == value,
-        FlowMode::Established => !is_tcp(entry) || entry.is(status::ASSURED),
+        FlowMode::Established => !entry.connection.original.is_tcp() || entry.is(status::ASSURED),
         FlowMode::None => false,
     }
-}
-
-/// Whether it is a TCP connection.
-pub fn is_tcp(entry: &Entry) -> bool {
-    i32::from(entry.connection.original.protocol) == libc::IPPROTO_TCP
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use crate::netlink::{
     self, Channel, Incoming, NETLINK_NETFILTER, NLM_F_REQUEST_DUMP, NLMSG_DONE, NLMSG_ERROR, Received,
 };
 use entry::{Entry, status};
-use judge::{Verdict, is_tcp, judge};
+use judge::{Verdict, judge};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -255,7 +255,7 @@ impl Session {
             Verdict::No => self.forget(&original, out),
             // It was asked, and this is all that it says.
             Verdict::Ask if message.port == self.toucher.port() => self.forget(&original, out),
-            Verdict::Ask => self.touch.push_back((original, is_tcp(&entry))),
+            Verdict::Ask => self.touch.push_back((original, original.is_tcp())),
         }
         Ok(())
     }
@@ -276,7 +276,7 @@ impl Session {
         }
         let asked = self.asked[1].contains(&original);
         if self.asked[0].insert(original) && !asked {
-            self.touch.push_back((original, is_tcp(entry)));
+            self.touch.push_back((original, original.is_tcp()));
         }
     }
 
