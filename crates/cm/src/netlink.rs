@@ -140,13 +140,7 @@ impl Channel {
     /// Appends a request to those in `bytes`, to be sent together; gives the sequence number that its answers carry.
     pub fn put(&mut self, kind: u16, flags: u16, payload: &[u8], bytes: &mut Vec<u8>) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
-        bytes.extend((16 + payload.len() as u32).to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(flags.to_ne_bytes());
-        bytes.extend(self.sequence.to_ne_bytes());
-        bytes.extend(0u32.to_ne_bytes());
-        bytes.extend(payload);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        put(kind, flags, self.sequence, payload, bytes);
         self.sequence
     }
 
@@ -161,6 +155,18 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Appends a message with a header to `bytes`, so that another may follow.
+pub fn put(kind: u16, flags: u16, sequence: u32, payload: &[u8], bytes: &mut Vec<u8>) {
+    const HEADER: usize = 16;
+    let len = HEADER + payload.len();
+    bytes.extend((len as u32).to_ne_bytes());
+    bytes.extend([kind, flags].map(u16::to_ne_bytes).as_flattened());
+    // From whom: the kernel knows.
+    bytes.extend([sequence, 0].map(u32::to_ne_bytes).as_flattened());
+    bytes.extend(payload);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
 /// A dump that CM can ask for.

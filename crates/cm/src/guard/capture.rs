@@ -9,13 +9,13 @@ use super::nl::{Message, Netlink, attrs, find, ne32};
 use super::{POLL, candidates};
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use towpath_filter::{Filter, Layer, instruction};
 use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 
-const NETLINK_SOCK_DIAG: isize = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SHOW_INFO: u32 = 1;
 const SHOW_FILTER: u32 = 0x20;

@@ -14,13 +14,13 @@ use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
+use netlink_sys::protocols::NETLINK_NETFILTER;
 use nl::{Netlink, Wakeup};
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 use towpath_fpc::PolicySource;
 
-const NETLINK_NETFILTER: isize = 12;
 const SUBSYSTEM: u16 = 10;
 const GROUP: u32 = 7;
 const GETGEN: u16 = 16;

@@ -2,6 +2,7 @@
 //! netlink-packet-core; the payloads of nfnetlink, XFRM and sock_diag are decoded where they are used.
 
 use crate::error::CmError;
+use crate::netlink::put;
 use netlink_packet_core::{
     NLM_F_ACK_TLVS, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator,
 };
@@ -172,17 +173,9 @@ fn next<'a>(what: &str, rest: &mut &'a [u8]) -> Result<Option<(NetlinkBuffer<&'a
 }
 
 fn request(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
-    let mut request = vec![0; HEADER];
-    request.extend_from_slice(body);
-    request.resize(request.len().next_multiple_of(4), 0);
-    let length = request.len() as u32;
-    let mut header = NetlinkBuffer::new(&mut request);
-    header.set_length(length);
-    header.set_message_type(kind);
-    header.set_flags(flags);
-    header.set_sequence_number(sequence);
-    header.set_port_number(0);
-    request
+    let mut bytes = Vec::with_capacity(HEADER + body.len());
+    put(kind, flags, sequence, body, &mut bytes);
+    bytes
 }
 
 /// The kernel answers while it is asked, so a silent second is an error and not a wait without end.

@@ -7,13 +7,13 @@ use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
 use super::{FAMILIES, Finding, family_name};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 use towpath_fpc::PolicySource;
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
-const NETLINK_ROUTE: isize = 0;
 const NEWRULE: u16 = 32;
 const GETRULE: u16 = 34;
 /// RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_RULE

@@ -12,6 +12,7 @@ use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
 use super::{Finding, POLL, can_be_port, candidates};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -19,7 +20,6 @@ use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 use towpath_tables::flow::ACCEPT_PROGRAM;
 
-const NETLINK_ROUTE: isize = 0;
 /// RTNLGRP_LINK, RTNLGRP_TC
 const GROUPS: [u32; 2] = [1, 4];
 const NEWQDISC: u16 = 36;

@@ -11,6 +11,7 @@ use super::nl::{self, Netlink, attrs, find, ne32};
 use super::{Finding, POLL, is_tunnel};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -19,7 +20,6 @@ use std::time::Duration;
 use towpath_fpc::{PolicySource, PortKind, Scope, Tunnel};
 use towpath_tables::Reason;
 
-const NETLINK_ROUTE: isize = 0;
 const GETROUTE: u16 = 26;
 const RTA_DST: u16 = 1;
 const RTA_SRC: u16 = 2;

@@ -9,6 +9,7 @@ use super::nl::{Message, Netlink, Wakeup, ne32};
 use super::{FAMILIES, Finding, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
+use netlink_sys::protocols::NETLINK_XFRM;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -16,7 +17,6 @@ use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
-const NETLINK_XFRM: isize = 6;
 /// XFRMNLGRP_POLICY; and XFRMNLGRP_EXPIRE, which is all that tells of a policy that reached the end of its life.
 const GROUPS: [u32; 2] = [4, 2];
 const GETPOLICY: u16 = 0x15;
