@@ -16,7 +16,7 @@ const CONTENDERS: [Contender; 3] = [Contender::Redirect, Contender::Linux, Conte
 const TOWPATH: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Sources are masqueraded to the router's address on its port towards the sink.
-pub(crate) const RULES: &str = "
+const RULES: &str = "
 table ip nat { chain postrouting { type nat hook postrouting priority srcnat; oifname o masquerade; }; }
 table ip filter { chain forward { type filter hook forward priority filter; policy drop;
     ct state established accept; oifname o accept; }; }";

@@ -142,15 +142,12 @@ impl<'a> Walk<'a> {
                 if let Err(reason) = rewrite(&mut frame, &parsed, &hop) {
                     return self.left_to_linux(reason, None);
                 }
-                let bytes = frame.bytes();
-                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
                 self.step("next hop", self.describe(out, target));
                 let mtu = target.map_or(0, |target| target.mtu);
                 if mtu != 0 {
                     self.step("mtu", format!("{} bytes fit into {mtu}", parsed.packet_len));
                 }
-                let port = self.names.interface(out);
-                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+                self.fast(&frame, out)
             }
             Err(reason) => {
                 let detail = self.detail(reason, target, Some(&parsed));
@@ -175,16 +172,21 @@ impl<'a> Walk<'a> {
             Ok(device) => {
                 let out = target.and_then(|target| target.ifindex).unwrap_or_else(|| self.interface_in(device));
                 self.step("next hop", self.describe(out, target));
-                let bytes = frame.bytes();
-                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
-                let port = self.names.interface(out);
-                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+                self.fast(frame, out)
             }
             Err(reason) => {
                 let detail = self.flow_detail(reason, found.as_ref()).or_else(|| self.detail(reason, target, None));
                 self.left_to_linux(reason, detail)
             }
         }
+    }
+
+    /// The frame leaves by an interface, as it is now.
+    fn fast(self, frame: &packet::Packet, out: u32) -> Explanation {
+        let bytes = frame.bytes();
+        let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
+        let port = self.names.interface(out);
+        Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
     }
 
     fn tuple(&self) -> Tuple {
@@ -241,10 +243,8 @@ impl<'a> Walk<'a> {
                 self.step("tunnel", format!("into {name}: in GRE from {local} to {remote}"));
             }
         }
-        let port = self.names.interface(self.interface_in(device));
-        let bytes = frame.bytes();
-        let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
-        Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+        let out = self.interface_in(device);
+        self.fast(frame, out)
     }
 
     /// Steps for what `parse` has let pass.

@@ -77,36 +77,35 @@ fn write_out(text: &str) -> Result<()> {
     }
 }
 
-/// Routes come in pages, so that a million of them never hold up the daemon.
 fn show_routes(wanted: &Routes) -> Result<()> {
-    let mut client = connect()?;
-    let mut all = Vec::new();
-    let mut after = None;
-    loop {
-        let page: report::Routes = client.ask(&Request::Routes { within: wanted.within.clone(), after })?;
-        all.extend(page.routes);
-        after = page.next;
-        if after.is_none() {
-            break;
-        }
-    }
-    let all = report::Routes { routes: all, next: None };
+    let ask = |after| Request::Routes { within: wanted.within.clone(), after };
+    let routes = all_pages(ask, |page: report::Routes| (page.routes, page.next))?;
+    let all = report::Routes { routes, next: None };
     write_out(&if wanted.output.json { json(&all)? } else { routes_text(&all) })
 }
 
-/// Connections come in pages, too.
 fn show_flows(output: Output) -> Result<()> {
-    let mut client = connect()?;
-    let mut all = report::Flows { flows: Vec::new(), next: None };
-    loop {
-        let page: report::Flows = client.ask(&Request::Flows { after: all.next })?;
-        all.flows.extend(page.flows);
-        all.next = page.next;
-        if all.next.is_none() {
-            break;
-        }
-    }
+    let ask = |after| Request::Flows { after };
+    let flows = all_pages(ask, |page: report::Flows| (page.flows, page.next))?;
+    let all = report::Flows { flows, next: None };
     write_out(&if output.json { json(&all)? } else { flows_text(&all) })
+}
+
+/// Long lists come in pages, so that a million lines never hold up the daemon.
+fn all_pages<Page: DeserializeOwned, T, Next>(
+    ask: impl Fn(Option<Next>) -> Request,
+    take: impl Fn(Page) -> (Vec<T>, Option<Next>),
+) -> Result<Vec<T>> {
+    let mut client = connect()?;
+    let (mut all, mut after) = (Vec::new(), None);
+    loop {
+        let (items, next) = take(client.ask(&ask(after))?);
+        all.extend(items);
+        if next.is_none() {
+            return Ok(all);
+        }
+        after = next;
+    }
 }
 
 fn status_text(status: &report::Status) -> String {
