@@ -38,6 +38,7 @@ separate a_neighbour_in_use_is_probed_through_the_socket
 wires a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest
 load policies_overtake_routes_on_a_socket
 neighbours
+check tables_that_have_fallen_behind_linux_are_found_out
 towpath_fptun
 tap
 filters

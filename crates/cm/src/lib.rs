@@ -6,6 +6,7 @@
 //! class is then read again, as after an overrun of the socket. A snapshot never flushes: FPM marks and sweeps.
 //! Policies come from [`Watcher`]s ([`guard`]).
 
+pub mod audit;
 pub mod conntrack;
 pub mod decode;
 mod dump;

@@ -202,9 +202,28 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         (0..=longest).rev().filter_map(matched).collect()
     }
 
+    /// What the tables do with packets to an address: the next hops, and what each of them does; none without a route.
+    /// A leaf in use names records that stay as they are while the writer looks.
+    pub fn leads_to(&self, address: IpAddr) -> Vec<(NexthopIdentity, Option<NexthopValue>)> {
+        let tables = &self.mirror.tables;
+        let found = tables.lookup(MAIN_ROOT[family_of(address) as usize], address).ok().flatten();
+        let shares = found.map(|found| self.shares(found.leaf)).unwrap_or_default();
+        let named = |(index, _)| {
+            let identity = NexthopIdentity::read(tables.view().nexthop_keys().get(index as usize)?)?;
+            Some((identity, tables.nexthop(index)))
+        };
+        shares.into_iter().filter_map(named).collect()
+    }
+
     fn nexthops_of(&self, leaf: Leaf) -> Vec<(NexthopState, u32)> {
+        let named = |(index, share)| Some((self.nexthops().find(|nexthop| nexthop.index == index)?, share));
+        self.shares(leaf).into_iter().filter_map(named).collect()
+    }
+
+    /// The indices of a leaf's next hops, and their shares.
+    fn shares(&self, leaf: Leaf) -> Vec<(u32, u32)> {
         use towpath_tables::lpm::Kind;
-        let shares = match leaf.word().kind() {
+        match leaf.word().kind() {
             Kind::Nexthop(index) => vec![(index, 1)],
             Kind::Group(group) => {
                 let mut shares = std::collections::BTreeMap::new();
@@ -216,8 +235,6 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
                 shares.into_iter().collect()
             }
             Kind::None | Kind::Node(_) => Vec::new(),
-        };
-        let named = |(index, share)| Some((self.nexthops().find(|nexthop| nexthop.index == index)?, share));
-        shares.into_iter().filter_map(named).collect()
+        }
     }
 }

@@ -16,7 +16,7 @@ use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, V
 use towpath_fpm::PortState;
 use towpath_tables::Reason;
 use towpath_tables::flows::{self, FlowStates, FlowView};
-use towpath_tables::nexthop::{Action, NexthopValue};
+use towpath_tables::nexthop::{Action, NexthopIdentity, NexthopValue};
 use towpath_tables::record::Family;
 
 /// Routes in one answer, so that it takes a few milliseconds.
@@ -71,6 +71,7 @@ impl Daemon {
             Request::Stats => control::answer(Ok(self.stats())),
             Request::Flows { after } => control::answer(Ok(self.flows_page(after))),
             Request::Explain(packet) => control::answer(self.explain(&packet)),
+            Request::Destinations { addresses } => control::answer(self.destinations(&addresses)),
             Request::Stop => control::answer(Ok(true)),
         }
     }
@@ -308,17 +309,12 @@ impl Daemon {
             .fpm
             .nexthops()
             .map(|hop| {
-                let (lladdr, reason) = match hop.value.map(|value: NexthopValue| value.action) {
-                    Some(Action::Forward(header)) => (Some(mac(header.bytes().get(..6))), None),
-                    Some(Action::Tunnel) => (None, None),
-                    Some(Action::Exception(reason)) => (None, Some(reason)),
-                    None => (None, Some(Reason::TableBusy)),
-                };
+                let (lladdr, reason) = does(hop.value);
                 report::Nexthop {
                     index: hop.index,
                     port: (hop.identity.ifindex != 0).then(|| self.interface(hop.identity.ifindex)),
                     gateway: hop.identity.gateway.map(|gateway| gateway.to_string()),
-                    lladdr,
+                    lladdr: lladdr.map(|bytes| mac(Some(bytes.as_slice()))),
                     mtu: hop.value.map(|value| value.mtu).filter(|mtu| *mtu != 0),
                     reason: reason.map(|reason| reason.name().into()),
                     hit: hop.hit,
@@ -327,6 +323,19 @@ impl Daemon {
             .collect();
         nexthops.sort_by_key(|hop| hop.index);
         report::Nexthops { nexthops }
+    }
+
+    fn destinations(&self, addresses: &[IpAddr]) -> Result<report::Destinations> {
+        if addresses.len() > control::DESTINATIONS {
+            bail!("{} addresses at once are too many: {} at most", addresses.len(), control::DESTINATIONS);
+        }
+        let way = |(identity, value): (NexthopIdentity, Option<NexthopValue>)| {
+            let (lladdr, reason) = does(value);
+            let NexthopIdentity { ifindex, gateway, .. } = identity;
+            report::Way { ifindex, gateway, lladdr, reason: reason.map(|reason| reason.name().into()) }
+        };
+        let ways = |address: &IpAddr| self.fpm.leads_to(*address).into_iter().map(way).collect();
+        Ok(report::Destinations { destinations: addresses.iter().map(ways).collect() })
     }
 
     fn exceptions(&self) -> report::Exceptions {
@@ -408,6 +417,16 @@ impl Daemon {
 
     fn interface_by_index(&self, ifindex: u32) -> Option<&Port> {
         self.fpm.interfaces().find(|port| port.ifindex == ifindex)
+    }
+}
+
+/// Where a next hop sends frames, or why it leaves them to Linux; neither if it is a tunnel.
+fn does(value: Option<NexthopValue>) -> (Option<[u8; 6]>, Option<Reason>) {
+    match value.map(|value| value.action) {
+        Some(Action::Forward(header)) => (header.bytes().first_chunk().copied(), None),
+        Some(Action::Tunnel) => (None, None),
+        Some(Action::Exception(reason)) => (None, Some(reason)),
+        None => (None, Some(Reason::TableBusy)),
     }
 }
 

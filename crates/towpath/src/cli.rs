@@ -38,6 +38,12 @@ pub enum Command {
     Show(Show),
     /// Say what would happen to a packet, step by step, and why
     Explain(Explain),
+    /// Compare the fast path's tables with Linux; exit status 1 if they differ
+    ///
+    /// Asks Linux for the route to the first and last address of every prefix, and compares way out, gateway and link-layer
+    /// address with those in the tables; and whether each port has the program. What is left to Linux cannot differ. What
+    /// changes meanwhile is asked for again.
+    Check(Output),
     /// Run the cache manager alone: read Linux's state and send it to a `towpath fpm`
     Cm(Cm),
     /// Run the fast path manager alone: as `up`, with Linux's state from a `towpath cm`

@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Longest request in bytes.
-const REQUEST_LIMIT: u64 = 4096;
+const REQUEST_LIMIT: u64 = 16_384;
+/// Most addresses in one question: what they take fits the limit, and answering holds nobody up.
+pub const DESTINATIONS: usize = 256;
 /// Clients served at once; more are turned away.
 const CLIENT_LIMIT: usize = 16;
 /// A client that neither sends nor takes anything for this long is turned away.
@@ -51,6 +53,11 @@ pub enum Request {
     },
     /// `report::Explanation`
     Explain(Packet),
+    /// `report::Destinations`: what the tables do with packets to these
+    Destinations {
+        /// No more than `control::DESTINATIONS`
+        addresses: Vec<IpAddr>,
+    },
     /// Take the fast path off and exit; answered with `true` before
     Stop,
 }

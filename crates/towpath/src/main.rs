@@ -2,6 +2,7 @@
 
 mod answer;
 mod captures;
+mod check;
 mod cli;
 mod control;
 mod daemon;
@@ -96,6 +97,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(output) => read::status(output),
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
+        Command::Check(output) => check::run(output),
         Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),
         Command::Fpm(fpm) => daemon::run(&fpm.serve, daemon::Origin::Socket(fpm.socket)),

@@ -65,12 +65,12 @@ fn print<T: Serialize + DeserializeOwned>(output: Output, request: &Request, tex
     write_out(&if output.json { json(&answer)? } else { text(&answer) })
 }
 
-fn json<T: Serialize>(value: &T) -> Result<String> {
+pub fn json<T: Serialize>(value: &T) -> Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 /// Writes to stdout; a reader that has seen enough (`| head`) is no failure.
-fn write_out(text: &str) -> Result<()> {
+pub fn write_out(text: &str) -> Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
@@ -92,7 +92,7 @@ fn show_flows(output: Output) -> Result<()> {
 }
 
 /// Long lists come in pages, so that a million lines never hold up the daemon.
-fn all_pages<Page: DeserializeOwned, T, Next>(
+pub fn all_pages<Page: DeserializeOwned, T, Next>(
     ask: impl Fn(Option<Next>) -> Request,
     take: impl Fn(Page) -> (Vec<T>, Option<Next>),
 ) -> Result<Vec<T>> {

@@ -2,6 +2,8 @@
 //! shapes; fields may be added, never renamed or removed.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// `towpath status`
 #[derive(Serialize, Deserialize, Debug)]
@@ -206,6 +208,52 @@ pub struct Hop {
     pub gateway: Option<String>,
     /// Share of flows
     pub weight: u16,
+}
+
+/// What the tables do with packets to some addresses, in the order asked
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Destinations {
+    /// One for each
+    pub destinations: Vec<Vec<Way>>,
+}
+
+/// One of the ways that packets to an address take.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Way {
+    /// Index of the interface that they leave by
+    pub ifindex: u32,
+    /// Gateway; None if the destination is on the link
+    pub gateway: Option<IpAddr>,
+    /// MAC address that frames are sent to; None in a tunnel
+    pub lladdr: Option<[u8; 6]>,
+    /// Why they go to Linux, if they do
+    pub reason: Option<String>,
+}
+
+/// `towpath check`
+#[derive(Serialize, Deserialize, Debug, Default)]
+pub struct Check {
+    /// Prefixes of Linux's tables main and local, and of the fast path's
+    pub prefixes: u64,
+    /// Addresses compared: the first and last of each prefix
+    pub addresses: u64,
+    /// Those that the fast path forwards to where Linux does
+    pub forwarded: u64,
+    /// Those that it leaves to Linux, by reason
+    pub left_to_linux: BTreeMap<String, u64>,
+    /// Those that are forwarded to where Linux does not
+    pub differences: Vec<Difference>,
+}
+
+/// Something that the tables say and Linux does not.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// Address, or port
+    pub about: String,
+    /// What the fast path does
+    pub towpath: String,
+    /// What Linux does
+    pub linux: String,
 }
 
 /// `towpath show neighbors`

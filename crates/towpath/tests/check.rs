@@ -1,0 +1,73 @@
+//! `towpath check`: silent while the tables say what Linux says, and precise when they do not.
+
+mod common;
+
+use common::{Net, eventually};
+use serde_json::Value;
+use std::process::Command;
+
+/// The audit, and whether it found no difference.
+fn check(net: &Net) -> (Value, bool) {
+    let output = net.towpath(&["check", "--json"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    (serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{errors}")), output.status.success())
+}
+
+fn about(audit: &Value) -> Vec<&str> {
+    let differences = audit["differences"].as_array().expect("differences");
+    differences.iter().map(|difference| difference["about"].as_str().expect("what it is about")).collect()
+}
+
+#[test]
+fn tables_that_have_fallen_behind_linux_are_found_out() {
+    let net = Net::new();
+    let mut fpm = net.start(net.with_only("-all,+bpf,+net_admin,+perfmon", &["fpm", "eth0", "eth1"]));
+    let mut cm = net.start(net.with_only("-all,+net_admin,+sys_admin", &["cm"]));
+    fpm.await_log("ready: 2 ports, ");
+    for command in [
+        "route add 203.0.113.0/24 via 198.51.100.2",
+        "nexthop add id 7 via 198.51.100.2 dev eth1",
+        "route add 10.0.0.0/8 nhid 7",
+        "route add 10.1.0.0/16 via 192.0.2.2",
+        "route add blackhole 10.2.0.0/16",
+        "route add unreachable 10.3.0.0/16",
+    ] {
+        net.ip(command);
+    }
+    eventually("the tables to be as Linux's", || (check(&net).0["forwarded"].as_u64()? >= 4).then_some(()));
+    let (audit, same) = check(&net);
+    assert!(same && about(&audit).is_empty(), "{audit}");
+    assert!(audit["left_to_linux"]["non-unicast-route"].as_u64() >= Some(4), "{audit}");
+
+    // Nobody tells the fast path of what happens now.
+    cm.send(libc::SIGSTOP);
+    net.ip("route del 203.0.113.0/24");
+    net.ip("route replace blackhole 10.1.0.0/16");
+    net.ip("neigh replace 198.51.100.2 lladdr 02:00:00:00:00:99 dev eth1");
+    let (audit, same) = check(&net);
+    assert!(!same, "{audit}");
+    let found = about(&audit);
+    for address in ["203.0.113.0", "203.0.113.255", "10.1.0.0", "10.1.255.255", "10.0.0.0", "198.51.100.2"] {
+        assert!(found.contains(&address), "{address} in {audit}");
+    }
+    assert!(!found.contains(&"10.2.0.0") && !found.contains(&"10.3.0.0"), "{audit}");
+
+    cm.send(libc::SIGCONT);
+    eventually("the fast path to follow", || check(&net).1.then_some(()));
+}
+
+#[test]
+fn a_port_without_the_program_is_found_out() {
+    let net = Net::new();
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    daemon.await_log("ready: 2 ports, ");
+    assert!(check(&net).1);
+    let index = net.router.ifindex("eth1").expect("eth1");
+    let pin = format!("/sys/fs/bpf/towpath/{}/link_{index}", net.inode());
+    let detached = Command::new("bpftool").args(["link", "detach", "pinned", &pin]).status().expect("bpftool");
+    assert!(detached.success());
+    let (audit, same) = check(&net);
+    assert!(!same && about(&audit) == ["port eth1"], "{audit}");
+    assert_eq!(audit["differences"][0]["linux"], "runs no XDP program");
+}
