@@ -72,7 +72,12 @@ impl Pair {
 
     /// What the routers do differently with frames that enter by one port, in any order.
     pub fn differs(&mut self, cases: &[Case]) -> Result<Option<Difference>> {
-        if cases.is_empty() { Ok(None) } else { self.difference(cases, false, GRACE) }
+        Ok(self.exchange(cases)?.err())
+    }
+
+    /// What comes out of both routers alike when these frames enter by one port, in any order; or how they differ.
+    pub fn exchange(&mut self, cases: &[Case]) -> Result<Result<Outputs, Difference>> {
+        if cases.is_empty() { Ok(Ok(Outputs::default())) } else { self.outcome(cases, false, GRACE) }
     }
 
     /// Has every host that markers come from redirected, by a packet alone: which of several is answered first depends on
@@ -96,8 +101,12 @@ impl Pair {
         Ok(None)
     }
 
-    /// Sends frames, which enter by one port, through both routers; what differs, if anything does.
     fn difference(&mut self, cases: &[Case], ordered: bool, grace: Duration) -> Result<Option<Difference>> {
+        Ok(self.outcome(cases, ordered, grace)?.err())
+    }
+
+    /// Sends frames, which enter by one port, through both routers; what comes out of both, or what differs.
+    fn outcome(&mut self, cases: &[Case], ordered: bool, grace: Duration) -> Result<Result<Outputs, Difference>> {
         self.batch += 1;
         let mut raw = [Outputs::default(), Outputs::default()];
         self.send(cases)?;
@@ -111,11 +120,12 @@ impl Pair {
                 self.limited = limited;
                 self.received += outputs[0].iter().map(|frames| frames.len() as u64).sum::<u64>();
                 self.plain_forwarded += forwarded_plainly(cases, &outputs[0]);
-                return Ok(None);
+                let [same, _] = outputs;
+                return Ok(Ok(same));
             }
             if Instant::now() >= deadline {
                 self.limited = limited;
-                return Ok(Some(Difference { cases: cases.to_vec(), outputs }));
+                return Ok(Err(Difference { cases: cases.to_vec(), outputs }));
             }
             std::thread::sleep(Duration::from_millis(1));
             self.collect(&mut raw)?;

@@ -4,6 +4,7 @@
 //! TOWPATH_DIFF_FRAMES sets the number of frames (of all tests together), TOWPATH_DIFF_SEED repeats a run.
 
 mod compare;
+mod ends;
 mod generate;
 mod gre;
 mod memory;
@@ -16,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use compare::Pair;
 use normalise::{is_redirect, without_identification};
 use router::{HOST_MACS, PORT_NAMES, PORTS, Profile, ROUTER_MACS, Router};
+use stateful::Strange;
 use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
 use towpath_lab::{Frame, Lab, Towpath, supported};
@@ -285,8 +287,8 @@ fn another_configuration_is_found() -> Result<()> {
 fn linux_agrees_with_itself_about_connections() -> Result<()> {
     let mut pair = Pair::new("same-tracked", ["linux", "other linux"], &stateful::TRACKED)?;
     pair.routers.iter().try_for_each(stateful::configure)?;
-    let sent = stateful::run(&mut pair, seed(), 300, 40, |_| Ok(()))?;
-    let entries = stateful::same_entries(&pair)?;
+    let sent = stateful::run(&mut pair, seed(), 300, 40, Strange::All, |_| Ok(()))?;
+    let entries = stateful::same_entries(&pair, stateful::entries)?;
     eprintln!("lab: {sent} packets of connections, {} came out, {} entries in the end", pair.received, entries.len());
     assert!(pair.received * 10 > sent * 9, "only {} of {sent} came out", pair.received);
     assert!(entries.iter().any(|entry| entry.contains("ESTABLISHED")), "{entries:#?}");
@@ -304,8 +306,8 @@ fn towpath_agrees_with_linux_about_connections() -> Result<()> {
         let add = "nft add rule inet stateful forward counter";
         pair.routers.iter().try_for_each(|router| router.node.sh(add).map(drop))
     };
-    let sent = stateful::run(&mut pair, seed(), 2000, 60, another_rule)?;
-    let entries = stateful::same_entries(&pair)?;
+    let sent = stateful::run(&mut pair, seed(), 2000, 60, Strange::NoOldResets, another_rule)?;
+    let entries = stateful::same_entries(&pair, stateful::entries_but_for_resets)?;
     let (fast, waiting) = (fast(&towpath)?, exceptions(&towpath, "flow-waiting")?);
     eprintln!("lab: {sent} packets of connections, {} came out, {fast} by the fast path", pair.received);
     eprintln!("lab: {waiting} while Linux had not accepted anew, {} entries in the end", entries.len());
@@ -326,7 +328,7 @@ fn another_firewall_is_found() -> Result<()> {
         let mut pair = Pair::new("other-tracked", ["linux", "changed linux"], &stateful::TRACKED)?;
         pair.routers.iter().try_for_each(stateful::configure)?;
         pair.routers[1].node.sh(change)?;
-        let result = stateful::run(&mut pair, seed(), 300, 40, |_| Ok(()));
+        let result = stateful::run(&mut pair, seed(), 300, 40, Strange::All, |_| Ok(()));
         let error = result.err().with_context(|| format!("not found: {change}"))?;
         assert!(error.to_string().contains("differs from linux"), "{error:#}");
     }
