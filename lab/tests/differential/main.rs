@@ -5,12 +5,16 @@
 
 mod compare;
 mod ends;
+mod firewall;
 mod generate;
 mod gre;
+mod hosts;
 mod memory;
 mod normalise;
+mod plan;
 mod random;
 mod router;
+mod rules;
 mod stateful;
 
 use anyhow::{Context, Result, bail};
@@ -333,4 +337,36 @@ fn another_firewall_is_found() -> Result<()> {
         assert!(error.to_string().contains("differs from linux"), "{error:#}");
     }
     Ok(())
+}
+
+/// Random rule sets that change under random connections: what a rule forbids does not come out, whoever forwards.
+fn firewalls_agree(options: &[&str], marks: bool) -> Result<()> {
+    let mut trial = firewall::Trial::new(options)?;
+    let (seed, count) = (seed(), firewalls());
+    eprintln!("lab: {count} rule sets and their changes, TOWPATH_DIFF_SEED={seed}");
+    for number in 0..count {
+        trial.check(plan::Plan::new(seed.wrapping_add(number), marks))?;
+    }
+    let firewall::Sums { stages, fast_stages, sent, received, fast, moot } = trial.sums;
+    eprintln!(
+        "lab: {stages} rule sets, {sent} packets, {received} came out, {fast} by the fast path, with {fast_stages} of them; {moot} moot"
+    );
+    assert!(received * 3 > sent, "only {received} of {sent} came out");
+    assert!(fast_stages * 5 > stages && fast * 10 > received, "too few by the fast path");
+    Ok(())
+}
+
+/// Rule sets that a run tries, each with its changes.
+fn firewalls() -> u64 {
+    (frames() / 30_000).max(5)
+}
+
+#[test]
+fn no_firewall_is_bypassed_by_established_connections() -> Result<()> {
+    firewalls_agree(&["--flows", "established"], false)
+}
+
+#[test]
+fn no_firewall_is_bypassed_by_marked_connections() -> Result<()> {
+    firewalls_agree(&["--flows", &format!("mark={0}/{0}", rules::MARK)], true)
 }
