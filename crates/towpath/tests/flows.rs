@@ -169,6 +169,27 @@ fn a_deleted_connection_stops() {
 }
 
 #[test]
+fn a_connection_whose_mark_changes_stops_where_a_rule_says_so() {
+    let net = firewall();
+    net.router.run(["nft", "insert rule inet filter forward ct mark 5 drop"]).expect("a rule");
+    let _daemon = up(&net);
+    // Entries with addresses translated cannot be changed by this command.
+    let pulse = Pulse::between(&net.left, &net.right, (RIGHT6, 7003));
+    pulse.becomes_fast(&net);
+    let mark = |mark: u32| net.exec(&format!("conntrack -U -f ipv6 -p udp --sport {} --mark {mark}", pulse.port));
+    mark(5);
+    let begin = Instant::now();
+    eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
+    let after = pulse.last().expect("answers before").saturating_duration_since(begin);
+    println!("stopped after {after:?}");
+    assert!(after < LEAK, "{after:?}");
+    let found = flow(&net, pulse.port).expect("it is known");
+    assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
+    mark(6);
+    pulse.becomes_fast(&net);
+}
+
+#[test]
 fn the_end_of_a_connection_is_linuxs() {
     let net = firewall();
     let _daemon = up(&net);

@@ -55,6 +55,8 @@ struct Known {
     epoch: u32,
     /// `Session::dumps` when it was last told
     told: u32,
+    /// Connection mark
+    mark: u32,
 }
 
 /// The mirror of a network namespace's connections. It works while there are rules that connections may pass.
@@ -285,7 +287,12 @@ impl Session {
     }
 
     fn tell(&mut self, entry: &Entry, out: &mut Vec<Message>) {
-        self.known.insert(entry.connection.original, Known { epoch: self.epoch, told: self.dumps });
+        let original = entry.connection.original;
+        let known = Known { epoch: self.epoch, told: self.dumps, mark: entry.mark };
+        // Rules may decide by the mark: of another one, Linux has to accept a packet anew.
+        if self.known.insert(original, known).is_some_and(|before| before.mark != entry.mark) {
+            out.push(Message::FlowDelete(original));
+        }
         out.push(Message::Flow(entry.connection));
     }
 
