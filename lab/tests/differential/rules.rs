@@ -102,10 +102,8 @@ impl Ruleset {
     /// A rule set; `marks`: most of them mark new connections so that they are handed over.
     pub fn new(random: &mut Random, marks: bool) -> Self {
         let mut set = Self::default();
-        // One chain alone, whose hook nothing else stands for.
-        if !marks && random.percent(25) {
-            let table = random.pick(&[Table::Inet, Table::Ip, Table::Ip6]);
-            set.add_filter(table, random.pick(&HOOKS), random);
+        if !marks && random.percent(30) {
+            set.add_only(random);
             return set;
         }
         for table in [Table::Inet, Table::Ip, Table::Ip6] {
@@ -140,6 +138,15 @@ impl Ruleset {
                 self.add_nat(table, hook, random);
             }
         }
+    }
+
+    /// One chain alone, so that nothing else speaks for its hook, which drops something.
+    fn add_only(&mut self, random: &mut Random) {
+        let table = random.pick(&[Table::Inet, Table::Ip, Table::Ip6]);
+        let hook = random.pick(&[Hook::Prerouting, Hook::Forward, Hook::Postrouting]);
+        self.add_filter(table, hook, random);
+        let text = format!("{} drop", self.matching(table.about(random), hook, random));
+        self.insert_rule(0, 0, text);
     }
 
     fn add_set(&mut self, table: Table, random: &mut Random) {
