@@ -10,23 +10,30 @@ cd "$(dirname "$0")/.."
 
 packages() {
     cat <<'END'
-gcc             links Rust programs
-libc6-dev       links Rust programs
-iproute2        namespaces, links, addresses and routes of the lab
-iputils-ping    echo requests in the lab
-ethtool         offloads of the lab's veth links
-nftables        rules that must send traffic to Linux
-iptables        the same with iptables-nft and iptables-legacy
-conntrack       looks at connection tracking
-tcpdump         captures that must see forwarded traffic
-iperf3          TCP streams through the router
-frr             BGP between the lab's routers
-bpftool         looks at programs and maps
-xdp-tools       contenders for comparison
-kmod            modules inside the test virtual machine
-python3         runs the test virtual machine (lab/vm)
-busybox-static  first program inside the test virtual machine
-qemu-system-x86 the test virtual machine
+gcc               links Rust programs
+libc6-dev         links Rust programs
+iproute2          namespaces, links, addresses and routes of the lab
+iputils-ping      echo requests in the lab
+ethtool           offloads of the lab's veth links
+nftables          rules that must send traffic to Linux
+iptables          the same with iptables-nft and iptables-legacy
+conntrack         looks at connection tracking
+tcpdump           captures that must see forwarded traffic
+iperf3            TCP streams through the router
+curl              fetches and sends files through a gateway, by HTTP and FTP
+python3-pyftpdlib a server of FTP behind a gateway
+dropbear-bin      a session of SSH through a gateway: server and client
+dnsmasq-base      a server of DNS behind a gateway
+bind9-dnsutils    its client
+keepalived        fail-over between two gateways
+conntrackd        connections that outlive it
+frr               BGP between the lab's routers
+bpftool           looks at programs and maps
+xdp-tools         contenders for comparison
+kmod              modules inside the test virtual machine
+python3           runs the test virtual machine (lab/vm)
+busybox-static    first program inside the test virtual machine
+qemu-system-x86   the test virtual machine
 END
 }
 
@@ -65,6 +72,10 @@ install_packages() {
     [ ${#missing[@]} -gt 0 ] || { say "every package is installed"; return; }
     say "installing ${#missing[@]} packages"
     install_quietly "${missing[@]}" || die "apt-get install failed (its words are above)"
+    # Nor with the machine, next time.
+    for name in "${missing[@]}"; do
+        [ ! -e "/lib/systemd/system/$name.service" ] || as_root systemctl --quiet disable "$name" || true
+    done
 }
 
 # A released toolchain without rustfmt and clippy cannot run the lint step.
