@@ -72,7 +72,7 @@ const KEEPALIVED: &str = "\
         nopreempt
         virtual_router_id 61
         priority 100
-        advert_int 0.2
+        advert_int 0.5
         virtual_ipaddress {
             192.0.2.1/24
         }
@@ -83,7 +83,7 @@ const KEEPALIVED: &str = "\
         nopreempt
         virtual_router_id 62
         priority 100
-        advert_int 0.2
+        advert_int 0.5
         virtual_ipaddress {
             198.51.100.1/24
         }
@@ -342,7 +342,7 @@ fn there_and_back(net: &Net, mode: &str) {
     let ports = all_by(&a);
     assert!(ports.iter().all(|port| b.flow(*port).is_none()), "the other has nothing of them");
     let heard = b.multicast();
-    eventually("the other hears that this one is alive", || (b.multicast() >= heard + 10).then_some(()));
+    eventually("the other hears that this one is alive", || (b.multicast() >= heard + 4).then_some(()));
     assert_eq!(b.states(), ["backup"]);
 
     // The active one's ports fail.
