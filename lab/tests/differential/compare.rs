@@ -32,7 +32,7 @@ pub struct Pair {
 /// A frame (or, if no single one shows it, a batch) that the routers treat differently.
 pub struct Difference {
     pub cases: Vec<Case>,
-    outputs: [Outputs; 2],
+    pub outputs: [Outputs; 2],
 }
 
 impl Pair {

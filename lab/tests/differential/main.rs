@@ -320,6 +320,31 @@ fn towpath_agrees_with_linux_about_connections() -> Result<()> {
     Ok(())
 }
 
+/// Where windows are checked, plain Linux takes no segment outside of them for its connection's. A connection that was
+/// taken over is not checked, as one in Linux's own flowtable is not.
+#[test]
+fn windows_of_connections_taken_over_are_not_checked() -> Result<()> {
+    let mut pair = Pair::new("diff-windows", ["linux", "towpath"], &stateful::TRACKED)?;
+    pair.routers.iter().try_for_each(stateful::configure)?;
+    for router in &pair.routers {
+        router.node.sysctl("net.netfilter.nf_conntrack_tcp_be_liberal", "0")?;
+    }
+    let towpath = Towpath::up(&pair.routers[1].node, &[&["--flows", "established"], &PORT_NAMES[..]].concat())?;
+    let source =
+        |frame: &Frame| std::net::Ipv4Addr::from(*frame.bytes[26..].first_chunk::<4>().expect("IPv4")).to_string();
+    for (port, rule, by_linux) in
+        [(2000, "", None), (2001, "nft insert rule inet stateful forward accept", Some("198.19.1.5"))]
+    {
+        pair.routers.iter().try_for_each(|router| router.node.sh(rule).map(drop))?;
+        let before = fast(&towpath)?;
+        let out = stateful::outside_of_the_window(&mut pair, port, || Ok(fast(&towpath)? >= before + 4))?;
+        let [linux, fast] = out.map(|frames| frames.iter().map(source).collect::<Vec<_>>());
+        assert_eq!(linux, Vec::from_iter(by_linux), "dropped, or as no connection's");
+        assert_eq!(fast, ["198.51.100.1"]);
+    }
+    Ok(())
+}
+
 /// The harness itself: a router with another firewall is found out.
 #[test]
 fn another_firewall_is_found() -> Result<()> {

@@ -356,7 +356,7 @@ impl Ruleset {
             (_, 19) => format!("ct state new ct mark set {}", random.below(3)),
             (Hook::Prerouting, 20) if early => "notrack".into(),
             (Hook::Forward, 20) if tcp => "tcp flags syn tcp option maxseg size set rt mtu".into(),
-            (Hook::Forward | Hook::Postrouting, 21) if random.percent(25) => format!("{} dscp set cs1", about.ip),
+            (Hook::Forward | Hook::Postrouting, 21) if random.percent(60) => format!("{} dscp set cs1", about.ip),
             (Hook::Prerouting, 21) if early && random.percent(20) => "ct zone set 1".into(),
             (_, 22) => "limit rate 1/day burst 1 packets counter".into(),
             _ => "counter".into(),

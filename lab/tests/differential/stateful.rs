@@ -11,9 +11,9 @@ use crate::random::Random;
 use crate::router::{Profile, Router};
 use anyhow::{Result, bail, ensure};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use towpath_lab::packet::checksum;
-use towpath_lab::wait_for;
+use towpath_lab::{Frame, wait_for};
 
 /// The inner hosts' side, and the outer hosts'.
 const INSIDE: usize = 0;
@@ -360,6 +360,38 @@ pub fn run(
             during(pair)?;
         }
     }
+}
+
+/// What comes out at the far end when a masqueraded connection that has become fast sends a segment far outside of the window.
+pub fn outside_of_the_window(
+    pair: &mut Pair,
+    port: u16,
+    is_fast: impl Fn() -> Result<bool>,
+) -> Result<[Vec<Frame>; 2]> {
+    let mut random = Random::new(0);
+    let ends = ends(Kind::Masqueraded, false, true, port, &mut random);
+    let mut talk = Conversation { ends, tcp: true, steps: Vec::new(), last: Vec::new(), identification: 0 };
+    let mut say = |pair: &mut Pair, step, from: usize| {
+        talk.steps.push(step);
+        pair.exchange(&talk.next(talk.ends[from].port, &mut random))
+    };
+    for (from, flags) in [(0, SYN), (1, SYN | ACK), (0, ACK)] {
+        ensure!(
+            say(pair, Step::Send { from, flags, length: 0 }, from)?.is_ok(),
+            "the routers differ about its beginning"
+        );
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_fast()? {
+        ensure!(Instant::now() < deadline, "the connection does not become fast");
+        for from in [0, 1] {
+            let sent = say(pair, Step::Send { from, flags: ACK | PUSH, length: 10 }, from)?;
+            ensure!(sent.is_ok_and(|outputs| !outputs[[OUTSIDE, INSIDE][from]].is_empty()), "it does not arrive");
+        }
+    }
+    let stray = Step::Stray { from: 0, flags: ACK | PUSH, length: 10, sequence: 1 << 24, acknowledged: 0 };
+    let Err(difference) = say(pair, stray, 0)? else { bail!("both do the same") };
+    Ok(difference.outputs.map(|mut outputs| std::mem::take(&mut outputs[OUTSIDE])))
 }
 
 /// Waits until both routers' entries are the same, as `of` tells them.
