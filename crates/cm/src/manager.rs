@@ -99,6 +99,8 @@ pub struct Cm {
     runs: HashMap<Class, (u64, Instant)>,
     /// Interfaces told as down until these dumps (class, run) have ended
     held: HashMap<u32, Vec<(Class, u64)>>,
+    /// Policies, to be told when all has been read that Linux told before they were found
+    found: Vec<Message>,
     /// Messages not handed over yet
     out: Vec<Message>,
 }
@@ -141,6 +143,7 @@ impl Cm {
             due: BTreeMap::new(),
             runs: HashMap::new(),
             held: HashMap::new(),
+            found: Vec::new(),
             out: Vec::new(),
         })
     }
@@ -175,7 +178,14 @@ impl Cm {
             let ports_busy = self.port_notifications()?;
             self.alarm(sink)?;
             busy = !full && self.notifications(sink)?;
-            self.ahead &= full || busy;
+            if !full && !busy {
+                self.ahead = false;
+                if !self.found.is_empty() {
+                    self.out.append(&mut self.found);
+                    // Connections wait for it.
+                    self.flush(sink)?;
+                }
+            }
             busy |= ports_busy;
             self.poll(sink)?;
             if !full {
@@ -193,7 +203,7 @@ impl Cm {
     }
 
     fn timeout(&self) -> Duration {
-        if self.dump.as_ref().is_some_and(|dump| dump.finished) {
+        if self.dump.as_ref().is_some_and(|dump| dump.finished) || !self.found.is_empty() {
             return Duration::ZERO;
         }
         let dumps = self.due.values().copied().filter(|_| self.dump.is_none());
@@ -255,7 +265,7 @@ impl Cm {
                 let found = watched.poll(self.ports.index());
                 found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
                 rules |= !found.messages.is_empty();
-                self.out.extend(found.messages);
+                self.found.extend(found.messages);
             }
         }
         if rules {

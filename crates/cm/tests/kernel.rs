@@ -615,3 +615,37 @@ fn a_watcher_that_fails_makes_everything_unknown() {
         cm.wait("known again", |model| (policies(model) == Some(vec![policy.clone()])).then_some(()));
     });
 }
+
+#[test]
+fn policies_are_told_behind_all_that_linux_told_before() {
+    in_namespace(|| {
+        topology();
+        let lagging = Lagging::default();
+        let (end, stop) = std::io::pipe().unwrap();
+        let (say, said) = std::sync::mpsc::channel();
+        let (wake, mut waker) = std::io::pipe().unwrap();
+        let mut sink = lagging.clone();
+        let cm = std::thread::spawn(move || {
+            let watchers: Vec<Box<dyn Watcher>> = vec![Box::new(Told { said, wake, last: Vec::new() })];
+            Cm::new(Options::default(), watchers)?.run(&mut sink, end.as_fd())
+        });
+        let last = Message::SnapshotEnd(Snapshot::Routes(Family::V6));
+        wait("first snapshots", || lagging.has_told(|message| *message == last));
+        lagging.full.store(true, Ordering::SeqCst);
+        wait("CM to know", || lagging.known.load(Ordering::SeqCst).then_some(()));
+        ip("neighbor add 192.0.2.77 lladdr 02:00:00:00:00:77 dev v0 nud permanent");
+        let scope = Scope::Family(Family::V4);
+        say.send(Ok(vec![Finding::new(scope, Reason::PolicyXfrm, "one")])).unwrap();
+        std::io::Write::write_all(&mut waker, &[1]).unwrap();
+        wait("an alarm", || lagging.alarm_about(&[scope]));
+        lagging.full.store(false, Ordering::SeqCst);
+        let is_policy = |message: &Message| matches!(message, Message::Policy(policy) if policy.scope == scope);
+        let policy = wait("the policy", || lagging.has_told(is_policy));
+        let neighbour = lagging.has_told(
+            |message| matches!(message, Message::Neighbour(told) if told.key.address.to_string() == "192.0.2.77"),
+        );
+        assert!(neighbour.is_some_and(|neighbour| neighbour < policy), "{neighbour:?} {policy}");
+        drop(stop);
+        cm.join().unwrap().unwrap();
+    });
+}

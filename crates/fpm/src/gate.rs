@@ -1,5 +1,7 @@
 //! When connections that Linux accepted pass: while the rules stand under which it did. Rules that are new shut the gate at
-//! once. It opens for connections that Linux accepts anew, when no packet is left that it let pass under the old ones.
+//! once. It opens for connections that Linux accepts anew, when no packet is left that it let pass under the old ones, but for
+//! those that wait for a neighbour: these are told from others by neighbours that are known as they were then, or later
+//! (`towpath_pipeline::accept`).
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ enum State {
     /// Nothing is to pass
     #[default]
     Shut,
+    /// Neighbours are to be told
+    Behind,
     /// Until this time packets have to leave
     Settling(Instant),
     /// Somebody waits for a grace period
@@ -31,15 +35,18 @@ enum State {
 }
 
 impl Gate {
-    /// Takes in the rules in force; true if connections must no longer pass, as of now.
-    pub fn govern(&mut self, rules: BTreeSet<u32>, now: Instant) -> bool {
-        let new = !rules.is_subset(&self.rules);
+    /// Takes in the rules in force, and whether neighbours are known as they were when these began, or later; true if
+    /// connections must no longer pass, as of now.
+    pub fn govern(&mut self, rules: BTreeSet<u32>, neighbours: bool, now: Instant) -> bool {
+        let new = !rules.is_subset(&self.rules) || self.state == State::Behind;
         self.rules = rules;
-        if !new && !self.rules.is_empty() {
-            return false;
-        }
+        self.state = match (self.rules.is_empty(), neighbours) {
+            (true, _) => State::Shut,
+            (false, false) => State::Behind,
+            (false, true) if new => State::Settling(now + SETTLE),
+            (false, true) => return false,
+        };
         self.change += 1;
-        self.state = if new { State::Settling(now + SETTLE) } else { State::Shut };
         true
     }
 
@@ -47,7 +54,7 @@ impl Gate {
     pub fn due(&self) -> Option<Instant> {
         match self.state {
             State::Settling(until) => Some(until),
-            State::Shut | State::Waiting | State::Open => None,
+            State::Shut | State::Behind | State::Waiting | State::Open => None,
         }
     }
 
@@ -92,38 +99,53 @@ mod tests {
     #[test]
     fn it_opens_when_what_was_on_its_way_has_left() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        assert!(gate.govern(rules(&[1]), begin));
+        assert!(gate.govern(rules(&[1]), true, begin));
         assert_eq!((gate.due(), gate.settled(begin)), (Some(begin + SETTLE), None));
         let change = gate.settled(begin + SETTLE).expect("due");
         assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None), "waited for once");
         assert!(!gate.is_open());
         assert!(gate.open(change) && gate.is_open());
         assert!(!gate.open(change), "opened once");
-        assert!(!gate.govern(rules(&[1]), begin) && gate.is_open(), "nothing is new");
+        assert!(!gate.govern(rules(&[1]), true, begin) && gate.is_open(), "nothing is new");
     }
 
     #[test]
     fn a_change_meanwhile_starts_the_wait_anew() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        gate.govern(rules(&[1]), begin);
+        gate.govern(rules(&[1]), true, begin);
         let later = begin + SETTLE / 2;
-        assert!(gate.govern(rules(&[2]), later));
+        assert!(gate.govern(rules(&[2]), true, later));
         assert_eq!(gate.settled(begin + SETTLE), None);
         let stale = gate.settled(later + SETTLE).expect("due");
-        assert!(gate.govern(rules(&[3]), later + SETTLE));
+        assert!(gate.govern(rules(&[3]), true, later + SETTLE));
         assert!(!gate.open(stale) && !gate.is_open(), "of another change");
         opened(&mut gate, later + SETTLE);
     }
 
     #[test]
+    fn it_stays_shut_while_neighbours_are_to_be_told() {
+        let (mut gate, begin) = (Gate::default(), Instant::now());
+        assert!(gate.govern(rules(&[1]), false, begin));
+        assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None));
+        let later = begin + SETTLE;
+        assert!(gate.govern(rules(&[1]), true, later));
+        assert_eq!(gate.settled(later), None, "packets have to leave from now on");
+        opened(&mut gate, later);
+        assert!(gate.govern(rules(&[1]), false, later) && !gate.is_open(), "they are read anew");
+        assert!(gate.govern(rules(&[]), false, later));
+        assert!(gate.govern(rules(&[1]), true, later));
+        opened(&mut gate, later);
+    }
+
+    #[test]
     fn rules_that_go_shut_nothing_unless_they_were_the_last() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        gate.govern(rules(&[1, 2]), begin);
+        gate.govern(rules(&[1, 2]), true, begin);
         opened(&mut gate, begin);
-        assert!(!gate.govern(rules(&[2]), begin) && gate.is_open());
-        assert!(gate.govern(rules(&[1, 2]), begin), "one that comes back may not be the same");
+        assert!(!gate.govern(rules(&[2]), true, begin) && gate.is_open());
+        assert!(gate.govern(rules(&[1, 2]), true, begin), "one that comes back may not be the same");
         opened(&mut gate, begin);
-        assert!(gate.govern(rules(&[]), begin) && !gate.is_open());
+        assert!(gate.govern(rules(&[]), true, begin) && !gate.is_open());
         assert_eq!(gate.due(), None, "nobody is to pass");
     }
 }

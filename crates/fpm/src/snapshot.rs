@@ -43,6 +43,11 @@ impl Generations {
         self.open.remove(&class).then(|| self.current(class))
     }
 
+    /// Whether a snapshot has begun and not ended.
+    pub fn is_open(&self, class: Snapshot) -> bool {
+        self.open.contains(&class)
+    }
+
     pub fn complete(&self) -> bool {
         self.awaited.is_empty()
     }

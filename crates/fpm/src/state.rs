@@ -92,7 +92,10 @@ impl State {
 
     pub fn apply(&mut self, message: Message) {
         match message {
-            Message::SnapshotBegin(class) => self.generations.begin(class),
+            Message::SnapshotBegin(class) => {
+                self.generations.begin(class);
+                self.changes.config |= matches!(class, Snapshot::Neighbours(_));
+            }
             Message::SnapshotEnd(class) => self.end(class),
             Message::Port(port) => self.set_port(port),
             Message::PortDelete(ifindex) => self.remove_port(ifindex),
@@ -148,6 +151,7 @@ impl State {
                 gone.map(|(a, _)| *a).collect::<Vec<_>>().into_iter().for_each(|address| self.remove_address(address));
             }
             Snapshot::Neighbours(family) => {
+                self.changes.config = true;
                 let gone =
                     self.neighbours.iter().filter(|(k, n)| family_of(k.address) == family && n.generation != keep);
                 gone.map(|(key, _)| *key).collect::<Vec<_>>().into_iter().for_each(|key| self.remove_neighbour(key));
@@ -468,6 +472,14 @@ impl State {
     /// Generations of the rules that connections may pass now; none if nobody would see them change.
     pub fn rules(&self) -> BTreeSet<u32> {
         self.policies().filter_map(|policy| policy.flows).filter(|_| !self.deaf).collect()
+    }
+
+    /// Whether neighbours are known as they were when the rules in force began, or later: CM tells rules, but for alarms,
+    /// behind all that Linux told before.
+    pub fn knows_neighbours(&self) -> bool {
+        let told: BTreeSet<u32> = self.policies.keys().filter_map(|policy| policy.flows).collect();
+        let read_anew = FAMILIES.into_iter().any(|family| self.generations.is_open(Snapshot::Neighbours(family)));
+        self.rules().is_subset(&told) && !read_anew
     }
 
     /// See `Fpm::follow_rules`.

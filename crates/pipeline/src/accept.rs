@@ -1,8 +1,15 @@
 //! What Linux transmits of flows. A packet that it forwarded passed the rules as they are: later ones of the same connection
 //! and direction, from and to the same ports, may pass without it (`Flow::accepted`).
+//!
+//! But for one that waited for its neighbour: it may have passed rules of long ago. Linux sends what waits before it tells
+//! anyone that the neighbour is resolved (6.1, net/core/neighbour.c, `__neigh_update`). So a packet counts only if it goes to
+//! a neighbour that the tables know already.
 
+use crate::network::Network;
+use crate::route::Hop;
 use crate::{Entry, Tables};
 use towpath_tables::flow::{Key, acceptance, is_open};
+use towpath_tables::lpm::Kind;
 use towpath_tables::opaque;
 use towpath_tables::record::PORT_SLOTS;
 use towpath_wire::View;
@@ -15,6 +22,8 @@ use towpath_wire::transport::{Ports, Tcp, protocol};
 pub trait Sent {
     /// The bytes at `offset` from the beginning of the IP header; None if there are not so many.
     fn load<T: View>(&self, offset: usize) -> Option<T>;
+    /// The first eight bytes of its link header, as in `Nexthop::l2`
+    fn link(&self) -> Option<u64>;
     /// The EtherType of the packet, behind all tags
     fn ethertype(&self) -> u16;
     /// The tag that the frame is to have: protocol and control information
@@ -32,31 +41,29 @@ pub fn accept<S: Sent, T: Tables>(packet: &S, tables: &T) {
         return;
     }
     match packet.ethertype() {
-        ethernet::IPV4 => accept_key(packet, tables, key4(packet)),
-        ethernet::IPV6 => accept_key(packet, tables, key6(packet)),
+        ethernet::IPV4 => key4(packet).and_then(|(header, key)| accept_key(packet, tables, &header, &key)),
+        ethernet::IPV6 => key6(packet).and_then(|(header, key)| accept_key(packet, tables, &header, &key)),
         _ => None,
     };
 }
 
 #[inline(always)]
-fn key4<S: Sent>(packet: &S) -> Option<Key<1>> {
+fn key4<S: Sent>(packet: &S) -> Option<(Ipv4, Key<1>)> {
     let header = packet.load::<Ipv4>(0)?;
     let whole = header.fragment.get() & (Ipv4::MORE_FRAGMENTS | Ipv4::OFFSET) == 0;
     let ports = ports(packet, header.protocol, size_of::<Ipv4>())?;
     let addresses = zerocopy::transmute!([header.source, header.destination]);
-    (header.version_ihl == Ipv4::PLAIN && whole).then_some(Key {
-        addresses,
-        ports,
-        kind: Key::<1>::kind(header.protocol),
-    })
+    let key = Key { addresses, ports, kind: Key::<1>::kind(header.protocol) };
+    (header.version_ihl == Ipv4::PLAIN && whole).then_some((header, key))
 }
 
 #[inline(always)]
-fn key6<S: Sent>(packet: &S) -> Option<Key<4>> {
+fn key6<S: Sent>(packet: &S) -> Option<(Ipv6, Key<4>)> {
     let header = packet.load::<Ipv6>(0)?;
     let ports = ports(packet, header.next_header, size_of::<Ipv6>())?;
     let addresses = zerocopy::transmute!([header.source, header.destination]);
-    (header.version() == 6).then_some(Key { addresses, ports, kind: Key::<4>::kind(header.next_header) })
+    let key = Key { addresses, ports, kind: Key::<4>::kind(header.next_header) };
+    (header.version() == 6).then_some((header, key))
 }
 
 /// The ports, of a packet that does not begin or end a connection.
@@ -74,9 +81,14 @@ fn ports<S: Sent>(packet: &S, protocol: u8, at: usize) -> Option<u32> {
 }
 
 #[inline(always)]
-fn accept_key<const WORDS: usize, S: Sent, T: Tables>(packet: &S, tables: &T, key: Option<Key<WORDS>>) -> Option<()> {
+fn accept_key<const WORDS: usize, N: Network, S: Sent, T: Tables>(
+    packet: &S,
+    tables: &T,
+    header: &N,
+    key: &Key<WORDS>,
+) -> Option<()> {
     // It leaves as the inverse of what the answers arrive as.
-    let found = tables.find_flow(&key?.inverse())?;
+    let found = tables.find_flow(&key.inverse())?;
     let generation = tables.config()?.flow_generation.load();
     if !is_open(generation) {
         return None;
@@ -84,10 +96,25 @@ fn accept_key<const WORDS: usize, S: Sent, T: Tables>(packet: &S, tables: &T, ke
     let (from, to) = (slot_of(tables, packet.from())?, slot_out(packet, tables)?);
     let accepted = &tables.flow(found.index())?.accepted[opaque(found.direction().other() as usize) % 2];
     let wanted = acceptance(generation, from, to);
-    if accepted.load() != wanted {
+    if accepted.load() != wanted && is_known(packet, tables, header, from, to)? {
         accepted.store(wanted);
     }
     Some(())
+}
+
+/// Whether it goes to a neighbour that is a next hop for its destination.
+#[inline(always)]
+fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, from: u32, to: u32) -> Option<bool> {
+    let link = packet.link()?;
+    let word = header.lookup(tables, tables.port(from)?.root[N::FAMILY as usize].load()).ok()?;
+    let goes_there =
+        |index| tables.nexthop(index).and_then(Hop::begin).is_some_and(|hop| hop.port == to && hop.is_at(link));
+    Some(match word.kind() {
+        Kind::Nexthop(index) => goes_there(index),
+        // Which of them Linux has chosen, its header says.
+        Kind::Group(index) => tables.group(index)?.buckets.iter().any(|bucket| goes_there(bucket.load())),
+        Kind::None | Kind::Node(_) => false,
+    })
 }
 
 /// The slot of any port.
@@ -117,8 +144,12 @@ fn slot_out<S: Sent, T: Tables>(packet: &S, tables: &T) -> Option<u32> {
 mod tests {
     use super::*;
     use crate::cases::frames::{ipv4, ipv6, udp};
-    use crate::cases::world::{IN, IN_DOUBLE, IN_VLAN, OTHER, OUT, OUT_DOUBLE, OUT_VLAN, TUNNEL, World};
+    use crate::cases::world::{
+        GROUP, HOP, HOP_BACK, IN, IN_DOUBLE, IN_VLAN, OTHER, OUT, OUT_DOUBLE, OUT_VLAN, TUNNEL, World, mac, neighbour,
+    };
     use std::net::IpAddr;
+    use towpath_tables::lpm::Leaf;
+    use towpath_tables::record::NexthopKind;
     use towpath_tables::{Connection, Tuple};
 
     const GENERATION: u32 = 8;
@@ -127,6 +158,7 @@ mod tests {
     /// A packet that leaves, and what travels beside it.
     struct Leaving {
         packet: Vec<u8>,
+        link: u64,
         tag: Option<(u16, u16)>,
         from: u32,
         to: u32,
@@ -135,6 +167,9 @@ mod tests {
     impl Sent for Leaving {
         fn load<T: View>(&self, offset: usize) -> Option<T> {
             T::read_from_prefix(self.packet.get(offset..)?).ok().map(|(view, _)| view)
+        }
+        fn link(&self) -> Option<u64> {
+            Some(self.link)
         }
         fn ethertype(&self) -> u16 {
             match self.packet[0] >> 4 {
@@ -197,8 +232,14 @@ mod tests {
         flow.accepted.each_ref().map(|word| word.load())
     }
 
+    /// The first bytes of what goes to the neighbour behind a port.
+    fn link(slot: u32) -> u64 {
+        let bytes = [neighbour(slot), mac(slot)].concat();
+        u64::from_ne_bytes(bytes[..8].try_into().unwrap())
+    }
+
     fn leaving(packet: Vec<u8>) -> Leaving {
-        Leaving { packet, tag: None, from: IN, to: OUT }
+        Leaving { packet, link: link(OUT), tag: None, from: IN, to: OUT }
     }
 
     fn nothing(_: &mut World) {}
@@ -211,8 +252,9 @@ mod tests {
             let wanted = acceptance(GENERATION, IN, OUT);
             let there = leaving(packet(reply.inverse(), ACK));
             assert_eq!(accepted(&connection, &there, nothing), [wanted, 0]);
-            let back = leaving(packet(original.inverse(), ACK));
-            assert_eq!(accepted(&connection, &back, nothing), [0, wanted]);
+            let back =
+                Leaving { packet: packet(original.inverse(), ACK), link: link(IN), tag: None, from: OUT, to: IN };
+            assert_eq!(accepted(&connection, &back, nothing), [0, acceptance(GENERATION, OUT, IN)]);
             for before in [original, reply] {
                 let untranslated = leaving(packet(before, ACK));
                 assert_eq!(accepted(&connection, &untranslated, nothing), [0; 2], "as it arrived");
@@ -261,11 +303,45 @@ mod tests {
     }
 
     #[test]
+    fn what_goes_to_a_neighbour_that_was_not_known_is_not_accepted() {
+        let wanted = acceptance(GENERATION, IN, OUT);
+        for six in [false, true] {
+            let connection = connection(six, 6);
+            let there = || leaving(packet(connection.reply.inverse(), ACK));
+            let by = |leaving: &Leaving, change: &dyn Fn(&mut World)| accepted(&connection, leaving, change)[0];
+            let unresolved = |world: &mut World| {
+                let exception = NexthopKind::Exception as u32 | (towpath_tables::Reason::NoNeighbour as u32) << 8;
+                world.nexthop(HOP).state.store(exception);
+            };
+            assert_eq!(by(&there(), &unresolved), 0, "not resolved");
+            assert_eq!(by(&there(), &|world| world.nexthop(HOP).sequence.store(9)), 0, "being changed");
+            assert_eq!(by(&there(), &|world| world.nexthop(HOP).port.store(OTHER)), 0, "another port");
+            assert_eq!(by(&Leaving { link: link(OTHER), ..there() }, &nothing), 0, "another neighbour");
+            // The other member of the group is by another port.
+            let prefix: &[u8] = if six { &[0x20, 1, 0xd, 0xb8, 0, 1, 0] } else { &[198, 51, 100] };
+            let grouped = |world: &mut World| world.route(u32::from(six), prefix, Leaf::group(GROUP).unwrap());
+            assert_eq!(by(&there(), &grouped), wanted);
+            let other = Leaving { link: link(OTHER), to: OTHER, ..there() };
+            assert_eq!(by(&other, &grouped), acceptance(GENERATION, IN, OTHER));
+            assert_eq!(by(&Leaving { to: OTHER, ..there() }, &grouped), 0, "of none of its members");
+            let none_left = |world: &mut World| {
+                grouped(world);
+                unresolved(world);
+            };
+            assert_eq!(by(&there(), &none_left), 0);
+            let elsewhere = |world: &mut World| world.route(u32::from(six), prefix, Leaf::nexthop(HOP_BACK).unwrap());
+            assert_eq!(by(&there(), &elsewhere), 0, "routed elsewhere meanwhile");
+        }
+    }
+
+    #[test]
     fn ports_are_known_by_interface_and_tag() {
         let connection = connection(true, 17);
         let by = |from, to, tag| {
-            let leaving = Leaving { packet: packet(connection.reply.inverse(), 0), tag, from, to };
+            let leaving = Leaving { tag, from, to, ..leaving(packet(connection.reply.inverse(), 0)) };
+            let way = if tag.is_some_and(|(_, control)| control & 0xfff == 200) { OUT_VLAN } else { to };
             accepted(&connection, &leaving, |world| {
+                world.nexthop(HOP).port.store(way);
                 world.port(OUT).vlans.store(0);
                 world.set_vlan(0, 200, OUT_VLAN);
             })[0]

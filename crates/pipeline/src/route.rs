@@ -114,6 +114,12 @@ impl<'t> Hop<'t> {
         if tables.transmitter(self.device) { Ok(()) } else { Err(Reason::EgressNotServed) }
     }
 
+    /// Whether frames to it begin with these eight bytes.
+    #[inline(always)]
+    pub(crate) fn is_at(&self, link: u64) -> bool {
+        self.state & 0xff == NexthopKind::Forward as u32 && self.record.l2[0].load() == link && self.is_current()
+    }
+
     /// Whether the record is what it was when it was begun to be read.
     #[inline(always)]
     pub(crate) fn is_current(&self) -> bool {

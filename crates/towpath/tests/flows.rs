@@ -5,8 +5,8 @@ mod common;
 #[path = "flows/support.rs"]
 mod support;
 
-use common::{Daemon, LEFT, Net, RIGHT, RIGHT6, eventually};
-use std::net::Shutdown;
+use common::{DEADLINE, Daemon, LEFT, Net, RIGHT, RIGHT6, eventually};
+use std::net::{Shutdown, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 use support::{FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, fast_packets, firewall, flow, is_fast, tracked};
@@ -147,6 +147,62 @@ fn a_change_of_rules_lets_a_connection_be_fast_only_after_linux_forwarded_a_pack
         talk.becomes_fast(&net);
         assert!(net.exceptions("flow-waiting") >= before + 2, "a packet each way at least");
     }
+}
+
+/// A packet that has waited for its neighbour since before the rules changed leaves by the old ones, but nothing follows it.
+#[test]
+fn what_waited_for_its_neighbour_does_not_count_for_new_rules() {
+    let net = firewall();
+    // So that it waits as long as the test takes.
+    net.router.sysctl("net.ipv4.neigh.eth1.mcast_solicit", "1000").expect("set");
+    let _daemon = up(&net);
+    let server = net.right.enter(|| UdpSocket::bind((RIGHT, 7002))).expect("in the node").expect("bound");
+    let client = net.left.enter(|| UdpSocket::bind((LEFT, 4000))).expect("in the node").expect("bound");
+    client.connect((RIGHT, 7002)).expect("connected");
+    server.set_read_timeout(Some(DEADLINE)).expect("set");
+    client.set_read_timeout(Some(DEADLINE)).expect("set");
+    let packets = || fast_packets(&flow(&net, 4000).expect("it is known"));
+    eventually("the connection goes fast", || {
+        client.send(b"there").expect("sent");
+        let (_, from) = server.recv_from(&mut [0; 8]).expect("a packet");
+        server.send_to(b"back", from).expect("sent");
+        client.recv(&mut [0; 8]).expect("an answer");
+        is_fast(&flow(&net, 4000)?).then_some(())
+    });
+    // Shows when what is accepted passes again.
+    let other = Pulse::between(&net.left, &net.right, (RIGHT6, 7003));
+    other.becomes_fast(&net);
+
+    // The right neither answers ARP nor asks.
+    let router = net.right.sh(&format!("ip neigh show {OUTSIDE} dev up0")).expect("its neighbour");
+    let mac = router.split_whitespace().find(|word| word.contains(':')).expect("a MAC address").to_owned();
+    let keep = format!("ip neigh replace {OUTSIDE} lladdr {mac} dev up0 nud permanent");
+    net.right.sh(&keep).expect("kept");
+    net.right.sysctl("net.ipv4.conf.up0.arp_ignore", "8").expect("set");
+    net.exec("ip -4 neigh flush dev eth1 nud all");
+    let unresolved = net.exceptions("no-neighbour");
+    let fast = packets();
+    client.send(b"waits").expect("sent");
+    eventually("it waits for its neighbour", || net.ip("neigh show dev eth1").contains("INCOMPLETE").then_some(()));
+    assert_eq!((net.exceptions("no-neighbour") > unresolved, packets()), (true, fast), "it is Linux's");
+    net.router.run(["nft", "insert rule inet filter forward udp dport 7002 drop"]).expect("a rule");
+    eventually("the rules have changed", || {
+        flow(&net, 4000).is_some_and(|found| found["original"]["state"] == "waiting").then_some(())
+    });
+    other.becomes_fast(&net);
+
+    net.right.sysctl("net.ipv4.conf.up0.arp_ignore", "0").expect("set");
+    let mut packet = [0; 8];
+    let (length, _) = server.recv_from(&mut packet).expect("as with Linux alone");
+    assert_eq!(&packet[..length], b"waits");
+    eventually("the neighbour is known", || {
+        client.send(b"more").expect("sent");
+        (net.exceptions("flow-waiting") >= 20).then_some(())
+    });
+    let found = flow(&net, 4000).expect("it is known");
+    assert_eq!((&found["original"]["state"], fast_packets(&found)), (&"waiting".into(), fast), "{found}");
+    server.set_nonblocking(true).expect("set");
+    assert!(server.recv_from(&mut packet).is_err(), "the rule drops it");
 }
 
 #[test]

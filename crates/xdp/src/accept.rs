@@ -7,7 +7,8 @@ use core::mem::MaybeUninit;
 use towpath_pipeline::{Sent, accept};
 use towpath_wire::View;
 
-/// Offsets count from the network header (`enum bpf_hdr_start_off`, include/uapi/linux/bpf.h).
+// Where offsets count from: `enum bpf_hdr_start_off`, include/uapi/linux/bpf.h
+const BPF_HDR_START_MAC: u32 = 0;
 const BPF_HDR_START_NET: u32 = 1;
 
 /// Changes nothing about the packet.
@@ -20,15 +21,27 @@ fn towpath_accept(ctx: *mut __sk_buff) -> i32 {
 
 struct Skb(*mut __sk_buff);
 
-impl Sent for Skb {
+impl Skb {
     #[inline(always)]
-    fn load<T: View>(&self, offset: usize) -> Option<T> {
+    fn load_from<T: View>(&self, begin: u32, offset: usize) -> Option<T> {
         let mut bytes = MaybeUninit::<T>::uninit();
         let (place, len) = (bytes.as_mut_ptr().cast(), size_of::<T>() as u32);
         // SAFETY: the context is the kernel's, and the bytes are as many as there is room for.
-        let read = unsafe { bpf_skb_load_bytes_relative(self.0.cast(), offset as u32, place, len, BPF_HDR_START_NET) };
+        let read = unsafe { bpf_skb_load_bytes_relative(self.0.cast(), offset as u32, place, len, begin) };
         // SAFETY: all of it was written, and any bytes make a view.
         (read == 0).then(|| unsafe { bytes.assume_init() })
+    }
+}
+
+impl Sent for Skb {
+    #[inline(always)]
+    fn load<T: View>(&self, offset: usize) -> Option<T> {
+        self.load_from(BPF_HDR_START_NET, offset)
+    }
+
+    #[inline(always)]
+    fn link(&self) -> Option<u64> {
+        self.load_from(BPF_HDR_START_MAC, 0).map(u64::from_ne_bytes)
     }
 
     #[inline(always)]

@@ -147,10 +147,12 @@ fn new_rules_stop_connections_at_once() {
     let id = AlarmId { source: PolicySource::Nftables, number: 1 };
     fixture.batch([Message::Alarm(Alarm { id, policies: vec![rules(Some(2))] })]);
     assert!(is_closed(&fixture.fpm));
+    assert!(!fixture.open(), "what Linux told before is still to come");
+    fixture.snapshot(POLICIES, [Message::Policy(rules(Some(2)))]);
     let change = fixture.fpm.settled_flows(Instant::now() + LONG).expect("to be opened again");
-    fixture.snapshot(POLICIES, [Message::Policy(rules(Some(2)))]).batch([Message::AlarmOver(id)]);
+    fixture.batch([Message::AlarmOver(id)]);
     fixture.fpm.open_flows(change);
-    assert!(!is_closed(&fixture.fpm), "the snapshot told nothing new");
+    assert!(!is_closed(&fixture.fpm), "the end of the alarm told nothing new");
     // The rules change while somebody waits.
     fixture.snapshot(POLICIES, [Message::Policy(rules(Some(3)))]);
     let change = fixture.fpm.settled_flows(Instant::now() + LONG).expect("to be opened again");
@@ -161,6 +163,21 @@ fn new_rules_stop_connections_at_once() {
     // Without rules there is nothing to pass.
     fixture.snapshot(POLICIES, []);
     assert!(is_closed(&fixture.fpm) && !fixture.open());
+}
+
+#[test]
+fn nothing_passes_while_neighbours_are_read_anew() {
+    for family in [Family::V4, Family::V6] {
+        let mut fixture = Fixture::with_rules(1);
+        assert!(fixture.open());
+        fixture.batch([Message::SnapshotBegin(Snapshot::Neighbours(family))]);
+        assert!(is_closed(&fixture.fpm) && !fixture.open());
+        fixture.batch([policy(Scope::Egress(2, None), Reason::PolicyTc)]);
+        assert!(!fixture.open());
+        fixture.batch([Message::SnapshotEnd(Snapshot::Neighbours(family))]);
+        assert!(is_closed(&fixture.fpm));
+        assert!(fixture.open());
+    }
 }
 
 #[test]
