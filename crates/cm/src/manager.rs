@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 use towpath_fpc::{Message, PolicySource};
+use towpath_tables::clock;
 use towpath_tables::record::Family;
 
 const TABLE_MAIN: u32 = 254;
@@ -32,6 +33,8 @@ const NOTIFICATIONS_PER_TURN: usize = 64;
 /// How often the settings of interfaces are read that nothing announces, so that they are described as they are. What
 /// stands in the way of the fast path is found by the watchers, sooner.
 const SETTINGS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is said that rules are looked at.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// What is due so soon is done together with what is due now: one wake-up serves all that is polled.
 const TOGETHER: Duration = Duration::from_millis(10);
 /// What Linux removes silently is read again after this time, so that one reading serves several events.
@@ -89,6 +92,7 @@ pub struct Cm {
     first_alarm: bool,
     settings_due: Instant,
     hash_policy_due: Instant,
+    heartbeat_due: Instant,
     shared: Shared,
     nexthops: HashSet<u32>,
     flows: Mirror,
@@ -137,6 +141,7 @@ impl Cm {
             first_alarm: true,
             settings_due: Instant::now(),
             hash_policy_due: Instant::now(),
+            heartbeat_due: Instant::now(),
             shared: Shared::default(),
             nexthops: HashSet::new(),
             dump: None,
@@ -165,6 +170,7 @@ impl Cm {
                 std::thread::sleep(FULL_REST);
             }
             let timeout = if busy || full { Duration::ZERO } else { self.timeout() };
+            let begin = clock::now();
             let ready = self.epoll.wait(timeout)?;
             if ready.contains(&TOKEN_STOP) {
                 return self.flush(sink);
@@ -188,6 +194,7 @@ impl Cm {
             }
             busy |= ports_busy;
             self.poll(sink)?;
+            self.heartbeat(begin, sink)?;
             if !full {
                 self.step_dump(sink, !busy)?;
                 self.begin_dump()?;
@@ -242,7 +249,8 @@ impl Cm {
     /// When the first of it is due.
     fn poll_due(&self) -> Instant {
         let watchers = self.watchers.iter().filter_map(Watched::due).filter(|_| self.ports_complete);
-        watchers.chain(self.flows.due()).fold(self.settings_due.min(self.hash_policy_due), Instant::min)
+        let own = self.settings_due.min(self.hash_policy_due).min(self.heartbeat_due);
+        watchers.chain(self.flows.due()).fold(own, Instant::min)
     }
 
     fn poll(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
@@ -273,6 +281,16 @@ impl Cm {
             self.flows.rules(generations, &mut self.out);
         }
         Ok(())
+    }
+
+    /// Whatever was to be known of rules at this time is known.
+    fn heartbeat(&mut self, at: u64, sink: &mut dyn FpcSink) -> Result<(), CmError> {
+        let now = Instant::now();
+        if now < self.heartbeat_due || !self.ports_complete {
+            return Ok(());
+        }
+        self.heartbeat_due = now + HEARTBEAT;
+        sink.heartbeat(at)
     }
 
     /// Goes on with connections; true if there is more to do.

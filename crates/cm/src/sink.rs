@@ -14,6 +14,11 @@ pub trait FpcSink {
         self.send(vec![Message::Alarm(alarm)])
     }
 
+    /// Takes a heartbeat (see `Message::Heartbeat`), ahead of batches but behind alarms.
+    fn heartbeat(&mut self, at: u64) -> Result<(), CmError> {
+        self.send(vec![Message::Heartbeat(at)])
+    }
+
     /// The receiver lags so far behind that another batch would have to wait. Meanwhile the cache manager leaves in the
     /// kernel what it has not read, and only watches for policies.
     fn is_full(&mut self) -> Result<bool, CmError> {

@@ -153,6 +153,11 @@ impl ConfigTable {
         self.brake.release(self);
     }
 
+    /// See `Config::heartbeat`.
+    pub fn beat(&self, at: u64) {
+        self.heartbeat.store(at);
+    }
+
     /// See `TableWriter::close_flows`.
     pub fn close_flows(&self) {
         towpath_tables::flows::close(self);

@@ -11,6 +11,7 @@ use towpath_engine::{
 use towpath_filter::{Capture, Filter, Layer, instruction};
 use towpath_lab::{PacketSocket, packet, wait_for};
 use towpath_tables::backing::Backing;
+use towpath_tables::clock;
 use towpath_tables::flow::acceptance;
 use towpath_tables::grace::NoReaders;
 use towpath_tables::record::{Family, NO_VLANS, PORT_SLOTS, TableId, port_flags};
@@ -621,6 +622,7 @@ fn a_flow_passes_once_linux_has_accepted_a_packet_of_it() -> Result {
     rig.await_arrival(arrived, 1)?;
     assert_eq!((accepted(&engine), fast(&engine, from)), (wanted(2), 0), "the first by Linux");
     assert_eq!(exceptions(&engine, from, Reason::FlowWaiting), 1);
+    engine.config().beat(clock::now());
     rig.send(9)?;
     rig.await_arrival(arrived, 10)?;
     assert_eq!(fast(&engine, from), 9, "the others without");
@@ -638,6 +640,7 @@ fn a_flow_passes_once_linux_has_accepted_a_packet_of_it() -> Result {
     rig.send(1)?;
     rig.await_arrival(arrived, 16)?;
     assert_eq!((accepted(&engine), fast(&engine, from)), (wanted(4), 9));
+    engine.config().beat(clock::now());
     rig.send(4)?;
     rig.await_arrival(arrived, 20)?;
     assert_eq!(fast(&engine, from), 13);

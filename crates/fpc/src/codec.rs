@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -196,6 +196,7 @@ packets! {
     31 => Message::AlarmOver(AlarmId);
     32 => Message::Flow(Connection);
     33 => Message::FlowDelete(Tuple);
+    34 => Message::Heartbeat(u64);
     64 => Feedback::Hits(Vec<NeighbourKey>);
     65 => Feedback::Resync(String);
     66 => Feedback::FlowsUsed(Vec<Tuple>);

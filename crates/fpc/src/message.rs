@@ -47,6 +47,9 @@ pub enum Message {
     Alarm(Alarm),
     /// A snapshot before this message told what the alarms of this source up to this number told. It overtakes nothing.
     AlarmOver(AlarmId),
+    /// Linux's rules were looked at, at this time (CLOCK_MONOTONIC_COARSE in nanoseconds), and what was found is in alarms sent
+    /// before. Comes every second, and overtakes other messages as alarms do.
+    Heartbeat(u64),
 }
 
 /// One message from FPM back to CM.

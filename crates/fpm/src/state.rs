@@ -107,8 +107,8 @@ impl State {
             Message::RouteDelete(key) => self.remove_route(key),
             Message::Nexthop(object) => self.set_object(object),
             Message::NexthopDelete(id) => self.remove_object(id),
-            // These go right into the tables: see `flows`.
-            Message::Flow(_) | Message::FlowDelete(_) => {}
+            // These go right into the tables: see `flows`, and `Config::heartbeat`.
+            Message::Flow(_) | Message::FlowDelete(_) | Message::Heartbeat(_) => {}
             Message::Policy(policy) => self.set_policy(policy),
             Message::Alarm(alarm) => self.alarm(alarm),
             Message::AlarmOver(id) => self.end_alarms(id),

@@ -12,7 +12,7 @@ use crate::rewrite::fit;
 use crate::route::{check_packet, find_hop};
 use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
 use core::mem::offset_of;
-use towpath_tables::flow::{Direction, Key, acceptance, is_open};
+use towpath_tables::flow::{Direction, Key, acceptance, is_open, is_watched};
 use towpath_tables::record::{Family, Flow, flow_state};
 use towpath_tables::{Reason, opaque};
 use towpath_wire::Change;
@@ -173,10 +173,14 @@ fn check_flow<T: Tables>(
     if turn != Turn::None || flow.state.load() & flow_state::CLOSED != 0 {
         return Err(Reason::FlowClosing);
     }
-    let generation = tables.config().ok_or(Reason::Internal)?.flow_generation.load();
+    let config = tables.config().ok_or(Reason::Internal)?;
+    let generation = config.flow_generation.load();
     let accepted = flow.accepted[place(direction)].load();
     if !is_open(generation) || accepted >> 16 != acceptance(generation, entry.slot, 0) >> 16 {
         return Err(Reason::FlowWaiting);
+    }
+    if !is_watched(config.heartbeat.load(), tables.now()) {
+        return Err(Reason::FlowUnwatched);
     }
     Ok(accepted as u32 & 0xffff)
 }

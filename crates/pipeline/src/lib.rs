@@ -22,6 +22,7 @@ mod network;
 mod partial;
 mod rewrite;
 mod route;
+#[cfg(any(test, feature = "std"))]
 pub mod slices;
 mod slot_set;
 mod source;
@@ -131,6 +132,8 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn counts(&self) -> bool {
         true
     }
+    /// CLOCK_MONOTONIC_COARSE in nanoseconds
+    fn now(&self) -> u64;
     /// Counters that only this CPU or worker writes
     fn stats(&self, cpu: u32) -> Option<&CpuStats>;
     /// The route to an IPv4 address. An engine may make look-ups functions of their own.

@@ -3,6 +3,7 @@
 use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
 use towpath_tables::backing::View;
+use towpath_tables::clock;
 use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::record::{Config, CpuStats, Flow, FlowLine, Group, Line, Nexthop, Port, VlanTable, port_flags};
@@ -90,6 +91,10 @@ impl Tables for Mapped<'_> {
     #[inline(always)]
     fn cpu(&self) -> u32 {
         self.counters.unwrap_or_default()
+    }
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        clock::now()
     }
     #[inline(always)]
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {

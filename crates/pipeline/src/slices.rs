@@ -2,6 +2,7 @@
 
 use crate::cache::prefetch;
 use crate::{SlotSet, Tables};
+use towpath_tables::clock;
 use towpath_tables::flow::{FlowRead, line_at};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
@@ -106,6 +107,10 @@ impl Tables for Slices<'_> {
     #[inline(always)]
     fn cpu(&self) -> u32 {
         self.cpu
+    }
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        clock::now()
     }
     #[inline(always)]
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {

@@ -226,6 +226,16 @@ const fn accepted_way(from: u32, to: u32) -> u32 {
     (from + 1) << 16 | (to + 1) & 0xffff
 }
 
+/// For so long after Linux's rules were last looked at flows pass, in nanoseconds. Whoever looks says so every second.
+pub const LEASE: u64 = 3_000_000_000;
+
+/// Whether rules have been looked at lately, by `Config::heartbeat` and what time it is now. A clock that is not the one of the
+/// heartbeat (of another time namespace) says no.
+#[inline(always)]
+pub const fn is_watched(heartbeat: u64, now: u64) -> bool {
+    now.wrapping_sub(heartbeat) <= LEASE
+}
+
 /// Whether flows pass in this generation
 #[inline(always)]
 pub const fn is_open(generation: u32) -> bool {

@@ -10,6 +10,7 @@ pub const fn layout_hash() -> u32 {
         LAYOUT_VERSION as usize,
         size_of::<Config>(),
         offset_of!(Config, layout),
+        offset_of!(Config, heartbeat),
         offset_of!(Config, policy),
         offset_of!(Config, hash_policy),
         offset_of!(Config, hash_seed),

@@ -11,6 +11,8 @@ pub mod adopt;
 pub mod backing;
 #[cfg(feature = "std")]
 pub mod brake;
+#[cfg(feature = "std")]
+pub mod clock;
 pub mod filter;
 pub mod flow;
 #[cfg(feature = "std")]

@@ -77,6 +77,7 @@ reasons! {
     FlowNew = 39, "flow-new", "rules or connection tracking are on the packet's way, and it is of no connection that Linux handed over";
     FlowWaiting = 40, "flow-waiting", "Linux has not accepted a packet of this connection, direction and way since the rules changed";
     FlowClosing = 41, "flow-closing", "TCP FIN, RST or SYN of a connection, or a packet after its FIN or RST";
+    FlowUnwatched = 42, "flow-unwatched", "nobody has looked at Linux's rules for seconds: towpath has died or is stopped";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 8;
+pub const LAYOUT_VERSION: u32 = 9;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -36,6 +36,8 @@ pub struct Config {
     pub layout: W32,
     /// Rises by one each time a writer takes the region over
     pub epoch: W32,
+    /// When Linux's rules were last looked at, and what was found is in force: CLOCK_MONOTONIC_COARSE in nanoseconds
+    pub heartbeat: W64,
     /// Per family: the policy word (`Obstacle`) for every packet of the family
     pub policy: [W32; 2],
     /// Per family: fields that choose among a group's next hops, `sysctl fib_multipath_hash_policy` (0 or 1)
@@ -47,7 +49,7 @@ pub struct Config {
     /// Even: packets of flows pass that were accepted in this generation. Odd: none passes, and none is accepted
     pub flow_generation: W32,
     /// Reserved, zero
-    pub reserved: [W32; 5],
+    pub reserved: [W32; 3],
     /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
     /// that a source is not one of ours; a set bit sends the packet to the exact check.
     pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],

@@ -59,7 +59,7 @@ fn is_absent(error: &std::io::Error) -> bool {
 /// What the writer must not wait to hear.
 enum Urgent {
     /// To be sent ahead of all batches
-    Alarm(Alarm),
+    Message(Message),
     /// The other end has taken a batch
     Acknowledged,
     /// The other end has left
@@ -144,6 +144,17 @@ struct Outlet {
     waiting: Option<Vec<Message>>,
 }
 
+impl Outlet {
+    fn hurry(&self, message: Message) -> Result<(), CmError> {
+        self.hurry
+            .send(Urgent::Message(message))
+            .map_err(|_| CmError::Sink("the fast path manager has left".into()))?;
+        // Wakes the writer up if it waits for batches; if it does not, it looks for what is urgent before each message.
+        let _ = self.batches.try_send(Vec::new());
+        Ok(())
+    }
+}
+
 impl FpcSink for Outlet {
     fn send(&mut self, messages: Vec<Message>) -> Result<(), CmError> {
         self.waiting.get_or_insert_default().extend(messages);
@@ -151,10 +162,11 @@ impl FpcSink for Outlet {
     }
 
     fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
-        self.hurry.send(Urgent::Alarm(alarm)).map_err(|_| CmError::Sink("the fast path manager has left".into()))?;
-        // Wakes the writer up if it waits for batches; if it does not, it looks for alarms before each message.
-        let _ = self.batches.try_send(Vec::new());
-        Ok(())
+        self.hurry(Message::Alarm(alarm))
+    }
+
+    fn heartbeat(&mut self, at: u64) -> Result<(), CmError> {
+        self.hurry(Message::Heartbeat(at))
     }
 
     fn is_full(&mut self) -> Result<bool, CmError> {
@@ -208,8 +220,8 @@ impl Writer {
 
     fn act(&mut self, urgent: Urgent) -> Result<(), ConnectionError> {
         match urgent {
-            Urgent::Alarm(alarm) => {
-                self.sender.push(Packet::Message(Message::Alarm(alarm)), false)?;
+            Urgent::Message(message) => {
+                self.sender.push(Packet::Message(message), false)?;
                 self.sender.flush_frames()
             }
             Urgent::Acknowledged => {

@@ -19,6 +19,8 @@ pub trait Guarded {
     fn pull(&self, family: Family, reason: Reason);
     /// Leaves it to the writer what are exceptions.
     fn release(&self);
+    /// Rules were looked at, at this time, and what was found is in force.
+    fn beat(&self, at: u64);
 }
 
 impl Guarded for ConfigTable {
@@ -28,6 +30,10 @@ impl Guarded for ConfigTable {
 
     fn release(&self) {
         ConfigTable::release(self);
+    }
+
+    fn beat(&self, at: u64) {
+        ConfigTable::beat(self, at);
     }
 }
 
@@ -42,7 +48,7 @@ impl<T> Clone for Sentry<T> {
 
 impl<T> Default for Sentry<T> {
     fn default() -> Self {
-        let post = Post { waiting: Vec::new(), unsettled: Vec::new(), taken: 0, tables: None };
+        let post = Post { waiting: Vec::new(), unsettled: Vec::new(), taken: 0, heartbeat: 0, tables: None };
         Self(Arc::new(Shared { post: Mutex::new(post), changed: Condvar::new() }))
     }
 }
@@ -59,6 +65,8 @@ struct Post<T> {
     unsettled: Vec<Unsettled>,
     /// So many of the first of them were taken
     taken: usize,
+    /// When rules were last looked at
+    heartbeat: u64,
     /// What is watched over
     tables: Option<T>,
 }
@@ -92,6 +100,13 @@ impl<T: Guarded> Sentry<T> {
         self.0.changed.notify_one();
     }
 
+    /// Rules were looked at, at this time, and what was found has been raised.
+    pub fn heartbeat(&self, at: u64) {
+        let mut post = self.lock();
+        post.heartbeat = at;
+        post.beat();
+    }
+
     /// True if there are alarms to take.
     pub fn is_waiting(&self) -> bool {
         !self.lock().waiting.is_empty()
@@ -116,6 +131,7 @@ impl<T: Guarded> Sentry<T> {
         {
             tables.release();
         }
+        post.beat();
     }
 
     /// Does what is due, for ever.
@@ -147,6 +163,13 @@ impl<T: Guarded> Post<T> {
     fn due(&self) -> Option<Instant> {
         self.tables.as_ref()?;
         self.unsettled.iter().filter_map(|alarm| alarm.due).min()
+    }
+
+    /// Lets connections pass for some time more, if all alarms are heeded.
+    fn beat(&self) {
+        if let Some(tables) = self.tables.as_ref().filter(|_| self.unsettled.is_empty()) {
+            tables.beat(self.heartbeat);
+        }
     }
 
     fn pull(&mut self) {
@@ -182,6 +205,10 @@ mod tests {
 
         fn release(&self) {
             self.0.brake().release(self.0.view().config());
+        }
+
+        fn beat(&self, at: u64) {
+            self.0.view().config().heartbeat.store(at);
         }
     }
 
@@ -244,6 +271,21 @@ mod tests {
         sentry.settle();
         assert!(sentry.lock().due().is_none(), "nothing is due any more");
         becomes(&tables, [0, 0]);
+    }
+
+    #[test]
+    fn connections_go_on_only_when_alarms_before_a_heartbeat_are_heeded() {
+        let (sentry, tables) = (Sentry::default(), heap());
+        let beat = || tables.0.view().config().heartbeat.load();
+        sentry.heartbeat(5);
+        sentry.guard(tables.clone());
+        sentry.heartbeat(6);
+        assert_eq!(beat(), 6);
+        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc));
+        sentry.heartbeat(7);
+        assert_eq!((beat(), sentry.take().len()), (6, 1), "it is about that alarm, too");
+        sentry.settle();
+        assert_eq!(beat(), 7);
     }
 
     #[test]

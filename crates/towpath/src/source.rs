@@ -56,6 +56,11 @@ impl FpcSink for Inlet {
         Ok(())
     }
 
+    fn heartbeat(&mut self, at: u64) -> Result<(), CmError> {
+        self.inbound.sentry.heartbeat(at);
+        Ok(())
+    }
+
     fn is_full(&mut self) -> Result<bool, CmError> {
         let Some(event) = self.waiting.take() else { return Ok(false) };
         match self.inbound.events.try_send(event) {
@@ -177,6 +182,7 @@ fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
                 acknowledge.extend(frame.report.then_some(frame.sequence));
                 match frame.packet {
                     Packet::Message(Message::Alarm(alarm)) => inbound.alarm(alarm),
+                    Packet::Message(Message::Heartbeat(at)) => inbound.sentry.heartbeat(at),
                     Packet::Message(message) => messages.push(message),
                     _ => {}
                 }

@@ -9,8 +9,9 @@ use common::{DEADLINE, Daemon, LEFT, Net, RIGHT, RIGHT6, eventually};
 use std::net::{Shutdown, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
-use support::{FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, fast_packets, firewall, flow, is_fast, tracked};
+use support::{Asker, FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, fast_packets, firewall, flow, is_fast, tracked};
 use towpath_lab::supported;
+use towpath_tables::flow::LEASE;
 
 /// More than this after a command is a leak, whatever else the machine does. What was seen is printed.
 const LEAK: Duration = Duration::from_secs(1);
@@ -203,6 +204,51 @@ fn what_waited_for_its_neighbour_does_not_count_for_new_rules() {
     assert_eq!((&found["original"]["state"], fast_packets(&found)), (&"waiting".into(), fast), "{found}");
     server.set_nonblocking(true).expect("set");
     assert!(server.recv_from(&mut packet).is_err(), "the rule drops it");
+}
+
+/// Whoever is to tell of rules is gone, or does nothing.
+#[test]
+fn without_a_daemon_connections_are_linuxs_soon_and_lose_nothing() {
+    for signal in [libc::SIGKILL, libc::SIGSTOP] {
+        let net = firewall();
+        net.router.run(["nft", "insert rule inet filter forward udp dport 7005 counter"]).expect("a rule");
+        let counted = || {
+            let rules = net.exec("nft list chain inet filter forward");
+            let words: Vec<_> = rules.split_whitespace().collect();
+            let at = words.iter().position(|word| *word == "packets").expect("a counter");
+            words[at + 1].parse::<u64>().expect("a number")
+        };
+        let mut daemon = up(&net);
+        let (pulse, asker) = (Pulse::start(&net, 7002), Asker::start(&net, 7005));
+        pulse.becomes_fast(&net);
+        asker.becomes_fast(&net);
+        let before = counted();
+        asker.ask(20);
+        assert_eq!(counted(), before, "Linux does not see them");
+        daemon.send(signal);
+        let begin = Instant::now();
+        net.router.run(["nft", "insert rule inet filter forward udp dport 7002 drop"]).expect("a rule");
+        eventually("Linux carries the other connection", || {
+            asker.ask(10);
+            (counted() >= before + 10).then_some(())
+        });
+        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
+        let after = pulse.last().expect("answers before").saturating_duration_since(begin);
+        println!("stopped after {after:?}");
+        assert!(after < Duration::from_nanos(LEASE) + LEAK, "{after:?}");
+        asker.ask(100);
+        // Another one, or the same one that goes on.
+        let _again = match signal {
+            libc::SIGKILL => Some(up(&net)),
+            _ => {
+                daemon.send(libc::SIGCONT);
+                None
+            }
+        };
+        asker.becomes_fast(&net);
+        assert!(net.exceptions("flow-unwatched") > 0);
+        assert!(pulse.last().is_some_and(|last| last.elapsed() > LEAK), "it is dropped as before");
+    }
 }
 
 #[test]
@@ -427,7 +473,15 @@ fn managers_of_their_own_do_the_same() {
     echoes(&net);
     let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
     talk.becomes_fast(&net);
-    // Nobody would see rules change.
+    // Nobody sees rules change.
+    cm.send(libc::SIGSTOP);
+    eventually("it is Linux's", || {
+        talk.exchange(1);
+        (net.exceptions("flow-unwatched") > 0).then_some(())
+    });
+    cm.send(libc::SIGCONT);
+    talk.becomes_fast(&net);
+    // Nobody would see them.
     cm.signal(libc::SIGKILL);
     eventually("it is Linux's", || flow(&net, talk.port()).is_some_and(|found| !is_fast(&found)).then_some(()));
     talk.exchange(10);

@@ -4,7 +4,7 @@
 
 use crate::constant::constant;
 use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
-use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_redirect_map};
+use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_redirect_map};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
@@ -256,6 +256,12 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
     fn cpu(&self) -> u32 {
         // SAFETY: takes no arguments and cannot fail.
         unsafe { bpf_get_smp_processor_id() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: takes no arguments and cannot fail.
+        unsafe { bpf_ktime_get_coarse_ns() }
     }
 
     #[inline(always)]

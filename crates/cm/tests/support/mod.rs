@@ -143,6 +143,7 @@ impl Replay {
             Message::Policy(policy) => model.policies.entry(policy.source).or_default().push(policy),
             Message::Alarm(alarm) => drop(self.alarms.insert(alarm.id)),
             Message::AlarmOver(id) => assert!(self.alarms.remove(&id), "{id:?} ends but was not told"),
+            Message::Heartbeat(_) => {}
             Message::FamilySettings(settings) => model.settings[settings.family as usize] = Some(settings.hash_policy),
         }
     }

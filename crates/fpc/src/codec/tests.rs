@@ -192,6 +192,7 @@ fn packet() -> impl Strategy<Value = Packet> {
         (alarm_id(), prop::collection::vec(policy(), 0..4))
             .prop_map(|(id, policies)| Message::Alarm(Alarm { id, policies })),
         alarm_id().prop_map(Message::AlarmOver),
+        any::<u64>().prop_map(Message::Heartbeat),
         (family(), any::<u8>())
             .prop_map(|(family, hash_policy)| Message::FamilySettings(FamilySettings { family, hash_policy })),
     ];

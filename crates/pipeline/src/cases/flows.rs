@@ -2,7 +2,8 @@
 
 use super::*;
 use std::net::IpAddr;
-use towpath_tables::flow::{AnyKey, Direction, Found, acceptance};
+use towpath_tables::clock;
+use towpath_tables::flow::{AnyKey, Direction, Found, LEASE, acceptance};
 use towpath_tables::record::flow_state;
 use towpath_tables::{Connection, Obstacle, Tuple};
 
@@ -359,7 +360,7 @@ impl Cases {
 
             let good = arrive(&segment(arrives));
             type Step = fn(&mut World);
-            let steps: [(&str, Step, Reason); 15] = [
+            let steps: [(&str, Step, Reason); 17] = [
                 ("never accepted", |w| w.flows()[0].accepted[0].store(0), Reason::FlowWaiting),
                 ("an older generation", |w| w.config().flow_generation.store(GENERATION + 2), Reason::FlowWaiting),
                 ("closed generation", |w| w.config().flow_generation.store(GENERATION + 1), Reason::FlowWaiting),
@@ -389,6 +390,8 @@ impl Cases {
                     },
                     Reason::FlowWaiting,
                 ),
+                ("unwatched", |w| w.config().heartbeat.store(clock::now() - LEASE - 1), Reason::FlowUnwatched),
+                ("another clock", |w| w.config().heartbeat.store(clock::now() + LEASE), Reason::FlowUnwatched),
                 ("record out of range", |w| w.break_flow_index(), Reason::FlowNew),
                 ("the record is another's", |w| w.flows()[0].ports[0].store(1), Reason::FlowNew),
                 ("the record is not in use", |w| w.flows()[0].state.store(0), Reason::FlowNew),

@@ -3,6 +3,7 @@
 use crate::SlotSet;
 use crate::slices::Slices;
 use std::collections::BTreeMap;
+use towpath_tables::clock;
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
@@ -165,6 +166,7 @@ impl World {
             world.insert(1, &[0x20, 1, 0xd, 0xb8, 0, 0xff, 0, index], hop(HOP_REASON + u32::from(index)));
         }
         world.add_tunnels();
+        world.config().heartbeat.store(clock::now());
         world.local(0, &[192, 0, 2, 1]);
         world
     }

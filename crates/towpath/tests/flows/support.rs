@@ -114,6 +114,44 @@ impl Talk {
     }
 }
 
+/// Datagrams of the left, one at a time, that the right sends back.
+pub struct Asker(UdpSocket);
+
+impl Asker {
+    pub fn start(net: &Net, port: u16) -> Self {
+        let server = net.right.enter(|| UdpSocket::bind((RIGHT, port))).expect("in the node").expect("bound");
+        let client = net.left.enter(|| UdpSocket::bind((LEFT, 0))).expect("in the node").expect("bound");
+        client.connect((RIGHT, port)).expect("connected");
+        [&server, &client].iter().for_each(|socket| socket.set_read_timeout(Some(DEADLINE)).expect("set"));
+        std::thread::spawn(move || {
+            let mut packet = [0; 8];
+            while let Ok((length, from)) = server.recv_from(&mut packet) {
+                let _ = server.send_to(&packet[..length], from);
+            }
+        });
+        Self(client)
+    }
+
+    /// Asks so often; nothing may be lost.
+    pub fn ask(&self, times: u32) {
+        for number in 0..times {
+            self.0.send(&number.to_be_bytes()).expect("sent");
+            let mut answer = [0; 4];
+            self.0.recv(&mut answer).expect("an answer");
+            assert_eq!(answer, number.to_be_bytes());
+        }
+    }
+
+    /// Asks until the fast path carries it, both ways.
+    pub fn becomes_fast(&self, net: &Net) {
+        let port = self.0.local_addr().expect("an address").port();
+        eventually("the questions go fast", || {
+            self.ask(1);
+            is_fast(&flow(net, port)?).then_some(())
+        });
+    }
+}
+
 /// What `show flows` says of the connection that the left began, or was asked for, by this port.
 pub fn flow(net: &Net, port: u16) -> Option<Value> {
     let flows = net.json(&["show", "flows"]);
