@@ -20,7 +20,7 @@ use real::{Transfer, folder, serve};
 use serde_json::Value;
 use std::path::PathBuf;
 use support::{Pulse, Talk, echo, fast_packets, is_fast};
-use towpath_lab::{Lab, Node, Process, Towpath};
+use towpath_lab::{Lab, Node, Process, Towpath, supported};
 
 const CLIENT: &str = "192.0.2.10";
 const SERVER: &str = "198.51.100.10";
@@ -294,6 +294,17 @@ impl Net {
 #[test]
 fn connections_go_on_through_the_other_gateway_and_back() {
     there_and_back(&Net::new().expect("a net"), "established");
+}
+
+#[test]
+fn connections_in_a_flowtable_do_so_too() {
+    let net = Net::new().expect("a net");
+    let flowtable = "add flowtable inet filter f { hook ingress priority 0; devices = { eth0, eth1 }; }; \
+        insert rule inet filter forward meta l4proto { tcp, udp } flow add @f";
+    let add = || net.gateways.iter().try_for_each(|node| node.run(["nft", flowtable]).map(drop));
+    if supported("flowtables of nftables", add) {
+        there_and_back(&net, "flowtable");
+    }
 }
 
 fn there_and_back(net: &Net, mode: &str) {

@@ -14,15 +14,17 @@ pub enum Verdict {
     Ask,
 }
 
-/// Both must be set: packets of a half-open connection are Linux's.
-const NEEDED: u32 = status::CONFIRMED | status::SEEN_REPLY;
+/// One of them must be set: packets of a half-open connection are Linux's. A flowtable takes UDP that has not been answered
+/// (net/netfilter/nft_flow_offload.c, 6.1), and connection tracking does not see the answers then.
+const SEEN: u32 = status::SEEN_REPLY | status::OFFLOAD;
 /// None of them may be: its end, changed sequence numbers, helpers, and entries that are not what they seem.
 const REFUSED: u32 = status::DYING | status::SEQ_ADJUST | status::TEMPLATE | status::NAT_CLASH | status::HELPER;
 
 /// Judges an entry. `handed`: it was handed over before, under the same rules.
 pub fn judge(entry: &Entry, mode: FlowMode, handed: bool) -> Verdict {
     let special = entry.zoned || entry.helped || entry.proxied;
-    if special || !entry.is(NEEDED) || entry.status & REFUSED != 0 || !chosen(entry, mode, handed) {
+    let open = entry.is(status::CONFIRMED) && entry.status & SEEN != 0;
+    if special || !open || entry.status & REFUSED != 0 || !chosen(entry, mode, handed) {
         return Verdict::No;
     }
     match entry.tcp {
@@ -70,7 +72,7 @@ mod tests {
     fn entry(protocol: u8) -> Entry {
         Entry {
             connection: connection(protocol),
-            status: NEEDED | status::ASSURED,
+            status: status::CONFIRMED | status::SEEN_REPLY | status::ASSURED,
             mark: 0,
             timeout: None,
             tcp: LIBERAL.filter(|_| protocol == 6),
@@ -96,9 +98,17 @@ mod tests {
                 assert_eq!(judge(&entry, FlowMode::None, true), No);
             }
         }
-        let unassured = |protocol| Entry { status: NEEDED, ..entry(protocol) };
+        let unassured = |protocol| Entry { status: status::CONFIRMED | status::SEEN_REPLY, ..entry(protocol) };
         assert_eq!(judge(&unassured(6), FlowMode::Established, false), No);
         assert_eq!(judge(&unassured(17), FlowMode::Established, false), Yes);
+    }
+
+    #[test]
+    fn a_flowtable_has_udp_that_was_not_answered() {
+        let unanswered = Entry { status: status::CONFIRMED, ..entry(17) };
+        let offloaded = Entry { status: status::CONFIRMED | status::OFFLOAD, ..unanswered };
+        assert_eq!(judge(&offloaded, FlowMode::Flowtable, false), Yes);
+        assert_eq!(judge(&unanswered, FlowMode::Flowtable, true), No, "the flowtable has let go of it");
     }
 
     #[test]

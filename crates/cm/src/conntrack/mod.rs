@@ -310,7 +310,7 @@ impl Session {
         malformed: &mut u64,
         out: &mut Vec<Message>,
     ) -> Result<bool, CmError> {
-        let Some((sequence, started)) = self.dump else { return self.begin_dump(out) };
+        let Some((sequence, started)) = self.dump else { return self.begin_dump(mode, out) };
         let length = match self.dumper.receive(buffer)? {
             Received::Bytes(length) => length,
             Received::Empty => return Ok(false),
@@ -336,7 +336,7 @@ impl Session {
         Ok(true)
     }
 
-    fn begin_dump(&mut self, out: &mut Vec<Message>) -> Result<bool, CmError> {
+    fn begin_dump(&mut self, mode: FlowMode, out: &mut Vec<Message>) -> Result<bool, CmError> {
         let now = Instant::now();
         if now < self.due {
             return Ok(false);
@@ -350,7 +350,9 @@ impl Session {
         // A dump that was given up would be in the way of this one.
         self.dumper = Channel::requester(NETLINK_NETFILTER)?;
         let mut request = Vec::new();
-        let body = [vec![0; 4], entry::with_status(status::SEEN_REPLY)].concat();
+        // A flowtable also takes what was not answered.
+        let wanted = if mode == FlowMode::Flowtable { status::CONFIRMED } else { status::SEEN_REPLY };
+        let body = [vec![0; 4], entry::with_status(wanted)].concat();
         let sequence = self.dumper.put(GET, NLM_F_REQUEST_DUMP, &body, &mut request);
         self.dumper.send(&request, || "asking for a dump of connections".to_owned())?;
         self.dump = Some((sequence, now));
