@@ -82,8 +82,10 @@ enum Turn {
     None,
     /// SYN
     Begin,
-    /// FIN or RST
-    End,
+    /// FIN
+    Finish,
+    /// RST
+    Reset,
 }
 
 /// Checks the headers as far as they can be checked by themselves; the packet's tuple.
@@ -142,8 +144,11 @@ fn check_tcp(tcp: &Tcp, len: usize) -> Result<Turn, Reason> {
         return Err(Reason::Truncated);
     }
     let control = tcp.control();
-    if control & (Tcp::FIN | Tcp::RST) != 0 {
-        return Ok(Turn::End);
+    if control & Tcp::RST != 0 {
+        return Ok(Turn::Reset);
+    }
+    if control & Tcp::FIN != 0 {
+        return Ok(Turn::Finish);
     }
     match control & (Tcp::SYN | Tcp::ACK) {
         Tcp::ACK => Ok(Turn::None),
@@ -167,8 +172,13 @@ fn check_flow<T: Tables>(
     direction: Direction,
     turn: Turn,
 ) -> Result<u32, Reason> {
-    if turn == Turn::End && tables.counts() {
-        flow.state.set(flow_state::CLOSED);
+    let seen = match turn {
+        Turn::None | Turn::Begin => 0,
+        Turn::Reset => flow_state::CLOSED,
+        Turn::Finish => flow_state::CLOSED | flow_state::FINISHED,
+    };
+    if seen != 0 && tables.counts() {
+        flow.state.set(seen);
     }
     if turn != Turn::None || flow.state.load() & flow_state::CLOSED != 0 {
         return Err(Reason::FlowClosing);

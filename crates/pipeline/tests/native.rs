@@ -11,6 +11,7 @@ const FIRST: usize = 4096 - 256 - 320;
 /// Runs a case; what is wrong with the outcome, if anything.
 fn run(case: &Case, headroom: usize) -> Result<(), String> {
     let (world, wanted) = (case.router(), case.router());
+    wanted.watched_like(&world);
     case.apply(&wanted);
     let mut packet = Packet::with_linear(&case.frame, headroom, FIRST);
     if let Some(beside) = case.beside {

@@ -197,7 +197,11 @@ impl Flows {
             && original.index() == reply.index()
             && original.direction() == Direction::Original
         {
-            view.flows()[original.index() as usize].state.clear(flow_state::CLOSED);
+            let state = &view.flows()[original.index() as usize].state;
+            // A RST may have been one that Linux takes no notice of.
+            if state.load() & flow_state::FINISHED == 0 {
+                state.clear(flow_state::CLOSED);
+            }
             return Ok(());
         }
         for key in &keys {

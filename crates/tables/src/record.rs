@@ -428,6 +428,8 @@ pub mod flow_state {
     pub const KIND: u32 = 0xffff;
     /// A FIN or RST was seen: every packet is Linux's
     pub const CLOSED: u32 = 1 << 16;
+    /// A FIN was seen: that stays so, whatever CM tells of the time before it
+    pub const FINISHED: u32 = 1 << 17;
 }
 
 /// A connection that Linux handed over. Only the state's bits, what was accepted and the counters change while it can be

@@ -80,6 +80,9 @@ fn what_is_described_again_keeps_what_it_has() {
     writer.set_flow(&connection(1)).unwrap();
     let view = writer.flows().next().unwrap();
     assert_eq!((view.accepted, view.closed), ([None, Some((0, 300))], false));
+    record(&writer, &connection(1).original).state.set(flow_state::CLOSED | flow_state::FINISHED);
+    writer.set_flow(&connection(1)).unwrap();
+    assert!(writer.flows().next().unwrap().closed, "what was told was true before the FIN");
     assert_eq!(view.totals, FlowTotals { packets: [3, 0], bytes: [0, 99] });
     writer.close_flows();
     assert_eq!(writer.flows().next().unwrap().accepted, [None; 2], "of another generation");

@@ -84,6 +84,7 @@ fn difference(worker: &(World, Outcome), pipeline: &(World, Outcome)) -> Option<
     if worker.1 != pipeline.1 {
         return Some(format!("{:02x?} instead of {:02x?}", worker.1, pipeline.1));
     }
+    pipeline.0.watched_like(&worker.0);
     let differs = |id: &TableId| worker.0.table(*id) != pipeline.0.table(*id);
     TableId::ALL.into_iter().find(differs).map(|id| format!("table {} is not as it should be", id.name()))
 }

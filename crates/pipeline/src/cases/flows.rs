@@ -16,8 +16,8 @@ const POLICY: Reason = Reason::PolicyNetfilter;
 pub enum Effect {
     /// A packet of this length passed in a direction
     Passed(Direction, usize),
-    /// It is closed
-    Closed,
+    /// These bits of its state are set
+    Closed(u32),
 }
 
 impl Effect {
@@ -28,7 +28,7 @@ impl Effect {
                 flow.counters[direction as usize].packets.store(1);
                 flow.counters[direction as usize].bytes.store(len as u64);
             }
-            Effect::Closed => flow.state.store(flow.state.load() | flow_state::CLOSED),
+            Effect::Closed(bits) => flow.state.store(flow.state.load() | bits),
         }
     }
 }
@@ -306,13 +306,15 @@ impl Cases {
             for direction in DIRECTIONS {
                 let connection = connection(arrives, leaves, TCP, direction);
                 let segment = |flags| arrive(&packet(arrives, TCP, flags, &data(4)));
-                for flags in [0x11, 0x04, 0x14, 0x19, 0x31, 0x01] {
+                let (reset, finished) = (flow_state::CLOSED, flow_state::CLOSED | flow_state::FINISHED);
+                let ends = [(0x04, reset), (0x14, reset), (0x05, reset)];
+                for (flags, state) in ends.into_iter().chain([0x11, 0x19, 0x31, 0x01].map(|flags| (flags, finished))) {
                     self.flow(
                         format!("flow, {family}, {direction:?}, TCP flags {flags:x}"),
                         accepted(connection, direction, IN, OUT),
                         segment(flags),
                         Expect::Exception(IN, Reason::FlowClosing),
-                        Effect::Closed,
+                        Effect::Closed(state),
                     );
                 }
                 for (flags, reason) in
@@ -324,7 +326,7 @@ impl Cases {
                 let router = accepted(connection, direction, IN, OUT);
                 let closed = move |world: &mut World| {
                     router(world);
-                    Effect::Closed.apply(world);
+                    Effect::Closed(reset).apply(world);
                 };
                 let name = format!("flow, {family}, {direction:?}, closed");
                 self.except(name, closed, segment(ACK), Reason::FlowClosing);

@@ -201,6 +201,11 @@ impl World {
         &self.flows
     }
 
+    /// Has rules last been looked at when they were for another router.
+    pub fn watched_like(&self, other: &Self) {
+        self.config().heartbeat.store(other.config().heartbeat.load());
+    }
+
     pub(super) fn flow_lines(&self) -> &[FlowLine] {
         &self.flow_lines
     }
