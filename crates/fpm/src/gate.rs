@@ -20,6 +20,17 @@ pub(crate) struct Gate {
     state: State,
 }
 
+/// Whether connections pass.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// No rules hand any over
+    Shut,
+    /// They will soon: the rules are new
+    Opening,
+    /// Those do that Linux has accepted
+    Open,
+}
+
 #[derive(Default, PartialEq, Eq, Debug)]
 enum State {
     /// Nothing is to pass
@@ -76,9 +87,13 @@ impl Gate {
         opens
     }
 
-    /// Whether connections pass.
-    pub fn is_open(&self) -> bool {
-        self.state == State::Open
+    /// Whether connections pass, or will.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Shut => Phase::Shut,
+            State::Behind | State::Settling(_) | State::Waiting => Phase::Opening,
+            State::Open => Phase::Open,
+        }
     }
 }
 
@@ -93,7 +108,11 @@ mod tests {
     /// Opens it for what it was told last.
     fn opened(gate: &mut Gate, begin: Instant) {
         let change = gate.settled(begin + SETTLE).expect("due");
-        assert!(gate.open(change) && gate.is_open());
+        assert!(gate.open(change) && is_open(gate));
+    }
+
+    fn is_open(gate: &Gate) -> bool {
+        gate.phase() == Phase::Open
     }
 
     #[test]
@@ -103,10 +122,10 @@ mod tests {
         assert_eq!((gate.due(), gate.settled(begin)), (Some(begin + SETTLE), None));
         let change = gate.settled(begin + SETTLE).expect("due");
         assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None), "waited for once");
-        assert!(!gate.is_open());
-        assert!(gate.open(change) && gate.is_open());
+        assert!(!is_open(&gate));
+        assert!(gate.open(change) && is_open(&gate));
         assert!(!gate.open(change), "opened once");
-        assert!(!gate.govern(rules(&[1]), true, begin) && gate.is_open(), "nothing is new");
+        assert!(!gate.govern(rules(&[1]), true, begin) && is_open(&gate), "nothing is new");
     }
 
     #[test]
@@ -118,7 +137,7 @@ mod tests {
         assert_eq!(gate.settled(begin + SETTLE), None);
         let stale = gate.settled(later + SETTLE).expect("due");
         assert!(gate.govern(rules(&[3]), true, later + SETTLE));
-        assert!(!gate.open(stale) && !gate.is_open(), "of another change");
+        assert!(!gate.open(stale) && !is_open(&gate), "of another change");
         opened(&mut gate, later + SETTLE);
     }
 
@@ -131,7 +150,7 @@ mod tests {
         assert!(gate.govern(rules(&[1]), true, later));
         assert_eq!(gate.settled(later), None, "packets have to leave from now on");
         opened(&mut gate, later);
-        assert!(gate.govern(rules(&[1]), false, later) && !gate.is_open(), "they are read anew");
+        assert!(gate.govern(rules(&[1]), false, later) && !is_open(&gate), "they are read anew");
         assert!(gate.govern(rules(&[]), false, later));
         assert!(gate.govern(rules(&[1]), true, later));
         opened(&mut gate, later);
@@ -142,10 +161,10 @@ mod tests {
         let (mut gate, begin) = (Gate::default(), Instant::now());
         gate.govern(rules(&[1, 2]), true, begin);
         opened(&mut gate, begin);
-        assert!(!gate.govern(rules(&[2]), true, begin) && gate.is_open());
+        assert!(!gate.govern(rules(&[2]), true, begin) && is_open(&gate));
         assert!(gate.govern(rules(&[1, 2]), true, begin), "one that comes back may not be the same");
         opened(&mut gate, begin);
-        assert!(gate.govern(rules(&[]), true, begin) && !gate.is_open());
+        assert!(gate.govern(rules(&[]), true, begin) && !is_open(&gate));
         assert_eq!(gate.due(), None, "nobody is to pass");
     }
 }

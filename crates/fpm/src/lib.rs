@@ -17,6 +17,7 @@ mod state;
 mod via;
 
 pub use flows::Refused;
+pub use gate::Phase;
 pub use idle::Timeouts;
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
 
@@ -249,8 +250,8 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     }
 
     /// Whether connections pass.
-    pub fn is_open(&self) -> bool {
-        self.gate.is_open()
+    pub fn flow_phase(&self) -> Phase {
+        self.gate.phase()
     }
 
     /// Sets for how long Linux keeps connections that are not used.

@@ -136,6 +136,7 @@ impl Daemon {
         let wanted = self.flows.wanted;
         report::FlowSummary {
             mode: wanted.mode.map(|mode| mode.to_string()),
+            gate: words::gate(self.fpm.flow_phase()).into(),
             fast,
             waiting,
             closing: closed,

@@ -149,9 +149,10 @@ fn status_text(status: &report::Status) -> String {
 /// A line on connections; None if none are taken.
 fn flow_summary(flows: &report::FlowSummary) -> Option<String> {
     let mode = flows.mode.as_ref().map_or(String::new(), |mode| format!(" ({mode})"));
+    let opening = if flows.gate == "opening" { " (the rules are new)" } else { "" };
     (flows.capacity > 0).then(|| {
         format!(
-            "connections{mode}: {} fast, {} waiting for Linux, {} closing; room for {}, {} times there was none",
+            "connections{mode}: {} fast, {} waiting for Linux{opening}, {} closing; room for {}, {} times there was none",
             flows.fast, flows.waiting, flows.closing, flows.capacity, flows.refused
         )
     })

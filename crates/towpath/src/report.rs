@@ -351,6 +351,9 @@ pub struct PortStats {
 pub struct FlowSummary {
     /// Which ones are taken, as `--flows` says it; None if the cache manager at the other end of a socket decides
     pub mode: Option<String>,
+    /// `open`: those pass that Linux has accepted; `opening`: they will soon, since the rules are new; `shut`: no rules
+    /// hand any over
+    pub gate: String,
     /// Connections of which one direction at least goes fast
     pub fast: u64,
     /// Connections of which Linux has not accepted a packet since its rules changed

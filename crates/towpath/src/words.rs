@@ -2,7 +2,7 @@
 
 use crate::report;
 use towpath_fpc::{Policy, PolicySource, Route, Scope};
-use towpath_fpm::Waiting;
+use towpath_fpm::{Phase, Waiting};
 use towpath_tables::backing::GrowError;
 use towpath_tables::record::{Family, TableId};
 
@@ -158,6 +158,15 @@ pub fn route(route: &Route) -> String {
     let metric = if key.priority == 0 { String::new() } else { format!(", metric {}", key.priority) };
     let kind = if route.kind == 1 { String::new() } else { format!("{} ", route_kind(route.kind)) };
     format!("{kind}{} of table {}{metric}, protocol {}", key.prefix, table(key.table), protocol(route.protocol))
+}
+
+/// Whether connections pass.
+pub fn gate(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Shut => "shut",
+        Phase::Opening => "opening",
+        Phase::Open => "open",
+    }
 }
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ impl Trial {
 
     /// Puts a stage's rules into force, and waits until Towpath knows.
     fn begin(&mut self, plan: &Plan, at: usize) -> Result<()> {
-        let Stage { rules, how, .. } = &plan.stages[at];
+        let Stage { rules, how, patient, .. } = &plan.stages[at];
         if *how == How::Forget {
             return self.forget("conntrack -F 2>/dev/null");
         }
@@ -174,7 +174,13 @@ impl Trial {
         }
         self.await_chain(true)?;
         self.both("nft delete table inet round")?;
-        self.await_chain(false)
+        self.await_chain(false)?;
+        if *patient {
+            self.await_status("the rules to be no longer new", |status| {
+                (status["flows"]["gate"] != "opening").then_some(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Waits until Towpath knows of the round's chain, or knows it no more.

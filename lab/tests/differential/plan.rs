@@ -27,6 +27,8 @@ pub struct Stage {
     pub how: How,
     /// How often each conversation sends something
     pub turns: u32,
+    /// It begins when connections may pass under its rules, not while they are new
+    pub patient: bool,
 }
 
 /// Rule sets, one after the other, and the conversations beside.
@@ -44,7 +46,7 @@ impl Plan {
     pub fn new(seed: u64, marks: bool) -> Self {
         let mut random = Random::new(seed);
         let mut rules = Ruleset::new(&mut random, marks);
-        let mut stages = vec![Stage { number: 0, rules: rules.clone(), how: How::Whole, turns: 50 }];
+        let mut stages = vec![Stage { number: 0, rules: rules.clone(), how: How::Whole, turns: 50, patient: true }];
         for number in 1..5 {
             let how = match random.below(100) {
                 0..12 => How::Forget,
@@ -56,7 +58,13 @@ impl Plan {
                 How::Whole if random.percent(60) => rules = Ruleset::new(&mut random, marks),
                 _ => (0..=random.below(2)).for_each(|_| rules.change(&mut random)),
             }
-            stages.push(Stage { number, rules: rules.clone(), how, turns: 30 + random.below(30) as u32 });
+            stages.push(Stage {
+                number,
+                rules: rules.clone(),
+                how,
+                turns: 30 + random.below(30) as u32,
+                patient: random.below(4) != 0,
+            });
         }
         Self { seed, stages, talks: (0..TALKS).collect(), noise: true }
     }
