@@ -119,7 +119,7 @@ fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, 
 
 /// The slot of any port.
 #[inline(always)]
-fn slot_of<T: Tables>(tables: &T, ifindex: u32) -> Option<u32> {
+pub(crate) fn slot_of<T: Tables>(tables: &T, ifindex: u32) -> Option<u32> {
     if let Some(entry) = Entry::find(tables, ifindex) {
         return Some(entry.slot);
     }

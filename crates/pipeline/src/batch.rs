@@ -82,6 +82,10 @@ pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut
                 Ok(slot) => ways.0[place] = slot,
                 Err(reason) => count_exception(tables, entry.slot, reason),
             },
+            Err(Stop::Mapped(candidate)) => match frame.mapped(tables, &entry, candidate) {
+                Ok(slot) => ways.0[place] = slot,
+                Err(reason) => count_exception(tables, entry.slot, reason),
+            },
         }
     }
     finish::<Ipv4, 4, F, T>(tables, frames, &mut four, &mut ways);
@@ -186,7 +190,7 @@ fn forward<'t, N: Network, const BYTES: usize, F: Frame, T: Tables>(
     let word = job.walk.found(tables, job.root).map_err(|_| Reason::Internal)?;
     let hop = match last.route::<N, F, T>(frame, tables, entry, parsed, word) {
         Ok(hop) => hop,
-        Err(refusal) => return frame.tunnelled(tables, entry, parsed, refusal),
+        Err(refusal) => return frame.refused(tables, entry, parsed, refusal),
     };
     rewrite_packet::<N, F>(frame, parsed, hop)?;
     hop.mark_hit();

@@ -41,9 +41,11 @@ pub enum Stop {
     Exception(Reason),
     /// It may pass if it is of a flow
     Flow(Candidate),
+    /// It came in by a port with mappings
+    Mapped(Candidate),
 }
 
-/// A packet that a policy leaves to Linux unless it is of a flow. Its header is not looked at yet.
+/// A packet that a policy leaves to Linux unless it is of a flow or can be translated. Its header is not looked at yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Candidate {
     /// Address family
@@ -67,7 +69,7 @@ impl Stop {
     pub fn reason(self) -> Reason {
         match self {
             Self::Exception(reason) => reason,
-            Self::Flow(candidate) => candidate.reason,
+            Self::Flow(candidate) | Self::Mapped(candidate) => candidate.reason,
         }
     }
 }
@@ -276,6 +278,9 @@ pub(crate) fn parse_packet<N: Network, F: Frame, T: Tables>(
 #[inline(always)]
 fn stopped(words: [u32; 2], family: Family, offset: usize) -> Stop {
     match words.map(policy) {
+        // Where packets are translated, no flow's tuple is what connection tracking has seen.
+        [Ok(()), Err((reason @ Reason::Mapped, _))] => Stop::Mapped(Candidate { family, offset, reason }),
+        [Err((reason, _)), Err((Reason::Mapped, _))] => Stop::Exception(reason),
         [Err((reason, false)), _] | [_, Err((reason, false))] => Stop::Exception(reason),
         [Err((reason, true)), _] | [_, Err((reason, true))] => Stop::Flow(Candidate { family, offset, reason }),
         [Ok(()), Ok(())] => Stop::Exception(Reason::Internal),

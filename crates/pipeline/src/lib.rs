@@ -18,6 +18,7 @@ mod hash;
 mod ingress;
 #[cfg(any(test, feature = "std"))]
 pub mod mapped;
+pub mod nat;
 mod network;
 mod partial;
 mod rewrite;
@@ -46,7 +47,10 @@ pub use tunnel::forward as forward_tunnelled;
 use towpath_tables::Reason;
 use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
-use towpath_tables::record::{Config, CpuStats, Group, Nexthop, Port, VlanTable};
+use towpath_tables::mapping::{self, Way, Words};
+use towpath_tables::record::{
+    Config, CpuMappings, CpuStats, Family, Group, Mapping, MappingSet, Nexthop, Port, VlanTable,
+};
 use towpath_wire::View;
 
 /// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
@@ -108,6 +112,28 @@ pub trait Frame: Sized {
     fn flow<T: Tables>(&mut self, tables: &T, entry: &Entry, candidate: Candidate) -> Result<u32, Reason> {
         forward_flow(self, tables, entry, candidate)
     }
+    /// Calls `nat::forward`, as a function of its own like `tunnelled`.
+    #[cold]
+    #[inline(never)]
+    fn mapped<T: Tables>(&mut self, tables: &T, entry: &Entry, candidate: Candidate) -> Result<u32, Reason> {
+        nat::forward(self, tables, entry, candidate)
+    }
+    /// Goes on with a packet that `route` refused.
+    #[inline(always)]
+    fn refused<T: Tables>(
+        &mut self,
+        tables: &T,
+        entry: &Entry,
+        parsed: &Parsed,
+        refusal: Refusal,
+    ) -> Result<u32, Reason> {
+        match refusal {
+            Refusal::Exception(reason @ Reason::Mapped) => {
+                self.mapped(tables, entry, Candidate { family: parsed.family, offset: parsed.offset, reason })
+            }
+            refusal => self.tunnelled(tables, entry, parsed, refusal),
+        }
+    }
 }
 
 /// The tables. Each look-up returns None if the index is outside its table.
@@ -151,6 +177,21 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn find_flow<const WORDS: usize>(&self, key: &Key<WORDS>) -> Option<Found> {
         flows::find(self, self.config()?.flow_seed.load(), key)
     }
+    /// A set of mappings
+    fn mapping_set(&self, index: u32) -> Option<&MappingSet>;
+    /// Counters of mappings that only this CPU or worker writes
+    fn mapping_stats(&self, cpu: u32) -> Option<&CpuMappings>;
+    /// The mapping that an address has at the port in a slot. An engine may make it a function of its own.
+    #[inline(always)]
+    fn find_mapping(&self, slot: u32, way: Way, family: Family, address: Words) -> Option<mapping::Found> {
+        let index = mapping::in_force(self.config()?)?;
+        mapping::find(self.mapping_set(index)?, index, slot, way, family, address)
+    }
+    /// A mapping that was found.
+    #[inline(always)]
+    fn mapping(&self, found: mapping::Found) -> Option<&Mapping> {
+        self.mapping_set(found.set())?.mappings.get(found.mapping())
+    }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.
     fn transmitter(&self, slot: u32) -> bool;
@@ -186,7 +227,7 @@ pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) {
     if let Some(mut entry) = Entry::find(tables, ifindex) {
         let reason = match parse(frame, tables, &mut entry) {
             Err(Stop::Exception(reason)) => reason,
-            Ok(_) | Err(Stop::Flow(_)) => Reason::PolicyCapture,
+            Ok(_) | Err(Stop::Flow(_) | Stop::Mapped(_)) => Reason::PolicyCapture,
         };
         count_exception(tables, entry.slot, reason);
     }
@@ -197,11 +238,12 @@ fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut
     let parsed = match parse(frame, tables, entry) {
         Ok(parsed) => parsed,
         Err(Stop::Flow(candidate)) => return frame.flow(tables, entry, candidate),
+        Err(Stop::Mapped(candidate)) => return frame.mapped(tables, entry, candidate),
         Err(Stop::Exception(reason)) => return Err(reason),
     };
     let hop = match route(frame, tables, entry, &parsed) {
         Ok(hop) => hop,
-        Err(refusal) => return frame.tunnelled(tables, entry, &parsed, refusal),
+        Err(refusal) => return frame.refused(tables, entry, &parsed, refusal),
     };
     finish(frame, &parsed, &hop)?;
     count_forward(tables, entry.slot, &parsed, &hop);

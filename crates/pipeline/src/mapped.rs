@@ -6,7 +6,9 @@ use towpath_tables::backing::View;
 use towpath_tables::clock;
 use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
-use towpath_tables::record::{Config, CpuStats, Flow, FlowLine, Group, Line, Nexthop, Port, VlanTable, port_flags};
+use towpath_tables::record::{
+    Config, CpuMappings, CpuStats, Flow, FlowLine, Group, Line, MappingSet, Nexthop, Port, VlanTable, port_flags,
+};
 
 /// Mapped tables, and what their reader may do.
 #[derive(Clone, Copy)]
@@ -100,6 +102,15 @@ impl Tables for Mapped<'_> {
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {
         self.counters?;
         self.view.stats().as_chunks().0.get(cpu as usize)
+    }
+    #[inline(always)]
+    fn mapping_set(&self, index: u32) -> Option<&MappingSet> {
+        self.view.mapping_sets().get(index as usize)
+    }
+    #[inline(always)]
+    fn mapping_stats(&self, cpu: u32) -> Option<&CpuMappings> {
+        self.counters?;
+        self.view.mapping_stats().as_chunks().0.get(cpu as usize)
     }
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {

@@ -89,17 +89,36 @@ impl<'t> Hop<'t> {
     pub(crate) fn check(&self) -> Result<(), Reason> {
         const FORWARD: u32 = NexthopKind::Forward as u32;
         const EXCEPTION: u32 = NexthopKind::Exception as u32;
+        const MAPPED: u32 = NexthopKind::Mapped as u32;
         // Which of the two it is matters later; a verifier that knew it now would look at what is between twice.
         const EITHER: u32 = !(FORWARD ^ NexthopKind::Tunnel as u32) & 0xff;
         const _: () =
             assert!(EXCEPTION & EITHER != FORWARD & EITHER && NexthopKind::Free as u32 & EITHER != FORWARD & EITHER);
+        const _: () = assert!(MAPPED & EITHER != FORWARD & EITHER);
         if self.state & EITHER == FORWARD & EITHER {
             return Ok(());
         }
         match self.state & 0xff {
+            MAPPED => Err(Reason::Mapped),
             EXCEPTION => Err(Reason::from_index((self.state >> 8) as u8).unwrap_or(Reason::Internal)),
             _ => Err(Reason::Internal),
         }
+    }
+
+    /// Whether packets to it leave by a port with mappings
+    #[inline(always)]
+    pub(crate) fn is_mapped(&self) -> bool {
+        self.state & 0xff == NexthopKind::Mapped as u32
+    }
+
+    /// As `check`, where mappings are looked at and packets go into no tunnel.
+    #[inline(always)]
+    pub(crate) fn check_mapped(&self) -> Result<(), Reason> {
+        if self.is_mapped() {
+            return Ok(());
+        }
+        self.check()?;
+        if self.is_tunnel() { Err(Reason::Tunnel) } else { Ok(()) }
     }
 
     /// Whether frames can be handed to the interface that transmits to it.

@@ -7,7 +7,8 @@ use towpath_tables::flow::{FlowRead, line_at};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{
-    Config, CpuStats, Flow, FlowLine, Group, Line, Nexthop, Port, PortStats, Root, VlanTable, port_flags,
+    Config, CpuMappings, CpuStats, Flow, FlowLine, Group, Line, MappingCounters, MappingSet, Nexthop, Port, PortStats,
+    Root, VlanTable, port_flags,
 };
 
 /// The tables that the packet path reads, and the counters of all CPUs.
@@ -31,6 +32,10 @@ pub struct Slices<'t> {
     pub flows: &'t [Flow],
     /// Their index
     pub flow_lines: &'t [FlowLine],
+    /// Sets of mappings
+    pub mapping_sets: &'t [MappingSet],
+    /// Their counters: `cpu * MAPPINGS + mapping`
+    pub mapping_stats: &'t [MappingCounters],
     /// Counters: `cpu * PORT_SLOTS + slot`
     pub stats: &'t [PortStats],
     /// Whose counters to write
@@ -115,6 +120,14 @@ impl Tables for Slices<'_> {
     #[inline(always)]
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {
         self.stats.as_chunks().0.get(cpu as usize)
+    }
+    #[inline(always)]
+    fn mapping_set(&self, index: u32) -> Option<&MappingSet> {
+        self.mapping_sets.get(index as usize)
+    }
+    #[inline(always)]
+    fn mapping_stats(&self, cpu: u32) -> Option<&CpuMappings> {
+        self.mapping_stats.as_chunks().0.get(cpu as usize)
     }
     #[inline(always)]
     fn transmitter(&self, slot: u32) -> bool {

@@ -83,7 +83,9 @@ enum Way {
 fn way_back<T: Tables>(tables: &T, index: u32) -> Result<Way, Reason> {
     let hop = tables.nexthop(index).ok_or(Reason::Internal)?;
     let (state, port) = read(hop).ok_or(Reason::TableBusy)?;
-    if state & 0xff == NexthopKind::Forward as u32 || state & 0xff == NexthopKind::Tunnel as u32 {
+    const UNICAST: [u32; 3] =
+        [NexthopKind::Forward as u32, NexthopKind::Tunnel as u32, NexthopKind::Mapped as u32];
+    if UNICAST.contains(&(state & 0xff)) {
         return Ok(Way::Unicast(port));
     }
     Ok(match Reason::from_index((state >> 8) as u8) {

@@ -8,7 +8,8 @@ use crate::brake::Brake;
 use crate::lpm::LpmRead;
 use crate::order;
 use crate::record::{
-    Config, FLOW_PLACES, Flow, FlowLine, Group, Line, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable,
+    Config, FLOW_PLACES, Flow, FlowLine, Group, Line, MAPPINGS, MappingCounters, MappingSet, Nexthop, NexthopKey, Port,
+    PortStats, Root, TableId, VlanTable,
 };
 
 /// Alignment of every table: one cache line, which no record exceeds.
@@ -56,6 +57,8 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::NexthopKeys, 1024)
         .with(TableId::Groups, 64)
         .with(TableId::Stats, cpus * PORTS)
+        .with(TableId::Mappings, 2)
+        .with(TableId::MappingStats, cpus * MAPPINGS)
         .with_flows(FLOWS)
 }
 
@@ -177,6 +180,10 @@ impl<'a> View<'a> {
         flows: Flow = Flows;
         /// Their index
         flow_lines: FlowLine = FlowLines;
+        /// Sets of mappings
+        mapping_sets: MappingSet = Mappings;
+        /// Their counters
+        mapping_stats: MappingCounters = MappingStats;
     }
 
     #[inline(always)]

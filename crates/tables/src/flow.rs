@@ -144,7 +144,7 @@ impl<const WORDS: usize> Key<WORDS> {
 
 /// One round: a product by an odd constant, its upper half folded into the lower.
 #[inline(always)]
-fn mix(hash: u64, word: u64) -> u64 {
+pub(crate) fn mix(hash: u64, word: u64) -> u64 {
     let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     product ^ product >> 32
 }

@@ -21,6 +21,9 @@ pub mod flows;
 pub mod grace;
 pub mod layout;
 pub mod lpm;
+pub mod mapping;
+#[cfg(feature = "std")]
+pub mod mappings;
 pub mod mark;
 #[cfg(feature = "std")]
 pub mod mix;

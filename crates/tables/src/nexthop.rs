@@ -28,6 +28,22 @@ impl Header {
         Some(Self { bytes, tags: tags.len() as u8 })
     }
 
+    fn words(&self) -> [u64; 3] {
+        let mut words = [0; 3];
+        for (word, bytes) in words.iter_mut().zip(self.bytes.as_chunks().0) {
+            *word = u64::from_ne_bytes(*bytes);
+        }
+        words
+    }
+
+    fn of_words(words: [u64; 3], tags: u8) -> Self {
+        let mut bytes = [0; 24];
+        for (part, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+            *part = word.to_ne_bytes();
+        }
+        Self { bytes, tags }
+    }
+
     /// The header without its EtherType: 12, 16 or 20 bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..12 + 4 * usize::from(self.tags)]
@@ -39,6 +55,8 @@ impl Header {
 pub enum Action {
     /// Sent with this header
     Forward(Header),
+    /// As `Forward`, by a port with mappings
+    Mapped(Header),
     /// Put into the tunnel that the port is
     Tunnel,
     /// Handed to Linux
@@ -68,13 +86,8 @@ impl NexthopValue {
         match self.action {
             Action::Exception(reason) => (NexthopKind::Exception as u32 | (reason as u32) << 8, [0; 3]),
             Action::Tunnel => (NexthopKind::Tunnel as u32, [0; 3]),
-            Action::Forward(header) => {
-                let mut words = [0; 3];
-                for (word, bytes) in words.iter_mut().zip(header.bytes.as_chunks().0) {
-                    *word = u64::from_ne_bytes(*bytes);
-                }
-                (NexthopKind::Forward as u32 | u32::from(header.tags) << 16, words)
-            }
+            Action::Forward(header) => (NexthopKind::Forward as u32 | u32::from(header.tags) << 16, header.words()),
+            Action::Mapped(header) => (NexthopKind::Mapped as u32 | u32::from(header.tags) << 16, header.words()),
         }
     }
 
@@ -82,15 +95,11 @@ impl NexthopValue {
         const FORWARD: u8 = NexthopKind::Forward as u8;
         const EXCEPTION: u8 = NexthopKind::Exception as u8;
         const TUNNEL: u8 = NexthopKind::Tunnel as u8;
+        const MAPPED: u8 = NexthopKind::Mapped as u8;
         let [kind, reason, tags, _] = state.to_le_bytes();
         match kind {
-            FORWARD if tags <= 2 => {
-                let mut bytes = [0; 24];
-                for (part, word) in bytes.as_chunks_mut().0.iter_mut().zip(l2) {
-                    *part = word.to_ne_bytes();
-                }
-                Some(Action::Forward(Header { bytes, tags }))
-            }
+            FORWARD if tags <= 2 => Some(Action::Forward(Header::of_words(l2, tags))),
+            MAPPED if tags <= 2 => Some(Action::Mapped(Header::of_words(l2, tags))),
             EXCEPTION => Reason::from_index(reason).map(Action::Exception),
             TUNNEL => Some(Action::Tunnel),
             _ => None,

@@ -78,6 +78,7 @@ reasons! {
     FlowWaiting = 40, "flow-waiting", "Linux has not accepted a packet of this connection, direction and way since the rules changed";
     FlowClosing = 41, "flow-closing", "TCP FIN, RST or SYN of a connection, or a packet after its FIN or RST";
     FlowUnwatched = 42, "flow-unwatched", "nobody has looked at Linux's rules for seconds: towpath has died or is stopped";
+    Mapped = 43, "mapped", "a port with mappings (towpath nat) is on the packet's way, and it is one that is translated in Linux (an ICMP error, …)";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

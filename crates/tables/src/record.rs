@@ -48,8 +48,10 @@ pub struct Config {
     pub flow_seed: W32,
     /// Even: packets of flows pass that were accepted in this generation. Odd: none passes, and none is accepted
     pub flow_generation: W32,
+    /// The set of mappings in force: 1 + its index, or 0 if there is none
+    pub mappings: W32,
     /// Reserved, zero
-    pub reserved: [W32; 3],
+    pub reserved: [W32; 2],
     /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
     /// that a source is not one of ours; a set bit sends the packet to the exact check.
     pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],
@@ -371,6 +373,8 @@ pub enum NexthopKind {
     Exception = 2,
     /// Put it into the tunnel that `port` is
     Tunnel = 3,
+    /// As `Forward`, by a port with mappings
+    Mapped = 4,
 }
 
 /// One next hop. Changed in place under `sequence`: odd while a change is under way.
@@ -474,6 +478,62 @@ pub struct FlowLine {
 }
 const _: () = assert!(size_of::<FlowLine>() == 64);
 
+/// Mappings at most.
+pub const MAPPINGS: usize = 1024;
+/// Places of the index of mappings; each mapping has two.
+pub const MAPPING_PLACES: usize = 8 * MAPPINGS;
+/// Longest chain of places looked at to find a mapping.
+pub const MAPPING_PROBES: usize = 4;
+/// Different prefix lengths of the mappings of a port and family at most.
+pub const MAPPING_LENGTHS: usize = 8;
+
+/// Addresses inside that are others outside, beyond a port. Immutable while its set is in force.
+#[repr(C)]
+pub struct Mapping {
+    /// Slot of the port in bits 0..8, family in bits 8..16, prefix length in bits 16..24, and bit 31; 0 if not in use
+    pub kind: W32,
+    /// Reserved, zero
+    pub reserved: W32,
+    /// First address inside, and outside, as on the wire; IPv4 in the first half of the first word
+    pub addresses: [[W64; 2]; 2],
+    /// Reserved, zero
+    pub rest: [W64; 3],
+}
+const _: () = assert!(size_of::<Mapping>() == 64);
+
+/// All mappings, as they are in force at once. There are two sets: one is in force, the other can be written.
+#[repr(C, align(64))]
+pub struct MappingSet {
+    /// Seed of the index
+    pub seed: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 15],
+    /// By slot and family: 1 + each prefix length that there is, a byte each, the longest in the lowest byte
+    pub lengths: [[W64; 2]; PORT_SLOTS as usize],
+    /// 0 or 1 + a mapping's index: `mapping::place` says where
+    pub places: [W32; MAPPING_PLACES],
+    /// The mappings
+    pub mappings: [Mapping; MAPPINGS],
+}
+
+/// Counters of a mapping on one CPU, written by that CPU only: for what leaves by its port, and for what comes in. Index in
+/// the table: `cpu * MAPPINGS + mapping`.
+#[repr(C, align(64))]
+pub struct MappingCounters {
+    /// Packets translated
+    pub packets: [W64; 2],
+    /// Their bytes, from the IP header on
+    pub bytes: [W64; 2],
+    /// Packets dropped, since they could not be translated as a whole
+    pub dropped: [W64; 2],
+    /// Reserved, zero
+    pub reserved: [W64; 2],
+}
+const _: () = assert!(size_of::<MappingCounters>() == 64);
+
+/// The counters of one CPU, by mapping.
+pub type CpuMappings = [MappingCounters; MAPPINGS];
+
 /// Counters of one port on one CPU, written by that CPU only. Index in the table: `cpu * port slots + slot`.
 #[repr(C, align(64))]
 pub struct PortStats {
@@ -526,11 +586,15 @@ pub enum TableId {
     Flows = 9,
     /// `FlowLine`; their number is a power of two
     FlowLines = 10,
+    /// `MappingSet`, two elements
+    Mappings = 11,
+    /// `MappingCounters`
+    MappingStats = 12,
 }
 
 impl TableId {
     /// Every table.
-    pub const ALL: [TableId; 11] = [
+    pub const ALL: [TableId; 13] = [
         TableId::Config,
         TableId::Ports,
         TableId::Vlans,
@@ -542,6 +606,8 @@ impl TableId {
         TableId::Stats,
         TableId::Flows,
         TableId::FlowLines,
+        TableId::Mappings,
+        TableId::MappingStats,
     ];
 
     /// Name of the BPF map and of its pin.
@@ -558,6 +624,8 @@ impl TableId {
             TableId::Stats => "stats",
             TableId::Flows => "flows",
             TableId::FlowLines => "flow_lines",
+            TableId::Mappings => "mappings",
+            TableId::MappingStats => "mapping_stats",
         }
     }
 
@@ -575,6 +643,8 @@ impl TableId {
             TableId::Stats => ".bss.stats",
             TableId::Flows => ".bss.flows",
             TableId::FlowLines => ".bss.flow_lines",
+            TableId::Mappings => ".bss.mappings",
+            TableId::MappingStats => ".bss.mapping_stats",
         }
     }
 
@@ -603,6 +673,8 @@ impl TableId {
             TableId::Stats => size_of::<PortStats>(),
             TableId::Flows => size_of::<Flow>(),
             TableId::FlowLines => size_of::<FlowLine>(),
+            TableId::Mappings => size_of::<MappingSet>(),
+            TableId::MappingStats => size_of::<MappingCounters>(),
         }
     }
 }

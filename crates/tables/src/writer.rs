@@ -13,6 +13,7 @@ use crate::flows::{self, FlowTotals, FlowView, Flows, Full};
 use crate::grace::Grace;
 use crate::layout::layout_hash;
 use crate::lpm::Leaf;
+use crate::mappings::{self, MappingValue, TooMany};
 use crate::nexthop::{NexthopIdentity, NexthopValue};
 use crate::order;
 use crate::policy::Obstacle;
@@ -332,6 +333,25 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// Number of flows.
     pub fn flow_count(&self) -> usize {
         self.flows.count()
+    }
+
+    // ---- mappings
+
+    /// Puts these mappings into force, by their numbers, in place of all others: at once, for every packet. Nothing changes
+    /// if they cannot be.
+    pub fn set_mappings(&mut self, all: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
+        mappings::check(all)?;
+        if *all == self.mappings() {
+            return Ok(());
+        }
+        // Until then somebody may look at the set that was in force before this one.
+        self.store.wait();
+        mappings::publish(&self.view(), all)
+    }
+
+    /// The mappings in force, by number.
+    pub fn mappings(&self) -> BTreeMap<u32, MappingValue> {
+        mappings::read(&self.view())
     }
 
     // ---- ports
@@ -706,6 +726,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
                 TableId::Config => 1,
                 TableId::Flows => self.flows.count(),
                 TableId::FlowLines => (2 * self.flows.count()).div_ceil(FLOW_PLACES),
+                TableId::Mappings => usize::from(view.config().mappings.load() != 0),
+                TableId::MappingStats => self.mappings().len() * (elements / MAPPINGS),
                 TableId::Ports => self.ports().count(),
                 TableId::Stats => self.ports().count() * (elements / view.ports().len().max(1)),
                 _ => self.store.used(table).unwrap_or(0),

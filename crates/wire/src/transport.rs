@@ -13,6 +13,10 @@ pub mod protocol {
     pub const TCP: u8 = 6;
     /// UDP
     pub const UDP: u8 = 17;
+    /// Datagram congestion control protocol
+    pub const DCCP: u8 = 33;
+    /// IPv6 routing header
+    pub const ROUTING: u8 = 43;
     /// Generic routing encapsulation
     pub const GRE: u8 = 47;
     /// IPv6 fragment header
@@ -23,10 +27,16 @@ pub mod protocol {
     pub const ICMPV6: u8 = 58;
     /// IPv6: nothing follows
     pub const NO_NEXT: u8 = 59;
+    /// IPv6 destination options
+    pub const DESTINATION_OPTIONS: u8 = 60;
     /// OSPF
     pub const OSPF: u8 = 89;
     /// SCTP
     pub const SCTP: u8 = 132;
+    /// IPv6 mobility header
+    pub const MOBILITY: u8 = 135;
+    /// UDP-Lite
+    pub const UDP_LITE: u8 = 136;
 }
 
 view! {

@@ -77,6 +77,8 @@ pub struct World {
     stats: Vec<PortStats>,
     flows: Vec<Flow>,
     flow_lines: Vec<FlowLine>,
+    mapping_sets: Vec<MappingSet>,
+    mapping_stats: Vec<MappingCounters>,
     routes: BTreeMap<(u32, Vec<u8>), [u32; 256]>,
 }
 
@@ -120,6 +122,8 @@ impl World {
             stats: zeroed(PORT_SLOTS as usize),
             flows: zeroed(4),
             flow_lines: zeroed(4),
+            mapping_sets: zeroed(2),
+            mapping_stats: zeroed(MAPPINGS),
             routes: BTreeMap::new(),
         };
         for (slot, lower, vlan) in [
@@ -366,6 +370,8 @@ impl World {
             stats: &self.stats,
             flows: &self.flows,
             flow_lines: &self.flow_lines,
+            mapping_sets: &self.mapping_sets,
+            mapping_stats: &self.mapping_stats,
             cpu: 0,
             transmitters: SlotSet::ALL,
         }
@@ -385,6 +391,8 @@ impl World {
             TableId::Stats => bytes(&self.stats),
             TableId::Flows => bytes(&self.flows),
             TableId::FlowLines => bytes(&self.flow_lines),
+            TableId::Mappings => bytes(&self.mapping_sets),
+            TableId::MappingStats => bytes(&self.mapping_stats),
         }
     }
 

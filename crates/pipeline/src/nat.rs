@@ -1,0 +1,514 @@
+//! Mappings of addresses (`towpath nat`): static translation at a port, as if it happened on the wire outside of it. What
+//! leaves by the port with a source inside has a source outside; what comes in with a destination outside has one inside.
+//!
+//! Packets that go fast are translated where they are rewritten (`forward`). What Linux receives and transmits by the port is
+//! translated by tc programs on it (`translate`), which know everything: ICMP errors with the packets that they quote,
+//! fragments, options and extension headers. So what a mapping names is translated whichever way it goes, and an exception
+//! is still the packet as it arrived.
+
+use crate::network::{Network, Part};
+use crate::rewrite::fit;
+use crate::route::{check_packet, find_hop};
+use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
+use towpath_tables::Reason;
+use towpath_tables::mapping::{Found, Way, Words};
+use towpath_tables::opaque;
+use towpath_tables::record::{Family, MAPPINGS};
+use towpath_wire::ipv4::Ipv4;
+use towpath_wire::ipv6::Ipv6;
+use towpath_wire::link::{DoubleTagged, Link, Tagged, Untagged};
+use towpath_wire::transport::{Icmp, protocol};
+use towpath_wire::{Change, View, ethernet};
+use zerocopy::native_endian::U16;
+
+/// One of a header's addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// Source
+    Source,
+    /// Destination
+    Destination,
+}
+
+impl End {
+    /// The address that is translated on this way.
+    #[inline(always)]
+    const fn of(way: Way) -> Self {
+        match way {
+            Way::Out => Self::Source,
+            Way::In => Self::Destination,
+        }
+    }
+
+    /// The same in a packet that an ICMP error quotes: it went the other way.
+    #[inline(always)]
+    const fn quoted(way: Way) -> Self {
+        match way {
+            Way::Out => Self::Destination,
+            Way::In => Self::Source,
+        }
+    }
+}
+
+/// A header with addresses that can be exchanged.
+trait Addressed: Network + Copy {
+    fn address(&self, end: End) -> Words;
+    fn set_address(&mut self, end: End, address: Words);
+    /// Brings the header's own checksum up to date, if it has one.
+    fn follow(&mut self, change: Change);
+    /// The header's checksum, if it has one, else 0
+    fn checksum(&self) -> u16;
+    /// Length of the header with its options; None if it is none of this family
+    fn header_len(&self) -> Option<usize>;
+    /// Length of the packet as it says
+    fn said_len(&self) -> usize;
+    /// Where the transport header of the packet at `offset` is
+    fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport;
+}
+
+/// Translates one of a header's addresses, if there is a mapping for it.
+#[inline(always)]
+fn exchange<N: Addressed, T: Tables>(
+    tables: &T,
+    header: &mut N,
+    slot: u32,
+    way: Way,
+    end: End,
+) -> Option<(Found, Change)> {
+    let old = header.address(end);
+    let found = tables.find_mapping(slot, way, N::FAMILY, old)?;
+    let new = tables.mapping(found)?.apply(way, old);
+    let change = Change::default().double_word(old[0], new[0]).double_word(old[1], new[1]);
+    header.set_address(end, new);
+    header.follow(change);
+    Some((found, change))
+}
+
+// ---- what goes fast
+
+/// Goes on with a packet that comes in or leaves by a port with mappings: the slot of the interface that transmits it.
+#[inline(always)]
+pub fn forward<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    candidate: Candidate,
+) -> Result<u32, Reason> {
+    match candidate.family {
+        Family::V4 => forward_packet::<Ipv4, F, T>(frame, tables, entry, candidate.offset),
+        Family::V6 => forward_packet::<Ipv6, F, T>(frame, tables, entry, candidate.offset),
+    }
+}
+
+#[inline(always)]
+fn forward_packet<N: Addressed, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    offset: usize,
+) -> Result<u32, Reason> {
+    let (parsed, mut header, covered) = parse::<N, F>(frame, entry, offset)?;
+    let inward = exchange(tables, &mut header, entry.slot, Way::In, End::of(Way::In));
+    header.check_scopes(entry.flags)?;
+    let root = entry.port.root[N::FAMILY as usize].load();
+    let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
+    let hop = find_hop(frame, tables, &header, &parsed, word)?;
+    hop.check_mapped()?;
+    check_packet(tables, entry, &header, &parsed, &hop)?;
+    hop.check_device(tables, &parsed)?;
+    let outward = match hop.is_mapped() {
+        true => exchange(tables, &mut header, hop.port, Way::Out, End::of(Way::Out)),
+        false => None,
+    };
+    header.decrement();
+    let changes = [inward, outward].map(|one| one.map_or(Change::default(), |(_, change)| change));
+    let change = changes[0].and(changes[1]);
+    match hop.tags() {
+        0 => write::<Untagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
+        1 => write::<Tagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
+        2 => write::<DoubleTagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
+        _ => return Err(Reason::Internal),
+    }
+    if tables.counts() {
+        hop.mark_hit();
+        for (way, found) in [(Way::Out, outward), (Way::In, inward)] {
+            if let Some((found, _)) = found {
+                count(tables, found, way, 1, parsed.packet_len as u64);
+            }
+        }
+    }
+    count_forward(tables, entry.slot, &parsed, &hop);
+    Ok(hop.device)
+}
+
+/// Checks the headers as far as they can be checked by themselves: the packet, its header, and the place (from the header's
+/// end) of a checksum that covers the addresses.
+#[inline(always)]
+fn parse<N: Addressed, F: Frame>(frame: &F, entry: &Entry, offset: usize) -> Result<(Parsed, N, Option<Covered>), Reason> {
+    let header = *frame.get::<N>(offset).ok_or(Reason::Truncated)?;
+    let frame_len = frame.total_len();
+    let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
+    if header.part() != Part::Whole {
+        return Err(Reason::Fragment);
+    }
+    let at = offset + size_of::<N>();
+    let proto = header.protocol();
+    if proto == N::ICMP && N::icmp_quotes(frame.get::<Icmp>(at).ok_or(Reason::Truncated)?.kind) {
+        return Err(Reason::Mapped);
+    }
+    if N::FAMILY as usize == Family::V6 as usize && is_extension(proto) {
+        return Err(Reason::ExtensionHeader);
+    }
+    let covered = Covered::of::<N>(proto);
+    if let Some(Covered { place, .. }) = covered
+        && packet_len < size_of::<N>() + place + size_of::<U16>()
+    {
+        return Err(Reason::Truncated);
+    }
+    if entry.may_be_partial() {
+        partial::check(frame, &header, offset, packet_len)?;
+    }
+    let several = frame_len != frame.first_len();
+    Ok((Parsed { family: N::FAMILY, offset, packet_len, frame_len, several }, header, covered))
+}
+
+#[inline(always)]
+fn write<L: Link, N: Addressed, F: Frame>(
+    frame: &mut F,
+    parsed: &Parsed,
+    hop: &Hop,
+    header: N,
+    covered: Option<Covered>,
+    change: Change,
+) -> Result<(), Reason> {
+    let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
+    if let Some(Covered { place, .. }) = covered {
+        frame.get::<U16>(parsed.offset + size_of::<N>() + place).ok_or(Reason::Truncated)?;
+    }
+    fit(frame, parsed, size_of::<L>())?;
+    if let Some(Covered { place, zero_is_none }) = covered {
+        let checksum = frame.get_mut::<U16>(size_of::<L>() + size_of::<N>() + place).ok_or(Reason::Internal)?;
+        checksum.set(changed(checksum.get(), change, zero_is_none));
+    }
+    *frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)? = header;
+    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
+    Ok(())
+}
+
+/// A checksum that covers the addresses of the IP header.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Covered {
+    /// Where it is in the transport header
+    place: usize,
+    /// There is none if it is 0
+    zero_is_none: bool,
+}
+
+impl Covered {
+    /// Of a protocol: TCP, UDP, UDP-Lite, DCCP and ICMPv6 have one (RFC 9293, 768, 3828, 4340, 4443).
+    #[inline(always)]
+    fn of<N: Network>(proto: u8) -> Option<Self> {
+        let place = match proto {
+            protocol::TCP => 16,
+            protocol::UDP | protocol::UDP_LITE | protocol::DCCP => 6,
+            protocol::ICMPV6 if N::FAMILY as usize == Family::V6 as usize => 2,
+            _ => return None,
+        };
+        Some(Self { place, zero_is_none: proto == protocol::UDP })
+    }
+}
+
+/// What becomes of a checksum.
+#[inline(always)]
+fn changed(checksum: u16, change: Change, zero_is_none: bool) -> u16 {
+    if !zero_is_none {
+        return change.apply(checksum);
+    }
+    match (checksum, change.apply(checksum)) {
+        (0, _) => 0,
+        (_, 0) => 0xffff,
+        (_, changed) => changed,
+    }
+}
+
+#[inline(always)]
+fn is_extension(proto: u8) -> bool {
+    use protocol::*;
+    matches!(proto, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS | MOBILITY)
+}
+
+/// Counts translated packets.
+#[inline(always)]
+fn count<T: Tables>(tables: &T, found: Found, way: Way, packets: u64, bytes: u64) {
+    if let Some(all) = tables.mapping_stats(tables.cpu()) {
+        let counters = &all[opaque(found.mapping()) % MAPPINGS];
+        counters.packets[way as usize].add(packets);
+        counters.bytes[way as usize].add(bytes);
+    }
+}
+
+#[inline(always)]
+fn count_dropped<T: Tables>(tables: &T, found: Found, way: Way) {
+    if let Some(all) = tables.mapping_stats(tables.cpu()) {
+        all[opaque(found.mapping()) % MAPPINGS].dropped[way as usize].add(1);
+    }
+}
+
+// ---- what Linux receives and transmits
+
+/// A packet that Linux has received by an interface, or is to transmit by one. Offsets count from its IP header.
+pub trait Passing {
+    /// The bytes there; None if there are not so many.
+    fn load<T: View>(&self, offset: usize) -> Option<T>;
+    /// Puts other bytes there; false if that could not be done.
+    fn store<T: View>(&mut self, offset: usize, bytes: &T) -> bool;
+    /// Brings a transport checksum up to date after a change of addresses that it covers, whether it is complete or left to
+    /// a device; `zero_is_none`: there is none if it is 0. False if it could not be done.
+    fn cover(&mut self, offset: usize, change: Change, zero_is_none: bool) -> bool;
+    /// The EtherType of the packet, behind all tags
+    fn ethertype(&self) -> u16;
+    /// Index of the interface
+    fn interface(&self) -> u32;
+    /// Packets that this is made of
+    fn segments(&self) -> u64;
+}
+
+/// What becomes of a packet of Linux's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
+    /// It goes on
+    Pass,
+    /// It cannot be translated as a whole
+    Drop,
+}
+
+/// Where a packet's transport header is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Transport {
+    /// The protocol, and where its header begins
+    At(u8, usize),
+    /// In another fragment
+    Elsewhere,
+    /// Behind more extension headers than are looked at
+    Unknown,
+}
+
+/// Translates a packet that passes an interface, if there are mappings for it.
+#[inline(always)]
+pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) -> Fate {
+    let Some(slot) = crate::accept::slot_of(tables, packet.interface()) else { return Fate::Pass };
+    match packet.ethertype() {
+        ethernet::IPV4 => translate_packet::<Ipv4, P, T>(packet, tables, slot, way),
+        ethernet::IPV6 => translate_packet::<Ipv6, P, T>(packet, tables, slot, way),
+        _ => Fate::Pass,
+    }
+}
+
+#[inline(always)]
+fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables: &T, slot: u32, way: Way) -> Fate {
+    let Some(mut header) = packet.load::<N>(0).filter(|header| header.header_len().is_some()) else { return Fate::Pass };
+    let bytes = header.said_len() as u64;
+    let transport = header.transport(packet, 0);
+    let outer = exchange(tables, &mut header, slot, way, End::of(way));
+    let quoted = match transport {
+        Transport::At(proto, at) if proto == N::ICMP => quote::<N, P, T>(packet, tables, slot, way, at),
+        _ => None,
+    };
+    let Some(found) = outer.or(quoted.map(|quote| (quote.found, quote.addresses))).map(|(found, _)| found) else {
+        return Fate::Pass;
+    };
+    let done = outer.is_none_or(|(_, change)| write_outer(packet, &header, transport, change))
+        && quoted.is_none_or(|quote| write_quoted(packet, &quote));
+    if !done {
+        count_dropped(tables, found, way);
+        return Fate::Drop;
+    }
+    count(tables, found, way, packet.segments(), bytes);
+    Fate::Pass
+}
+
+#[inline(always)]
+fn write_outer<N: Addressed, P: Passing>(packet: &mut P, header: &N, transport: Transport, change: Change) -> bool {
+    let covered = match transport {
+        Transport::At(proto, at) => Covered::of::<N>(proto).map(|covered| (at, covered)),
+        Transport::Elsewhere => None,
+        Transport::Unknown => return false,
+    };
+    if let Some((at, Covered { place, zero_is_none })) = covered
+        && packet.load::<U16>(at + place).is_some()
+        && !packet.cover(at + place, change, zero_is_none)
+    {
+        return false;
+    }
+    packet.store(0, header)
+}
+
+/// What an ICMP error quotes, translated.
+#[derive(Clone, Copy)]
+struct Quote<N> {
+    found: Found,
+    /// Where the ICMP header is
+    icmp: usize,
+    header: N,
+    /// How its addresses change
+    addresses: Change,
+    /// How all of it changes but for its transport checksum
+    change: Change,
+    /// That checksum, if it is quoted
+    covered: Option<(usize, bool)>,
+}
+
+#[inline(always)]
+fn quote<N: Addressed, P: Passing, T: Tables>(
+    packet: &P,
+    tables: &T,
+    slot: u32,
+    way: Way,
+    icmp: usize,
+) -> Option<Quote<N>> {
+    if !N::icmp_quotes(packet.load::<Icmp>(icmp)?.kind) {
+        return None;
+    }
+    let offset = icmp + size_of::<Icmp>();
+    let before = packet.load::<N>(offset)?;
+    before.header_len()?;
+    let mut header = before;
+    let (found, addresses) = exchange(tables, &mut header, slot, way, End::quoted(way))?;
+    let covered = match before.transport(packet, offset) {
+        Transport::At(proto, at) => Covered::of::<N>(proto).map(|covered| (at + covered.place, covered.zero_is_none)),
+        Transport::Elsewhere | Transport::Unknown => None,
+    };
+    let change = addresses.word(before.checksum().into(), header.checksum().into());
+    Some(Quote { found, icmp, header, addresses, change, covered })
+}
+
+/// The quoted header, its transport's checksum, and the ICMP checksum over both.
+#[inline(always)]
+fn write_quoted<N: Addressed, P: Passing>(packet: &mut P, quote: &Quote<N>) -> bool {
+    let mut change = quote.change;
+    if let Some((at, zero_is_none)) = quote.covered
+        && let Some(old) = packet.load::<U16>(at)
+    {
+        let new = changed(old.get(), quote.addresses, zero_is_none);
+        change = change.word(old.get().into(), new.into());
+        if !packet.store(at, &U16::new(new)) {
+            return false;
+        }
+    }
+    if !packet.store(quote.icmp + size_of::<Icmp>(), &quote.header) {
+        return false;
+    }
+    let Some(mut icmp) = packet.load::<Icmp>(quote.icmp) else { return false };
+    icmp.checksum.set(change.apply(icmp.checksum.get()));
+    packet.store(quote.icmp, &icmp)
+}
+
+impl Addressed for Ipv4 {
+    #[inline(always)]
+    fn address(&self, end: End) -> Words {
+        let address = match end {
+            End::Source => self.source,
+            End::Destination => self.destination,
+        };
+        let words: [u8; 8] = zerocopy::transmute!([address, [0; 4]]);
+        [u64::from_ne_bytes(words), 0]
+    }
+
+    #[inline(always)]
+    fn set_address(&mut self, end: End, [address, _]: Words) {
+        let [address, _]: [[u8; 4]; 2] = zerocopy::transmute!(address);
+        match end {
+            End::Source => self.source = address,
+            End::Destination => self.destination = address,
+        }
+    }
+
+    #[inline(always)]
+    fn follow(&mut self, change: Change) {
+        self.checksum.set(change.apply(self.checksum.get()));
+    }
+
+    #[inline(always)]
+    fn checksum(&self) -> u16 {
+        self.checksum.get()
+    }
+
+    #[inline(always)]
+    fn header_len(&self) -> Option<usize> {
+        let len = usize::from(self.version_ihl & 15) * 4;
+        (self.version_ihl >> 4 == 4 && len >= size_of::<Self>()).then_some(len)
+    }
+
+    #[inline(always)]
+    fn said_len(&self) -> usize {
+        self.total_len.get().into()
+    }
+
+    #[inline(always)]
+    fn transport<P: Passing>(&self, _packet: &P, offset: usize) -> Transport {
+        match self.fragment.get() & Ipv4::OFFSET {
+            0 => Transport::At(self.protocol, offset + usize::from(self.version_ihl & 15) * 4),
+            _ => Transport::Elsewhere,
+        }
+    }
+}
+
+/// Extension headers of a packet that are looked at.
+const EXTENSIONS: usize = 6;
+
+impl Addressed for Ipv6 {
+    #[inline(always)]
+    fn address(&self, end: End) -> Words {
+        match end {
+            End::Source => zerocopy::transmute!(self.source),
+            End::Destination => zerocopy::transmute!(self.destination),
+        }
+    }
+
+    #[inline(always)]
+    fn set_address(&mut self, end: End, address: Words) {
+        match end {
+            End::Source => self.source = zerocopy::transmute!(address),
+            End::Destination => self.destination = zerocopy::transmute!(address),
+        }
+    }
+
+    #[inline(always)]
+    fn follow(&mut self, _: Change) {}
+
+    #[inline(always)]
+    fn checksum(&self) -> u16 {
+        0
+    }
+
+    #[inline(always)]
+    fn header_len(&self) -> Option<usize> {
+        (self.version() == 6).then_some(size_of::<Self>())
+    }
+
+    #[inline(always)]
+    fn said_len(&self) -> usize {
+        size_of::<Self>() + usize::from(self.payload_len.get())
+    }
+
+    #[inline(always)]
+    fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport {
+        let (mut proto, mut at) = (self.next_header, offset + size_of::<Self>());
+        for _ in 0..EXTENSIONS {
+            if !is_extension(proto) {
+                return Transport::At(proto, at);
+            }
+            let Some([next, len, high, low]) = packet.load::<[u8; 4]>(at) else { return Transport::Elsewhere };
+            if proto == protocol::FRAGMENT {
+                if u16::from_be_bytes([high, low]) >> 3 != 0 {
+                    return Transport::Elsewhere;
+                }
+                at += 8;
+            } else {
+                at += (usize::from(len) + 1) * 8;
+            }
+            proto = next;
+        }
+        Transport::Unknown
+    }
+}

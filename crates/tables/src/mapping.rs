@@ -1,0 +1,132 @@
+//! Mappings of addresses (`towpath nat`): how a packet's mapping is found, and what it makes of an address.
+//!
+//! A mapping belongs to a port. What leaves by the port with a source inside has the source outside that is at the same
+//! distance from the prefix's first address; what comes in by it with a destination outside has that destination inside.
+
+use crate::flow::mix;
+use crate::opaque;
+use crate::order;
+use crate::record::{Config, Family, MAPPING_LENGTHS, MAPPING_PLACES, MAPPING_PROBES, MAPPINGS, Mapping, MappingSet};
+use crate::record::PORT_SLOTS;
+
+/// An address as on the wire: IPv4 in the first half of the first word.
+pub type Words = [u64; 2];
+
+/// Which way a packet passes the port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub enum Way {
+    /// It leaves: what is inside becomes what is outside
+    Out = 0,
+    /// It comes in
+    In = 1,
+}
+
+impl Way {
+    #[inline(always)]
+    const fn other(self) -> Self {
+        match self {
+            Self::Out => Self::In,
+            Self::In => Self::Out,
+        }
+    }
+}
+
+/// A mapping that was found: which set, and which of its mappings. Never 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found(pub u32);
+
+impl Found {
+    #[inline(always)]
+    const fn new(set: u32, mapping: u32) -> Self {
+        Self(set * MAPPINGS as u32 + mapping + 1)
+    }
+
+    /// Index of the set
+    #[inline(always)]
+    pub const fn set(self) -> u32 {
+        self.0.wrapping_sub(1) / MAPPINGS as u32
+    }
+
+    /// Index of the mapping in its set, and of its counters
+    #[inline(always)]
+    pub const fn mapping(self) -> usize {
+        self.0.wrapping_sub(1) as usize % MAPPINGS
+    }
+}
+
+/// `Mapping::kind`
+#[inline(always)]
+pub const fn kind(slot: u32, family: Family, len: u32) -> u32 {
+    1 << 31 | len << 16 | (family as u32) << 8 | slot
+}
+
+/// The bits that a prefix of this length has.
+#[inline(always)]
+pub const fn mask(len: u32) -> Words {
+    const fn half(len: u32) -> u64 {
+        if len == 0 { 0 } else { (u64::MAX << ((64 - len) & 63)).to_be() }
+    }
+    if len > 64 { [u64::MAX, half(len - 64)] } else { [half(len), 0] }
+}
+
+/// The first place of the index at which the mapping of this kind with this first address is looked for.
+#[inline(always)]
+pub fn place(seed: u32, way: Way, kind: u32, first: Words) -> usize {
+    let hash = first.iter().fold(u64::from(seed) << 1 | way as u64, |hash, word| mix(hash, *word));
+    mix(hash, kind.into()) as usize % MAPPING_PLACES
+}
+
+/// The set in force.
+#[inline(always)]
+pub fn in_force(config: &Config) -> Option<u32> {
+    order::load(&config.mappings).checked_sub(1)
+}
+
+/// Finds the mapping that an address of a packet has at the port in a slot.
+#[inline(always)]
+pub fn find(set: &MappingSet, index: u32, slot: u32, way: Way, family: Family, address: Words) -> Option<Found> {
+    let seed = set.seed.load();
+    let mut lengths = set.lengths[opaque(slot as usize) % PORT_SLOTS as usize][opaque(family as usize) % 2].load();
+    for _ in 0..MAPPING_LENGTHS {
+        let Some(len) = (lengths as u32 & 0xff).checked_sub(1) else { return None };
+        lengths >>= 8;
+        let mask = mask(len);
+        let (first, kind) = ([address[0] & mask[0], address[1] & mask[1]], kind(slot, family, len));
+        let place = place(seed, way, kind, first);
+        for probe in 0..MAPPING_PROBES {
+            let number = set.places[opaque(place + probe) % MAPPING_PLACES].load();
+            let Some(number) = number.checked_sub(1) else { break };
+            let mapping = &set.mappings[opaque(number as usize) % MAPPINGS];
+            let found = &mapping.addresses[way as usize];
+            if mapping.kind.load() == kind && [found[0].load(), found[1].load()] == first {
+                return Some(Found::new(index, number % MAPPINGS as u32));
+            }
+        }
+    }
+    None
+}
+
+impl Mapping {
+    /// What becomes of an address that has this mapping.
+    #[inline(always)]
+    pub fn apply(&self, way: Way, address: Words) -> Words {
+        let mask = mask(self.kind.load() >> 16 & 0xff);
+        let first = &self.addresses[way.other() as usize];
+        [first[0].load() | address[0] & !mask[0], first[1].load() | address[1] & !mask[1]]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_have_as_many_bits_as_the_prefix() {
+        for len in 0..=128 {
+            let bytes = mask(len).map(u64::to_ne_bytes).concat();
+            let bits = u128::from_be_bytes(bytes.try_into().unwrap());
+            assert_eq!(bits, u128::MAX.checked_shl(128 - len).unwrap_or(0), "{len}");
+        }
+    }
+}

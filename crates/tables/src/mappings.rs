@@ -1,0 +1,183 @@
+//! Mappings as values, and how a set of them is written and read.
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::backing::View;
+use crate::mapping::{Way, Words, in_force, kind, place};
+use crate::order;
+use crate::record::*;
+
+/// Seeds that are tried until every mapping has a place; one in thousands does not do.
+const SEEDS: u32 = 64;
+
+/// A mapping. Both addresses are of one family, and the first ones of prefixes of this length.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct MappingValue {
+    /// Slot of the port
+    pub slot: u32,
+    /// First address inside
+    pub inside: IpAddr,
+    /// First address outside
+    pub outside: IpAddr,
+    /// Length of both prefixes
+    pub len: u8,
+}
+
+/// What passed of a mapping, over all CPUs: out, and in.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct MappingTotals {
+    /// Packets translated
+    pub packets: [u64; 2],
+    /// Their bytes, from the IP header on
+    pub bytes: [u64; 2],
+    /// Packets dropped, since they could not be translated as a whole
+    pub dropped: [u64; 2],
+}
+
+/// Why a set of mappings cannot be written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum TooMany {
+    /// In all
+    #[error("there is room for {MAPPINGS} mappings")]
+    Mappings,
+    /// Of one port and family
+    #[error("mappings of a port and family may have {MAPPING_LENGTHS} different prefix lengths, and these have more")]
+    Lengths,
+}
+
+impl MappingValue {
+    fn family(&self) -> Family {
+        if self.inside.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+
+    fn kind(&self) -> u32 {
+        kind(self.slot, self.family(), self.len.into())
+    }
+
+    fn first(&self, way: Way) -> Words {
+        words(match way {
+            Way::Out => self.inside,
+            Way::In => self.outside,
+        })
+    }
+
+    /// What a record says; None if it is not in use.
+    fn read(record: &Mapping) -> Option<Self> {
+        let [slot, family, len, used] = record.kind.load().to_le_bytes();
+        let address = |way: Way| address(family, record.addresses[way as usize].each_ref().map(|word| word.load()));
+        (used != 0).then(|| Self { slot: slot.into(), inside: address(Way::Out), outside: address(Way::In), len })
+    }
+}
+
+/// An address as mappings have it.
+pub fn words(address: IpAddr) -> Words {
+    let bytes = match address {
+        IpAddr::V4(address) => (u128::from(address.to_bits()) << 96).to_be_bytes(),
+        IpAddr::V6(address) => address.octets(),
+    };
+    let (halves, _) = bytes.as_chunks::<8>();
+    [u64::from_ne_bytes(halves[0]), u64::from_ne_bytes(halves[1])]
+}
+
+fn address(family: u8, words: Words) -> IpAddr {
+    let [high, low] = words.map(|word| u128::from(u64::from_be(word)));
+    let bits = high << 64 | low;
+    if family == Family::V4 as u8 { Ipv4Addr::from_bits((bits >> 96) as u32).into() } else { Ipv6Addr::from_bits(bits).into() }
+}
+
+/// Whether a set of these could be written.
+pub fn check(mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
+    if mappings.len() > MAPPINGS || mappings.keys().any(|number| *number as usize >= MAPPINGS) {
+        return Err(TooMany::Mappings);
+    }
+    lengths(mappings).map(drop)
+}
+
+/// The lengths of each port's and family's mappings, longest first.
+fn lengths(mappings: &BTreeMap<u32, MappingValue>) -> Result<BTreeMap<(u32, usize), u64>, TooMany> {
+    let mut all: BTreeMap<_, BTreeSet<u8>> = BTreeMap::new();
+    for mapping in mappings.values() {
+        all.entry((mapping.slot, mapping.family() as usize)).or_default().insert(mapping.len + 1);
+    }
+    if all.values().any(|lengths| lengths.len() > MAPPING_LENGTHS) {
+        return Err(TooMany::Lengths);
+    }
+    let word = |lengths: BTreeSet<u8>| lengths.into_iter().fold(0, |word, len| word << 8 | u64::from(len));
+    Ok(all.into_iter().map(|(of, lengths)| (of, word(lengths))).collect())
+}
+
+/// The index of these mappings for a seed; None if one of them would be too far from its place.
+fn index(mappings: &BTreeMap<u32, MappingValue>, seed: u32) -> Option<BTreeMap<usize, u32>> {
+    let mut places = BTreeMap::new();
+    for (number, mapping) in mappings {
+        for way in [Way::Out, Way::In] {
+            let first = place(seed, way, mapping.kind(), mapping.first(way));
+            let mut probes = (0..MAPPING_PROBES).map(|probe| (first + probe) % MAPPING_PLACES);
+            places.insert(probes.find(|place| !places.contains_key(place))?, number + 1);
+        }
+    }
+    Some(places)
+}
+
+/// Writes a set that no reader looks at.
+fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
+    check(mappings)?;
+    let lengths = lengths(mappings)?;
+    let (seed, places) = (0..SEEDS).find_map(|seed| Some((seed, index(mappings, seed)?))).ok_or(TooMany::Mappings)?;
+    set.seed.store(seed);
+    for (slot, families) in set.lengths.iter().enumerate() {
+        for (family, word) in families.iter().enumerate() {
+            word.store(lengths.get(&(slot as u32, family)).copied().unwrap_or(0));
+        }
+    }
+    set.places.iter().enumerate().for_each(|(at, place)| place.store(places.get(&at).copied().unwrap_or(0)));
+    for (number, record) in (0..).zip(&set.mappings) {
+        let mapping = mappings.get(&number);
+        record.kind.store(mapping.map_or(0, MappingValue::kind));
+        for way in [Way::Out, Way::In] {
+            let first = mapping.map_or([0; 2], |mapping| mapping.first(way));
+            record.addresses[way as usize].iter().zip(first).for_each(|(word, value)| word.store(value));
+        }
+    }
+    Ok(())
+}
+
+/// The mappings in force, by number.
+pub fn read(view: &View<'_>) -> BTreeMap<u32, MappingValue> {
+    let set = in_force(view.config()).and_then(|index| view.mapping_sets().get(index as usize));
+    let records = set.into_iter().flat_map(|set| (0..).zip(&set.mappings));
+    records.filter_map(|(number, record)| Some((number, MappingValue::read(record)?))).collect()
+}
+
+/// Puts a set into force; nobody may look at the other one any more. Counters of mappings that are new start at 0.
+pub(crate) fn publish(view: &View<'_>, mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
+    let before = read(view);
+    let other = in_force(view.config()).map_or(0, |index| 1 - index % 2);
+    write(&view.mapping_sets()[other as usize], mappings)?;
+    for number in mappings.keys().filter(|number| !before.contains_key(number)) {
+        for counters in counters(view, *number) {
+            let all = counters.packets.iter().chain(&counters.bytes).chain(&counters.dropped);
+            all.for_each(|counter| counter.store(0));
+        }
+    }
+    order::publish(&view.config().mappings, if mappings.is_empty() { 0 } else { other + 1 });
+    Ok(())
+}
+
+fn counters<'a>(view: &View<'a>, number: u32) -> impl Iterator<Item = &'a MappingCounters> + use<'a> {
+    view.mapping_stats().iter().skip(number as usize).step_by(MAPPINGS)
+}
+
+/// What passed of a mapping.
+pub fn totals(view: &View<'_>, number: u32) -> MappingTotals {
+    let mut totals = MappingTotals::default();
+    for counters in counters(view, number) {
+        for way in 0..2 {
+            totals.packets[way] += counters.packets[way].load();
+            totals.bytes[way] += counters.bytes[way].load();
+            totals.dropped[way] += counters.dropped[way].load();
+        }
+    }
+    totals
+}
