@@ -9,13 +9,13 @@
 //! (`tx-vlan-offload`, which VLAN interfaces and bridges on top of a veth use) travels beside the frame. Where the program
 //! cannot see that (see `beside`), the user is told what to do at the other end.
 
-use crate::accept;
 use crate::beside::Places;
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
 use crate::grace::GraceMethod;
 use crate::interface::Interface;
 use crate::sys;
+use crate::tc;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -215,7 +215,7 @@ impl Drop for Attachment {
 
 /// Takes the program off the interface `index`, whose link is pinned, and restores what the marks say.
 pub(crate) fn release(dir: &PinDir, index: u32) -> Result<()> {
-    accept::take_off(dir, index)?;
+    tc::take_off(dir, &tc::ACCEPT, index)?;
     match sys::get_pinned(&dir.pin(&link_pin(index))) {
         Ok(link) => match detach(link.as_fd()) {
             // ENOLINK: the interface went away and took the program with it.

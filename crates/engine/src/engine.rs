@@ -1,17 +1,16 @@
 //! An instance: its place, its tables, its program and the ports it serves.
 
-use crate::accept;
 use crate::attach::{self, Attachment, Mode, Notice};
 use crate::bpffs::{PinDir, netns_inode};
 use crate::error::{Error, Result};
 use crate::grace::GraceMethod;
 use crate::interface::Interface;
 use crate::netfpc::{PortFacts, Request};
-use crate::program::{NAME_CAPTURE, Program, ProgramFacts};
+use crate::program::{NAME_CAPTURE, Program, ProgramFacts, load_translators};
 use crate::region::{ConfigTable, Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
-use crate::{require, sys};
+use crate::{require, sys, tc};
 use aya_obj::generated::bpf_prog_info;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -80,6 +79,16 @@ impl Site {
         Ok(self.dir.names()?.iter().filter_map(|name| attach::pinned_index(name)).collect())
     }
 
+    /// Interfaces with the programs that translate addresses, of a former process too.
+    fn translated(&self) -> Result<BTreeSet<u32>> {
+        let names = self.dir.names()?;
+        Ok(tc::TRANSLATE.iter().flat_map(|hook| names.iter().filter_map(|name| hook.index(name))).collect())
+    }
+
+    fn take_translators_off(&self, index: u32) -> Result<()> {
+        tc::TRANSLATE.iter().try_for_each(|hook| tc::take_off(&self.dir, hook, index))
+    }
+
     /// What attaching to these interfaces will do besides, for the user to know beforehand. Fails for an interface
     /// that does not exist or carries another XDP program.
     pub fn announce(&self, ports: &[u32]) -> Result<Vec<Notice>> {
@@ -104,6 +113,8 @@ impl Site {
     /// `attach`.
     pub fn create(mut self, sizes: &PerTable) -> Result<Engine> {
         self.dir.create()?;
+        // Mappings are in tables that nobody takes over.
+        self.translated()?.into_iter().try_for_each(|index| self.take_translators_off(index))?;
         let made = self
             .discard_staged()
             .and_then(|()| Ok((Region::create(&self.dir, sizes)?, self.open_links()?, GraceMethod::choose()?)));
@@ -134,6 +145,7 @@ impl Site {
         for index in self.attached()? {
             attach::release(&self.dir, index)?;
         }
+        self.translated()?.into_iter().try_for_each(|index| self.take_translators_off(index))?;
         self.dir.remove_all()
     }
 
@@ -349,9 +361,11 @@ impl Core {
     fn put_accept_on(&self, program: &Program, index: u32) -> Result<()> {
         let dir = &self.site.dir;
         match program.accept() {
-            Some(accept) if self.watching || accept::is_on(dir, index) => accept::put_on(dir, accept, index),
+            Some(accept) if self.watching || tc::is_on(dir, &tc::ACCEPT, index) => {
+                tc::put_on(dir, &tc::ACCEPT, accept, index)
+            }
             Some(_) => Ok(()),
-            None => accept::take_off(dir, index),
+            None => tc::take_off(dir, &tc::ACCEPT, index),
         }
     }
 
@@ -364,6 +378,21 @@ impl Core {
         let dir = &self.site.dir;
         let mut missing = self.ports.keys().filter(|index| !accept::is_on(dir, **index));
         missing.try_for_each(|index| self.put_accept_on(program, *index))
+    }
+
+    /// See `Engine::translate`.
+    fn translate(&self, index: u32, on: bool) -> Result<()> {
+        if !on {
+            return self.site.take_translators_off(index);
+        }
+        // The tables that these programs read never grow, so they stay as they are.
+        let programs = load_translators(&self.region.pins(&self.site.dir, None))?;
+        let mut hooks = tc::TRANSLATE.iter().zip(&programs);
+        let put = hooks.try_for_each(|(hook, program)| tc::put_on(&self.site.dir, hook, program.as_fd(), index));
+        if put.is_err() {
+            self.site.take_translators_off(index)?;
+        }
+        put
     }
 
     /// New tables come into use: every port gets the program that knows them, then their pins the final names.
@@ -399,7 +428,7 @@ impl Core {
         self.fill_devices(requests)?;
         for (done, request) in new.iter().enumerate() {
             if let Err(error) = self.put_accept_on(&program, request.ifindex) {
-                new.iter().take(done).try_for_each(|done| accept::take_off(&self.site.dir, done.ifindex))?;
+                new.iter().take(done).try_for_each(|done| tc::take_off(&self.site.dir, &tc::ACCEPT, done.ifindex))?;
                 return Err(error);
             }
         }
@@ -487,6 +516,10 @@ impl Core {
         let (name, size, wanted) = (id.name(), self.region.len(id), entries_of(id, elements)?);
         if wanted <= size {
             return Ok(());
+        }
+        if matches!(id, TableId::Mappings | TableId::MappingStats) {
+            let why = "it has its size for good".to_owned();
+            return Err(Error::Full { table: name, size, why });
         }
         if matches!(id, TableId::Config | TableId::Ports | TableId::Stats) {
             let why = "places in it follow from its size; leave out some ports".to_owned();
@@ -585,6 +618,17 @@ impl Engine {
         self.core().watch_transmitted()
     }
 
+    /// Has what Linux receives and transmits by an interface translated by the mappings of its port, or not any more. The
+    /// tables must be in use.
+    pub fn translate(&self, ifindex: u32, on: bool) -> Result<()> {
+        self.core().translate(ifindex, on)
+    }
+
+    /// Interfaces where it is, those that a former process left included.
+    pub fn translated(&self) -> Result<BTreeSet<u32>> {
+        self.core().site.translated()
+    }
+
     /// Detaches from a port; not an error if it is not attached or gone.
     pub fn detach(&self, ifindex: u32) -> Result<()> {
         self.core().detach(ifindex)
@@ -636,6 +680,7 @@ impl Engine {
         let mut core = self.core();
         let ports: Vec<u32> = core.ports.keys().copied().collect();
         ports.into_iter().try_for_each(|index| core.detach(index))?;
+        core.site.translated()?.into_iter().try_for_each(|index| core.site.take_translators_off(index))?;
         core.site.dir.remove_all()
     }
 

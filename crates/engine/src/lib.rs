@@ -7,7 +7,6 @@
 //! New and enlarged tables are pinned beside the old under names ending in `_new`; when every link runs the program
 //! that uses them, they take the old names. `adopt` finishes or discards what a crash left in between.
 
-mod accept;
 mod attach;
 mod beside;
 mod bpffs;
@@ -23,6 +22,7 @@ mod program;
 mod region;
 mod require;
 mod sys;
+mod tc;
 mod transmit;
 
 pub use attach::{Mode, Notice};

@@ -4,6 +4,7 @@ use crate::beside::Places;
 use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::sys;
+use crate::tc::{self, Hook};
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use std::collections::HashMap;
@@ -18,8 +19,6 @@ use towpath_tables::record::TableId;
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
-/// Name of the tc program that notes what Linux transmits of flows.
-pub(crate) use towpath_tables::flow::ACCEPT_PROGRAM as NAME_ACCEPT;
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
@@ -68,12 +67,9 @@ impl Program {
     /// Loads the program; each map is the one pinned at its path. Frames that the captures match go to Linux.
     pub fn load(pins: &[(&'static str, PathBuf)], options: Options, captures: &[Capture]) -> Result<Self> {
         let name = if options.sockets { NAME_USER } else { NAME };
-        let mut object =
-            Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
-        let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
-        relocate(&mut object, &fds)?;
+        let (object, fds) = object_with(pins)?;
         let (license, mut code) = code_of(&object, name, &fds)?;
-        let accept = options.flows.then(|| load_accept(&object, &fds)).transpose()?;
+        let accept = options.flows.then(|| load_tc(&object, &tc::ACCEPT, &fds)).transpose()?;
         set_captures(&mut code, captures)?;
         let name = if captures.is_empty() { name } else { NAME_CAPTURE };
         let load = |places: Option<&Places>| {
@@ -134,10 +130,25 @@ fn code_of<'o>(
     Ok((&program.license, code))
 }
 
-fn load_accept(object: &Object, fds: &HashMap<&'static str, OwnedFd>) -> Result<OwnedFd> {
-    let (license, code) = code_of(object, NAME_ACCEPT, fds)?;
+/// Loads the tc programs that translate addresses, by `Way`.
+pub(crate) fn load_translators(pins: &[(&'static str, PathBuf)]) -> Result<[OwnedFd; 2]> {
+    let (object, fds) = object_with(pins)?;
+    let [out, inward] = &tc::TRANSLATE;
+    Ok([load_tc(&object, out, &fds)?, load_tc(&object, inward, &fds)?])
+}
+
+/// The object's programs over the maps that are pinned.
+fn object_with(pins: &[(&'static str, PathBuf)]) -> Result<(Object, HashMap<&'static str, OwnedFd>)> {
+    let mut object = Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
+    let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
+    relocate(&mut object, &fds)?;
+    Ok((object, fds))
+}
+
+fn load_tc(object: &Object, hook: &Hook, fds: &HashMap<&'static str, OwnedFd>) -> Result<OwnedFd> {
+    let (license, code) = code_of(object, hook.name, fds)?;
     let mut log = vec![0u8; LOG_BYTES];
-    sys::prog_load(NAME_ACCEPT, license, sys::AttachType::TcxEgress, &code, &mut log).map_err(|e| rejected(e, &log))
+    sys::prog_load(hook.name, license, sys::AttachType::TcxEgress, &code, &mut log).map_err(|e| rejected(e, &log))
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {

@@ -24,6 +24,8 @@ pub enum AttachType {
     Xdp = 37,
     /// `BPF_TCX_EGRESS`: a tc program, for what an interface is to transmit (since 6.6)
     TcxEgress = 47,
+    /// `BPF_TCX_INGRESS`: as `TcxEgress`, for what it has received
+    TcxIngress = 46,
 }
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`: a test run whose verdicts are carried out (since 5.18).
 const TEST_LIVE_FRAMES: u32 = 1 << 1;
@@ -106,7 +108,7 @@ pub fn prog_load<I: Instruction>(
     let load = unsafe { &mut attr.__bindgen_anon_3 };
     // The kernel asks a tc program what it is for only when it is attached.
     let (kind, attach, flags) = match attach {
-        AttachType::TcxEgress => (bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, 0, 0),
+        AttachType::TcxEgress | AttachType::TcxIngress => (bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, 0, 0),
         xdp => (bpf_prog_type::BPF_PROG_TYPE_XDP, xdp as u32, XDP_HAS_FRAGS),
     };
     load.prog_type = kind as u32;

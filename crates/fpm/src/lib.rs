@@ -9,6 +9,7 @@ mod flows;
 mod gate;
 mod idle;
 mod inspect;
+mod mappings;
 mod mirror;
 mod missing;
 mod routes;
@@ -20,6 +21,7 @@ pub use flows::Refused;
 pub use gate::Phase;
 pub use idle::Timeouts;
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
+pub use mappings::{Mapping, MappingError};
 
 pub use missing::Waiting;
 
@@ -28,12 +30,13 @@ use gate::Gate;
 use idle::Idle;
 use mirror::Mirror;
 use state::State;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
 use towpath_tables::Tuple;
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
+use towpath_tables::mappings::{self as in_tables, MappingTotals, MappingValue};
 use towpath_tables::record::Family;
 use towpath_tables::writer::{Published, TableWriter};
 
@@ -85,8 +88,13 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// A manager for these tables, new (`TableWriter::create`) or taken over (`TableWriter::adopt`). It publishes
     /// nothing before it has seen the end of a snapshot of each of `awaited` (usually `all_classes()`).
     pub fn new(tables: TableWriter<B, G>, awaited: impl IntoIterator<Item = Snapshot>) -> Self {
+        let mut state = State::awaiting(awaited);
+        let ports: BTreeMap<u32, u32> = tables.ports().collect();
+        let of_port = |value: &MappingValue| Mapping::of_value(*ports.get(&value.slot)?, value);
+        let mapped = tables.mappings().into_iter().filter_map(|(number, value)| Some((number, of_port(&value)?)));
+        state.mappings = mapped.collect();
         Self {
-            state: State::awaiting(awaited),
+            state,
             mirror: Mirror::new(tables),
             flows: Flows::default(),
             gate: Gate::default(),
@@ -275,6 +283,27 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     pub fn flows_due(&self) -> Option<Instant> {
         let idle = (self.mirror.tables.flow_count() > 0).then(|| self.idle.due());
         [idle, self.gate.due()].into_iter().flatten().min()
+    }
+
+    /// Adds a mapping to those of its port. Takes effect with `publish`.
+    pub fn add_mapping(&mut self, mapping: Mapping) -> Result<(), MappingError> {
+        self.state.add_mapping(mapping)
+    }
+
+    /// Ends a mapping. Takes effect with `publish`.
+    pub fn remove_mapping(&mut self, mapping: &Mapping) -> Result<(), MappingError> {
+        self.state.remove_mapping(mapping)
+    }
+
+    /// All mappings, and what passed of each.
+    pub fn mappings(&self) -> impl Iterator<Item = (Mapping, MappingTotals)> {
+        let view = self.mirror.tables.view();
+        self.state.mappings.iter().map(move |(number, mapping)| (*mapping, in_tables::totals(&view, *number)))
+    }
+
+    /// Interfaces with mappings
+    pub fn mapped_ports(&self) -> BTreeSet<u32> {
+        self.state.mappings.values().map(|mapping| mapping.ifindex).collect()
     }
 
     /// Connections for which there was no room.

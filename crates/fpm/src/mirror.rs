@@ -2,6 +2,7 @@
 //! kept is which slots and indices stand for what.
 
 use crate::Transmit;
+use crate::mappings::Mapping;
 use crate::missing::Missing;
 use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
@@ -68,6 +69,15 @@ enum Filled {
     All,
 }
 
+/// Where packets are translated, connections are not what connection tracking has seen: no flow passes.
+fn ingress_policy(state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
+    let policy = state.ingress_policy(chain, family);
+    if !state.is_mapped(chain[0].ifindex) {
+        return policy;
+    }
+    Some(Obstacle::new(policy.map_or(Reason::Mapped, |obstacle| obstacle.reason)))
+}
+
 /// Identity of the next hop that stands for everything that is an exception for a reason.
 fn special(reason: Reason) -> NexthopIdentity {
     NexthopIdentity { ifindex: 0, gateway: None, mtu: 0, reason: Some(reason) }
@@ -103,11 +113,17 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     /// Makes the tables say what the state says: first everything but routes, at once; then routes, as long as
     /// `go_on` says so. None if there is more to do, which the next call does.
     pub fn sync(&mut self, state: &mut State, mut go_on: impl FnMut() -> bool) -> Option<Published> {
+        if self.is_new() {
+            state.drop_stale_mappings();
+        }
         let mut changes = state.take_changes();
         if !changes.is_empty() || self.is_new() {
             let gone = self.place_ports(state, &mut changes);
             self.gone.extend(gone);
             self.update_nexthops(state, &changes);
+            if changes.mappings || !changes.ports.is_empty() {
+                self.update_mappings(state);
+            }
             let rescan = self.update_vias(state, &changes);
             self.update_hosts(state, &changes);
             if changes.config || self.is_new() {
@@ -249,7 +265,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
             root: MAIN_ROOT,
-            ingress_policy: FAMILIES.map(|family| state.ingress_policy(chain, family)),
+            ingress_policy: FAMILIES.map(|family| ingress_policy(state, chain, family)),
             vlans,
             vlan: match port.kind {
                 PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),
@@ -294,6 +310,17 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         }
     }
 
+    /// Puts the mappings of ports that have a slot into force.
+    fn update_mappings(&mut self, state: &State) {
+        let slot = |mapping: &Mapping| self.slots.get(&mapping.ifindex).copied();
+        let mapped =
+            state.mappings.iter().filter_map(|(number, mapping)| Some((*number, mapping.value(slot(mapping)?))));
+        let mapped = mapped.collect();
+        if let Err(error) = self.tables.set_mappings(&mapped) {
+            tracing::error!("mappings stay what they were: {error}");
+        }
+    }
+
     // ---- next hops
 
     /// The one place where a next hop's content follows from the state.
@@ -331,6 +358,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         match (reason, header) {
             // The other end is all the neighbour there is (IFF_NOARP).
             (None, _) if is_tunnel(chain) => Action::Tunnel,
+            (None, Some(header)) if state.is_mapped(chain[0].ifindex) => Action::Mapped(header),
             (None, Some(header)) => Action::Forward(header),
             (reason, _) => Action::Exception(reason.unwrap_or(Reason::EgressNotServed)),
         }

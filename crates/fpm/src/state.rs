@@ -2,6 +2,7 @@
 //! Questions that the messages alone answer are answered here; nothing here knows the tables.
 
 use crate::Transmit;
+use crate::mappings::{self, Mapping, MappingError};
 use crate::routes::{Candidate, Rank, Routes, kind};
 use crate::snapshot::{Generations, Marked};
 use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
@@ -28,6 +29,7 @@ pub(crate) struct Changes {
     pub vias: HashSet<ViaId>,
     /// Policies of a family, own addresses, hash policy
     pub config: bool,
+    pub mappings: bool,
 }
 
 impl Changes {
@@ -38,6 +40,7 @@ impl Changes {
             && self.prefixes.is_empty()
             && self.vias.is_empty()
             && !self.config
+            && !self.mappings
     }
 }
 
@@ -62,6 +65,8 @@ pub(crate) struct State {
     /// Those whose filter the engine runs
     filtered: BTreeSet<Policy>,
     pub hash_policy: [u8; 2],
+    /// By their numbers in the tables
+    pub mappings: BTreeMap<u32, Mapping>,
     /// Nobody follows Linux's rules
     deaf: bool,
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
@@ -220,9 +225,53 @@ impl State {
     fn remove_port(&mut self, ifindex: u32) {
         self.transmit.remove(&ifindex);
         self.beside.remove(&ifindex);
+        self.drop_mappings(|mapping| mapping.ifindex == ifindex);
         if self.ports.remove(&ifindex).is_some() {
             self.changes.ports.insert(ifindex);
         }
+    }
+
+    /// See `Fpm::add_mapping`.
+    pub fn add_mapping(&mut self, mapping: Mapping) -> Result<(), MappingError> {
+        match self.chain(mapping.ifindex).as_deref() {
+            None => return Err(MappingError::Port("it is no port: only what passes a port can be translated")),
+            Some([Port { kind: PortKind::Tunnel(_), .. }, ..]) => {
+                return Err(MappingError::Port("it is a tunnel: what passes tunnels cannot be translated"));
+            }
+            Some(_) => {}
+        }
+        mappings::add(&mut self.mappings, mapping)?;
+        self.mappings_changed(mapping.ifindex);
+        Ok(())
+    }
+
+    /// See `Fpm::remove_mapping`.
+    pub fn remove_mapping(&mut self, mapping: &Mapping) -> Result<(), MappingError> {
+        mappings::remove(&mut self.mappings, mapping)?;
+        self.mappings_changed(mapping.ifindex);
+        Ok(())
+    }
+
+    /// Whether a port has mappings
+    pub fn is_mapped(&self, ifindex: u32) -> bool {
+        self.mappings.values().any(|mapping| mapping.ifindex == ifindex)
+    }
+
+    /// Ends the mappings of interfaces that are not there any more.
+    pub fn drop_stale_mappings(&mut self) {
+        let ports: BTreeSet<u32> = self.ports.keys().copied().collect();
+        self.drop_mappings(|mapping| !ports.contains(&mapping.ifindex));
+    }
+
+    fn drop_mappings(&mut self, gone: impl Fn(&Mapping) -> bool) {
+        let before = self.mappings.len();
+        self.mappings.retain(|_, mapping| !gone(mapping));
+        self.changes.mappings |= self.mappings.len() != before;
+    }
+
+    fn mappings_changed(&mut self, ifindex: u32) {
+        self.changes.mappings = true;
+        self.changes.ports.insert(ifindex);
     }
 
     fn set_address(&mut self, address: Address) {

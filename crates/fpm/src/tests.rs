@@ -117,7 +117,7 @@ fn outcome(view: &View, index: u32) -> Outcome {
     match value.action {
         Action::Exception(reason) => Outcome::Exception(reason),
         Action::Tunnel => Outcome::Tunnel { port: view.ports()[value.port as usize].ifindex.load(), mtu: value.mtu },
-        Action::Forward(header) => {
+        Action::Forward(header) | Action::Mapped(header) => {
             let ifindex = |slot: u32| view.ports()[slot as usize].ifindex.load();
             Outcome::Forward {
                 port: ifindex(value.port),

@@ -235,18 +235,31 @@ pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) {
 
 #[inline(always)]
 fn take_along<'t, F: Frame, T: Tables>(frame: &mut F, tables: &'t T, entry: &mut Entry<'t>) -> Result<u32, Reason> {
-    let parsed = match parse(frame, tables, entry) {
-        Ok(parsed) => parsed,
+    let candidate = match parse(frame, tables, entry) {
+        Ok(parsed) => match route(frame, tables, entry, &parsed) {
+            Ok(hop) => return forward(frame, tables, entry, &parsed, &hop),
+            Err(Refusal::Exception(reason @ Reason::Mapped)) => {
+                Candidate { family: parsed.family, offset: parsed.offset, reason }
+            }
+            Err(refusal) => return frame.tunnelled(tables, entry, &parsed, refusal),
+        },
         Err(Stop::Flow(candidate)) => return frame.flow(tables, entry, candidate),
-        Err(Stop::Mapped(candidate)) => return frame.mapped(tables, entry, candidate),
+        Err(Stop::Mapped(candidate)) => candidate,
         Err(Stop::Exception(reason)) => return Err(reason),
     };
-    let hop = match route(frame, tables, entry, &parsed) {
-        Ok(hop) => hop,
-        Err(refusal) => return frame.refused(tables, entry, &parsed, refusal),
-    };
-    finish(frame, &parsed, &hop)?;
-    count_forward(tables, entry.slot, &parsed, &hop);
+    frame.mapped(tables, entry, candidate)
+}
+
+#[inline(always)]
+fn forward<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    parsed: &Parsed,
+    hop: &Hop,
+) -> Result<u32, Reason> {
+    finish(frame, parsed, hop)?;
+    count_forward(tables, entry.slot, parsed, hop);
     Ok(hop.device)
 }
 

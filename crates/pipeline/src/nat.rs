@@ -8,7 +8,7 @@
 
 use crate::network::{Network, Part};
 use crate::rewrite::fit;
-use crate::route::{check_packet, find_hop};
+use crate::route::{check_packet, find_index};
 use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
 use towpath_tables::Reason;
 use towpath_tables::mapping::{Found, Way, Words};
@@ -66,27 +66,28 @@ trait Addressed: Network + Copy {
     fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport;
 }
 
-/// Translates one of a header's addresses, if there is a mapping for it.
+/// Translates one of a header's addresses, if there is a mapping for it. No checksum follows.
 #[inline(always)]
-fn exchange<N: Addressed, T: Tables>(
-    tables: &T,
-    header: &mut N,
-    slot: u32,
-    way: Way,
-    end: End,
-) -> Option<(Found, Change)> {
-    let old = header.address(end);
-    let found = tables.find_mapping(slot, way, N::FAMILY, old)?;
-    let new = tables.mapping(found)?.apply(way, old);
-    let change = Change::default().double_word(old[0], new[0]).double_word(old[1], new[1]);
-    header.set_address(end, new);
-    header.follow(change);
-    Some((found, change))
+fn exchange<N: Addressed, T: Tables>(tables: &T, header: &mut N, slot: u32, way: Way, end: End) -> Option<Found> {
+    let address = header.address(end);
+    let found = tables.find_mapping(slot, way, N::FAMILY, address)?;
+    header.set_address(end, tables.mapping(found)?.apply(way, address));
+    Some(found)
+}
+
+/// How addresses changed.
+#[inline(always)]
+fn change<N: Addressed>(before: &N, after: &N) -> Change {
+    [End::Source, End::Destination].into_iter().fold(Change::default(), |change, end| {
+        let (before, after) = (before.address(end), after.address(end));
+        change.double_word(before[0], after[0]).double_word(before[1], after[1])
+    })
 }
 
 // ---- what goes fast
 
-/// Goes on with a packet that comes in or leaves by a port with mappings: the slot of the interface that transmits it.
+/// Goes on with a packet that comes in or leaves by a port with mappings: the slot of the interface that transmits it. An
+/// engine may make a function of each of the four steps; what they hand on are numbers.
 #[inline(always)]
 pub fn forward<F: Frame, T: Tables>(
     frame: &mut F,
@@ -94,58 +95,118 @@ pub fn forward<F: Frame, T: Tables>(
     entry: &Entry,
     candidate: Candidate,
 ) -> Result<u32, Reason> {
-    match candidate.family {
-        Family::V4 => forward_packet::<Ipv4, F, T>(frame, tables, entry, candidate.offset),
-        Family::V6 => forward_packet::<Ipv6, F, T>(frame, tables, entry, candidate.offset),
+    let inward = inward(frame, tables, entry, candidate);
+    let choice = choose(frame, tables, entry, candidate, inward)?;
+    let outward = outward(frame, tables, candidate, choice);
+    finish(frame, tables, entry, candidate, [outward, inward], choice)
+}
+
+/// A next hop that was chosen: its sequence count in the upper half, its index in the lower one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Choice(pub u64);
+
+impl Choice {
+    /// The next hop, as it was when it was chosen.
+    #[inline(always)]
+    fn hop<T: Tables>(self, tables: &T) -> Result<Hop<'_>, Reason> {
+        let hop = Hop::begin(tables.nexthop(self.0 as u32).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
+        if hop.sequence() == (self.0 >> 32) as u32 { Ok(hop) } else { Err(Reason::TableBusy) }
     }
 }
 
+macro_rules! by_family {
+    ($candidate:expr, $do:ident($($argument:expr),*)) => {
+        match $candidate.family {
+            Family::V4 => $do::<Ipv4, F, T>($($argument),*),
+            Family::V6 => $do::<Ipv6, F, T>($($argument),*),
+        }
+    };
+}
+
+/// First step: the mapping of the destination at the port that the packet came in by (`Found`), or 0.
 #[inline(always)]
-fn forward_packet<N: Addressed, F: Frame, T: Tables>(
+pub fn inward<F: Frame, T: Tables>(frame: &F, tables: &T, entry: &Entry, candidate: Candidate) -> u32 {
+    by_family!(candidate, find_outer(frame, tables, entry.slot, Way::In, candidate.offset))
+}
+
+/// Second step: where it goes with that destination, if nothing is in its way.
+#[inline(always)]
+pub fn choose<F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    entry: &Entry,
+    candidate: Candidate,
+    inward: u32,
+) -> Result<Choice, Reason> {
+    by_family!(candidate, choose_hop(frame, tables, entry, candidate.offset, inward))
+}
+
+/// Third step: the mapping of the source at the port that it leaves by, or 0.
+#[inline(always)]
+pub fn outward<F: Frame, T: Tables>(frame: &F, tables: &T, candidate: Candidate, choice: Choice) -> u32 {
+    match choice.hop(tables) {
+        Ok(hop) if hop.is_mapped() => {
+            by_family!(candidate, find_outer(frame, tables, hop.port, Way::Out, candidate.offset))
+        }
+        _ => 0,
+    }
+}
+
+/// Last step: rewrites the frame with what was found, by `Way`.
+#[inline(always)]
+pub fn finish<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     entry: &Entry,
-    offset: usize,
+    candidate: Candidate,
+    found: [u32; 2],
+    choice: Choice,
 ) -> Result<u32, Reason> {
-    let (parsed, mut header, covered) = parse::<N, F>(frame, entry, offset)?;
-    let inward = exchange(tables, &mut header, entry.slot, Way::In, End::of(Way::In));
+    by_family!(candidate, rewrite(frame, tables, entry, candidate.offset, found, choice))
+}
+
+#[inline(always)]
+fn find_outer<N: Addressed, F: Frame, T: Tables>(frame: &F, tables: &T, slot: u32, way: Way, offset: usize) -> u32 {
+    let Some(header) = frame.get::<N>(offset) else { return 0 };
+    tables.find_mapping(slot, way, N::FAMILY, header.address(End::of(way))).map_or(0, |found| found.0)
+}
+
+/// Exchanges an address as was found.
+#[inline(always)]
+fn exchange_found<N: Addressed, T: Tables>(tables: &T, header: &mut N, found: u32, way: Way) -> Result<(), Reason> {
+    if found != 0 {
+        let mapping = tables.mapping(Found(found)).ok_or(Reason::Internal)?;
+        let address = header.address(End::of(way));
+        header.set_address(End::of(way), mapping.apply(way, address));
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn choose_hop<N: Addressed, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    entry: &Entry,
+    offset: usize,
+    inward: u32,
+) -> Result<Choice, Reason> {
+    let parsed = parse::<N, F>(frame, entry, offset)?;
+    let mut header = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
+    exchange_found(tables, &mut header, inward, Way::In)?;
     header.check_scopes(entry.flags)?;
     let root = entry.port.root[N::FAMILY as usize].load();
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
-    let hop = find_hop(frame, tables, &header, &parsed, word)?;
+    let index = find_index(frame, tables, &header, &parsed, word)?;
+    let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;
     hop.check_mapped()?;
     check_packet(tables, entry, &header, &parsed, &hop)?;
-    hop.check_device(tables, &parsed)?;
-    let outward = match hop.is_mapped() {
-        true => exchange(tables, &mut header, hop.port, Way::Out, End::of(Way::Out)),
-        false => None,
-    };
-    header.decrement();
-    let changes = [inward, outward].map(|one| one.map_or(Change::default(), |(_, change)| change));
-    let change = changes[0].and(changes[1]);
-    match hop.tags() {
-        0 => write::<Untagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
-        1 => write::<Tagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
-        2 => write::<DoubleTagged, N, F>(frame, &parsed, &hop, header, covered, change)?,
-        _ => return Err(Reason::Internal),
-    }
-    if tables.counts() {
-        hop.mark_hit();
-        for (way, found) in [(Way::Out, outward), (Way::In, inward)] {
-            if let Some((found, _)) = found {
-                count(tables, found, way, 1, parsed.packet_len as u64);
-            }
-        }
-    }
-    count_forward(tables, entry.slot, &parsed, &hop);
-    Ok(hop.device)
+    Ok(Choice(u64::from(hop.sequence()) << 32 | u64::from(index)))
 }
 
-/// Checks the headers as far as they can be checked by themselves: the packet, its header, and the place (from the header's
-/// end) of a checksum that covers the addresses.
+/// Checks the headers as far as they can be checked by themselves.
 #[inline(always)]
-fn parse<N: Addressed, F: Frame>(frame: &F, entry: &Entry, offset: usize) -> Result<(Parsed, N, Option<Covered>), Reason> {
-    let header = *frame.get::<N>(offset).ok_or(Reason::Truncated)?;
+fn parse<N: Addressed, F: Frame>(frame: &F, entry: &Entry, offset: usize) -> Result<Parsed, Reason> {
+    let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
     let frame_len = frame.total_len();
     let packet_len = header.packet_len(frame_len.wrapping_sub(offset))?;
     if header.part() != Part::Whole {
@@ -159,34 +220,73 @@ fn parse<N: Addressed, F: Frame>(frame: &F, entry: &Entry, offset: usize) -> Res
     if N::FAMILY as usize == Family::V6 as usize && is_extension(proto) {
         return Err(Reason::ExtensionHeader);
     }
-    let covered = Covered::of::<N>(proto);
-    if let Some(Covered { place, .. }) = covered
-        && packet_len < size_of::<N>() + place + size_of::<U16>()
+    if let Some(Covered { place, .. }) = Covered::of::<N>(proto)
+        && (packet_len < size_of::<N>() + place + size_of::<U16>() || frame.get::<U16>(at + place).is_none())
     {
         return Err(Reason::Truncated);
     }
     if entry.may_be_partial() {
-        partial::check(frame, &header, offset, packet_len)?;
+        partial::check(frame, header, offset, packet_len)?;
     }
-    let several = frame_len != frame.first_len();
-    Ok((Parsed { family: N::FAMILY, offset, packet_len, frame_len, several }, header, covered))
+    // A verifier has come here by many ways, each with other knowledge of these numbers.
+    let forget = |number: usize| F::forget(number as u32) as usize;
+    Ok(Parsed {
+        family: N::FAMILY,
+        offset: opaque(forget(offset)) % 32,
+        packet_len: forget(packet_len),
+        frame_len: forget(frame_len),
+        several: forget(usize::from(frame_len != frame.first_len())) != 0,
+    })
 }
 
 #[inline(always)]
-fn write<L: Link, N: Addressed, F: Frame>(
+fn rewrite<N: Addressed, F: Frame, T: Tables>(
     frame: &mut F,
+    tables: &T,
+    entry: &Entry,
+    offset: usize,
+    found: [u32; 2],
+    choice: Choice,
+) -> Result<u32, Reason> {
+    let hop = choice.hop(tables)?;
+    let parsed = Parsed::again(frame, offset)?;
+    hop.check_device(tables, &parsed)?;
+    match hop.tags() {
+        0 => write::<Untagged, N, F, T>(frame, tables, &parsed, &hop, found)?,
+        1 => write::<Tagged, N, F, T>(frame, tables, &parsed, &hop, found)?,
+        2 => write::<DoubleTagged, N, F, T>(frame, tables, &parsed, &hop, found)?,
+        _ => return Err(Reason::Internal),
+    }
+    if tables.counts() {
+        hop.mark_hit();
+        for (way, found) in [Way::Out, Way::In].into_iter().zip(found) {
+            if found != 0 {
+                count(tables, Found(found), way, 1, parsed.packet_len as u64);
+            }
+        }
+    }
+    count_forward(tables, entry.slot, &parsed, &hop);
+    Ok(hop.device)
+}
+
+#[inline(always)]
+fn write<L: Link, N: Addressed, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
     parsed: &Parsed,
     hop: &Hop,
-    header: N,
-    covered: Option<Covered>,
-    change: Change,
+    found: [u32; 2],
 ) -> Result<(), Reason> {
+    let before = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
+    let mut header = before;
+    exchange_found(tables, &mut header, found[Way::In as usize], Way::In)?;
+    exchange_found(tables, &mut header, found[Way::Out as usize], Way::Out)?;
+    let change = change(&before, &header);
+    header.follow(change);
+    header.decrement();
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
-    if let Some(Covered { place, .. }) = covered {
-        frame.get::<U16>(parsed.offset + size_of::<N>() + place).ok_or(Reason::Truncated)?;
-    }
     fit(frame, parsed, size_of::<L>())?;
-    if let Some(Covered { place, zero_is_none }) = covered {
+    if let Some(Covered { place, zero_is_none }) = Covered::of::<N>(header.protocol()) {
         let checksum = frame.get_mut::<U16>(size_of::<L>() + size_of::<N>() + place).ok_or(Reason::Internal)?;
         checksum.set(changed(checksum.get(), change, zero_is_none));
     }
@@ -265,8 +365,10 @@ pub trait Passing {
     /// Brings a transport checksum up to date after a change of addresses that it covers, whether it is complete or left to
     /// a device; `zero_is_none`: there is none if it is 0. False if it could not be done.
     fn cover(&mut self, offset: usize, change: Change, zero_is_none: bool) -> bool;
-    /// The EtherType of the packet, behind all tags
+    /// The EtherType of the packet
     fn ethertype(&self) -> u16;
+    /// Whether it is of a VLAN, and so passes another port
+    fn is_tagged(&self) -> bool;
     /// Index of the interface
     fn interface(&self) -> u32;
     /// Packets that this is made of
@@ -296,7 +398,11 @@ enum Transport {
 /// Translates a packet that passes an interface, if there are mappings for it.
 #[inline(always)]
 pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) -> Fate {
-    let Some(slot) = crate::accept::slot_of(tables, packet.interface()) else { return Fate::Pass };
+    let slot = match packet.is_tagged() {
+        true => None,
+        false => crate::accept::slot_of(tables, packet.interface()),
+    };
+    let Some(slot) = slot else { return Fate::Pass };
     match packet.ethertype() {
         ethernet::IPV4 => translate_packet::<Ipv4, P, T>(packet, tables, slot, way),
         ethernet::IPV6 => translate_packet::<Ipv6, P, T>(packet, tables, slot, way),
@@ -306,7 +412,8 @@ pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) ->
 
 #[inline(always)]
 fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables: &T, slot: u32, way: Way) -> Fate {
-    let Some(mut header) = packet.load::<N>(0).filter(|header| header.header_len().is_some()) else { return Fate::Pass };
+    let Some(before) = packet.load::<N>(0).filter(|header| header.header_len().is_some()) else { return Fate::Pass };
+    let mut header = before;
     let bytes = header.said_len() as u64;
     let transport = header.transport(packet, 0);
     let outer = exchange(tables, &mut header, slot, way, End::of(way));
@@ -314,10 +421,10 @@ fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables:
         Transport::At(proto, at) if proto == N::ICMP => quote::<N, P, T>(packet, tables, slot, way, at),
         _ => None,
     };
-    let Some(found) = outer.or(quoted.map(|quote| (quote.found, quote.addresses))).map(|(found, _)| found) else {
-        return Fate::Pass;
-    };
-    let done = outer.is_none_or(|(_, change)| write_outer(packet, &header, transport, change))
+    let Some(found) = outer.or(quoted.map(|quote| quote.found)) else { return Fate::Pass };
+    let change = change(&before, &header);
+    header.follow(change);
+    let done = outer.is_none_or(|_| write_outer(packet, &header, transport, change))
         && quoted.is_none_or(|quote| write_quoted(packet, &quote));
     if !done {
         count_dropped(tables, found, way);
@@ -373,7 +480,9 @@ fn quote<N: Addressed, P: Passing, T: Tables>(
     let before = packet.load::<N>(offset)?;
     before.header_len()?;
     let mut header = before;
-    let (found, addresses) = exchange(tables, &mut header, slot, way, End::quoted(way))?;
+    let found = exchange(tables, &mut header, slot, way, End::quoted(way))?;
+    let addresses = change(&before, &header);
+    header.follow(addresses);
     let covered = match before.transport(packet, offset) {
         Transport::At(proto, at) => Covered::of::<N>(proto).map(|covered| (at + covered.place, covered.zero_is_none)),
         Transport::Elsewhere | Transport::Unknown => None,

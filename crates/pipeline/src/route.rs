@@ -50,6 +50,12 @@ impl<'t> Hop<'t> {
         })
     }
 
+    /// The record's sequence count when it was begun to be read
+    #[inline(always)]
+    pub(crate) fn sequence(&self) -> u32 {
+        self.sequence
+    }
+
     /// The link header of packets to it; None if it was changed since it was begun to be read.
     #[inline(always)]
     pub fn link<L: Link>(&self, ethertype: u16) -> Option<L> {
@@ -195,18 +201,30 @@ pub(crate) fn find_hop<'t, N: Network, F: Frame, T: Tables>(
     parsed: &Parsed,
     word: Word,
 ) -> Result<Hop<'t>, Reason> {
-    let index = match word.kind() {
-        Kind::Nexthop(index) => index,
+    let index = find_index(frame, tables, header, parsed, word)?;
+    Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)
+}
+
+/// Its index.
+#[inline(always)]
+pub(crate) fn find_index<N: Network, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    header: &N,
+    parsed: &Parsed,
+    word: Word,
+) -> Result<u32, Reason> {
+    match word.kind() {
+        Kind::Nexthop(index) => Ok(index),
         Kind::Group(index) => {
             let config = tables.config().ok_or(Reason::Internal)?;
             let bucket = hash::bucket(frame, config, header, parsed)?;
             let group = tables.group(index).ok_or(Reason::Internal)?;
-            group.buckets.get(bucket).ok_or(Reason::Internal)?.load()
+            Ok(group.buckets.get(bucket).ok_or(Reason::Internal)?.load())
         }
-        Kind::None => return Err(Reason::NoRoute),
-        Kind::Node(_) => return Err(Reason::Internal),
-    };
-    Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)
+        Kind::None => Err(Reason::NoRoute),
+        Kind::Node(_) => Err(Reason::Internal),
+    }
 }
 
 /// What depends on the packet as well as on the next hop.

@@ -83,8 +83,7 @@ enum Way {
 fn way_back<T: Tables>(tables: &T, index: u32) -> Result<Way, Reason> {
     let hop = tables.nexthop(index).ok_or(Reason::Internal)?;
     let (state, port) = read(hop).ok_or(Reason::TableBusy)?;
-    const UNICAST: [u32; 3] =
-        [NexthopKind::Forward as u32, NexthopKind::Tunnel as u32, NexthopKind::Mapped as u32];
+    const UNICAST: [u32; 3] = [NexthopKind::Forward as u32, NexthopKind::Tunnel as u32, NexthopKind::Mapped as u32];
     if UNICAST.contains(&(state & 0xff)) {
         return Ok(Way::Unicast(port));
     }

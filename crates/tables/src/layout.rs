@@ -88,7 +88,7 @@ pub const fn layout_hash() -> u32 {
         offset_of!(MappingSet, places),
         offset_of!(MappingSet, mappings),
         offset_of!(Mapping, addresses),
-        MAPPING_PROBES,
+        MAPPING_LENGTHS,
         size_of::<MappingCounters>(),
         offset_of!(MappingCounters, bytes),
         offset_of!(MappingCounters, dropped),

@@ -6,8 +6,11 @@
 use crate::flow::mix;
 use crate::opaque;
 use crate::order;
-use crate::record::{Config, Family, MAPPING_LENGTHS, MAPPING_PLACES, MAPPING_PROBES, MAPPINGS, Mapping, MappingSet};
 use crate::record::PORT_SLOTS;
+use crate::record::{Config, Family, MAPPING_LENGTHS, MAPPING_PLACES, MAPPINGS, Mapping, MappingSet};
+
+/// Names of the tc programs on a port with mappings, by `Way`.
+pub const PROGRAMS: [&str; 2] = ["towpath_nat_out", "towpath_nat_in"];
 
 /// An address as on the wire: IPv4 in the first half of the first word.
 pub type Words = [u64; 2];
@@ -70,11 +73,12 @@ pub const fn mask(len: u32) -> Words {
     if len > 64 { [u64::MAX, half(len - 64)] } else { [half(len), 0] }
 }
 
-/// The first place of the index at which the mapping of this kind with this first address is looked for.
+/// The two places of the index, in one of which the mapping of this kind with this first address is.
 #[inline(always)]
-pub fn place(seed: u32, way: Way, kind: u32, first: Words) -> usize {
+pub fn places(seed: u32, way: Way, kind: u32, first: Words) -> [usize; 2] {
     let hash = first.iter().fold(u64::from(seed) << 1 | way as u64, |hash, word| mix(hash, *word));
-    mix(hash, kind.into()) as usize % MAPPING_PLACES
+    let hash = mix(hash, kind.into());
+    [hash as usize % MAPPING_PLACES, (hash >> 32) as usize % MAPPING_PLACES]
 }
 
 /// The set in force.
@@ -83,7 +87,8 @@ pub fn in_force(config: &Config) -> Option<u32> {
     order::load(&config.mappings).checked_sub(1)
 }
 
-/// Finds the mapping that an address of a packet has at the port in a slot.
+/// Finds the mapping that an address of a packet has at the port in a slot. With few branches: a verifier goes through what
+/// follows once for each way that leads there.
 #[inline(always)]
 pub fn find(set: &MappingSet, index: u32, slot: u32, way: Way, family: Family, address: Words) -> Option<Found> {
     let seed = set.seed.load();
@@ -91,17 +96,22 @@ pub fn find(set: &MappingSet, index: u32, slot: u32, way: Way, family: Family, a
     for _ in 0..MAPPING_LENGTHS {
         let Some(len) = (lengths as u32 & 0xff).checked_sub(1) else { return None };
         lengths >>= 8;
-        let mask = mask(len);
-        let (first, kind) = ([address[0] & mask[0], address[1] & mask[1]], kind(slot, family, len));
-        let place = place(seed, way, kind, first);
-        for probe in 0..MAPPING_PROBES {
-            let number = set.places[opaque(place + probe) % MAPPING_PLACES].load();
-            let Some(number) = number.checked_sub(1) else { break };
-            let mapping = &set.mappings[opaque(number as usize) % MAPPINGS];
-            let found = &mapping.addresses[way as usize];
-            if mapping.kind.load() == kind && [found[0].load(), found[1].load()] == first {
-                return Some(Found::new(index, number % MAPPINGS as u32));
-            }
+        let mask = &set.masks[opaque(len as usize) % set.masks.len()];
+        let first = [address[0] & mask[0].load(), address[1] & mask[1].load()];
+        let kind = kind(slot, family, len);
+        let mut found = 0;
+        for place in places(seed, way, kind, first) {
+            let number = set.places[opaque(place) % MAPPING_PLACES].load();
+            // A place that is empty leads to the last one: if that is it, so much the better.
+            let number = opaque(number.wrapping_sub(1) as usize) % MAPPINGS;
+            let mapping = &set.mappings[number];
+            let [high, low] = &mapping.addresses[opaque(way as usize) % 2];
+            let differs = u64::from(mapping.kind.load() ^ kind) | high.load() ^ first[0] | low.load() ^ first[1];
+            let is_other = opaque(((differs | differs.wrapping_neg()) >> 63) as usize);
+            found |= (number + 1) * (1 - is_other);
+        }
+        if found != 0 {
+            return Some(Found::new(index, found as u32 - 1));
         }
     }
     None

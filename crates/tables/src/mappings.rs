@@ -4,12 +4,14 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backing::View;
-use crate::mapping::{Way, Words, in_force, kind, place};
+use crate::mapping::{Way, Words, in_force, kind, mask, places};
 use crate::order;
 use crate::record::*;
 
 /// Seeds that are tried until every mapping has a place; one in thousands does not do.
 const SEEDS: u32 = 64;
+/// Mappings that one drives out at most.
+const PATIENCE: usize = 100;
 
 /// A mapping. Both addresses are of one family, and the first ones of prefixes of this length.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -83,7 +85,11 @@ pub fn words(address: IpAddr) -> Words {
 fn address(family: u8, words: Words) -> IpAddr {
     let [high, low] = words.map(|word| u128::from(u64::from_be(word)));
     let bits = high << 64 | low;
-    if family == Family::V4 as u8 { Ipv4Addr::from_bits((bits >> 96) as u32).into() } else { Ipv6Addr::from_bits(bits).into() }
+    if family == Family::V4 as u8 {
+        Ipv4Addr::from_bits((bits >> 96) as u32).into()
+    } else {
+        Ipv6Addr::from_bits(bits).into()
+    }
 }
 
 /// Whether a set of these could be written.
@@ -107,25 +113,38 @@ fn lengths(mappings: &BTreeMap<u32, MappingValue>) -> Result<BTreeMap<(u32, usiz
     Ok(all.into_iter().map(|(of, lengths)| (of, word(lengths))).collect())
 }
 
-/// The index of these mappings for a seed; None if one of them would be too far from its place.
+/// The index of these mappings for a seed; None if there is none in which each has one of its places. Whoever finds both of
+/// its places taken drives one out to its other one (Pagh and Rodler, Cuckoo hashing).
 fn index(mappings: &BTreeMap<u32, MappingValue>, seed: u32) -> Option<BTreeMap<usize, u32>> {
-    let mut places = BTreeMap::new();
+    let mut index: BTreeMap<usize, ([usize; 2], u32)> = BTreeMap::new();
     for (number, mapping) in mappings {
         for way in [Way::Out, Way::In] {
-            let first = place(seed, way, mapping.kind(), mapping.first(way));
-            let mut probes = (0..MAPPING_PROBES).map(|probe| (first + probe) % MAPPING_PLACES);
-            places.insert(probes.find(|place| !places.contains_key(place))?, number + 1);
+            let mut homeless = (places(seed, way, mapping.kind(), mapping.first(way)), number + 1);
+            let mut at = homeless.0[0];
+            for _ in 0..PATIENCE {
+                let Some(driven_out) = index.insert(at, homeless) else { break };
+                homeless = driven_out;
+                at = homeless.0.into_iter().find(|place| *place != at).unwrap_or(at);
+                if !index.contains_key(&at) {
+                    index.insert(at, homeless);
+                    break;
+                }
+            }
         }
     }
-    Some(places)
+    let wanted = 2 * mappings.len();
+    (index.len() == wanted).then(|| index.into_iter().map(|(place, (_, number))| (place, number)).collect())
 }
 
 /// Writes a set that no reader looks at.
-fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
+pub fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
     check(mappings)?;
     let lengths = lengths(mappings)?;
     let (seed, places) = (0..SEEDS).find_map(|seed| Some((seed, index(mappings, seed)?))).ok_or(TooMany::Mappings)?;
     set.seed.store(seed);
+    for (len, words) in (0..).zip(&set.masks) {
+        words.iter().zip(mask(u32::min(len, 128))).for_each(|(word, mask)| word.store(mask));
+    }
     for (slot, families) in set.lengths.iter().enumerate() {
         for (family, word) in families.iter().enumerate() {
             word.store(lengths.get(&(slot as u32, family)).copied().unwrap_or(0));
@@ -146,8 +165,19 @@ fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result<(),
 /// The mappings in force, by number.
 pub fn read(view: &View<'_>) -> BTreeMap<u32, MappingValue> {
     let set = in_force(view.config()).and_then(|index| view.mapping_sets().get(index as usize));
-    let records = set.into_iter().flat_map(|set| (0..).zip(&set.mappings));
-    records.filter_map(|(number, record)| Some((number, MappingValue::read(record)?))).collect()
+    set.map(in_set).unwrap_or_default()
+}
+
+/// The mappings of a set, by number.
+pub fn in_set(set: &MappingSet) -> BTreeMap<u32, MappingValue> {
+    (0..).zip(&set.mappings).filter_map(|(number, record)| Some((number, MappingValue::read(record)?))).collect()
+}
+
+/// The first address of the prefix of this length that an address is in.
+pub fn first(of: IpAddr, len: u8) -> IpAddr {
+    let family = if of.is_ipv4() { Family::V4 } else { Family::V6 };
+    let (words, mask) = (words(of), mask(len.into()));
+    address(family as u8, [words[0] & mask[0], words[1] & mask[1]])
 }
 
 /// Puts a set into force; nobody may look at the other one any more. Counters of mappings that are new start at 0.

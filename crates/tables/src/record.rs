@@ -482,8 +482,6 @@ const _: () = assert!(size_of::<FlowLine>() == 64);
 pub const MAPPINGS: usize = 1024;
 /// Places of the index of mappings; each mapping has two.
 pub const MAPPING_PLACES: usize = 8 * MAPPINGS;
-/// Longest chain of places looked at to find a mapping.
-pub const MAPPING_PROBES: usize = 4;
 /// Different prefix lengths of the mappings of a port and family at most.
 pub const MAPPING_LENGTHS: usize = 8;
 
@@ -508,9 +506,11 @@ pub struct MappingSet {
     pub seed: W32,
     /// Reserved, zero
     pub reserved: [W32; 15],
+    /// The bits that a prefix of each length has, as on the wire
+    pub masks: [[W64; 2]; 256],
     /// By slot and family: 1 + each prefix length that there is, a byte each, the longest in the lowest byte
     pub lengths: [[W64; 2]; PORT_SLOTS as usize],
-    /// 0 or 1 + a mapping's index: `mapping::place` says where
+    /// 0 or 1 + a mapping's index: `mapping::places` says where
     pub places: [W32; MAPPING_PLACES],
     /// The mappings
     pub mappings: [Mapping; MAPPINGS],

@@ -424,7 +424,7 @@ impl Daemon {
 /// Where a next hop sends frames, or why it leaves them to Linux; neither if it is a tunnel.
 fn does(value: Option<NexthopValue>) -> (Option<[u8; 6]>, Option<Reason>) {
     match value.map(|value| value.action) {
-        Some(Action::Forward(header)) => (header.bytes().first_chunk().copied(), None),
+        Some(Action::Forward(header) | Action::Mapped(header)) => (header.bytes().first_chunk().copied(), None),
         Some(Action::Tunnel) => (None, None),
         Some(Action::Exception(reason)) => (None, Some(reason)),
         None => (None, Some(Reason::TableBusy)),

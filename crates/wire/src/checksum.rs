@@ -62,12 +62,6 @@ impl Change {
         self.word(old as u32, new as u32).word((old >> 32) as u32, (new >> 32) as u32)
     }
 
-    /// Both changes.
-    #[inline(always)]
-    pub fn and(self, other: Self) -> Self {
-        Self(Sum(self.0.0 + other.0.0))
-    }
-
     /// What has to be added to a sum of what is covered, as on the wire.
     #[inline(always)]
     pub fn fold(self) -> u16 {

@@ -4,6 +4,7 @@ use crate::beside;
 use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
+use towpath_pipeline::nat::{self, Choice};
 use towpath_pipeline::{Beside, Candidate, Entry, Frame, Parsed, Refusal, Tables, forward_flow, forward_tunnelled};
 use towpath_tables::record::{Family, PORT_SLOTS};
 use towpath_tables::{Reason, opaque};
@@ -118,6 +119,20 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
+    fn mapped<T: Tables>(&mut self, _: &T, entry: &Entry, candidate: Candidate) -> Result<u32, Reason> {
+        let partial = if entry.may_be_partial() { PARTIAL } else { 0 };
+        let six = if candidate.family == Family::V6 { SIX } else { 0 };
+        let what = Self::forget(entry.slot << SLOT_SHIFT | partial | six | candidate.offset as u32 & OFFSET);
+        let inward = mapped_in(self.ctx, what);
+        let choice = mapped_choice(self.ctx, what, inward);
+        let chosen = result_of_choice(choice)?;
+        let outward = mapped_out(self.ctx, what, chosen.0);
+        let answer = mapped_rewrite(self.ctx, what, outward, inward, chosen.0);
+        self.reload();
+        result(answer)
+    }
+
+    #[inline(always)]
     fn trim(&mut self, by: u32) -> bool {
         // SAFETY: as for `move_head`.
         let done = unsafe { bpf_xdp_adjust_tail(self.ctx, -(by as i32)) } == 0;
@@ -179,6 +194,63 @@ fn flow6(ctx: *mut xdp_md, what: u32) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };
     answer(go_on_by_flow(&mut frame, Family::V6, what))
+}
+
+/// Of a packet that meets mappings, besides: it is IPv6.
+const SIX: u32 = 1 << 16;
+/// In place of a choice, a reason
+const NO_CHOICE: u64 = 1 << 31;
+
+#[inline(always)]
+fn meets_mappings(what: u32) -> Option<(Entry<'static>, Candidate)> {
+    let slot = what >> SLOT_SHIFT & (PORT_SLOTS - 1);
+    let entry = Entry::new(slot, FAR_MAPS.port(slot)?).with_partial(what & PARTIAL != 0);
+    let family = if what & SIX != 0 { Family::V6 } else { Family::V4 };
+    Some((entry, Candidate { family, offset: (what & OFFSET) as usize, reason: Reason::Mapped }))
+}
+
+#[inline(always)]
+fn result_of_choice(choice: u64) -> Result<Choice, Reason> {
+    if choice & NO_CHOICE == 0 {
+        Ok(Choice(choice))
+    } else {
+        Err(Reason::from_index(choice as u8).unwrap_or(Reason::Internal))
+    }
+}
+
+#[inline(never)]
+fn mapped_in(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let frame = unsafe { XdpFrame::new(ctx) };
+    meets_mappings(what).map_or(0, |(entry, candidate)| nat::inward(&frame, &FAR_MAPS, &entry, candidate))
+}
+
+#[inline(never)]
+fn mapped_choice(ctx: *mut xdp_md, what: u32, inward: u32) -> u64 {
+    // SAFETY: the caller has the context from the kernel.
+    let frame = unsafe { XdpFrame::new(ctx) };
+    let met = meets_mappings(what).ok_or(Reason::Internal);
+    match met.and_then(|(entry, candidate)| nat::choose(&frame, &FAR_MAPS, &entry, candidate, inward)) {
+        Ok(Choice(choice)) => choice & !NO_CHOICE,
+        Err(reason) => NO_CHOICE | opaque(reason as usize) as u64,
+    }
+}
+
+#[inline(never)]
+fn mapped_out(ctx: *mut xdp_md, what: u32, choice: u64) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let frame = unsafe { XdpFrame::new(ctx) };
+    meets_mappings(what).map_or(0, |(_, candidate)| nat::outward(&frame, &FAR_MAPS, candidate, Choice(choice)))
+}
+
+#[inline(never)]
+fn mapped_rewrite(ctx: *mut xdp_md, what: u32, outward: u32, inward: u32, choice: u64) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    let met = meets_mappings(what).ok_or(Reason::Internal);
+    answer(met.and_then(|(entry, candidate)| {
+        nat::finish(&mut frame, &FAR_MAPS, &entry, candidate, [outward, inward], Choice(choice))
+    }))
 }
 
 #[inline(always)]

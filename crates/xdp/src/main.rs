@@ -9,6 +9,7 @@ mod captured;
 mod constant;
 mod frame;
 mod maps;
+mod nat;
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use frame::XdpFrame;

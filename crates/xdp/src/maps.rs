@@ -10,10 +10,11 @@ use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
 use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
+use towpath_tables::mapping::{self, Way, Words};
 use towpath_tables::opaque;
 use towpath_tables::record::{
-    Config, CpuStats, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root,
-    SOCKET_QUEUES, TableId, VlanTable,
+    Config, CpuMappings, CpuStats, Family, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, MAPPINGS, MappingSet,
+    NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 
@@ -52,6 +53,8 @@ tables! {
     STATS = Stats: ".bss.stats";
     FLOWS = Flows: ".bss.flows";
     FLOW_LINES = FlowLines: ".bss.flow_lines";
+    MAPPING_SETS = Mappings: ".bss.mappings";
+    MAPPING_STATS = MappingStats: ".bss.mapping_stats";
 }
 
 /// A record of a table; the length is the one that is put there when the program is loaded.
@@ -150,6 +153,20 @@ fn find_flow<const WORDS: usize>(key: &Key<WORDS>) -> u32 {
     let seed = FAR_MAPS.config().map_or(0, |config| config.flow_seed.load());
     flow::find(&FAR_MAPS, seed, key).map_or(0, |found| found.0)
 }
+
+/// As `lookup4`, for a mapping; 0 if there is none. `what`: the port's slot, then a bit each for the way and the family.
+#[inline(never)]
+fn find_mapping(what: u32, first: u64, second: u64) -> u32 {
+    let way = if what & MAPPING_IN == 0 { Way::Out } else { Way::In };
+    let family = if what & MAPPING_V6 == 0 { Family::V4 } else { Family::V6 };
+    let index = FAR_MAPS.config().and_then(mapping::in_force).unwrap_or(u32::MAX);
+    let set = FAR_MAPS.mapping_set(index);
+    let found = set.and_then(|set| mapping::find(set, index, what % PORT_SLOTS, way, family, [first, second]));
+    // As `Frame::forget`: what follows is to be looked at once.
+    found.map_or(0, |found| found.0) ^ FAR_MAPS.config().map_or(0, |config| config.reserved[0].load())
+}
+const MAPPING_IN: u32 = PORT_SLOTS;
+const MAPPING_V6: u32 = 2 * PORT_SLOTS;
 
 /// The maps of this program. Look-ups of routes are called if `CALLS`, and repeated at every place otherwise.
 pub struct Maps<const CALLS: bool>;
@@ -291,6 +308,28 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
         match find_flow(key) {
             0 => None,
             found => Some(Found(found)),
+        }
+    }
+
+    #[inline(always)]
+    fn mapping_set(&self, index: u32) -> Option<&MappingSet> {
+        record!(MAPPING_SETS[index]: MappingSet, Mappings)
+    }
+
+    #[inline(always)]
+    fn mapping_stats(&self, cpu: u32) -> Option<&CpuMappings> {
+        let cpus = constant!(const TableId::MappingStats.length_mark()) / MAPPINGS;
+        // SAFETY: as for `stats`.
+        unsafe { place(constant!(sym MAPPING_STATS), cpus, cpu).map(|stats| &*stats) }
+    }
+
+    #[inline(always)]
+    fn find_mapping(&self, slot: u32, way: Way, family: Family, address: Words) -> Option<mapping::Found> {
+        let way = if way == Way::Out { 0 } else { MAPPING_IN };
+        let family = if family == Family::V4 { 0 } else { MAPPING_V6 };
+        match find_mapping(slot | way | family, address[0], address[1]) {
+            0 => None,
+            found => Some(mapping::Found(found)),
         }
     }
 

@@ -268,9 +268,9 @@ pub enum Tcx {
 /// More programs than this on one place are not told apart.
 const MOST: usize = 16;
 
-/// Number of tcx programs on the interface of the thread's namespace that do not have this name; None if the kernel has no
-/// tcx (before 6.6). 0 if the interface is gone. Without CAP_SYS_ADMIN the kernel does not tell names: then none has it.
-pub fn tcx_programs(ifindex: u32, place: Tcx, name: &str) -> Result<Option<u32>, CmError> {
+/// Number of tcx programs on the interface of the thread's namespace that have none of these names; None if the kernel has no
+/// tcx (before 6.6). 0 if the interface is gone. Without CAP_SYS_ADMIN the kernel does not tell names: then none has one.
+pub fn tcx_programs(ifindex: u32, place: Tcx, names: &[&str]) -> Result<Option<u32>, CmError> {
     #[repr(C)]
     #[derive(Default)]
     struct Attribute {
@@ -299,7 +299,7 @@ pub fn tcx_programs(ifindex: u32, place: Tcx, name: &str) -> Result<Option<u32>,
         Ok(_) => {
             let mut others = attribute.count;
             for id in ids.into_iter().take(attribute.count as usize) {
-                others -= u32::from(has_name(id, name).map_err(|e| CmError::io(what(), e))?);
+                others -= u32::from(has_name(id, names).map_err(|e| CmError::io(what(), e))?);
             }
             Ok(Some(others))
         }
@@ -313,8 +313,8 @@ pub fn tcx_programs(ifindex: u32, place: Tcx, name: &str) -> Result<Option<u32>,
     }
 }
 
-/// Whether a program has this name, as far as the kernel keeps names.
-fn has_name(id: u32, name: &str) -> io::Result<bool> {
+/// Whether a program has one of these names, as far as the kernel keeps names.
+fn has_name(id: u32, names: &[&str]) -> io::Result<bool> {
     /// bpf_prog_info up to the name.
     #[repr(C, align(8))]
     #[derive(Default)]
@@ -324,7 +324,7 @@ fn has_name(id: u32, name: &str) -> io::Result<bool> {
     }
     let mut info = Info::default();
     match information(PROG_GET_FD_BY_ID, id, &mut info) {
-        Ok(found) => Ok(found && super::nl::text_of(&info.name) == name),
+        Ok(found) => Ok(found && names.contains(&super::nl::text_of(&info.name).as_str())),
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(false),
         Err(e) => Err(e),
     }

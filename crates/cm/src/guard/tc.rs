@@ -19,6 +19,7 @@ use std::time::Duration;
 use towpath_fpc::{PolicySource, Scope};
 use towpath_tables::Reason;
 use towpath_tables::flow::ACCEPT_PROGRAM;
+use towpath_tables::mapping::PROGRAMS;
 
 /// RTNLGRP_LINK, RTNLGRP_TC
 const GROUPS: [u32; 2] = [1, 4];
@@ -34,6 +35,9 @@ const FQ_FLOW_MAX_RATE: u16 = 7;
 /// Parents of the filters of clsact; `ingress` takes the first too.
 const AT_INGRESS: u32 = 0xffff_fff2;
 const AT_EGRESS: u32 = 0xffff_fff3;
+
+/// Programs of our own: one changes nothing, and what the others do to packets the fast path does, too.
+const OWN: [&str; 3] = [ACCEPT_PROGRAM, PROGRAMS[0], PROGRAMS[1]];
 
 /// The watcher of traffic control.
 pub struct Tc {
@@ -119,7 +123,7 @@ impl Tc {
                     Tcx::Ingress => Scope::Ingress(port.ifindex, None),
                     Tcx::Egress => Scope::Egress(port.ifindex, None),
                 };
-                match tcx_programs(port.ifindex, place, ACCEPT_PROGRAM)? {
+                match tcx_programs(port.ifindex, place, &OWN)? {
                     None => self.has_tcx = false,
                     Some(0) => {}
                     Some(number) => {
@@ -217,7 +221,7 @@ fn qdisc(message: Message<'_>) -> Result<Option<Qdisc>, CmError> {
     Ok(Some(Qdisc { ifindex, handle, kind, passes }))
 }
 
-/// The kind of a filter, unless it does nothing to packets: the program that notes what Linux lets through, and what stands
+/// The kind of a filter, unless it is nothing that the fast path does not repeat: programs of our own, and what stands
 /// before the programs of a priority, without any options (cls_api.c, tcf_chain_dump).
 fn filter(message: Message<'_>) -> Result<Option<String>, CmError> {
     if message.kind != NEWTFILTER {
@@ -228,7 +232,8 @@ fn filter(message: Message<'_>) -> Result<Option<String>, CmError> {
     let kind = find(&attributes, TCA_KIND).map(text_of).unwrap_or_default();
     if kind == "bpf" {
         let Some(options) = find(&attributes, TCA_OPTIONS) else { return Ok(None) };
-        if find(&attrs(what, options)?, BPF_NAME).map(text_of).as_deref() == Some(ACCEPT_PROGRAM) {
+        let name = find(&attrs(what, options)?, BPF_NAME).map(text_of);
+        if name.is_some_and(|name| OWN.contains(&name.as_str())) {
             return Ok(None);
         }
     }

@@ -3,6 +3,7 @@
 
 mod flows;
 pub mod frames;
+mod nat;
 mod tunnels;
 pub mod world;
 
@@ -55,6 +56,8 @@ pub struct Case {
     pub tunnels: Vec<(u32, Way, usize)>,
     /// What becomes of the flow, if something does
     pub flow: Option<Effect>,
+    /// What mappings count
+    pub mapped: Vec<nat::Mapped>,
 }
 
 /// Which way a packet passes a tunnel.
@@ -80,6 +83,11 @@ impl Case {
         self.expect.apply(world, self.frame.len());
         if let Some(effect) = self.flow {
             effect.apply(world);
+        }
+        for (number, way, len) in &self.mapped {
+            let counters = &world.mapping_stats()[*number as usize];
+            counters.packets[*way as usize].store(1);
+            counters.bytes[*way as usize].store(*len as u64);
         }
         for (slot, way, len) in &self.tunnels {
             let stats = world.stats(*slot);
@@ -127,6 +135,7 @@ pub fn all() -> Vec<Case> {
     cases.beside();
     cases.tunnels();
     cases.flows();
+    cases.mappings();
     cases.0
 }
 
@@ -191,6 +200,7 @@ impl Cases {
             expect,
             tunnels: Vec::new(),
             flow: None,
+            mapped: Vec::new(),
         });
     }
 
@@ -455,7 +465,8 @@ impl Cases {
             }
             let other = move |world: &mut World| world.unflag(IN, (FORWARD_V4 | FORWARD_V6) & !flag);
             self.pass(format!("{name}, the other family does not forward"), other, packet.clone(), 0);
-            for reason in Reason::ALL {
+            // Mappings are no policy: what has none goes on.
+            for reason in Reason::ALL.iter().filter(|reason| **reason != Reason::Mapped) {
                 let port = move |world: &mut World| world.port(IN).ingress_policy[family].store(1 + *reason as u32);
                 self.except(format!("{name}, port's policy {}", reason.name()), port, arrive(&packet), *reason);
             }
@@ -806,7 +817,7 @@ impl Cases {
             let (four, frame) = (name == "IPv4", arrive(&packet));
             let busy = |world: &mut World| world.nexthop(HOP).sequence.store(9);
             self.except(format!("{name}, next hop in change"), busy, frame.clone(), Reason::TableBusy);
-            for state in [0u32, 4, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | (Reason::ALL.len() as u32) << 8]
+            for state in [0u32, 5, 0xff, 1 | 3 << 16, 1 | 255 << 16, 2 | 0xfe << 8, 2 | (Reason::ALL.len() as u32) << 8]
             {
                 let wild = move |world: &mut World| world.nexthop(HOP).state.store(state);
                 self.except(format!("{name}, next hop state {state:x}"), wild, frame.clone(), Reason::Internal);

@@ -7,13 +7,14 @@ use towpath_tables::clock;
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Leaf, Word};
 use towpath_tables::record::{
-    Config, Flow, FlowLine, Group, LINE_WORDS, Line, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
-    PortStats, Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
+    Config, Flow, FlowLine, Group, LINE_WORDS, Line, MAPPINGS, MappingCounters, MappingSet, NO_VLANS, NODE_HEAD,
+    Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD,
+    WIDE_RUNS, Wide, mac_word,
     port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
 use towpath_tables::tunnel;
 use towpath_tables::word::W32;
-use towpath_tables::{REASONS, Reason};
+use towpath_tables::{Obstacle, REASONS, Reason};
 
 /// Interface index of the port that every frame enters by: that of the loopback interface, which is what a test run
 /// of an XDP program claims to come from.
@@ -212,6 +213,26 @@ impl World {
 
     pub(super) fn flow_lines(&self) -> &[FlowLine] {
         &self.flow_lines
+    }
+
+    pub(super) fn mapping_sets(&self) -> &[MappingSet] {
+        &self.mapping_sets
+    }
+
+    /// Counters of mappings, by number
+    pub fn mapping_stats(&self) -> &[MappingCounters] {
+        &self.mapping_stats
+    }
+
+    /// Makes a port and the next hops by it known to have mappings.
+    pub(super) fn show_mappings(&self, slot: u32) {
+        let word = Obstacle::word(Some(Obstacle::new(Reason::Mapped)));
+        self.port(slot).ingress_policy.iter().for_each(|policy| policy.store(word));
+        for hop in &self.nexthops {
+            if hop.port.load() == slot && hop.state.load() & 0xff == NexthopKind::Forward as u32 {
+                hop.state.store(hop.state.load() & !0xff | NexthopKind::Mapped as u32);
+            }
+        }
     }
 
     /// Sets flags of a port.

@@ -1,11 +1,10 @@
-//! The tc program on a port's egress hook that notes what Linux transmits of flows: put on, replaced without a gap, taken
-//! off. From Linux 6.6 on it is in a link (tcx), which is pinned as XDP's links are. Before, it is a filter of a clsact qdisc
-//! (net/sched/cls_bpf.c); a marker beside the pins says that there is one, and another that the qdisc came with it.
+//! tc programs on interfaces: the one that notes what Linux transmits of flows, and those that translate addresses. Put on,
+//! replaced without a gap, taken off. From Linux 6.6 on it is in a link (tcx), which is pinned as XDP's links are. Before, it is a filter of a clsact qdisc
+//! (net/sched/cls_bpf.c); a marker beside the pins says that there is one, and another that the qdisc came with one of them.
 
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
 use crate::netlink::ask;
-use crate::program::NAME_ACCEPT;
 use crate::sys::{self, AttachType};
 use RouteNetlinkMessage::{
     DelQueueDiscipline, DelTrafficFilter, GetTrafficFilter, NewQueueDiscipline, NewTrafficFilter,
@@ -17,17 +16,54 @@ use netlink_packet_route::tc::{
 };
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use towpath_tables::flow::ACCEPT_PROGRAM;
+use towpath_tables::mapping::PROGRAMS;
+
+/// One of the programs, and where it stands on an interface.
+#[derive(Debug)]
+pub(crate) struct Hook {
+    /// Its name, in the object and in the kernel
+    pub(crate) name: &'static str,
+    /// What its pins and markers are called
+    pin: &'static str,
+    tcx: AttachType,
+    /// Of the qdisc clsact: `TcHandle::MIN_INGRESS` or `MIN_EGRESS`
+    minor: u16,
+    /// Among the filters of the hook
+    priority: u32,
+}
+
+/// Notes what Linux transmits of flows.
+pub(crate) static ACCEPT: Hook = Hook {
+    name: ACCEPT_PROGRAM,
+    pin: "accept",
+    tcx: AttachType::TcxEgress,
+    minor: TcHandle::MIN_EGRESS,
+    priority: 0x7470,
+};
+
+/// Translate what Linux transmits, and what it receives: by `Way`.
+pub(crate) static TRANSLATE: [Hook; 2] = [
+    Hook {
+        name: PROGRAMS[0],
+        pin: "natout",
+        tcx: AttachType::TcxEgress,
+        minor: TcHandle::MIN_EGRESS,
+        priority: 0x7471,
+    },
+    Hook { name: PROGRAMS[1], pin: "natin", tcx: AttachType::TcxIngress, minor: TcHandle::MIN_INGRESS, priority: 0x7471 },
+];
 
 /// Puts the program on an interface, in place of an older one. Nothing is done if the interface is gone.
-pub(crate) fn put_on(dir: &PinDir, program: BorrowedFd<'_>, index: u32) -> Result<()> {
+pub(crate) fn put_on(dir: &PinDir, hook: &Hook, program: BorrowedFd<'_>, index: u32) -> Result<()> {
     let failed = |e| Error::privileged(format!("put the tc program on interface {index}"), "CAP_NET_ADMIN", e);
-    if let Ok(link) = sys::get_pinned(&dir.pin(&link_pin(index))) {
+    if let Ok(link) = sys::get_pinned(&dir.pin(&hook.link(index))) {
         return ignore_gone(sys::link_update(link.as_fd(), program)).map_err(failed);
     }
-    if !dir.pin(&filter_mark(index)).is_dir() {
-        match sys::link_create(program, index, AttachType::TcxEgress, 0) {
+    if !dir.pin(&hook.filter(index)).is_dir() {
+        match sys::link_create(program, index, hook.tcx, 0) {
             Ok(link) => {
-                return sys::pin(link.as_fd(), &dir.pin(&link_pin(index)))
+                return sys::pin(link.as_fd(), &dir.pin(&hook.link(index)))
                     .map_err(|e| Error::io(format!("pin the link of the tc program on interface {index}"), e));
             }
             // Linux before 6.6 does not know what it is to be attached to.
@@ -35,26 +71,27 @@ pub(crate) fn put_on(dir: &PinDir, program: BorrowedFd<'_>, index: u32) -> Resul
             Err(e) => return ignore_gone(Err(e)).map_err(failed),
         }
     }
-    ignore_gone(put_filter_on(dir, program, index)?).map_err(failed)
+    ignore_gone(put_filter_on(dir, hook, program, index)?).map_err(failed)
 }
 
 /// Whether a program was put on an interface.
-pub(crate) fn is_on(dir: &PinDir, index: u32) -> bool {
-    dir.pin(&filter_mark(index)).is_dir() || sys::get_pinned(&dir.pin(&link_pin(index))).is_ok()
+pub(crate) fn is_on(dir: &PinDir, hook: &Hook, index: u32) -> bool {
+    dir.pin(&hook.filter(index)).is_dir() || sys::get_pinned(&dir.pin(&hook.link(index))).is_ok()
 }
 
 /// Takes the program off an interface, if it is there.
-pub(crate) fn take_off(dir: &PinDir, index: u32) -> Result<()> {
+pub(crate) fn take_off(dir: &PinDir, hook: &Hook, index: u32) -> Result<()> {
     let failed = |e| Error::privileged(format!("take the tc program off interface {index}"), "CAP_NET_ADMIN", e);
-    if let Ok(link) = sys::get_pinned(&dir.pin(&link_pin(index))) {
+    if let Ok(link) = sys::get_pinned(&dir.pin(&hook.link(index))) {
         ignore_gone(sys::link_detach(link.as_fd())).map_err(failed)?;
-        dir.remove(&link_pin(index))?;
+        dir.remove(&hook.link(index))?;
     }
-    if dir.pin(&filter_mark(index)).is_dir() {
-        ignore_gone(change(0, DelTrafficFilter(filter(index, None)))).map_err(failed)?;
-        dir.remove(&filter_mark(index))?;
+    if dir.pin(&hook.filter(index)).is_dir() {
+        ignore_gone(change(0, DelTrafficFilter(filter(hook, index, None)))).map_err(failed)?;
+        dir.remove(&hook.filter(index))?;
     }
-    if dir.pin(&qdisc_mark(index)).is_dir() {
+    let others = [&ACCEPT].into_iter().chain(&TRANSLATE).any(|hook| dir.pin(&hook.filter(index)).is_dir());
+    if !others && dir.pin(&qdisc_mark(index)).is_dir() {
         // What somebody has added since stays, and the qdisc with it.
         if has_no_filter(index).map_err(failed)? {
             ignore_gone(change(0, DelQueueDiscipline(clsact(index)))).map_err(failed)?;
@@ -65,16 +102,16 @@ pub(crate) fn take_off(dir: &PinDir, index: u32) -> Result<()> {
 }
 
 /// As a filter. Markers come first, so that nothing is left behind unknown.
-fn put_filter_on(dir: &PinDir, program: BorrowedFd<'_>, index: u32) -> Result<io::Result<()>> {
-    if !dir.pin(&filter_mark(index)).is_dir() {
+fn put_filter_on(dir: &PinDir, hook: &Hook, program: BorrowedFd<'_>, index: u32) -> Result<io::Result<()>> {
+    if !dir.pin(&hook.filter(index)).is_dir() {
         match change(NLM_F_CREATE | NLM_F_EXCL, NewQueueDiscipline(clsact(index))) {
             Ok(()) => dir.mark(&qdisc_mark(index))?,
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
             Err(e) => return Ok(Err(e)),
         }
-        dir.mark(&filter_mark(index))?;
+        dir.mark(&hook.filter(index))?;
     }
-    Ok(change(NLM_F_CREATE | NLM_F_REPLACE, NewTrafficFilter(filter(index, Some(program)))))
+    Ok(change(NLM_F_CREATE | NLM_F_REPLACE, NewTrafficFilter(filter(hook, index, Some(program)))))
 }
 
 /// The interface went away and took the program with it.
@@ -85,24 +122,35 @@ fn ignore_gone(done: io::Result<()>) -> io::Result<()> {
     }
 }
 
-fn link_pin(index: u32) -> String {
-    format!("accept_{index}")
-}
+impl Hook {
+    fn link(&self, index: u32) -> String {
+        format!("{}_{index}", self.pin)
+    }
 
-fn filter_mark(index: u32) -> String {
-    format!("acceptfilter_{index}")
+    fn filter(&self, index: u32) -> String {
+        format!("{}filter_{index}", self.pin)
+    }
+
+    /// The interface on which this pin or marker says that the program is.
+    pub(crate) fn index(&self, name: &str) -> Option<u32> {
+        let rest = name.strip_prefix(self.pin)?;
+        rest.strip_prefix("filter").unwrap_or(rest).strip_prefix('_')?.parse().ok()
+    }
+
+    /// Ours among the filters: priority, and ETH_P_ALL as on the wire
+    const fn info(&self) -> u32 {
+        self.priority << 16 | 3u16.to_be() as u32
+    }
 }
 
 fn qdisc_mark(index: u32) -> String {
     format!("clsact_{index}")
 }
 
-/// Ours among the filters: priority, and ETH_P_ALL as on the wire
-const FILTER_INFO: u32 = 0x7470 << 16 | 3u16.to_be() as u32;
 const FILTER_HANDLE: u32 = 1;
 
 /// One of the hooks of the qdisc clsact: `TcHandle::MIN_INGRESS` or `MIN_EGRESS`.
-fn hook(minor: u16) -> TcHandle {
+fn place(minor: u16) -> TcHandle {
     TcHandle { minor, ..TcHandle::CLSACT }
 }
 
@@ -117,10 +165,10 @@ fn clsact(index: u32) -> TcMessage {
 }
 
 /// Our filter, with a program that it is to run.
-fn filter(index: u32, program: Option<BorrowedFd<'_>>) -> TcMessage {
+fn filter(hook: &Hook, index: u32, program: Option<BorrowedFd<'_>>) -> TcMessage {
     let mut attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into())];
-    attributes.extend(program.map(|program| runs(program, NAME_ACCEPT)));
-    message(index, FILTER_HANDLE, hook(TcHandle::MIN_EGRESS), FILTER_INFO, attributes)
+    attributes.extend(program.map(|program| runs(program, hook.name)));
+    message(index, FILTER_HANDLE, place(hook.minor), hook.info(), attributes)
 }
 
 fn runs(program: BorrowedFd<'_>, name: &str) -> TcAttribute {
@@ -153,7 +201,7 @@ fn has_no_filter(index: u32) -> io::Result<bool> {
 }
 
 fn filters(index: u32, minor: u16) -> io::Result<Vec<TcMessage>> {
-    let answers = ask(GetTrafficFilter(message(index, 0, hook(minor), 0, Vec::new())), NLM_F_DUMP)?;
+    let answers = ask(GetTrafficFilter(message(index, 0, place(minor), 0, Vec::new())), NLM_F_DUMP)?;
     let filters = answers.into_iter().filter_map(|answer| match answer {
         NewTrafficFilter(filter) if filter.header.index == index as i32 => Some(filter),
         _ => None,
@@ -169,14 +217,14 @@ mod tests {
     /// A program that says TC_ACT_UNSPEC.
     fn program() -> std::os::fd::OwnedFd {
         const CODE: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
-        sys::prog_load(NAME_ACCEPT, c"Dual MIT/GPL", AttachType::TcxEgress, &CODE, &mut []).expect("a program")
+        sys::prog_load(ACCEPT.name, c"Dual MIT/GPL", AttachType::TcxEgress, &CODE, &mut []).expect("a program")
     }
 
     fn ours() -> usize {
         let found = filters(1, TcHandle::MIN_EGRESS).unwrap_or_default();
-        let name = TcOption::Bpf(TcFilterBpfOption::ProgName(NAME_ACCEPT.into()));
+        let name = TcOption::Bpf(TcFilterBpfOption::ProgName(ACCEPT.name.into()));
         let named = |a: &TcAttribute| matches!(a, TcAttribute::Options(options) if options.contains(&name));
-        found.iter().filter(|f| f.header.info == FILTER_INFO && f.attributes.iter().any(named)).count()
+        found.iter().filter(|f| f.header.info == ACCEPT.info() && f.attributes.iter().any(named)).count()
     }
 
     fn has_qdisc() -> bool {
@@ -191,30 +239,30 @@ mod tests {
         let mut dir = PinDir::find(netns_inode().unwrap()).unwrap();
         dir.create().unwrap();
         for _ in 0..3 {
-            put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
+            put_filter_on(&dir, &ACCEPT, program().as_fd(), 1).unwrap().unwrap();
             assert_eq!(ours(), 1);
         }
-        take_off(&dir, 1).unwrap();
+        take_off(&dir, &ACCEPT, 1).unwrap();
         assert!(!has_qdisc(), "it came with the filter");
         assert_eq!(dir.names().unwrap(), [""; 0]);
-        take_off(&dir, 1).unwrap();
+        take_off(&dir, &ACCEPT, 1).unwrap();
 
         change(NLM_F_CREATE | NLM_F_EXCL, NewQueueDiscipline(clsact(1))).unwrap();
-        put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
-        take_off(&dir, 1).unwrap();
+        put_filter_on(&dir, &ACCEPT, program().as_fd(), 1).unwrap().unwrap();
+        take_off(&dir, &ACCEPT, 1).unwrap();
         assert!(has_qdisc() && ours() == 0, "it was there before");
         change(0, DelQueueDiscipline(clsact(1))).unwrap();
 
-        put_filter_on(&dir, program().as_fd(), 1).unwrap().unwrap();
+        put_filter_on(&dir, &ACCEPT, program().as_fd(), 1).unwrap().unwrap();
         let theirs = program();
         let attributes = vec![TcAttribute::Kind(TcFilterBpf::KIND.into()), runs(theirs.as_fd(), "other")];
         let info = 5 << 16 | u32::from(3u16.to_be());
-        let other = message(1, 2, hook(TcHandle::MIN_INGRESS), info, attributes);
+        let other = message(1, 2, place(TcHandle::MIN_INGRESS), info, attributes);
         change(NLM_F_CREATE | NLM_F_EXCL, NewTrafficFilter(other)).unwrap();
-        take_off(&dir, 1).unwrap();
+        take_off(&dir, &ACCEPT, 1).unwrap();
         assert!(has_qdisc() && ours() == 0, "somebody uses it");
         assert!(!has_no_filter(1).unwrap());
-        put_filter_on(&dir, program().as_fd(), 99_999).unwrap().unwrap_err();
+        put_filter_on(&dir, &ACCEPT, program().as_fd(), 99_999).unwrap().unwrap_err();
         dir.remove_all().unwrap();
     }
 }

@@ -1,0 +1,93 @@
+//! The tc programs on a port with mappings, which translate what Linux receives and transmits by it.
+
+use crate::maps::FAR_MAPS;
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INVALIDATE_HASH, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
+};
+use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
+use core::mem::MaybeUninit;
+use towpath_pipeline::nat::{Fate, Passing, translate};
+use towpath_tables::mapping::Way;
+use towpath_wire::ethernet::{Ethernet, Tag};
+use towpath_wire::{Change, View};
+
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "classifier/out")]
+fn towpath_nat_out(ctx: *mut __sk_buff) -> i32 {
+    pass(ctx, Way::Out)
+}
+
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "classifier/in")]
+fn towpath_nat_in(ctx: *mut __sk_buff) -> i32 {
+    pass(ctx, Way::In)
+}
+
+#[inline(always)]
+fn pass(ctx: *mut __sk_buff, way: Way) -> i32 {
+    match translate(&mut Skb(ctx), &FAR_MAPS, way) {
+        Fate::Pass => TC_ACT_UNSPEC,
+        Fate::Drop => TC_ACT_SHOT,
+    }
+}
+
+struct Skb(*mut __sk_buff);
+
+/// Where the IP header is: on both hooks the packet begins with an Ethernet header, and tags are beside it.
+const NETWORK: usize = size_of::<Ethernet>();
+
+impl Passing for Skb {
+    #[inline(always)]
+    fn load<T: View>(&self, offset: usize) -> Option<T> {
+        let mut bytes = MaybeUninit::<T>::uninit();
+        let (place, len) = (bytes.as_mut_ptr().cast(), size_of::<T>() as u32);
+        // SAFETY: the context is the kernel's, and the bytes are as many as there is room for.
+        let read = unsafe { bpf_skb_load_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len) };
+        // SAFETY: all of it was written, and any bytes make a view.
+        (read == 0).then(|| unsafe { bytes.assume_init() })
+    }
+
+    /// A checksum of the whole packet that the driver gave follows.
+    #[inline(always)]
+    fn store<T: View>(&mut self, offset: usize, bytes: &T) -> bool {
+        let (place, len) = ((&raw const *bytes).cast(), size_of::<T>() as u32);
+        let flags = (BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH).into();
+        // SAFETY: the context is the kernel's, and there are so many bytes.
+        unsafe { bpf_skb_store_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn cover(&mut self, offset: usize, change: Change, zero_is_none: bool) -> bool {
+        let zero = if zero_is_none { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let flags = u64::from(BPF_F_PSEUDO_HDR | zero);
+        // SAFETY: the context is the kernel's. Without a size, the last but one argument is a sum's change.
+        unsafe { bpf_l4_csum_replace(self.0.cast(), (NETWORK + offset) as u32, 0, change.fold().into(), flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn ethertype(&self) -> u16 {
+        // SAFETY: the context is the kernel's.
+        u16::from_be(unsafe { (*self.0).protocol } as u16)
+    }
+
+    /// VLAN 0 is no VLAN but a priority.
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: as for `ethertype`.
+        let (present, control) = unsafe { ((*self.0).vlan_present, (*self.0).vlan_tci) };
+        present != 0 && control as u16 & Tag::ID != 0
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: as for `ethertype`.
+        unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> u64 {
+        // SAFETY: as for `ethertype`.
+        u64::from(unsafe { (*self.0).gso_segs }).max(1)
+    }
+}
