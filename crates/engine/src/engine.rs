@@ -376,7 +376,7 @@ impl Core {
         self.watching = true;
         let Some(program) = &self.program else { return Ok(()) };
         let dir = &self.site.dir;
-        let mut missing = self.ports.keys().filter(|index| !accept::is_on(dir, **index));
+        let mut missing = self.ports.keys().filter(|index| !tc::is_on(dir, &tc::ACCEPT, **index));
         missing.try_for_each(|index| self.put_accept_on(program, *index))
     }
 

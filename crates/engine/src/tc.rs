@@ -51,7 +51,13 @@ pub(crate) static TRANSLATE: [Hook; 2] = [
         minor: TcHandle::MIN_EGRESS,
         priority: 0x7471,
     },
-    Hook { name: PROGRAMS[1], pin: "natin", tcx: AttachType::TcxIngress, minor: TcHandle::MIN_INGRESS, priority: 0x7471 },
+    Hook {
+        name: PROGRAMS[1],
+        pin: "natin",
+        tcx: AttachType::TcxIngress,
+        minor: TcHandle::MIN_INGRESS,
+        priority: 0x7471,
+    },
 ];
 
 /// Puts the program on an interface, in place of an older one. Nothing is done if the interface is gone.

@@ -104,7 +104,9 @@ pub(crate) fn add(all: &mut BTreeMap<u32, Mapping>, new: Mapping) -> Result<u32,
     all.insert(number, new);
     // The port stands for its slot.
     let values = all.iter().map(|(number, mapping)| (*number, mapping.value(mapping.ifindex))).collect();
-    check(&values).inspect_err(|_| drop(all.remove(&number)))?;
+    check(&values).inspect_err(|_| {
+        all.remove(&number);
+    })?;
     Ok(number)
 }
 

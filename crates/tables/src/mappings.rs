@@ -67,6 +67,7 @@ impl MappingValue {
     /// What a record says; None if it is not in use.
     fn read(record: &Mapping) -> Option<Self> {
         let [slot, family, len, used] = record.kind.load().to_le_bytes();
+        let family = if family == Family::V4 as u8 { Family::V4 } else { Family::V6 };
         let address = |way: Way| address(family, record.addresses[way as usize].each_ref().map(|word| word.load()));
         (used != 0).then(|| Self { slot: slot.into(), inside: address(Way::Out), outside: address(Way::In), len })
     }
@@ -82,10 +83,11 @@ pub fn words(address: IpAddr) -> Words {
     [u64::from_ne_bytes(halves[0]), u64::from_ne_bytes(halves[1])]
 }
 
-fn address(family: u8, words: Words) -> IpAddr {
+/// The address that such words are.
+pub fn address(family: Family, words: Words) -> IpAddr {
     let [high, low] = words.map(|word| u128::from(u64::from_be(word)));
     let bits = high << 64 | low;
-    if family == Family::V4 as u8 {
+    if family == Family::V4 {
         Ipv4Addr::from_bits((bits >> 96) as u32).into()
     } else {
         Ipv6Addr::from_bits(bits).into()
@@ -177,7 +179,7 @@ pub fn in_set(set: &MappingSet) -> BTreeMap<u32, MappingValue> {
 pub fn first(of: IpAddr, len: u8) -> IpAddr {
     let family = if of.is_ipv4() { Family::V4 } else { Family::V6 };
     let (words, mask) = (words(of), mask(len.into()));
-    address(family as u8, [words[0] & mask[0], words[1] & mask[1]])
+    address(family, [words[0] & mask[0], words[1] & mask[1]])
 }
 
 /// Puts a set into force; nobody may look at the other one any more. Counters of mappings that are new start at 0.

@@ -44,6 +44,9 @@ pub enum Command {
     /// address with those in the tables; and whether each port has the program. What is left to Linux cannot differ. What
     /// changes meanwhile is asked for again.
     Check(Output),
+    /// Translate addresses at a port, without connection tracking
+    #[command(subcommand)]
+    Nat(Nat),
     /// Run the cache manager alone: read Linux's state and send it to a `towpath fpm`
     Cm(Cm),
     /// Run the fast path manager alone: as `up`, with Linux's state from a `towpath cm`
@@ -158,6 +161,29 @@ pub enum Show {
     Stats(Output),
     /// Connections that Linux hands over, direction by direction
     Flows(Output),
+}
+
+/// `towpath nat`
+#[derive(Subcommand)]
+pub enum Nat {
+    /// Have addresses inside be others outside, beyond a port: sources of what leaves by it, destinations of what comes in
+    Add(NatMapping),
+    /// End a mapping
+    Del(NatMapping),
+    /// Show the mappings, and what passed of each
+    List(Output),
+}
+
+/// A mapping of addresses
+#[derive(Args, Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct NatMapping {
+    /// The port beyond which the addresses are others
+    #[arg(long)]
+    pub port: String,
+    /// Address or prefix as the router and everything on this side of it has it
+    pub inside: String,
+    /// Address or prefix of the same length that it is outside
+    pub outside: String,
 }
 
 /// `towpath show routes`

@@ -1,7 +1,7 @@
 //! The control socket: one JSON request a line, one JSON answer a line. What clients send is bounded in size, number
 //! and time; nothing a client does reaches the packet path or holds up the daemon.
 
-use crate::cli::Protocol;
+use crate::cli::{NatMapping, Protocol};
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,12 @@ pub enum Request {
         /// No more than `control::DESTINATIONS`
         addresses: Vec<IpAddr>,
     },
+    /// Adds a mapping; answered with `true` when it is in force
+    NatAdd(NatMapping),
+    /// Ends a mapping; answered with `true` when it is over
+    NatDel(NatMapping),
+    /// `report::Mappings`
+    NatList,
     /// Take the fast path off and exit; answered with `true` before
     Stop,
 }

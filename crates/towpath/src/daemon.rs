@@ -82,6 +82,8 @@ pub struct Daemon {
     pub running: bool,
     /// Ports that have come and are not attached yet
     pub arrivals: BTreeSet<u32>,
+    /// A port with mappings has gone
+    pub unmapped: bool,
     /// What the engine was told of the ports' devices
     pub told: BTreeMap<u32, Told>,
     /// Classes of objects that are being described anew
@@ -222,6 +224,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         pending: None,
         running: false,
         arrivals: BTreeSet::new(),
+        unmapped: false,
         told: BTreeMap::new(),
         resyncing: HashSet::new(),
         cannot_transmit: BTreeMap::new(),
@@ -420,6 +423,7 @@ impl Daemon {
         // Ports that are each other's peers can transmit only now.
         self.check_abilities(&wanted);
         self.sync();
+        self.take_up_mappings();
         Ok(())
     }
 
@@ -492,6 +496,9 @@ impl Daemon {
                 Ok(Event::Request(Request::Stop, reply)) => {
                     let _ = reply.send(control::answer(Ok(true)));
                     return self.stop("towpath down");
+                }
+                Ok(Event::Request(request @ (Request::NatAdd(_) | Request::NatDel(_)), reply)) => {
+                    let _ = reply.send(self.change_mapping(&request));
                 }
                 Ok(Event::Request(request, reply)) => {
                     let _ = reply.send(self.answer(request));

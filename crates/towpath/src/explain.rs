@@ -10,11 +10,13 @@ use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::{Policy, Scope, Tunnel};
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
-use towpath_pipeline::{Candidate, Entry, Frame, Parsed, SlotSet, Stop, parse, rewrite, route};
+use towpath_pipeline::{Candidate, Entry, Frame, Parsed, Refusal, SlotSet, Stop, Tables, parse, rewrite, route};
 use towpath_tables::backing::View;
 use towpath_tables::flow::Direction;
 use towpath_tables::flows::{self, FlowView};
 use towpath_tables::lpm::{self, Kind};
+use towpath_tables::mapping::Way;
+use towpath_tables::mappings;
 use towpath_tables::nexthop::NexthopIdentity;
 use towpath_tables::record::{Family, Port};
 use towpath_tables::{Reason, Tuple};
@@ -124,10 +126,15 @@ impl<'a> Walk<'a> {
                 return self.left_to_linux(reason, detail);
             }
             Err(Stop::Flow(candidate)) => return self.by_flow(&mut frame, &entry, candidate),
+            Err(Stop::Mapped(candidate)) => return self.mapped(&mut frame, &entry, candidate),
         };
         self.accepted(entry.port, &parsed);
-        let target = self.look_up(entry.port, self.packet.destination);
         let routed = route(&frame, &tables, &entry, &parsed);
+        if let Err(Refusal::Exception(reason @ Reason::Mapped)) = routed {
+            let candidate = Candidate { family: parsed.family, offset: parsed.offset, reason };
+            return self.mapped(&mut frame, &entry, candidate);
+        }
+        let target = self.look_up(entry.port, self.packet.destination);
         let routed = match routed {
             Ok(hop) => Ok(hop),
             Err(refusal) => match frame.tunnelled(&tables, &entry, &parsed, refusal) {
@@ -187,6 +194,46 @@ impl<'a> Walk<'a> {
         let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
         let port = self.names.interface(out);
         Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+    }
+
+    /// What comes in or leaves by a port with mappings.
+    fn mapped(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explanation {
+        let tables = self.tables;
+        let (slot, family) = (entry.slot, candidate.family);
+        let destination = self.exchange(slot, Way::In, family, self.packet.destination);
+        let target = self.look_up(entry.port, destination.unwrap_or(self.packet.destination));
+        let out = target.and_then(|target| target.ifindex);
+        if let Some(slot) = out.and_then(|out| self.view.ports().iter().position(|port| port.ifindex.load() == out)) {
+            self.exchange(slot as u32, Way::Out, family, self.packet.source);
+        }
+        match frame.mapped(&tables, entry, candidate) {
+            Ok(device) => {
+                let out = out.unwrap_or_else(|| self.interface_in(device));
+                self.step("next hop", self.describe(out, target));
+                let bytes = frame.bytes();
+                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
+                let port = self.names.interface(out);
+                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+            }
+            Err(reason) => {
+                let detail = self.detail(reason, target, None);
+                self.left_to_linux(reason, detail)
+            }
+        }
+    }
+
+    /// What an address is by the mappings of a port, if there is one for it.
+    fn exchange(&mut self, slot: u32, way: Way, family: Family, address: IpAddr) -> Option<IpAddr> {
+        let words = mappings::words(address);
+        let found = self.tables.find_mapping(slot, way, family, words)?;
+        let new = mappings::address(family, self.tables.mapping(found)?.apply(way, words));
+        let port = self.names.interface(self.interface_in(slot));
+        let what = match way {
+            Way::Out => "source",
+            Way::In => "destination",
+        };
+        self.step("mapping", format!("{what} {address} becomes {new} at {port}"));
+        Some(new)
     }
 
     fn tuple(&self) -> Tuple {

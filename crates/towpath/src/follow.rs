@@ -35,6 +35,9 @@ impl Daemon {
             }
         }
         self.sync();
+        if std::mem::take(&mut self.unmapped) {
+            self.follow_mappings();
+        }
         self.serve_arrivals();
     }
 
@@ -107,6 +110,7 @@ impl Daemon {
         self.told.remove(&ifindex);
         self.cannot_transmit.remove(&ifindex);
         self.arrivals.remove(&ifindex);
+        self.unmapped |= self.fpm.mapped_ports().contains(&ifindex);
         if self.wanted.vanishes(ifindex) {
             tracing::info!("port with index {ifindex} is gone");
             self.take_from_workers(ifindex);

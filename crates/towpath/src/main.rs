@@ -12,6 +12,7 @@ mod follow;
 mod frame;
 mod instance;
 mod interfaces;
+mod nat;
 mod notify;
 mod ports;
 mod read;
@@ -97,6 +98,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(output) => read::status(output),
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
+        Command::Nat(what) => nat::run(&what),
         Command::Check(output) => check::run(output),
         Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),

@@ -366,6 +366,39 @@ pub struct FlowSummary {
     pub capacity: u64,
 }
 
+/// `towpath nat list`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Mappings {
+    /// In the order of their numbers
+    pub mappings: Vec<Mapping>,
+}
+
+/// A mapping of addresses at a port.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Mapping {
+    /// Name of the port
+    pub port: String,
+    /// Prefix inside
+    pub inside: String,
+    /// Prefix outside
+    pub outside: String,
+    /// What left by the port
+    pub out: MappingWay,
+    /// What came in by it
+    pub r#in: MappingWay,
+}
+
+/// What passed of a mapping one way, fast and by Linux.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct MappingWay {
+    /// Packets translated
+    pub packets: u64,
+    /// Their bytes, from the IP header on
+    pub bytes: u64,
+    /// Packets dropped, since they could not be translated as a whole
+    pub dropped: u64,
+}
+
 /// `towpath show flows`, a page of them
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Flows {

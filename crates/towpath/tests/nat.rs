@@ -1,0 +1,178 @@
+//! Static mappings of addresses from end to end: the left is seen by other addresses on the right, fast or by Linux.
+
+mod common;
+
+use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, eventually};
+use serde_json::Value;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use towpath_lab::Node;
+
+/// What the left is outside.
+const OUTSIDE: &str = "203.0.113.2";
+const OUTSIDE6: &str = "2001:db8:99::2";
+
+const PREFIXES: [[&str; 2]; 2] = [["192.0.2.0/24", "203.0.113.0/24"], ["2001:db8:1::/64", "2001:db8:99::/64"]];
+
+fn nat(net: &Net, what: &str, mapping: [&str; 2]) {
+    let output = net.towpath(&["nat", what, "--port", "eth1", mapping[0], mapping[1]]);
+    assert!(output.status.success(), "{what} {mapping:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn mapped(net: &Net) -> Daemon {
+    let daemon = net.up(&["eth0", "eth1"]);
+    PREFIXES.into_iter().for_each(|mapping| nat(net, "add", mapping));
+    daemon
+}
+
+fn list(net: &Net) -> Vec<Value> {
+    net.json(&["nat", "list"])["mappings"].as_array().expect("mappings").clone()
+}
+
+/// Packets that a mapping counted, out and in.
+fn counted(net: &Net, number: usize) -> [u64; 2] {
+    let all = list(net);
+    ["out", "in"].map(|way| all[number][way]["packets"].as_u64().expect("a count"))
+}
+
+fn at(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse::<IpAddr>().expect("an address"), port)
+}
+
+fn datagrams(node: &Node, address: &str, port: u16) -> UdpSocket {
+    let socket = node.enter(|| UdpSocket::bind(at(address, port))).expect("in the node").expect("bound");
+    socket.set_read_timeout(Some(DEADLINE)).expect("set");
+    socket
+}
+
+/// Sends a datagram and has it answered: by whom it seemed to come, and by whom the answer.
+fn talk(from: &UdpSocket, to: (&UdpSocket, SocketAddr), len: usize) -> [IpAddr; 2] {
+    let (word, mut buffer) = (vec![7; len], vec![0; 65_536]);
+    from.send_to(&word, to.1).expect("sent");
+    let (came, source) = to.0.recv_from(&mut buffer).expect("it comes");
+    assert_eq!(buffer[..came], word);
+    to.0.send_to(&word, source).expect("answered");
+    let (came, answerer) = from.recv_from(&mut buffer).expect("the answer comes");
+    assert_eq!(buffer[..came], word);
+    [source.ip(), answerer.ip()]
+}
+
+/// Connects, has so many bytes echoed; who it seemed to be.
+fn transfer(from: &Node, server: (&Node, &str), to: SocketAddr, bytes: usize) -> IpAddr {
+    let listener = server.0.enter(|| TcpListener::bind(at(server.1, to.port()))).expect("in the node").expect("bound");
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| {
+            let (mut stream, client) = listener.accept().expect("a client");
+            let mut data = vec![0; bytes];
+            stream.read_exact(&mut data).expect("all of it");
+            stream.write_all(&data).expect("sent back");
+            client.ip()
+        });
+        let connect = || TcpStream::connect_timeout(&to, DEADLINE);
+        let mut stream = from.enter(connect).expect("in the node").expect("connected");
+        let data: Vec<u8> = (0..bytes as u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u8).collect();
+        stream.write_all(&data).expect("sent");
+        let mut came = vec![0; bytes];
+        stream.read_exact(&mut came).expect("all of it");
+        assert!(came == data, "the bytes are the same");
+        serving.join().expect("it served")
+    })
+}
+
+#[test]
+fn both_ends_talk_through_mappings_and_mostly_fast() {
+    let net = Net::new();
+    let _daemon = mapped(&net);
+    for (number, left, outside, right) in [(0, LEFT, OUTSIDE, RIGHT), (1, LEFT6, OUTSIDE6, RIGHT6)] {
+        let seen: IpAddr = outside.parse().expect("an address");
+        assert!(net.ping(&net.left, right) && net.ping(&net.right, outside));
+        let (here, there) = (datagrams(&net.left, left, 4000), datagrams(&net.right, right, 5000));
+        let (forwarded, before) = (net.forwarded(), counted(&net, number));
+        for _ in 0..50 {
+            assert_eq!(talk(&here, (&there, at(right, 5000)), 99), [seen, right.parse().expect("an address")]);
+            assert_eq!(talk(&there, (&here, at(outside, 4000)), 99)[1], seen);
+        }
+        assert!(net.forwarded() >= forwarded + 200, "fast");
+        let after = counted(&net, number);
+        assert!((0..2).all(|way| after[way] >= before[way] + 100), "{before:?} {after:?}");
+        assert_eq!(talk(&here, (&there, at(right, 5000)), 4000)[0], seen, "in fragments");
+        assert_eq!(talk(&there, (&here, at(outside, 4000)), 4000)[1], seen, "in fragments");
+        assert_eq!(transfer(&net.left, (&net.right, right), at(right, 6000), 1 << 20), seen);
+        let client = transfer(&net.right, (&net.left, left), at(outside, 6001), 1 << 20);
+        assert_eq!(client, right.parse::<IpAddr>().expect("an address"));
+    }
+    assert!(list(&net).iter().all(|mapping| mapping["out"]["dropped"] == 0 && mapping["in"]["dropped"] == 0));
+}
+
+#[test]
+fn errors_about_translated_packets_reach_who_sent_them() {
+    let net = Net::new();
+    let _daemon = mapped(&net);
+    for (left, outside, right) in [(LEFT, OUTSIDE, RIGHT), (LEFT6, OUTSIDE6, RIGHT6)] {
+        for (node, from, to) in [(&net.left, left, right), (&net.right, right, outside)] {
+            let socket = datagrams(node, from, 0);
+            socket.connect(at(to, 9)).expect("connected");
+            eventually(&format!("{from} hears that nobody listens at {to}"), || {
+                let _ = socket.send(&[1]);
+                socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).expect("set");
+                matches!(socket.recv(&mut [0; 9]), Err(error) if error.kind() == ErrorKind::ConnectionRefused)
+                    .then_some(())
+            });
+        }
+        // The router's own errors, about a packet that is translated already.
+        let output = net.right.command("ping").args(["-c1", "-W2", "-t1", outside]).output().expect("ping");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("exceeded"), "{text}");
+    }
+}
+
+#[test]
+fn mappings_come_and_go_and_outlast_the_daemon() {
+    let net = Net::new();
+    let mut daemon = mapped(&net);
+    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
+    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
+    assert_eq!(seen(), OUTSIDE);
+    let before = counted(&net, 0);
+    daemon.signal(libc::SIGKILL);
+    assert_eq!(seen(), OUTSIDE, "without the daemon");
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    assert_eq!(seen(), OUTSIDE);
+    assert_eq!(list(&net).len(), 2);
+    assert!(counted(&net, 0)[0] > before[0], "counters go on");
+    nat(&net, "del", PREFIXES[0]);
+    assert_eq!(seen(), LEFT);
+    nat(&net, "add", [LEFT, "203.0.113.77"]);
+    assert_eq!(seen(), "203.0.113.77");
+    let all = list(&net);
+    assert_eq!(all[0]["inside"], "192.0.2.2/32");
+    assert_eq!(all[0]["out"]["packets"], 1, "what it counted as another was forgotten");
+    let explained = net.json(&["explain", LEFT, RIGHT, "in", "eth0"]).to_string();
+    assert!(explained.contains("source 192.0.2.2 becomes 203.0.113.77 at eth1"), "{explained}");
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(seen(), LEFT, "nothing is left");
+}
+
+#[test]
+fn what_is_no_mapping_is_refused() {
+    let net = Net::new();
+    let _daemon = mapped(&net);
+    let before = list(&net);
+    for (port, inside, outside, why) in [
+        ("eth9", "10.0.0.1", "10.0.0.2", "there is no port eth9"),
+        ("lo", "10.0.0.1", "10.0.0.2", "no port"),
+        ("eth1", "192.0.2.9", "10.0.0.2", "overlaps with 192.0.2.0/24"),
+        ("eth1", "10.0.0.0/24", "10.1.0.0/25", "different lengths"),
+        ("eth1", "10.0.0.1", "2001:db8::1", "two families"),
+        ("eth1", "10.0.0.1/24", "10.1.0.0/24", "did you mean 10.0.0.0/24?"),
+        ("eth1", "10.0.0.1", "224.0.0.1", "multicast"),
+        ("eth1", "10.0.0.1", "10.0.0.1", "in common"),
+        ("eth1", "here", "10.0.0.1", "no address"),
+    ] {
+        let message = net.refused(&["nat", "add", "--port", port, inside, outside]);
+        assert!(message.contains(why), "{port} {inside} {outside}: {message}");
+    }
+    let message = net.refused(&["nat", "del", "--port", "eth1", "10.0.0.1", "10.0.0.2"]);
+    assert!(message.contains("no mapping"), "{message}");
+    assert_eq!(list(&net), before);
+}
