@@ -259,6 +259,15 @@ fn verifier_figures() {
     assert!(facts.verified_instructions < 500_000, "half of the verifier's patience");
 }
 
+#[test]
+fn translators_pass_the_verifier() {
+    let program = Program::load();
+    program.engine.translate(1, true).expect("loaded and put on the loopback interface");
+    assert_eq!(program.engine.translated().expect("known"), [1].into());
+    program.engine.translate(1, false).expect("taken off");
+    assert!(program.engine.translated().expect("known").is_empty());
+}
+
 /// xorshift64* (Vigna 2016): short, and the same everywhere.
 struct Random(u64);
 

@@ -48,9 +48,7 @@ use towpath_tables::Reason;
 use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::mapping::{self, Way, Words};
-use towpath_tables::record::{
-    Config, CpuMappings, CpuStats, Family, Group, Mapping, MappingSet, Nexthop, Port, VlanTable,
-};
+use towpath_tables::record::{Config, CpuMappings, CpuStats, Family, Group, MappingSet, Nexthop, Port, VlanTable};
 use towpath_wire::View;
 
 /// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
@@ -187,10 +185,10 @@ pub trait Tables: LpmRead + FlowRead + Sized {
         let index = mapping::in_force(self.config()?)?;
         mapping::find(self.mapping_set(index)?, index, slot, way, family, address)
     }
-    /// A mapping that was found.
+    /// What an address becomes by a mapping that was found.
     #[inline(always)]
-    fn mapping(&self, found: mapping::Found) -> Option<&Mapping> {
-        self.mapping_set(found.set())?.mappings.get(found.mapping())
+    fn apply_mapping(&self, found: mapping::Found, way: Way, address: Words) -> Option<Words> {
+        Some(self.mapping_set(found.set())?.apply(found, way, address))
     }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.

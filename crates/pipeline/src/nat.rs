@@ -71,7 +71,7 @@ trait Addressed: Network + Copy {
 fn exchange<N: Addressed, T: Tables>(tables: &T, header: &mut N, slot: u32, way: Way, end: End) -> Option<Found> {
     let address = header.address(end);
     let found = tables.find_mapping(slot, way, N::FAMILY, address)?;
-    header.set_address(end, tables.mapping(found)?.apply(way, address));
+    header.set_address(end, tables.apply_mapping(found, way, address)?);
     Some(found)
 }
 
@@ -175,9 +175,8 @@ fn find_outer<N: Addressed, F: Frame, T: Tables>(frame: &F, tables: &T, slot: u3
 #[inline(always)]
 fn exchange_found<N: Addressed, T: Tables>(tables: &T, header: &mut N, found: u32, way: Way) -> Result<(), Reason> {
     if found != 0 {
-        let mapping = tables.mapping(Found(found)).ok_or(Reason::Internal)?;
-        let address = header.address(End::of(way));
-        header.set_address(End::of(way), mapping.apply(way, address));
+        let new = tables.apply_mapping(Found(found), way, header.address(End::of(way)));
+        header.set_address(End::of(way), new.ok_or(Reason::Internal)?);
     }
     Ok(())
 }
@@ -356,10 +355,15 @@ fn count_dropped<T: Tables>(tables: &T, found: Found, way: Way) {
 
 // ---- what Linux receives and transmits
 
+/// A view read out of a packet, where a BPF program's stack can have it: that knows no access out of line.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+pub struct Held<T>(pub T);
+
 /// A packet that Linux has received by an interface, or is to transmit by one. Offsets count from its IP header.
 pub trait Passing {
     /// The bytes there; None if there are not so many.
-    fn load<T: View>(&self, offset: usize) -> Option<T>;
+    fn load<T: View>(&self, offset: usize) -> Option<Held<T>>;
     /// Puts other bytes there; false if that could not be done.
     fn store<T: View>(&mut self, offset: usize, bytes: &T) -> bool;
     /// Brings a transport checksum up to date after a change of addresses that it covers, whether it is complete or left to
@@ -373,6 +377,11 @@ pub trait Passing {
     fn interface(&self) -> u32;
     /// Packets that this is made of
     fn segments(&self) -> u64;
+    /// As `Frame::forget`
+    #[inline(always)]
+    fn forget(number: u32) -> u32 {
+        number
+    }
 }
 
 /// What becomes of a packet of Linux's.
@@ -384,15 +393,27 @@ pub enum Fate {
     Drop,
 }
 
-/// Where a packet's transport header is.
+/// Where a packet's transport header is: the protocol in the third byte and the place in the two below, or one of those beneath.
+/// A number, of which a verifier need not know anything.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Transport {
-    /// The protocol, and where its header begins
-    At(u8, usize),
-    /// In another fragment
-    Elsewhere,
+struct Transport(u32);
+
+impl Transport {
+    /// In another fragment, or cut off
+    const ELSEWHERE: Self = Self(1 << 30);
     /// Behind more extension headers than are looked at
-    Unknown,
+    const UNKNOWN: Self = Self(1 << 31);
+
+    #[inline(always)]
+    const fn new(proto: u8, at: usize) -> Self {
+        Self((proto as u32) << 16 | at as u32 & 0xffff)
+    }
+
+    /// The protocol and the place, if they are known.
+    #[inline(always)]
+    fn at(self) -> Option<(u8, usize)> {
+        (self.0 >> 30 == 0).then_some(((self.0 >> 16) as u8, opaque(self.0 as usize) % 0x1_0000))
+    }
 }
 
 /// Translates a packet that passes an interface, if there are mappings for it.
@@ -402,7 +423,7 @@ pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) ->
         true => None,
         false => crate::accept::slot_of(tables, packet.interface()),
     };
-    let Some(slot) = slot else { return Fate::Pass };
+    let Some(slot) = slot.map(P::forget) else { return Fate::Pass };
     match packet.ethertype() {
         ethernet::IPV4 => translate_packet::<Ipv4, P, T>(packet, tables, slot, way),
         ethernet::IPV6 => translate_packet::<Ipv6, P, T>(packet, tables, slot, way),
@@ -412,35 +433,43 @@ pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) ->
 
 #[inline(always)]
 fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables: &T, slot: u32, way: Way) -> Fate {
-    let Some(before) = packet.load::<N>(0).filter(|header| header.header_len().is_some()) else { return Fate::Pass };
+    let Some(before) = packet.load::<N>(0).filter(|header| header.0.header_len().is_some()) else { return Fate::Pass };
     let mut header = before;
-    let bytes = header.said_len() as u64;
-    let transport = header.transport(packet, 0);
-    let outer = exchange(tables, &mut header, slot, way, End::of(way));
-    let quoted = match transport {
-        Transport::At(proto, at) if proto == N::ICMP => quote::<N, P, T>(packet, tables, slot, way, at),
-        _ => None,
-    };
-    let Some(found) = outer.or(quoted.map(|quote| quote.found)) else { return Fate::Pass };
-    let change = change(&before, &header);
-    header.follow(change);
-    let done = outer.is_none_or(|_| write_outer(packet, &header, transport, change))
-        && quoted.is_none_or(|quote| write_quoted(packet, &quote));
+    let bytes = before.0.said_len() as u64;
+    let transport = Transport(P::forget(before.0.transport(packet, 0).0));
+    let outer = P::forget(exchange(tables, &mut header.0, slot, way, End::of(way)).map_or(0, |found| found.0));
+    let mut done = true;
+    if outer != 0 {
+        let change = change(&before.0, &header.0);
+        header.0.follow(change);
+        done = write_outer(packet, &header.0, transport, change);
+    }
+    let mut quoted = 0;
+    if let Some((proto, at)) = transport.at()
+        && proto == N::ICMP
+        && done
+    {
+        quoted = find_quoted::<N, P, T>(packet, tables, slot, way, at);
+        done = quoted == 0 || translate_quoted::<N, P, T>(packet, tables, Found(quoted), way, at);
+    }
+    let found = P::forget(if outer != 0 { outer } else { quoted });
+    if found == 0 {
+        return Fate::Pass;
+    }
     if !done {
-        count_dropped(tables, found, way);
+        count_dropped(tables, Found(found), way);
         return Fate::Drop;
     }
-    count(tables, found, way, packet.segments(), bytes);
+    count(tables, Found(found), way, packet.segments(), bytes);
     Fate::Pass
 }
 
 #[inline(always)]
 fn write_outer<N: Addressed, P: Passing>(packet: &mut P, header: &N, transport: Transport, change: Change) -> bool {
-    let covered = match transport {
-        Transport::At(proto, at) => Covered::of::<N>(proto).map(|covered| (at, covered)),
-        Transport::Elsewhere => None,
-        Transport::Unknown => return false,
-    };
+    if transport == Transport::UNKNOWN {
+        return false;
+    }
+    let covered = transport.at().and_then(|(proto, at)| Some((at, Covered::of::<N>(proto)?)));
     if let Some((at, Covered { place, zero_is_none })) = covered
         && packet.load::<U16>(at + place).is_some()
         && !packet.cover(at + place, change, zero_is_none)
@@ -450,66 +479,52 @@ fn write_outer<N: Addressed, P: Passing>(packet: &mut P, header: &N, transport: 
     packet.store(0, header)
 }
 
-/// What an ICMP error quotes, translated.
-#[derive(Clone, Copy)]
-struct Quote<N> {
-    found: Found,
-    /// Where the ICMP header is
-    icmp: usize,
-    header: N,
-    /// How its addresses change
-    addresses: Change,
-    /// How all of it changes but for its transport checksum
-    change: Change,
-    /// That checksum, if it is quoted
-    covered: Option<(usize, bool)>,
+/// The mapping that a packet has that an ICMP error quotes: `Found`, or 0. The ICMP header is at `icmp`.
+#[inline(always)]
+fn find_quoted<N: Addressed, P: Passing, T: Tables>(packet: &P, tables: &T, slot: u32, way: Way, icmp: usize) -> u32 {
+    let quoted = match packet.load::<Icmp>(icmp) {
+        Some(header) if N::icmp_quotes(header.0.kind) => packet.load::<N>(icmp + size_of::<Icmp>()),
+        _ => None,
+    };
+    let Some(mut header) = quoted.filter(|header| header.0.header_len().is_some()) else { return 0 };
+    P::forget(exchange(tables, &mut header.0, slot, way, End::quoted(way)).map_or(0, |found| found.0))
 }
 
+/// Translates the packet that an ICMP error quotes: its header, its transport's checksum if that is quoted, and the ICMP
+/// checksum over both. False if that could not be done.
 #[inline(always)]
-fn quote<N: Addressed, P: Passing, T: Tables>(
-    packet: &P,
+fn translate_quoted<N: Addressed, P: Passing, T: Tables>(
+    packet: &mut P,
     tables: &T,
-    slot: u32,
+    found: Found,
     way: Way,
     icmp: usize,
-) -> Option<Quote<N>> {
-    if !N::icmp_quotes(packet.load::<Icmp>(icmp)?.kind) {
-        return None;
-    }
+) -> bool {
     let offset = icmp + size_of::<Icmp>();
-    let before = packet.load::<N>(offset)?;
-    before.header_len()?;
+    let (Some(before), end) = (packet.load::<N>(offset), End::quoted(way)) else { return false };
+    let Some(address) = tables.apply_mapping(found, way, before.0.address(end)) else { return false };
     let mut header = before;
-    let found = exchange(tables, &mut header, slot, way, End::quoted(way))?;
-    let addresses = change(&before, &header);
-    header.follow(addresses);
-    let covered = match before.transport(packet, offset) {
-        Transport::At(proto, at) => Covered::of::<N>(proto).map(|covered| (at + covered.place, covered.zero_is_none)),
-        Transport::Elsewhere | Transport::Unknown => None,
-    };
-    let change = addresses.word(before.checksum().into(), header.checksum().into());
-    Some(Quote { found, icmp, header, addresses, change, covered })
-}
-
-/// The quoted header, its transport's checksum, and the ICMP checksum over both.
-#[inline(always)]
-fn write_quoted<N: Addressed, P: Passing>(packet: &mut P, quote: &Quote<N>) -> bool {
-    let mut change = quote.change;
-    if let Some((at, zero_is_none)) = quote.covered
-        && let Some(old) = packet.load::<U16>(at)
+    header.0.set_address(end, address);
+    let addresses = change(&before.0, &header.0);
+    header.0.follow(addresses);
+    let transport = Transport(P::forget(before.0.transport(packet, offset).0));
+    let mut change = addresses.word(before.0.checksum().into(), header.0.checksum().into());
+    if let Some((proto, at)) = transport.at()
+        && let Some(Covered { place, zero_is_none }) = Covered::of::<N>(proto)
+        && let Some(old) = packet.load::<U16>(at + place)
     {
-        let new = changed(old.get(), quote.addresses, zero_is_none);
-        change = change.word(old.get().into(), new.into());
-        if !packet.store(at, &U16::new(new)) {
+        let new = changed(old.0.get(), addresses, zero_is_none);
+        change = change.word(old.0.get().into(), new.into());
+        if !packet.store(at + place, &Held(U16::new(new)).0) {
             return false;
         }
     }
-    if !packet.store(quote.icmp + size_of::<Icmp>(), &quote.header) {
+    if !packet.store(offset, &header.0) {
         return false;
     }
-    let Some(mut icmp) = packet.load::<Icmp>(quote.icmp) else { return false };
-    icmp.checksum.set(change.apply(icmp.checksum.get()));
-    packet.store(quote.icmp, &icmp)
+    let Some(mut message) = packet.load::<Icmp>(icmp) else { return false };
+    message.0.checksum.set(change.apply(message.0.checksum.get()));
+    packet.store(icmp, &message.0)
 }
 
 impl Addressed for Ipv4 {
@@ -556,8 +571,8 @@ impl Addressed for Ipv4 {
     #[inline(always)]
     fn transport<P: Passing>(&self, _packet: &P, offset: usize) -> Transport {
         match self.fragment.get() & Ipv4::OFFSET {
-            0 => Transport::At(self.protocol, offset + usize::from(self.version_ihl & 15) * 4),
-            _ => Transport::Elsewhere,
+            0 => Transport::new(self.protocol, offset + usize::from(self.version_ihl & 15) * 4),
+            _ => Transport::ELSEWHERE,
         }
     }
 }
@@ -602,22 +617,19 @@ impl Addressed for Ipv6 {
 
     #[inline(always)]
     fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport {
-        let (mut proto, mut at) = (self.next_header, offset + size_of::<Self>());
+        let mut transport = Transport::new(self.next_header, offset + size_of::<Self>());
         for _ in 0..EXTENSIONS {
-            if !is_extension(proto) {
-                return Transport::At(proto, at);
+            // A verifier would go on from here once for each kind of header.
+            transport = Transport(P::forget(transport.0));
+            let Some((proto, at)) = transport.at().filter(|(proto, _)| is_extension(*proto)) else { return transport };
+            let Some(Held([next, len, high, low])) = packet.load::<[u8; 4]>(at) else { return Transport::ELSEWHERE };
+            let is_fragment = proto == protocol::FRAGMENT;
+            if is_fragment && u16::from_be_bytes([high, low]) >> 3 != 0 {
+                return Transport::ELSEWHERE;
             }
-            let Some([next, len, high, low]) = packet.load::<[u8; 4]>(at) else { return Transport::Elsewhere };
-            if proto == protocol::FRAGMENT {
-                if u16::from_be_bytes([high, low]) >> 3 != 0 {
-                    return Transport::Elsewhere;
-                }
-                at += 8;
-            } else {
-                at += (usize::from(len) + 1) * 8;
-            }
-            proto = next;
+            let len = if is_fragment { 8 } else { (usize::from(len) + 1) * 8 };
+            transport = Transport::new(next, at + len);
         }
-        Transport::Unknown
+        Transport::UNKNOWN
     }
 }

@@ -117,13 +117,14 @@ pub fn find(set: &MappingSet, index: u32, slot: u32, way: Way, family: Family, a
     None
 }
 
-impl Mapping {
+impl MappingSet {
     /// What becomes of an address that has this mapping.
     #[inline(always)]
-    pub fn apply(&self, way: Way, address: Words) -> Words {
-        let mask = mask(self.kind.load() >> 16 & 0xff);
-        let first = &self.addresses[way.other() as usize];
-        [first[0].load() | address[0] & !mask[0], first[1].load() | address[1] & !mask[1]]
+    pub fn apply(&self, found: Found, way: Way, address: Words) -> Words {
+        let mapping = &self.mappings[opaque(found.mapping()) % MAPPINGS];
+        let mask = &self.masks[opaque(mapping.kind.load() as usize >> 16) % self.masks.len()];
+        let [high, low] = &mapping.addresses[opaque(way.other() as usize) % 2];
+        [high.load() | address[0] & !mask[0].load(), low.load() | address[1] & !mask[1].load()]
     }
 }
 

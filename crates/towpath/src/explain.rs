@@ -226,7 +226,7 @@ impl<'a> Walk<'a> {
     fn exchange(&mut self, slot: u32, way: Way, family: Family, address: IpAddr) -> Option<IpAddr> {
         let words = mappings::words(address);
         let found = self.tables.find_mapping(slot, way, family, words)?;
-        let new = mappings::address(family, self.tables.mapping(found)?.apply(way, words));
+        let new = mappings::address(family, self.tables.apply_mapping(found, way, words)?);
         let port = self.names.interface(self.interface_in(slot));
         let what = match way {
             Way::Out => "source",

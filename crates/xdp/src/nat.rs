@@ -7,7 +7,8 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes};
 use core::mem::MaybeUninit;
-use towpath_pipeline::nat::{Fate, Passing, translate};
+use towpath_pipeline::Tables;
+use towpath_pipeline::nat::{Fate, Held, Passing, translate};
 use towpath_tables::mapping::Way;
 use towpath_wire::ethernet::{Ethernet, Tag};
 use towpath_wire::{Change, View};
@@ -39,12 +40,12 @@ const NETWORK: usize = size_of::<Ethernet>();
 
 impl Passing for Skb {
     #[inline(always)]
-    fn load<T: View>(&self, offset: usize) -> Option<T> {
-        let mut bytes = MaybeUninit::<T>::uninit();
+    fn load<T: View>(&self, offset: usize) -> Option<Held<T>> {
+        let mut bytes = MaybeUninit::<Held<T>>::uninit();
         let (place, len) = (bytes.as_mut_ptr().cast(), size_of::<T>() as u32);
         // SAFETY: the context is the kernel's, and the bytes are as many as there is room for.
         let read = unsafe { bpf_skb_load_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len) };
-        // SAFETY: all of it was written, and any bytes make a view.
+        // SAFETY: all of the view was written, and any bytes make one.
         (read == 0).then(|| unsafe { bytes.assume_init() })
     }
 
@@ -83,6 +84,11 @@ impl Passing for Skb {
     fn interface(&self) -> u32 {
         // SAFETY: as for `ethertype`.
         unsafe { (*self.0).ifindex }
+    }
+
+    #[inline(always)]
+    fn forget(number: u32) -> u32 {
+        number ^ FAR_MAPS.config().map_or(0, |config| config.reserved[0].load())
     }
 
     #[inline(always)]
