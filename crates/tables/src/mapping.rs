@@ -7,7 +7,7 @@ use crate::flow::mix;
 use crate::opaque;
 use crate::order;
 use crate::record::PORT_SLOTS;
-use crate::record::{Config, Family, MAPPING_LENGTHS, MAPPING_PLACES, MAPPINGS, Mapping, MappingSet};
+use crate::record::{Config, Family, MAPPING_LENGTHS, MAPPING_PLACES, MAPPINGS, MappingSet};
 
 /// Names of the tc programs on a port with mappings, by `Way`.
 pub const PROGRAMS: [&str; 2] = ["towpath_nat_out", "towpath_nat_in"];
