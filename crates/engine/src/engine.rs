@@ -137,6 +137,8 @@ impl Site {
     pub fn left(self) -> Result<Left> {
         let links = self.open_links()?;
         self.recover(&links)?;
+        let ended = |index: &u32| !tc::TRANSLATE.iter().all(|hook| tc::runs_on(&self.dir, hook, *index));
+        self.translated()?.into_iter().filter(ended).try_for_each(|index| self.take_translators_off(index))?;
         Ok(Left { region: Region::adopt(&self.dir)?, links, site: self })
     }
 

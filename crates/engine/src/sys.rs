@@ -280,10 +280,10 @@ pub struct XdpLinkInfo {
     pub ifindex: u32,
 }
 
-/// What the kernel says about an XDP link.
+/// What the kernel says about an XDP or a tcx link.
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<XdpLinkInfo> {
-    // SAFETY: plain integers, all zeroes is valid; the type is the one for links, and every link here is an XDP link,
-    // whose part of the union is one integer.
+    // SAFETY: plain integers, all zeroes is valid; the type is the one for links, and every link here is an XDP or a tcx
+    // link, whose parts of the union begin with the same integer.
     unsafe {
         let mut out: bpf_link_info = std::mem::zeroed();
         info(link, &mut out)?;

@@ -1,6 +1,7 @@
-//! tc programs on interfaces: the one that notes what Linux transmits of flows, and those that translate addresses. Put on,
-//! replaced without a gap, taken off. From Linux 6.6 on it is in a link (tcx), which is pinned as XDP's links are. Before, it is a filter of a clsact qdisc
-//! (net/sched/cls_bpf.c); a marker beside the pins says that there is one, and another that the qdisc came with one of them.
+//! tc programs on interfaces: the one that notes what Linux transmits of flows, and those that translate addresses. Put
+//! on, replaced without a gap, taken off. From Linux 6.6 on it is in a link (tcx), which is pinned as XDP's links are.
+//! Before, it is a filter of a clsact qdisc (net/sched/cls_bpf.c); a marker beside the pins says that there is one, and
+//! another that the qdisc came with one of them.
 
 use crate::bpffs::PinDir;
 use crate::error::{Error, Result};
@@ -64,7 +65,11 @@ pub(crate) static TRANSLATE: [Hook; 2] = [
 pub(crate) fn put_on(dir: &PinDir, hook: &Hook, program: BorrowedFd<'_>, index: u32) -> Result<()> {
     let failed = |e| Error::privileged(format!("put the tc program on interface {index}"), "CAP_NET_ADMIN", e);
     if let Ok(link) = sys::get_pinned(&dir.pin(&hook.link(index))) {
-        return ignore_gone(sys::link_update(link.as_fd(), program)).map_err(failed);
+        match sys::link_update(link.as_fd(), program) {
+            // That interface is gone; there may be another one of this index.
+            Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => dir.remove(&hook.link(index))?,
+            done => return done.map_err(failed),
+        }
     }
     if !dir.pin(&hook.filter(index)).is_dir() {
         match sys::link_create(program, index, hook.tcx, 0) {
@@ -85,6 +90,15 @@ pub(crate) fn is_on(dir: &PinDir, hook: &Hook, index: u32) -> bool {
     dir.pin(&hook.filter(index)).is_dir() || sys::get_pinned(&dir.pin(&hook.link(index))).is_ok()
 }
 
+/// Whether it still runs there: not if the interface that it was put on is gone, or somebody took it off.
+pub(crate) fn runs_on(dir: &PinDir, hook: &Hook, index: u32) -> bool {
+    if let Ok(link) = sys::get_pinned(&dir.pin(&hook.link(index))) {
+        return sys::link_info(link.as_fd()).is_ok_and(|info| info.ifindex == index);
+    }
+    let ours = |filter: &TcMessage| filter.header.info == hook.info();
+    dir.pin(&hook.filter(index)).is_dir() && filters(index, hook.minor).is_ok_and(|all| all.iter().any(ours))
+}
+
 /// Takes the program off an interface, if it is there.
 pub(crate) fn take_off(dir: &PinDir, hook: &Hook, index: u32) -> Result<()> {
     let failed = |e| Error::privileged(format!("take the tc program off interface {index}"), "CAP_NET_ADMIN", e);
@@ -93,7 +107,11 @@ pub(crate) fn take_off(dir: &PinDir, hook: &Hook, index: u32) -> Result<()> {
         dir.remove(&hook.link(index))?;
     }
     if dir.pin(&hook.filter(index)).is_dir() {
-        ignore_gone(change(0, DelTrafficFilter(filter(hook, index, None)))).map_err(failed)?;
+        match change(0, DelTrafficFilter(filter(hook, index, None))) {
+            // The qdisc is gone.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            done => ignore_gone(done).map_err(failed)?,
+        }
         dir.remove(&hook.filter(index))?;
     }
     let others = [&ACCEPT].into_iter().chain(&TRANSLATE).any(|hook| dir.pin(&hook.filter(index)).is_dir());

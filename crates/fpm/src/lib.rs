@@ -295,6 +295,13 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.remove_mapping(mapping)
     }
 
+    /// Ends the mappings of ports that this is not said of; gives those ports. Takes effect with `publish`.
+    pub fn keep_mappings(&mut self, of: impl Fn(u32) -> bool) -> BTreeSet<u32> {
+        let ended = self.mapped_ports().into_iter().filter(|ifindex| !of(*ifindex)).collect();
+        self.state.keep_mappings(of);
+        ended
+    }
+
     /// All mappings, and what passed of each.
     pub fn mappings(&self) -> impl Iterator<Item = (Mapping, MappingTotals)> {
         let view = self.mirror.tables.view();

@@ -225,7 +225,7 @@ impl State {
     fn remove_port(&mut self, ifindex: u32) {
         self.transmit.remove(&ifindex);
         self.beside.remove(&ifindex);
-        self.drop_mappings(|mapping| mapping.ifindex == ifindex);
+        self.keep_mappings(|of| of != ifindex);
         if self.ports.remove(&ifindex).is_some() {
             self.changes.ports.insert(ifindex);
         }
@@ -260,13 +260,14 @@ impl State {
     /// Ends the mappings of interfaces that are not there any more.
     pub fn drop_stale_mappings(&mut self) {
         let ports: BTreeSet<u32> = self.ports.keys().copied().collect();
-        self.drop_mappings(|mapping| !ports.contains(&mapping.ifindex));
+        self.keep_mappings(|of| ports.contains(&of));
     }
 
-    fn drop_mappings(&mut self, gone: impl Fn(&Mapping) -> bool) {
-        let before = self.mappings.len();
-        self.mappings.retain(|_, mapping| !gone(mapping));
-        self.changes.mappings |= self.mappings.len() != before;
+    /// See `Fpm::keep_mappings`.
+    pub fn keep_mappings(&mut self, of: impl Fn(u32) -> bool) {
+        let ended = self.mappings.extract_if(.., |_, mapping| !of(mapping.ifindex)).map(|(_, mapping)| mapping.ifindex);
+        let ended: BTreeSet<u32> = ended.collect();
+        ended.into_iter().for_each(|ifindex| self.mappings_changed(ifindex));
     }
 
     fn mappings_changed(&mut self, ifindex: u32) {

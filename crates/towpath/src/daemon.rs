@@ -315,7 +315,13 @@ fn adopt(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
         sentry.raise(captures_unknown());
     }
     sentry.guard(left.config());
-    join(left.adopt()?, setup.plan, TableWriter::adopt)
+    let mut parts = join(left.adopt()?, setup.plan, TableWriter::adopt)?;
+    // The programs of a port with mappings run as long as it is the same interface.
+    let translated = parts.engine.translated()?;
+    for ifindex in parts.fpm.keep_mappings(|ifindex| translated.contains(&ifindex)) {
+        tracing::warn!("interface {ifindex} is not what it was: its mappings are ended");
+    }
+    Ok(parts)
 }
 
 /// Everything may be what a capture is to see, until the cache manager has told its first captures.

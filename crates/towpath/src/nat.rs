@@ -72,8 +72,9 @@ impl Daemon {
 
     fn add_mapping(&mut self, mapping: &NatMapping) -> Result<bool> {
         let mapping = self.mapping(mapping)?;
+        let first = !self.fpm.mapped_ports().contains(&mapping.ifindex);
         self.fpm.add_mapping(mapping).with_context(|| self.interface(mapping.ifindex))?;
-        if let Err(error) = self.engine.translate(mapping.ifindex, true) {
+        if first && let Err(error) = self.engine.translate(mapping.ifindex, true) {
             self.fpm.remove_mapping(&mapping)?;
             return Err(error.into());
         }
@@ -95,13 +96,16 @@ impl Daemon {
         Ok(Mapping { ifindex, inside: prefix(inside)?, outside: prefix(outside)? })
     }
 
-    /// Puts the tc programs on all ports with mappings, this binary's in place of a former daemon's, and takes them off others.
+    /// Puts the tc programs on all ports with mappings, this binary's in place of a former daemon's, and takes them off
+    /// others. Where they cannot be put on, the mappings end.
     pub fn take_up_mappings(&mut self) {
         for ifindex in self.fpm.mapped_ports() {
             if let Err(error) = self.engine.translate(ifindex, true) {
-                tracing::error!("what Linux sends by {} is not translated: {error}", self.interface(ifindex));
+                tracing::error!("the mappings of {} are ended: {error}", self.interface(ifindex));
+                self.fpm.keep_mappings(|of| of != ifindex);
             }
         }
+        self.sync();
         self.follow_mappings();
     }
 

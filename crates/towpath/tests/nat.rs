@@ -154,6 +154,38 @@ fn mappings_come_and_go_and_outlast_the_daemon() {
 }
 
 #[test]
+fn another_interface_inherits_no_mappings() {
+    let net = Net::new();
+    let mut daemon = mapped(&net);
+    let index = net.router.ifindex("eth1").expect("an index");
+    daemon.signal(libc::SIGKILL);
+    net.ip("link del eth1");
+    net.connect_right_by_index(index);
+    let daemon = net.up(&["eth0", "eth1"]);
+    assert!(list(&net).is_empty() && daemon.log().contains("its mappings are ended"), "{}", daemon.log());
+    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
+    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
+    assert_eq!(seen(), LEFT);
+    nat(&net, "add", PREFIXES[0]);
+    assert_eq!(seen(), OUTSIDE);
+}
+
+#[test]
+fn where_linux_cannot_translate_there_is_no_mapping() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let index = net.router.ifindex("eth1").expect("an index");
+    // A marker of a filter whose qdisc is gone.
+    let marker = format!("/sys/fs/bpf/towpath/{}/natoutfilter_{index}", net.inode());
+    std::fs::create_dir(&marker).expect("a marker");
+    let message = net.refused(&["nat", "add", "--port", "eth1", LEFT, OUTSIDE]);
+    assert!(message.contains("put the tc program on interface"), "{message}");
+    assert!(list(&net).is_empty() && net.ping(&net.left, RIGHT));
+    nat(&net, "add", [LEFT, OUTSIDE]);
+    assert!(net.ping(&net.right, OUTSIDE), "the marker is gone");
+}
+
+#[test]
 fn what_is_no_mapping_is_refused() {
     let net = Net::new();
     let _daemon = mapped(&net);
