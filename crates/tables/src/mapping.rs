@@ -94,7 +94,7 @@ pub fn find(set: &MappingSet, index: u32, slot: u32, way: Way, family: Family, a
     let seed = set.seed.load();
     let mut lengths = set.lengths[opaque(slot as usize) % PORT_SLOTS as usize][opaque(family as usize) % 2].load();
     for _ in 0..MAPPING_LENGTHS {
-        let Some(len) = (lengths as u32 & 0xff).checked_sub(1) else { return None };
+        let len = (lengths as u32 & 0xff).checked_sub(1)?;
         lengths >>= 8;
         let mask = &set.masks[opaque(len as usize) % set.masks.len()];
         let first = [address[0] & mask[0].load(), address[1] & mask[1].load()];

@@ -127,10 +127,6 @@ fn index(mappings: &BTreeMap<u32, MappingValue>, seed: u32) -> Option<BTreeMap<u
                 let Some(driven_out) = index.insert(at, homeless) else { break };
                 homeless = driven_out;
                 at = homeless.0.into_iter().find(|place| *place != at).unwrap_or(at);
-                if !index.contains_key(&at) {
-                    index.insert(at, homeless);
-                    break;
-                }
             }
         }
     }
