@@ -242,6 +242,7 @@ mod tests {
             assert!(one == all, "batch {batch}");
         }
         assert_eq!(seen, [OUT, OTHER, Ways::LINUX].into(), "both of the group's, and Linux's");
+        alone.watched_like(&together);
         for id in TableId::ALL {
             assert!(alone.table(id) == together.table(id), "table {}", id.name());
         }
