@@ -2,10 +2,10 @@
 //! its connections. When it fails, connections go on through the other, and become fast there.
 //!
 //! ```text
-//!                      .2 eth0 [a] eth1 .2
-//! client 192.0.2.10 --       |sync|        -- 198.51.100.10 server
-//!                      .3 eth0 [b] eth1 .3
-//!         the active one: .1            .1
+//!                            .2 eth0 [a] eth1 .2
+//! client 192.0.2.10       --       |sync|        -- 198.51.100.10     server
+//!        2001:db8:1::10      .3 eth0 [b] eth1 .3    2001:db8:2::10
+//!               the active one: .1            .1
 //! ```
 
 mod common;
@@ -16,40 +16,66 @@ mod real;
 mod support;
 
 use common::{DEADLINE, eventually};
-use real::{Transfer, folder, serve};
+use real::{FILTER, Transfer, folder, serve};
 use serde_json::Value;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use support::{Pulse, Talk, echo, fast_packets, is_fast};
 use towpath_lab::{Lab, Node, Process, Towpath, supported};
 
-const CLIENT: &str = "192.0.2.10";
-const SERVER: &str = "198.51.100.10";
-/// The active gateway's address at the server's side.
-const OUTSIDE: &str = "198.51.100.1";
+/// Addresses of one family: on the client's side and on the server's.
+struct Family {
+    /// Nftables' word for it
+    word: &'static str,
+    /// What the addresses of each side begin with
+    networks: [&'static str; 2],
+    /// Bits of these
+    bits: u8,
+    /// What an active gateway has besides: VRRP for IPv6 wants an address of the link first (RFC 5798, section 5.2.9)
+    link_local: &'static str,
+}
 
-/// Replies that come before their connections are known must not be answered by a RST, nor be taken for new connections.
-const RULES: &str = "\
-    table inet filter { \
-        chain input { \
-            type filter hook input priority 0; policy drop; \
-            ct state established,related accept; \
-            meta l4proto { icmp, ipv6-icmp, vrrp } accept; \
-            iifname sync accept; \
-        }; \
-        chain forward { \
-            type filter hook forward priority 0; policy drop; \
-            ct state invalid drop; \
-            ct state established,related accept; \
-            iifname eth0 accept; \
-            ct status dnat accept; \
-        }; \
-    }; \
-    table ip nat { \
-        chain out { type nat hook postrouting priority srcnat; iifname eth0 oifname eth1 snat to 198.51.100.1; }; \
-        chain in { type nat hook prerouting priority dstnat; ip daddr 198.51.100.1 tcp dport 8080 dnat to 192.0.2.10:80; }; \
-    };";
+const V4: Family = Family { word: "ip", networks: ["192.0.2.", "198.51.100."], bits: 24, link_local: "" };
+const V6: Family =
+    Family { word: "ip6", networks: ["2001:db8:1::", "2001:db8:2::"], bits: 64, link_local: "fe80::1/64\n" };
 
-/// NAME stands for the gateway, FOLDER for a path of its own.
+const INSIDE: usize = 0;
+const OUTSIDE: usize = 1;
+/// The last part of addresses: the active gateway's, and that of the client and of the server.
+const SHARED: u8 = 1;
+const HOST: u8 = 10;
+
+impl Family {
+    fn address(&self, side: usize, number: u8) -> IpAddr {
+        format!("{}{number}", self.networks[side]).parse().expect("an address")
+    }
+
+    fn at(&self, side: usize, number: u8, port: u16) -> String {
+        SocketAddr::new(self.address(side, number), port).to_string()
+    }
+
+    /// What the active gateway has, for keepalived.
+    fn shared(&self, side: usize) -> String {
+        format!("{}{}/{}", self.link_local, self.address(side, SHARED), self.bits)
+    }
+
+    /// The rules of both gateways. Replies that come before their connections are known must not be answered by a RST, nor
+    /// be taken for new connections.
+    fn rules(&self) -> String {
+        let (word, shared, client) = (self.word, self.address(OUTSIDE, SHARED), self.at(INSIDE, HOST, 80));
+        format!(
+            "{FILTER} \
+            table {word} nat {{ \
+                chain out {{ type nat hook postrouting priority srcnat; iifname eth0 oifname eth1 snat to {shared}; }}; \
+                chain in {{ \
+                    type nat hook prerouting priority dstnat; {word} daddr {shared} tcp dport 8080 dnat to {client}; \
+                }}; \
+            }};"
+        )
+    }
+}
+
+/// NAME stands for the gateway, FOLDER for a path of its own, INSIDE and OUTSIDE for the addresses of the active one.
 const KEEPALIVED: &str = "\
     global_defs {
         router_id NAME
@@ -74,7 +100,7 @@ const KEEPALIVED: &str = "\
         priority 100
         advert_int 0.5
         virtual_ipaddress {
-            192.0.2.1/24
+            INSIDE
         }
     }
     vrrp_instance outside {
@@ -85,7 +111,7 @@ const KEEPALIVED: &str = "\
         priority 100
         advert_int 0.5
         virtual_ipaddress {
-            198.51.100.1/24
+            OUTSIDE
         }
     }
 ";
@@ -147,19 +173,26 @@ struct Gateway {
     folder: PathBuf,
     towpath: Towpath,
     keepalived: Option<Process>,
-    _conntrackd: Process,
+    conntrackd: Process,
 }
 
 impl Gateway {
-    /// One of the two, at its ends of the links, which hands over the connections of this mode.
-    fn start(node: &Node, [own, other]: [u8; 2], mode: &str) -> Self {
+    /// Number 2 or number 3, which hands over the connections of this mode.
+    fn start(net: &Net, number: u8, mode: &str) -> Self {
+        let node = &net.gateways[usize::from(number) - 2];
         let folder = node.folder("gateway");
         std::fs::create_dir(&folder).expect("a folder");
         let path = folder.display().to_string();
         for (name, text) in [("keepalived.conf", KEEPALIVED), ("conntrackd.conf", CONNTRACKD), ("notify", NOTIFY)] {
-            let numbers = [("OWN", own), ("OTHER", other)];
-            let text = text.replace("FOLDER", &path).replace("NAME", node.name());
-            let text = numbers.iter().fold(text, |text, (word, number)| text.replace(word, &number.to_string()));
+            let words = [
+                ("FOLDER", path.clone()),
+                ("NAME", node.name().to_owned()),
+                ("OWN", number.to_string()),
+                ("OTHER", (5 - number).to_string()),
+                ("INSIDE", net.family.shared(INSIDE)),
+                ("OUTSIDE", net.family.shared(OUTSIDE)),
+            ];
+            let text = words.iter().fold(text.to_owned(), |text, (word, value)| text.replace(word, value));
             let lines: Vec<_> = text.lines().map(str::trim_start).collect();
             std::fs::write(folder.join(name), lines.join("\n") + "\n").expect("written");
         }
@@ -167,8 +200,8 @@ impl Gateway {
         node.sysctl("net.netfilter.nf_conntrack_tcp_loose", "0").expect("set");
         let towpath = Towpath::up(node, &["--flows", mode, "eth0", "eth1"]).expect("towpath");
         let conntrackd = node.spawn(["conntrackd", "-C", &format!("{path}/conntrackd.conf")]).expect("started");
-        let mut gateway = Self { node: node.clone(), folder, towpath, keepalived: None, _conntrackd: conntrackd };
-        eventually("conntrackd answers", || gateway.conntrackd("-s").ok());
+        let mut gateway = Self { node: node.clone(), folder, towpath, keepalived: None, conntrackd };
+        eventually("conntrackd answers", || gateway.ask_conntrackd("-s").ok());
         gateway.keepalived = Some(gateway.start_keepalived());
         gateway
     }
@@ -180,7 +213,7 @@ impl Gateway {
     }
 
     /// Gives an order to conntrackd, or asks it something.
-    fn conntrackd(&self, order: &str) -> anyhow::Result<String> {
+    fn ask_conntrackd(&self, order: &str) -> anyhow::Result<String> {
         self.node.run(["conntrackd", "-C", &format!("{}/conntrackd.conf", self.folder.display()), order])
     }
 
@@ -199,6 +232,19 @@ impl Gateway {
         for port in ["eth0", "eth1"] {
             self.node.run(["ip", "link", "set", port, state]).expect("set");
         }
+    }
+
+    /// As if it lost its power: nothing ends in order.
+    fn dies(&mut self) {
+        let vrrp = std::fs::read_to_string(self.folder.join("vrrp.pid")).expect("keepalived's second process");
+        let mut keepalived = self.keepalived.take().expect("it runs");
+        // Of its two processes neither may see the other one's end.
+        keepalived.signal(libc::SIGSTOP);
+        self.node.run(["kill", "-KILL", vrrp.trim()]).expect("killed");
+        for process in [&mut keepalived, &mut self.conntrackd, &mut self.towpath.process] {
+            process.kill().expect("killed");
+        }
+        self.links("down");
     }
 
     /// Frames to more than one station, the other's word that it is alive among them.
@@ -236,7 +282,7 @@ impl Gateway {
     fn awaits(&self, port: u16) {
         let word = format!("sport={port} ");
         let what = format!("{} is told of the connection from port {port}", self.node.name());
-        eventually(&what, || self.conntrackd("-e").ok()?.contains(&word).then_some(()));
+        eventually(&what, || self.ask_conntrackd("-e").ok()?.contains(&word).then_some(()));
     }
 }
 
@@ -255,6 +301,7 @@ impl Drop for Gateway {
 }
 
 struct Net {
+    family: Family,
     client: Node,
     server: Node,
     gateways: [Node; 2],
@@ -262,43 +309,115 @@ struct Net {
 }
 
 impl Net {
-    fn new() -> anyhow::Result<Self> {
+    fn new(family: Family) -> anyhow::Result<Self> {
         let lab = Lab::new("failover")?;
         let (client, server, switch) = (lab.node("client")?, lab.node("server")?, lab.node("switch")?);
         let gateways = [lab.node("a")?, lab.node("b")?];
         switch.sh("ip link add inside up type bridge; ip link add outside up type bridge")?;
-        let join = |node: &Node, port: &str, at: &str, name: &str, bridge: &str| {
-            lab.link((node, port), (&switch, name))?;
-            switch.run(["ip", "link", "set", name, "master", bridge])?;
-            node.run(["ip", "address", "add", at, "dev", port])
+        let join = |node: &Node, port: &str, side: usize, number: u8| {
+            let name = format!("{}-{side}", node.name());
+            lab.link((node, port), (&switch, &name))?;
+            switch.run(["ip", "link", "set", &name, "master", ["inside", "outside"][side]])?;
+            let at = format!("{}/{}", family.address(side, number), family.bits);
+            node.run(["ip", "address", "add", &at, "dev", port])
         };
-        join(&client, "eth0", &format!("{CLIENT}/24"), "client", "inside")?;
-        join(&server, "eth0", &format!("{SERVER}/24"), "server", "outside")?;
-        client.sh("ip route add default via 192.0.2.1")?;
+        join(&client, "eth0", INSIDE, HOST)?;
+        join(&server, "eth0", OUTSIDE, HOST)?;
+        client.run(["ip", "route", "add", "default", "via", &family.address(INSIDE, SHARED).to_string()])?;
         lab.link((&gateways[0], "sync"), (&gateways[1], "sync"))?;
         for (node, number) in gateways.iter().zip([2, 3]) {
-            let name = node.name();
-            join(node, "eth0", &format!("192.0.2.{number}/24"), &format!("{name}-in"), "inside")?;
-            join(node, "eth1", &format!("198.51.100.{number}/24"), &format!("{name}-out"), "outside")?;
+            // As IPv4's do, addresses stay while a port is down.
+            node.sysctl("net.ipv6.conf.all.keep_addr_on_down", "1")?;
+            join(node, "eth0", INSIDE, number)?;
+            join(node, "eth1", OUTSIDE, number)?;
             node.sh(&format!("ip address add 203.0.113.{number}/29 dev sync"))?;
             node.forward()?;
-            node.run(["nft", RULES])?;
+            node.run(["nft", &family.rules()])?;
         }
         for node in [&client, &server] {
             node.sysctl("net.ipv4.tcp_rmem", "4096 65536 65536")?;
         }
-        Ok(Self { client, server, gateways, _lab: lab })
+        Ok(Self { family, client, server, gateways, _lab: lab })
+    }
+
+    /// Both gateways, of which the first one is active.
+    fn start(&self, mode: &str) -> [Gateway; 2] {
+        let a = Gateway::start(self, 2, mode);
+        a.becomes("primary");
+        let b = Gateway::start(self, 3, mode);
+        b.becomes("backup");
+        [a, b]
+    }
+}
+
+/// A transfer, a UDP stream, and a TCP session begun at each side, by way of the active gateway.
+struct Traffic {
+    _web: Process,
+    file: Vec<u8>,
+    fetch: Transfer,
+    fetch_port: u16,
+    pulse: Pulse,
+    talks: [Talk; 2],
+}
+
+impl Traffic {
+    fn start(net: &Net, by: &Gateway) -> Self {
+        let (client, server) = (&net.client, &net.server);
+        let address = net.family.address(OUTSIDE, HOST).to_string();
+        let at = |port| net.family.at(OUTSIDE, HOST, port);
+        let (files, file) = folder(server, "www");
+        let line = format!("cd {}; exec python3 -u -m http.server --bind {address} 8000", files.display());
+        let web = serve(server, &at(8000), &line);
+        echo(server, &at(7001));
+        echo(client, &net.family.at(INSIDE, HOST, 80));
+        let fetch = Transfer::fetch(client, &[&format!("http://{}/file", at(8000))]);
+        let pulse = Pulse::between(client, server, (&address, 7002));
+        let talks = [Talk::start(client, &at(7001)), Talk::start(server, &net.family.at(OUTSIDE, SHARED, 8080))];
+        let fetch_port = eventually("the transfer is known", || {
+            let flows = by.towpath.json(&["show", "flows"]).expect("flows");
+            let mut all = flows["flows"].as_array()?.iter();
+            let found = all.find(|flow| flow["original"]["destination_port"] == 8000)?;
+            found["original"]["source_port"].as_u64().map(|port| port as u16)
+        });
+        Self { _web: web, file, fetch, fetch_port, pulse, talks }
+    }
+
+    /// The ports by which it was begun.
+    fn ports(&self) -> [u16; 4] {
+        let [inside, outside] = &self.talks;
+        [self.fetch_port, self.pulse.port, inside.port(), outside.port()]
+    }
+
+    /// Waits until all of it goes fast by this gateway.
+    fn goes_by(&mut self, gateway: &Gateway) {
+        gateway.carries(self.fetch_port, || ());
+        gateway.carries(self.pulse.port, || ());
+        self.pulse.goes_on();
+        for talk in &mut self.talks {
+            let port = talk.port();
+            gateway.carries(port, || talk.exchange(1));
+        }
+    }
+
+    /// The transfer comes to its end, and is as it is at the server.
+    fn ends_whole(self) {
+        assert!(self.fetch.finish() == self.file);
     }
 }
 
 #[test]
 fn connections_go_on_through_the_other_gateway_and_back() {
-    there_and_back(&Net::new().expect("a net"), "established");
+    there_and_back(&Net::new(V4).expect("a net"), "established");
+}
+
+#[test]
+fn connections_by_ipv6_do_so_too() {
+    there_and_back(&Net::new(V6).expect("a net"), "established");
 }
 
 #[test]
 fn connections_in_a_flowtable_do_so_too() {
-    let net = Net::new().expect("a net");
+    let net = Net::new(V4).expect("a net");
     let flowtable = "add flowtable inet filter f { hook ingress priority 0; devices = { eth0, eth1 }; }; \
         insert rule inet filter forward meta l4proto { tcp, udp } flow add @f";
     let add = || net.gateways.iter().try_for_each(|node| node.run(["nft", flowtable]).map(drop));
@@ -308,38 +427,10 @@ fn connections_in_a_flowtable_do_so_too() {
 }
 
 fn there_and_back(net: &Net, mode: &str) {
-    let [node_a, node_b] = &net.gateways;
-    let a = Gateway::start(node_a, [2, 3], mode);
-    a.becomes("primary");
-    let mut b = Gateway::start(node_b, [3, 2], mode);
-    b.becomes("backup");
-
-    let (files, file) = folder(&net.server, "www");
-    let line = format!("cd {}; exec python3 -u -m http.server --bind {SERVER} 8000", files.display());
-    let _web = serve(&net.server, &format!("{SERVER}:8000"), &line);
-    echo(&net.server, &format!("{SERVER}:7001"));
-    echo(&net.client, &format!("{CLIENT}:80"));
-    let fetch = Transfer::fetch(&net.client, &[&format!("http://{SERVER}:8000/file")]);
-    let pulse = Pulse::between(&net.client, &net.server, (SERVER, 7002));
-    let mut talks =
-        [Talk::start(&net.client, &format!("{SERVER}:7001")), Talk::start(&net.server, &format!("{OUTSIDE}:8080"))];
-    let fetch_port = eventually("the transfer is known", || {
-        let flows = a.towpath.json(&["show", "flows"]).expect("flows");
-        let found =
-            flows["flows"].as_array()?.iter().find(|flow| flow["original"]["destination_port"] == 8000)?.clone();
-        found["original"]["source_port"].as_u64().map(|port| port as u16)
-    });
-    let mut all_by = |gateway: &Gateway| {
-        gateway.carries(fetch_port, || ());
-        gateway.carries(pulse.port, || ());
-        pulse.goes_on();
-        for talk in &mut talks {
-            let port = talk.port();
-            gateway.carries(port, || talk.exchange(1));
-        }
-        [fetch_port, pulse.port, talks[0].port(), talks[1].port()]
-    };
-    let ports = all_by(&a);
+    let [a, mut b] = net.start(mode);
+    let mut traffic = Traffic::start(net, &a);
+    traffic.goes_by(&a);
+    let ports = traffic.ports();
     assert!(ports.iter().all(|port| b.flow(*port).is_none()), "the other has nothing of them");
     let heard = b.multicast();
     eventually("the other hears that this one is alive", || (b.multicast() >= heard + 4).then_some(()));
@@ -350,7 +441,7 @@ fn there_and_back(net: &Net, mode: &str) {
     a.links("down");
     b.becomes("primary");
     a.becomes("fault");
-    all_by(&b);
+    traffic.goes_by(&b);
 
     // It comes back, and waits. Then the other is to rest.
     a.links("up");
@@ -359,8 +450,24 @@ fn there_and_back(net: &Net, mode: &str) {
     let status = b.keepalived.take().expect("it runs").stop(DEADLINE).expect("an end");
     assert!(status.success(), "{status}");
     a.becomes("primary");
-    assert_eq!(all_by(&a), ports, "the same connections");
-    assert!(fetch.finish() == file, "as it is at the server");
+    traffic.goes_by(&a);
+    traffic.ends_whole();
     assert_eq!(a.states(), ["backup", "primary", "fault", "backup", "primary"]);
     assert_eq!(b.states(), ["backup", "primary", "fault"]);
+}
+
+#[test]
+fn connections_outlive_a_gateway_that_dies() {
+    for family in [V4, V6] {
+        let net = Net::new(family).expect("a net");
+        let [mut a, b] = net.start("established");
+        let mut traffic = Traffic::start(&net, &a);
+        traffic.goes_by(&a);
+        traffic.ports().iter().for_each(|port| b.awaits(*port));
+        a.dies();
+        b.becomes("primary");
+        traffic.goes_by(&b);
+        traffic.ends_whole();
+        assert_eq!(b.states(), ["backup", "primary"]);
+    }
 }

@@ -11,29 +11,14 @@ mod real;
 mod support;
 
 use common::{DEADLINE, Daemon, LEFT, Net, RIGHT, eventually};
-use real::{Transfer, folder, serve};
+use real::{FILTER, Transfer, folder, serve};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use support::{OUTSIDE, fast_packets, flow, is_fast, tracked};
 use towpath_lab::{Node, Process, supported};
 
-const RULES: &str = "\
-    flush ruleset; \
-    table inet filter { \
-        chain input { \
-            type filter hook input priority 0; policy drop; \
-            ct state established,related accept; \
-            meta l4proto { icmp, ipv6-icmp } accept; \
-        }; \
-        chain forward { \
-            type filter hook forward priority 0; policy drop; \
-            ct state invalid drop; \
-            ct state established,related accept; \
-            iifname eth0 accept; \
-            ct status dnat accept; \
-        }; \
-    }; \
+const NAT: &str = "\
     table ip nat { \
         chain out { \
             type nat hook postrouting priority srcnat; \
@@ -71,7 +56,7 @@ fn gateway() -> (Net, Daemon) {
 
 /// Replaces all rules at once, by the same ones and these.
 fn replace_rules(net: &Net, more: &str) {
-    net.router.run(["nft", &format!("{RULES} {more}")]).expect("rules");
+    net.router.run(["nft", &format!("flush ruleset; {FILTER} {NAT} {more}")]).expect("rules");
 }
 
 /// Something that runs in a node and ends by itself.

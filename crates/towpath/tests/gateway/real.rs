@@ -13,6 +13,24 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use towpath_lab::{Node, Process};
 
+/// What a gateway lets pass: whatever the left begins, or uses a port forwarding. Gateways with fail-over hear each other.
+pub const FILTER: &str = "\
+    table inet filter { \
+        chain input { \
+            type filter hook input priority 0; policy drop; \
+            ct state established,related accept; \
+            meta l4proto { icmp, ipv6-icmp, vrrp } accept; \
+            iifname sync accept; \
+        }; \
+        chain forward { \
+            type filter hook forward priority 0; policy drop; \
+            ct state invalid drop; \
+            ct state established,related accept; \
+            iifname eth0 accept; \
+            ct status dnat accept; \
+        }; \
+    };";
+
 /// What is sent and fetched, in bytes.
 const SIZE: usize = 16 << 20;
 
