@@ -22,6 +22,8 @@ engine
 decisions
 flows a_flowtable_hands_connections_over transfers_through_nat_are_whole_and_fast a_rule_that_drops_a_connection_stops_it
 vlans
+failover connections_in_a_flowtable_do_so_too
+gateway files_are_sent_and_fetched_by_ftp
 user workers_forward_and_down_gives_back_to_linux_without_loss several_workers_and_queues_lose_nothing
 kernel
 conntrack
@@ -107,7 +109,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack -- bash -c "$guest" vm "$@" &
+            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload -- bash -c "$guest" vm "$@" &
     done
     wait
 }

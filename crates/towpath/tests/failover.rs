@@ -20,6 +20,7 @@ use real::{FILTER, Transfer, folder, serve};
 use serde_json::Value;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 use support::{Pulse, Talk, echo, fast_packets, is_fast};
 use towpath_lab::{Lab, Node, Process, Towpath, supported};
 
@@ -217,10 +218,13 @@ impl Gateway {
         self.node.run(["conntrackd", "-C", &format!("{}/conntrackd.conf", self.folder.display()), order])
     }
 
-    /// The states that keepalived has told, the last one last.
+    /// The states that keepalived has told, the last one last. It may tell the same one again: each of two ports may fail.
     fn states(&self) -> Vec<String> {
         let said = std::fs::read_to_string(self.folder.join("notified")).unwrap_or_default();
-        said.lines().filter(|line| ["primary", "backup", "fault"].contains(line)).map(str::to_owned).collect()
+        let states = said.lines().filter(|line| ["primary", "backup", "fault"].contains(line));
+        let mut states: Vec<_> = states.map(str::to_owned).collect();
+        states.dedup();
+        states
     }
 
     fn becomes(&self, state: &str) {
@@ -371,7 +375,7 @@ impl Traffic {
         echo(server, &at(7001));
         echo(client, &net.family.at(INSIDE, HOST, 80));
         let fetch = Transfer::fetch(client, &[&format!("http://{}/file", at(8000))]);
-        let pulse = Pulse::between(client, server, (&address, 7002));
+        let pulse = Pulse::between(client, server, (&address, 7002), Duration::from_millis(10));
         let talks = [Talk::start(client, &at(7001)), Talk::start(server, &net.family.at(OUTSIDE, SHARED, 8080))];
         let fetch_port = eventually("the transfer is known", || {
             let flows = by.towpath.json(&["show", "flows"]).expect("flows");
@@ -395,7 +399,7 @@ impl Traffic {
         self.pulse.goes_on();
         for talk in &mut self.talks {
             let port = talk.port();
-            gateway.carries(port, || talk.exchange(1));
+            gateway.carries(port, || talk.exchange(10));
         }
     }
 

@@ -176,7 +176,7 @@ pub fn tracked(net: &Net, port: u16) -> Vec<String> {
     all.lines().filter(|line| line.contains(&word)).map(str::to_owned).collect()
 }
 
-/// A packet each millisecond from left to right, which comes back, and when the last ones did.
+/// Packets from left to right, each of which comes back, and when the last one did.
 pub struct Pulse {
     stop: Arc<AtomicBool>,
     last: Arc<Mutex<Option<Instant>>>,
@@ -185,11 +185,13 @@ pub struct Pulse {
 }
 
 impl Pulse {
+    /// A packet each millisecond.
     pub fn start(net: &Net, port: u16) -> Self {
-        Self::between(&net.left, &net.right, (RIGHT, port))
+        Self::between(&net.left, &net.right, (RIGHT, port), Duration::from_millis(1))
     }
 
-    pub fn between(from: &Node, at: &Node, to: (&str, u16)) -> Self {
+    /// A packet after each such pause.
+    pub fn between(from: &Node, at: &Node, to: (&str, u16), pause: Duration) -> Self {
         let to: SocketAddr = (to.0.parse::<IpAddr>().expect("an address"), to.1).into();
         let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
         let server = at.enter(|| UdpSocket::bind(to)).expect("in the node").expect("bound");
@@ -218,7 +220,7 @@ impl Pulse {
             std::thread::spawn(move || {
                 while send() {
                     let _ = sending.send(&[7; 32]);
-                    std::thread::sleep(Duration::from_millis(1));
+                    std::thread::sleep(pause);
                 }
             }),
             std::thread::spawn(move || {

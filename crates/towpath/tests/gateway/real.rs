@@ -1,7 +1,7 @@
 //! Real servers, and transfers by real clients.
 #![allow(dead_code, reason = "each test file uses a part")]
 
-use crate::common::{DEADLINE, eventually};
+use crate::common::DEADLINE;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use towpath_lab::{Node, Process};
+use towpath_lab::{Node, Process, wait_for};
 
 /// What a gateway lets pass: whatever the left begins, or uses a port forwarding. Gateways with fail-over hear each other.
 pub const FILTER: &str = "\
@@ -31,6 +31,8 @@ pub const FILTER: &str = "\
         }; \
     };";
 
+/// How long a server may take to start: a script's modules are many, and a virtual machine is slow.
+const START: Duration = Duration::from_secs(90);
 /// What is sent and fetched, in bytes.
 const SIZE: usize = 16 << 20;
 
@@ -39,7 +41,7 @@ pub fn serve(node: &Node, at: &str, line: &str) -> Process {
     let at: SocketAddr = at.parse().expect("an address");
     let server = node.spawn(["sh", "-ec", line]).expect("started");
     let connect = || node.enter(|| TcpStream::connect_timeout(&at, DEADLINE).ok()).expect("in the node");
-    eventually(line, || connect().map(drop));
+    wait_for(START, line, || connect().map(drop)).expect("in time");
     server
 }
 
