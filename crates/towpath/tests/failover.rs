@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use support::{Pulse, Talk, echo, fast_packets, is_fast};
-use towpath_lab::{Lab, Node, Process, Towpath, supported};
+use towpath_lab::{Lab, Node, Process, Towpath, supported, wait_for};
 
 /// Addresses of one family: on the client's side and on the server's.
 struct Family {
@@ -39,6 +39,9 @@ struct Family {
 const V4: Family = Family { word: "ip", networks: ["192.0.2.", "198.51.100."], bits: 24, link_local: "" };
 const V6: Family =
     Family { word: "ip6", networks: ["2001:db8:1::", "2001:db8:2::"], bits: 64, link_local: "fe80::1/64\n" };
+
+/// What is in a flowtable is found by dumps of all connections, seconds apart, and in a slow machine more.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 const INSIDE: usize = 0;
 const OUTSIDE: usize = 1;
@@ -275,11 +278,12 @@ impl Gateway {
             meanwhile();
             self.flow(port).filter(is_fast).map(|found| fast_packets(&found))
         };
-        let before = eventually(&what, &mut packets);
-        eventually(&what, || {
+        let before = wait_for(PATIENCE, &what, &mut packets).expect("in time");
+        let go_on = || {
             let after = packets()?;
             (0..2).all(|way| after[way] >= before[way] + 5).then_some(())
-        });
+        };
+        wait_for(PATIENCE, &what, go_on).expect("in time");
     }
 
     /// Waits until it has been told of the connection by the other's conntrackd.
@@ -375,7 +379,7 @@ impl Traffic {
         echo(server, &at(7001));
         echo(client, &net.family.at(INSIDE, HOST, 80));
         let fetch = Transfer::fetch(client, &[&format!("http://{}/file", at(8000))]);
-        let pulse = Pulse::between(client, server, (&address, 7002), Duration::from_millis(10));
+        let pulse = Pulse::paced(client, server, (&address, 7002), Duration::from_millis(10));
         let talks = [Talk::start(client, &at(7001)), Talk::start(server, &net.family.at(OUTSIDE, SHARED, 8080))];
         let fetch_port = eventually("the transfer is known", || {
             let flows = by.towpath.json(&["show", "flows"]).expect("flows");

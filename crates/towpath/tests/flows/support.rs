@@ -185,13 +185,17 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// A packet each millisecond.
     pub fn start(net: &Net, port: u16) -> Self {
-        Self::between(&net.left, &net.right, (RIGHT, port), Duration::from_millis(1))
+        Self::between(&net.left, &net.right, (RIGHT, port))
+    }
+
+    /// A packet each millisecond.
+    pub fn between(from: &Node, at: &Node, to: (&str, u16)) -> Self {
+        Self::paced(from, at, to, Duration::from_millis(1))
     }
 
     /// A packet after each such pause.
-    pub fn between(from: &Node, at: &Node, to: (&str, u16), pause: Duration) -> Self {
+    pub fn paced(from: &Node, at: &Node, to: (&str, u16), pause: Duration) -> Self {
         let to: SocketAddr = (to.0.parse::<IpAddr>().expect("an address"), to.1).into();
         let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
         let server = at.enter(|| UdpSocket::bind(to)).expect("in the node").expect("bound");
