@@ -5,10 +5,12 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use towpath_engine::{Engine, Options, Site};
+use towpath_pipeline::cases::translate::{Translation, translations};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
 use towpath_tables::backing::PerTable;
+use towpath_tables::mapping::Way;
 use towpath_tables::record::{TableId, port_flags};
 
 /// Bytes in a test run's first buffer (net/bpf/test_run.c, bpf_prog_test_run_xdp): a page without the room before
@@ -20,10 +22,13 @@ const BPF_PROG_LOAD: i32 = 5;
 const BPF_OBJ_GET: i32 = 7;
 const BPF_PROG_TEST_RUN: i32 = 10;
 const BPF_PROG_GET_FD_BY_ID: i32 = 13;
+const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 /// A device map serves only programs that agree on this with the first that used it.
 const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
+const TC_ACT_UNSPEC: u32 = u32::MAX;
+const TC_ACT_SHOT: u32 = 2;
 
 /// `union bpf_attr` (linux/bpf.h) for BPF_PROG_TEST_RUN.
 #[repr(C)]
@@ -177,17 +182,33 @@ impl Program {
 
     /// Runs the program on a frame: its verdict and the frame afterwards.
     fn run(&self, frame: &[u8]) -> (u32, Vec<u8>) {
-        let mut out = vec![0; frame.len() + 64];
-        let mut attr = TestRun { prog_fd: self.fd.as_raw_fd() as u32, ..attr(frame, &mut out, 1) };
-        bpf(BPF_PROG_TEST_RUN, &mut attr).expect("a test run");
-        out.truncate(attr.data_size_out as usize);
-        (attr.retval, out)
+        run(&self.fd, frame)
+    }
+
+    /// The program that translates on a way, which is on the loopback interface; None where it is in no link (before Linux 6.6).
+    fn translator(&self, way: Way) -> Option<OwnedFd> {
+        let name = ["natout_1", "natin_1"][way as usize];
+        let path = self.engine.shown().join(name).into_os_string().into_vec();
+        let link = object_get(&CString::new(path).expect("no zero bytes")).ok()?;
+        // linux/bpf.h, bpf_link_info: type, id, and the program's
+        let mut info = [0u32; 3];
+        let mut attr = [link.as_raw_fd() as u64 | (size_of_val(&info) as u64) << 32, info.as_mut_ptr() as u64];
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr).expect("a link has facts");
+        Some(program_get(info[2]).expect("its program"))
     }
 
     /// The first table that is not what the router's is.
     fn difference(&self, world: &World) -> Option<&'static str> {
         self.mappings.iter().find(|m| m.read() != world.table(m.id)).map(|m| m.id.name())
     }
+}
+
+fn run(program: &OwnedFd, frame: &[u8]) -> (u32, Vec<u8>) {
+    let mut out = vec![0; frame.len() + 64];
+    let mut attr = TestRun { prog_fd: program.as_raw_fd() as u32, ..attr(frame, &mut out, 1) };
+    bpf(BPF_PROG_TEST_RUN, &mut attr).expect("a test run");
+    out.truncate(attr.data_size_out as usize);
+    (attr.retval, out)
 }
 
 fn attr(frame: &[u8], out: &mut [u8], repeat: u32) -> TestRun {
@@ -266,6 +287,42 @@ fn translators_pass_the_verifier() {
     assert_eq!(program.engine.translated().expect("known"), [1].into());
     program.engine.translate(1, false).expect("taken off");
     assert!(program.engine.translated().expect("known").is_empty());
+}
+
+fn check_translation(program: &mut Program, translator: &OwnedFd, case: &Translation) -> Result<(), String> {
+    let world = case.router();
+    program.configure(&world);
+    case.apply(&world);
+    let action = if case.after.is_some() { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
+    let outcome = run(translator, &case.frame);
+    if outcome.0 != action {
+        return Err(format!("action {} instead of {action}", outcome.0));
+    }
+    if let Some(after) = case.after.as_ref().filter(|after| **after != outcome.1) {
+        return Err(format!("frame is {:02x?} instead of {after:02x?}", outcome.1));
+    }
+    program.difference(&world).map_or(Ok(()), |table| Err(format!("table {table} is not as it should be")))
+}
+
+#[test]
+fn every_translation_in_the_kernel() {
+    let mut program = Program::load();
+    program.engine.translate(1, true).expect("put on the loopback interface");
+    let [Some(out), Some(inward)] = [Way::Out, Way::In].map(|way| program.translator(way)) else {
+        return println!("this kernel has filters in place of links");
+    };
+    // Nothing travels beside the packet of a test run.
+    let cases: Vec<_> = translations().into_iter().filter(|case| !case.tagged).collect();
+    let wrong: Vec<_> = cases
+        .iter()
+        .filter_map(|case| {
+            let translator = if case.way == Way::Out { &out } else { &inward };
+            check_translation(&mut program, translator, case).err().map(|error| format!("{}: {error}", case.name))
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    program.engine.translate(1, false).expect("taken off");
+    println!("{} cases", cases.len());
 }
 
 /// xorshift64* (Vigna 2016): short, and the same everywhere.

@@ -21,7 +21,7 @@ pub use flows::Refused;
 pub use gate::Phase;
 pub use idle::Timeouts;
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
-pub use mappings::{Mapping, MappingError};
+pub use mappings::{End, Mapping, MappingError};
 
 pub use missing::Waiting;
 

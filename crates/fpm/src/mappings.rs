@@ -1,10 +1,11 @@
-//! Mappings of addresses: what the operator asked for, port by port.
+//! Mappings of addresses, or of a TCP or UDP port of an address: what the operator asked for, port by port.
 
 use crate::state::family_of;
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::Prefix;
-use towpath_tables::mappings::{MappingValue, TooMany, check};
+use towpath_tables::mapping::Way;
+use towpath_tables::mappings::{MappingValue, Ports, TooMany, check};
 use towpath_tables::record::MAPPINGS;
 
 /// Addresses inside that are others outside, beyond a port.
@@ -16,6 +17,8 @@ pub struct Mapping {
     pub inside: Prefix,
     /// Outside, of the same length
     pub outside: Prefix,
+    /// The ports, if it is of these only; then the prefixes are single addresses
+    pub ports: Option<Ports>,
 }
 
 /// Why there can be no such mapping.
@@ -28,14 +31,17 @@ pub enum MappingError {
     #[error("{0} and {1} have different lengths: each address inside needs one outside")]
     Lengths(Prefix, Prefix),
     /// Nothing would change
-    #[error("{0} and {1} have addresses in common, which would not be translated to what they are not already")]
-    Same(Prefix, Prefix),
+    #[error("{0} and {0} are the same: nothing would be translated")]
+    Same(End),
     /// No hosts have such addresses
     #[error("{0} is not a prefix of unicast addresses that can be translated ({1})")]
     NoUnicast(Prefix, &'static str),
     /// Another one is in the way
     #[error("{0} overlaps with {2} of the mapping of {1}")]
-    Overlap(Prefix, Text, Prefix),
+    Overlap(End, Text, End),
+    /// No packets are sent to it
+    #[error("{0} is of port 0, which nobody has")]
+    NoPort(End),
     /// The port is none that can have mappings
     #[error("{0}")]
     Port(&'static str),
@@ -49,7 +55,7 @@ pub enum MappingError {
 
 /// A mapping in words.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Text(Prefix, Prefix);
+pub struct Text(End, End);
 
 impl std::fmt::Display for Text {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -57,9 +63,46 @@ impl std::fmt::Display for Text {
     }
 }
 
+/// One side of a mapping: a prefix, or an address and a protocol's port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct End {
+    prefix: Prefix,
+    port: Option<(u8, u16)>,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.port {
+            None => self.prefix.fmt(f),
+            Some((_, port)) => SocketAddr::new(self.prefix.address(), port).fmt(f),
+        }
+    }
+}
+
+impl End {
+    /// A prefix has all ports of its addresses.
+    fn overlaps(&self, other: &Self) -> bool {
+        overlap(self.prefix, other.prefix) && (self.port.is_none() || other.port.is_none() || self.port == other.port)
+    }
+}
+
 impl Mapping {
     fn text(&self) -> Text {
-        Text(self.inside, self.outside)
+        Text(self.inside(), self.outside())
+    }
+
+    fn end(&self, prefix: Prefix, way: Way) -> End {
+        End { prefix, port: self.ports.map(|ports| (ports.protocol, ports.numbers[way as usize])) }
+    }
+
+    /// What is translated of what leaves by the port
+    pub fn inside(&self) -> End {
+        self.end(self.inside, Way::Out)
+    }
+
+    /// What is translated of what comes in by it
+    pub fn outside(&self) -> End {
+        self.end(self.outside, Way::In)
     }
 
     /// Checks what can be said of a mapping by itself.
@@ -71,8 +114,12 @@ impl Mapping {
         if inside.prefix_len() != outside.prefix_len() {
             return Err(MappingError::Lengths(inside, outside));
         }
-        if inside == outside {
-            return Err(MappingError::Same(inside, outside));
+        let ends = [self.inside(), self.outside()];
+        if ends[0] == ends[1] {
+            return Err(MappingError::Same(ends[0]));
+        }
+        if let Some(end) = ends.iter().find(|end| matches!(end.port, Some((_, 0)))) {
+            return Err(MappingError::NoPort(*end));
         }
         [inside, outside].into_iter().try_for_each(check_unicast)
     }
@@ -80,13 +127,13 @@ impl Mapping {
     /// The mapping in the tables.
     pub(crate) fn value(&self, slot: u32) -> MappingValue {
         let (inside, outside) = (self.inside.address(), self.outside.address());
-        MappingValue { slot, inside, outside, len: self.inside.prefix_len() }
+        MappingValue { slot, inside, outside, len: self.inside.prefix_len(), ports: self.ports }
     }
 
     /// The mapping that the tables have for an interface.
     pub(crate) fn of_value(ifindex: u32, value: &MappingValue) -> Option<Self> {
         let prefix = |address| Prefix::new(address, value.len);
-        Some(Self { ifindex, inside: prefix(value.inside)?, outside: prefix(value.outside)? })
+        Some(Self { ifindex, inside: prefix(value.inside)?, outside: prefix(value.outside)?, ports: value.ports })
     }
 }
 
@@ -94,8 +141,8 @@ impl Mapping {
 pub(crate) fn add(all: &mut BTreeMap<u32, Mapping>, new: Mapping) -> Result<u32, MappingError> {
     new.check()?;
     for old in all.values().filter(|old| old.ifindex == new.ifindex) {
-        for (mine, theirs) in [(new.inside, old.inside), (new.outside, old.outside)] {
-            if overlap(mine, theirs) {
+        for (mine, theirs) in [(new.inside(), old.inside()), (new.outside(), old.outside())] {
+            if mine.overlaps(&theirs) {
                 return Err(MappingError::Overlap(mine, old.text(), theirs));
             }
         }
@@ -155,7 +202,57 @@ mod tests {
             let (address, len) = text.split_once('/').unwrap();
             Prefix::new(address.parse().unwrap(), len.parse().unwrap()).unwrap()
         };
-        Mapping { ifindex: 7, inside: prefix(inside), outside: prefix(outside) }
+        Mapping { ifindex: 7, inside: prefix(inside), outside: prefix(outside), ports: None }
+    }
+
+    fn of_ports(protocol: u8, inside: &str, outside: &str) -> Mapping {
+        let [inside, outside]: [SocketAddr; 2] = [inside, outside].map(|text| text.parse().unwrap());
+        let alone = |ip: IpAddr| Prefix::new(ip, if ip.is_ipv4() { 32 } else { 128 }).unwrap();
+        let ports = Some(Ports { protocol, numbers: [inside.port(), outside.port()] });
+        Mapping { ifindex: 7, inside: alone(inside.ip()), outside: alone(outside.ip()), ports }
+    }
+
+    #[test]
+    fn an_address_may_have_mappings_of_many_ports() {
+        let mut all = BTreeMap::new();
+        for (protocol, inside, outside) in [
+            (6, "10.0.0.5:80", "192.0.2.1:8080"),
+            (17, "10.0.0.5:80", "192.0.2.1:8080"),
+            (6, "10.0.0.6:80", "192.0.2.1:8081"),
+            (6, "10.0.0.5:22", "192.0.2.2:22"),
+            (6, "10.0.0.7:22", "10.0.0.7:2222"),
+            (6, "[2001:db8::5]:80", "[2001:db8:1::1]:8080"),
+        ] {
+            add(&mut all, of_ports(protocol, inside, outside)).unwrap();
+        }
+        add(&mut all, mapping("10.1.0.0/24", "192.0.3.0/24")).unwrap();
+        let before = all.clone();
+        let refused = |all: &mut _, new, why: &str| {
+            let error = add(all, new).unwrap_err().to_string();
+            assert!(error.contains(why), "{why}: {error}");
+            assert_eq!(*all, before);
+        };
+        for (protocol, inside, outside, why) in [
+            (
+                6,
+                "10.0.0.5:80",
+                "192.0.2.9:80",
+                "10.0.0.5:80 overlaps with 10.0.0.5:80 of the mapping of 10.0.0.5:80 to 192",
+            ),
+            (6, "10.0.0.9:80", "192.0.2.1:8080", "192.0.2.1:8080 overlaps with 192.0.2.1:8080"),
+            (6, "10.1.0.9:80", "192.0.2.1:9090", "10.1.0.9:80 overlaps with 10.1.0.0/24"),
+            (6, "10.0.0.9:80", "[2001:db8::1]:80", "two families"),
+            (6, "10.0.0.9:80", "10.0.0.9:80", "the same"),
+            (17, "10.0.0.9:0", "192.0.2.1:80", "10.0.0.9:0 is of port 0"),
+            (17, "10.0.0.9:1", "192.0.2.1:0", "192.0.2.1:0 is of port 0"),
+            (17, "[fe80::1]:80", "[2001:db8::1]:80", "link-local"),
+        ] {
+            refused(&mut all, of_ports(protocol, inside, outside), why);
+        }
+        refused(&mut all, mapping("10.0.0.5/32", "192.0.2.77/32"), "10.0.0.5/32 overlaps with 10.0.0.5:80");
+        refused(&mut all, mapping("10.7.0.0/24", "192.0.2.0/24"), "192.0.2.0/24 overlaps with 192.0.2.1:8080");
+        assert!(remove(&mut all, &of_ports(17, "10.0.0.6:80", "192.0.2.1:8081")).is_err(), "that is TCP's");
+        remove(&mut all, &of_ports(6, "10.0.0.6:80", "192.0.2.1:8081")).unwrap();
     }
 
     #[test]
@@ -167,14 +264,14 @@ mod tests {
         for (inside, outside, why) in [
             ("10.1.0.0/24", "192.0.3.0/25", "different lengths"),
             ("10.1.0.0/24", "2001:db8::/24", "two families"),
-            ("10.1.0.0/24", "10.1.0.0/24", "in common"),
+            ("10.1.0.0/24", "10.1.0.0/24", "the same"),
             ("10.0.0.7/32", "192.0.9.7/32", "10.0.0.7/32 overlaps with 10.0.0.0/24"),
             ("10.0.0.0/8", "11.0.0.0/8", "overlaps"),
             ("10.9.0.7/32", "192.0.2.7/32", "192.0.2.7/32 overlaps with 192.0.2.0/24 of the mapping of 10.0.0.0/24 to"),
             ("2001:db8:a:1::/64", "2001:db8:c:1::/64", "overlaps"),
             ("224.0.0.1/32", "10.8.0.1/32", "multicast"),
             ("10.8.0.1/32", "127.0.0.1/32", "loopback"),
-            ("0.0.0.0/0", "0.0.0.0/0", "in common"),
+            ("0.0.0.0/0", "0.0.0.0/0", "the same"),
             ("fe80::1/128", "2001:db8::1/128", "link-local"),
             ("::1/128", "2001:db8::1/128", "loopback"),
         ] {

@@ -179,16 +179,33 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn mapping_set(&self, index: u32) -> Option<&MappingSet>;
     /// Counters of mappings that only this CPU or worker writes
     fn mapping_stats(&self, cpu: u32) -> Option<&CpuMappings>;
-    /// The mapping that an address has at the port in a slot. An engine may make it a function of its own.
+    /// The mapping that an address, or a port of it, has at the port in a slot. An engine may make it a function of its own.
     #[inline(always)]
-    fn find_mapping(&self, slot: u32, way: Way, family: Family, address: Words) -> Option<mapping::Found> {
+    fn find_mapping(
+        &self,
+        slot: u32,
+        way: Way,
+        family: Family,
+        address: Words,
+        service: mapping::Service,
+    ) -> Option<mapping::Found> {
         let index = mapping::in_force(self.config()?)?;
-        mapping::find(self.mapping_set(index)?, index, slot, way, family, address)
+        mapping::find(self.mapping_set(index)?, index, slot, way, family, address, service)
     }
     /// What an address becomes by a mapping that was found.
     #[inline(always)]
     fn apply_mapping(&self, found: mapping::Found, way: Way, address: Words) -> Option<Words> {
         Some(self.mapping_set(found.set())?.apply(found, way, address))
+    }
+    /// The port that it has then, as on the wire; 0 if it keeps its own.
+    #[inline(always)]
+    fn mapped_port(&self, found: mapping::Found, way: Way) -> u16 {
+        self.mapping_set(found.set()).map_or(0, |set| set.port(found, way))
+    }
+    /// Whether a mapping that was found translates an address.
+    #[inline(always)]
+    fn maps(&self, found: mapping::Found, way: Way, address: Words) -> bool {
+        self.mapping_set(found.set()).is_some_and(|set| set.has(found, way, address))
     }
     /// Whether frames can be handed to the interface in this slot; an engine that must name the receiver before the
     /// frame is changed does it here.

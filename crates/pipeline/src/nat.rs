@@ -1,5 +1,6 @@
-//! Mappings of addresses (`towpath nat`): static translation at a port, as if it happened on the wire outside of it. What
-//! leaves by the port with a source inside has a source outside; what comes in with a destination outside has one inside.
+//! Mappings of addresses, or of a TCP or UDP port of an address (`towpath nat`): static translation at a port, as if it happened
+//! on the wire outside of it. What leaves by the port with a source inside has a source outside; what comes in with a
+//! destination outside has one inside.
 //!
 //! Packets that go fast are translated where they are rewritten (`forward`). What Linux receives and transmits by the port is
 //! translated by tc programs on it (`translate`), which know everything: ICMP errors with the packets that they quote,
@@ -11,7 +12,7 @@ use crate::rewrite::fit;
 use crate::route::{check_packet, find_index};
 use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
 use towpath_tables::Reason;
-use towpath_tables::mapping::{Found, Way, Words};
+use towpath_tables::mapping::{Found, Service, Way, Words};
 use towpath_tables::opaque;
 use towpath_tables::record::{Family, MAPPINGS};
 use towpath_wire::ipv4::Ipv4;
@@ -48,6 +49,12 @@ impl End {
             Way::In => Self::Source,
         }
     }
+
+    /// Where its port is in a transport header.
+    #[inline(always)]
+    const fn port(self) -> usize {
+        self as usize * size_of::<U16>()
+    }
 }
 
 /// A header with addresses that can be exchanged.
@@ -66,13 +73,17 @@ trait Addressed: Network + Copy {
     fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport;
 }
 
-/// Translates one of a header's addresses, if there is a mapping for it. No checksum follows.
+/// Translates one of a header's addresses as was found. No checksum follows. None if what was found is in no table.
 #[inline(always)]
-fn exchange<N: Addressed, T: Tables>(tables: &T, header: &mut N, slot: u32, way: Way, end: End) -> Option<Found> {
-    let address = header.address(end);
-    let found = tables.find_mapping(slot, way, N::FAMILY, address)?;
-    header.set_address(end, tables.apply_mapping(found, way, address)?);
-    Some(found)
+fn exchange<N: Addressed, T: Tables>(tables: &T, header: &mut N, found: Found, way: Way, end: End) -> Option<()> {
+    header.set_address(end, tables.apply_mapping(found, way, header.address(end))?);
+    Some(())
+}
+
+/// Protocols with mappings of ports.
+#[inline(always)]
+fn has_services(proto: u8) -> bool {
+    matches!(proto, protocol::TCP | protocol::UDP)
 }
 
 /// How addresses changed.
@@ -168,17 +179,41 @@ pub fn finish<F: Frame, T: Tables>(
 #[inline(always)]
 fn find_outer<N: Addressed, F: Frame, T: Tables>(frame: &F, tables: &T, slot: u32, way: Way, offset: usize) -> u32 {
     let Some(header) = frame.get::<N>(offset) else { return 0 };
-    tables.find_mapping(slot, way, N::FAMILY, header.address(End::of(way))).map_or(0, |found| found.0)
+    let proto = header.protocol();
+    let service = match frame.get::<U16>(offset + size_of::<N>() + End::of(way).port()) {
+        Some(port) if has_services(proto) => Service::new(proto, port.get()),
+        _ => Service::NONE,
+    };
+    tables.find_mapping(slot, way, N::FAMILY, header.address(End::of(way)), service).map_or(0, |found| found.0)
 }
 
-/// Exchanges an address as was found.
+/// Exchanges an address if something was found.
 #[inline(always)]
 fn exchange_found<N: Addressed, T: Tables>(tables: &T, header: &mut N, found: u32, way: Way) -> Result<(), Reason> {
-    if found != 0 {
-        let new = tables.apply_mapping(Found(found), way, header.address(End::of(way)));
-        header.set_address(End::of(way), new.ok_or(Reason::Internal)?);
+    if found == 0 {
+        return Ok(());
     }
-    Ok(())
+    exchange(tables, header, Found(found), way, End::of(way)).ok_or(Reason::Internal)
+}
+
+/// Exchanges a port if something was found that says so; adds to what changes. The transport header is at `at`.
+#[inline(always)]
+fn exchange_port<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    at: usize,
+    found: u32,
+    way: Way,
+    change: Change,
+) -> Result<Change, Reason> {
+    let new = if found == 0 { 0 } else { tables.mapped_port(Found(found), way) };
+    if new == 0 {
+        return Ok(change);
+    }
+    let port = frame.get_mut::<U16>(at + End::of(way).port()).ok_or(Reason::Internal)?;
+    let old = port.get();
+    port.set(new);
+    Ok(change.word(old.into(), new.into()))
 }
 
 #[inline(always)]
@@ -285,8 +320,13 @@ fn write<L: Link, N: Addressed, F: Frame, T: Tables>(
     header.decrement();
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
     fit(frame, parsed, size_of::<L>())?;
+    let at = size_of::<L>() + size_of::<N>();
     if let Some(Covered { place, zero_is_none }) = Covered::of::<N>(header.protocol()) {
-        let checksum = frame.get_mut::<U16>(size_of::<L>() + size_of::<N>() + place).ok_or(Reason::Internal)?;
+        let mut change = change;
+        for way in [Way::Out, Way::In] {
+            change = exchange_port(frame, tables, at, found[way as usize], way, change)?;
+        }
+        let checksum = frame.get_mut::<U16>(at + place).ok_or(Reason::Internal)?;
         checksum.set(changed(checksum.get(), change, zero_is_none));
     }
     *frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)? = header;
@@ -319,7 +359,7 @@ impl Covered {
 
 /// What becomes of a checksum.
 #[inline(always)]
-fn changed(checksum: u16, change: Change, zero_is_none: bool) -> u16 {
+pub(crate) fn changed(checksum: u16, change: Change, zero_is_none: bool) -> u16 {
     if !zero_is_none {
         return change.apply(checksum);
     }
@@ -369,6 +409,9 @@ pub trait Passing {
     /// Brings a transport checksum up to date after a change of addresses that it covers, whether it is complete or left to
     /// a device; `zero_is_none`: there is none if it is 0. False if it could not be done.
     fn cover(&mut self, offset: usize, change: Change, zero_is_none: bool) -> bool;
+    /// Puts another port, as on the wire, there, and brings up to date the transport checksum at `checksum`, which covers it: not if it is left to
+    /// a device, nor if there is none. False if that could not be done.
+    fn set_port(&mut self, offset: usize, port: u16, checksum: usize, zero_is_none: bool) -> bool;
     /// The EtherType of the packet
     fn ethertype(&self) -> u16;
     /// Whether it is of a VLAN, and so passes another port
@@ -393,26 +436,61 @@ pub enum Fate {
     Drop,
 }
 
-/// Where a packet's transport header is: the protocol in the third byte and the place in the two below, or one of those beneath.
+/// Where a packet's transport header is: the protocol in the third byte and the place in the two below, and one of those beneath.
 /// A number, of which a verifier need not know anything.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Transport(u32);
 
 impl Transport {
-    /// In another fragment, or cut off
-    const ELSEWHERE: Self = Self(1 << 30);
+    /// The rest of it is in other fragments
+    const FRAGMENT: u32 = 1 << 29;
+    /// In another fragment, or cut off: there is no place
+    const ELSEWHERE: u32 = 1 << 30;
     /// Behind more extension headers than are looked at
     const UNKNOWN: Self = Self(1 << 31);
 
     #[inline(always)]
-    const fn new(proto: u8, at: usize) -> Self {
-        Self((proto as u32) << 16 | at as u32 & 0xffff)
+    const fn new(proto: u8, at: usize, flags: u32) -> Self {
+        Self(flags | (proto as u32) << 16 | at as u32 & 0xffff)
+    }
+
+    /// Flags for a fragment header's field, or IPv4's, by its parts.
+    #[inline(always)]
+    const fn flags(more: bool, is_first: bool) -> u32 {
+        match (more, is_first) {
+            (_, false) => Self::FRAGMENT | Self::ELSEWHERE,
+            (true, true) => Self::FRAGMENT,
+            (false, true) => 0,
+        }
     }
 
     /// The protocol and the place, if they are known.
     #[inline(always)]
     fn at(self) -> Option<(u8, usize)> {
         (self.0 >> 30 == 0).then_some(((self.0 >> 16) as u8, opaque(self.0 as usize) % 0x1_0000))
+    }
+
+    /// What is known of a packet's port at an end.
+    #[inline(always)]
+    fn service<P: Passing>(self, packet: &P, end: End) -> Service {
+        let proto = (self.0 >> 16) as u8;
+        if self == Self::UNKNOWN || is_extension(proto) {
+            return Service::UNKNOWN;
+        }
+        if !has_services(proto) {
+            return Service::NONE;
+        }
+        match self.at().and_then(|(_, at)| packet.load::<U16>(at + end.port())) {
+            Some(port) => Service::new(proto, port.0.get()),
+            None => Service::of_protocol(proto),
+        }
+    }
+
+    /// As `service`, of a packet that passes itself: of its fragments, none is translated if one could not be.
+    #[inline(always)]
+    fn service_of_whole<P: Passing>(self, packet: &P, end: End) -> Service {
+        let elsewhere = if self.0 & Self::FRAGMENT != 0 { Self::ELSEWHERE } else { 0 };
+        Self(self.0 | elsewhere).service(packet, end)
     }
 }
 
@@ -433,24 +511,23 @@ pub fn translate<P: Passing, T: Tables>(packet: &mut P, tables: &T, way: Way) ->
 
 #[inline(always)]
 fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables: &T, slot: u32, way: Way) -> Fate {
-    let Some(before) = packet.load::<N>(0).filter(|header| header.0.header_len().is_some()) else { return Fate::Pass };
-    let mut header = before;
-    let bytes = before.0.said_len() as u64;
-    let transport = Transport(P::forget(before.0.transport(packet, 0).0));
-    let outer = P::forget(exchange(tables, &mut header.0, slot, way, End::of(way)).map_or(0, |found| found.0));
-    let mut done = true;
-    if outer != 0 {
-        let change = change(&before.0, &header.0);
-        header.0.follow(change);
-        done = write_outer(packet, &header.0, transport, change);
-    }
-    let mut quoted = 0;
-    if let Some((proto, at)) = transport.at()
-        && proto == N::ICMP
-        && done
-    {
-        quoted = find_quoted::<N, P, T>(packet, tables, slot, way, at);
-        done = quoted == 0 || translate_quoted::<N, P, T>(packet, tables, Found(quoted), way, at);
+    let Some(header) = packet.load::<N>(0).filter(|header| header.0.header_len().is_some()) else { return Fate::Pass };
+    let bytes = header.0.said_len() as u64;
+    let transport = Transport(P::forget(header.0.transport(packet, 0).0));
+    let message = transport.at().filter(|(proto, _)| *proto == N::ICMP).map_or(0, |(_, at)| at);
+    let quoted = if message == 0 { 0 } else { find_quoted::<N, P, T>(packet, tables, slot, way, message) };
+    let address = header.0.address(End::of(way));
+    // An error about a mapping of a port concerns its address; nothing else in it would say so.
+    let outer = if quoted != 0 && tables.maps(Found(quoted), way, address) {
+        quoted
+    } else {
+        let service = transport.service_of_whole(packet, End::of(way));
+        tables.find_mapping(slot, way, N::FAMILY, address, service).map_or(0, |found| found.0)
+    };
+    let outer = P::forget(outer);
+    let mut done = outer == 0 || write_outer::<N, P, T>(packet, tables, Found(outer), transport, way);
+    if quoted != 0 && done {
+        done = translate_quoted::<N, P, T>(packet, tables, Found(quoted), way, message);
     }
     let found = P::forget(if outer != 0 { outer } else { quoted });
     if found == 0 {
@@ -464,19 +541,37 @@ fn translate_packet<N: Addressed, P: Passing, T: Tables>(packet: &mut P, tables:
     Fate::Pass
 }
 
+/// Translates a packet's header, and its port if the mapping is of one. False if that could not be done.
 #[inline(always)]
-fn write_outer<N: Addressed, P: Passing>(packet: &mut P, header: &N, transport: Transport, change: Change) -> bool {
-    if transport == Transport::UNKNOWN {
+fn write_outer<N: Addressed, P: Passing, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    found: Found,
+    transport: Transport,
+    way: Way,
+) -> bool {
+    if found.is_guess() || transport == Transport::UNKNOWN {
         return false;
     }
-    let covered = transport.at().and_then(|(proto, at)| Some((at, Covered::of::<N>(proto)?)));
-    if let Some((at, Covered { place, zero_is_none })) = covered
-        && packet.load::<U16>(at + place).is_some()
-        && !packet.cover(at + place, change, zero_is_none)
-    {
+    let (Some(before), end) = (packet.load::<N>(0), End::of(way)) else { return false };
+    let mut header = before;
+    if exchange(tables, &mut header.0, found, way, end).is_none() {
         return false;
     }
-    packet.store(0, header)
+    let change = change(&before.0, &header.0);
+    header.0.follow(change);
+    let covered = transport.at().and_then(|(proto, at)| Some((proto, at, Covered::of::<N>(proto)?)));
+    if let Some((proto, at, Covered { place, zero_is_none })) = covered {
+        if packet.load::<U16>(at + place).is_some() && !packet.cover(at + place, change, zero_is_none) {
+            return false;
+        }
+        let port = tables.mapped_port(found, way);
+        let has_port = port != 0 && has_services(proto);
+        if has_port && !packet.set_port(at + end.port(), port, at + place, zero_is_none) {
+            return false;
+        }
+    }
+    packet.store(0, &header.0)
 }
 
 /// The mapping that a packet has that an ICMP error quotes: `Found`, or 0. The ICMP header is at `icmp`.
@@ -486,12 +581,15 @@ fn find_quoted<N: Addressed, P: Passing, T: Tables>(packet: &P, tables: &T, slot
         Some(header) if N::icmp_quotes(header.0.kind) => packet.load::<N>(icmp + size_of::<Icmp>()),
         _ => None,
     };
-    let Some(mut header) = quoted.filter(|header| header.0.header_len().is_some()) else { return 0 };
-    P::forget(exchange(tables, &mut header.0, slot, way, End::quoted(way)).map_or(0, |found| found.0))
+    let Some(header) = quoted.filter(|header| header.0.header_len().is_some()) else { return 0 };
+    let end = End::quoted(way);
+    let transport = Transport(P::forget(header.0.transport(packet, icmp + size_of::<Icmp>()).0));
+    let service = transport.service(packet, end);
+    P::forget(tables.find_mapping(slot, way, N::FAMILY, header.0.address(end), service).map_or(0, |found| found.0))
 }
 
-/// Translates the packet that an ICMP error quotes: its header, its transport's checksum if that is quoted, and the ICMP
-/// checksum over both. False if that could not be done.
+/// Translates the packet that an ICMP error quotes: its header, its port if the mapping is of one, its transport's checksum if
+/// that is quoted, and the ICMP checksum over all. False if that could not be done.
 #[inline(always)]
 fn translate_quoted<N: Addressed, P: Passing, T: Tables>(
     packet: &mut P,
@@ -502,18 +600,29 @@ fn translate_quoted<N: Addressed, P: Passing, T: Tables>(
 ) -> bool {
     let offset = icmp + size_of::<Icmp>();
     let (Some(before), end) = (packet.load::<N>(offset), End::quoted(way)) else { return false };
-    let Some(address) = tables.apply_mapping(found, way, before.0.address(end)) else { return false };
     let mut header = before;
-    header.0.set_address(end, address);
-    let addresses = change(&before.0, &header.0);
-    header.0.follow(addresses);
+    if found.is_guess() || exchange(tables, &mut header.0, found, way, end).is_none() {
+        return false;
+    }
+    let mut covered = change(&before.0, &header.0);
+    header.0.follow(covered);
     let transport = Transport(P::forget(before.0.transport(packet, offset).0));
-    let mut change = addresses.word(before.0.checksum().into(), header.0.checksum().into());
+    let mut change = covered.word(before.0.checksum().into(), header.0.checksum().into());
+    let port = tables.mapped_port(found, way);
+    if port != 0 {
+        let place = transport.at().map_or(0, |(_, at)| at) + end.port();
+        let Some(old) = packet.load::<U16>(place) else { return false };
+        covered = covered.word(old.0.get().into(), port.into());
+        change = change.word(old.0.get().into(), port.into());
+        if !packet.store(place, &Held(U16::new(port)).0) {
+            return false;
+        }
+    }
     if let Some((proto, at)) = transport.at()
         && let Some(Covered { place, zero_is_none }) = Covered::of::<N>(proto)
         && let Some(old) = packet.load::<U16>(at + place)
     {
-        let new = changed(old.0.get(), addresses, zero_is_none);
+        let new = changed(old.0.get(), covered, zero_is_none);
         change = change.word(old.0.get().into(), new.into());
         if !packet.store(at + place, &Held(U16::new(new)).0) {
             return false;
@@ -570,10 +679,10 @@ impl Addressed for Ipv4 {
 
     #[inline(always)]
     fn transport<P: Passing>(&self, _packet: &P, offset: usize) -> Transport {
-        match self.fragment.get() & Ipv4::OFFSET {
-            0 => Transport::new(self.protocol, offset + usize::from(self.version_ihl & 15) * 4),
-            _ => Transport::ELSEWHERE,
-        }
+        let at = offset + usize::from(self.version_ihl & 15) * 4;
+        let fragment = self.fragment.get();
+        let flags = Transport::flags(fragment & Ipv4::MORE_FRAGMENTS != 0, fragment & Ipv4::OFFSET == 0);
+        Transport::new(self.protocol, at, flags)
     }
 }
 
@@ -617,18 +726,19 @@ impl Addressed for Ipv6 {
 
     #[inline(always)]
     fn transport<P: Passing>(&self, packet: &P, offset: usize) -> Transport {
-        let mut transport = Transport::new(self.next_header, offset + size_of::<Self>());
+        let mut transport = Transport::new(self.next_header, offset + size_of::<Self>(), 0);
         for _ in 0..EXTENSIONS {
             // A verifier would go on from here once for each kind of header.
             transport = Transport(P::forget(transport.0));
             let Some((proto, at)) = transport.at().filter(|(proto, _)| is_extension(*proto)) else { return transport };
-            let Some(Held([next, len, high, low])) = packet.load::<[u8; 4]>(at) else { return Transport::ELSEWHERE };
+            let Some(Held([next, len, high, low])) = packet.load::<[u8; 4]>(at) else {
+                return Transport(transport.0 | Transport::ELSEWHERE);
+            };
             let is_fragment = proto == protocol::FRAGMENT;
-            if is_fragment && u16::from_be_bytes([high, low]) >> 3 != 0 {
-                return Transport::ELSEWHERE;
-            }
+            let place = u16::from_be_bytes([high, low]);
+            let flags = if is_fragment { Transport::flags(place & 1 != 0, place >> 3 == 0) } else { 0 };
             let len = if is_fragment { 8 } else { (usize::from(len) + 1) * 8 };
-            transport = Transport::new(next, at + len);
+            transport = Transport::new(next, at + len, flags | transport.0 & Transport::FRAGMENT);
         }
         Transport::UNKNOWN
     }

@@ -1,6 +1,6 @@
 //! The packet path, compiled natively, against its table of cases.
 
-use towpath_pipeline::cases::{self, Case, Expect, world::INGRESS};
+use towpath_pipeline::cases::{self, Case, Expect, translate::translations, world::INGRESS};
 use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
 use towpath_tables::record::TableId;
@@ -45,8 +45,25 @@ fn every_case() {
 }
 
 #[test]
+fn every_translation() {
+    let wrong = translations().into_iter().filter_map(|case| {
+        let (world, wanted) = (case.router(), case.router());
+        case.apply(&wanted);
+        let after = case.run(&world);
+        if after != case.after {
+            return Some(format!("{}: {after:02x?} instead of {:02x?}", case.name, case.after));
+        }
+        let stats = TableId::MappingStats;
+        (world.table(stats) != wanted.table(stats)).then(|| format!("{}: counters", case.name))
+    });
+    let wrong: Vec<_> = wrong.collect();
+    assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), translations().len(), wrong.join("\n"));
+}
+
+#[test]
 fn names_are_unique() {
-    let mut names: Vec<_> = cases::all().into_iter().map(|case| case.name).collect();
+    let translations = translations().into_iter().map(|case| case.name);
+    let mut names: Vec<_> = cases::all().into_iter().map(|case| case.name).chain(translations).collect();
     names.sort();
     let twice: Vec<_> = names.windows(2).filter(|pair| pair[0] == pair[1]).collect();
     assert!(twice.is_empty(), "{twice:?}");

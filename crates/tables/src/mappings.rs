@@ -4,7 +4,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backing::View;
-use crate::mapping::{Way, Words, in_force, kind, mask, places};
+use crate::mapping::{Service, Way, Words, in_force, kind, mask, places};
 use crate::order;
 use crate::record::*;
 
@@ -24,6 +24,29 @@ pub struct MappingValue {
     pub outside: IpAddr,
     /// Length of both prefixes
     pub len: u8,
+    /// The ports, if it is of these only; then the prefixes are single addresses
+    pub ports: Option<Ports>,
+}
+
+/// What a mapping of one address and port is of, besides the addresses.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Ports {
+    /// TCP's or UDP's number
+    pub protocol: u8,
+    /// Inside, and outside
+    pub numbers: [u16; 2],
+}
+
+impl Ports {
+    fn record(&self, way: Way) -> u32 {
+        u32::from(self.protocol) << 16 | u32::from(self.numbers[way as usize].to_be())
+    }
+
+    /// What records say; None if they are of no port.
+    fn read(inside: u32, outside: u32) -> Option<Self> {
+        let numbers = [inside, outside].map(|record| u16::from_be(record as u16));
+        (inside != 0).then_some(Self { protocol: (inside >> 16) as u8, numbers })
+    }
 }
 
 /// What passed of a mapping, over all CPUs: out, and in.
@@ -44,7 +67,10 @@ pub enum TooMany {
     #[error("there is room for {MAPPINGS} mappings")]
     Mappings,
     /// Of one port and family
-    #[error("mappings of a port and family may have {MAPPING_LENGTHS} different prefix lengths, and these have more")]
+    #[error(
+        "mappings of a port and family may have {MAPPING_LENGTHS} different prefix lengths (address and port count as one), \
+         and these have more"
+    )]
     Lengths,
 }
 
@@ -53,8 +79,22 @@ impl MappingValue {
         if self.inside.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
+    /// The length by which it is looked for
+    fn kind_len(&self) -> u8 {
+        if self.ports.is_some() { MAPPING_SERVICE as u8 } else { self.len }
+    }
+
     fn kind(&self) -> u32 {
-        kind(self.slot, self.family(), self.len.into())
+        kind(self.slot, self.family(), self.kind_len().into())
+    }
+
+    /// What packets may tell of their ports that it is found by.
+    fn services(&self, way: Way) -> Vec<Service> {
+        let of_port = |ports: Ports| {
+            let known = Service(Service::NONE.0 | u64::from(ports.record(way)));
+            vec![known, Service::of_protocol(ports.protocol), Service::UNKNOWN]
+        };
+        self.ports.map_or(vec![Service::UNKNOWN], of_port)
     }
 
     fn first(&self, way: Way) -> Words {
@@ -69,7 +109,21 @@ impl MappingValue {
         let [slot, family, len, used] = record.kind.load().to_le_bytes();
         let family = if family == Family::V4 as u8 { Family::V4 } else { Family::V6 };
         let address = |way: Way| address(family, record.addresses[way as usize].each_ref().map(|word| word.load()));
-        (used != 0).then(|| Self { slot: slot.into(), inside: address(Way::Out), outside: address(Way::In), len })
+        let [inside, outside] = record.services.each_ref().map(|word| word.load());
+        let len = if u32::from(len) != MAPPING_SERVICE {
+            len
+        } else if family == Family::V4 {
+            32
+        } else {
+            128
+        };
+        (used != 0).then(|| Self {
+            slot: slot.into(),
+            inside: address(Way::Out),
+            outside: address(Way::In),
+            len,
+            ports: Ports::read(inside, outside),
+        })
     }
 }
 
@@ -106,7 +160,7 @@ pub fn check(mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
 fn lengths(mappings: &BTreeMap<u32, MappingValue>) -> Result<BTreeMap<(u32, usize), u64>, TooMany> {
     let mut all: BTreeMap<_, BTreeSet<u8>> = BTreeMap::new();
     for mapping in mappings.values() {
-        all.entry((mapping.slot, mapping.family() as usize)).or_default().insert(mapping.len + 1);
+        all.entry((mapping.slot, mapping.family() as usize)).or_default().insert(mapping.kind_len() + 1);
     }
     if all.values().any(|lengths| lengths.len() > MAPPING_LENGTHS) {
         return Err(TooMany::Lengths);
@@ -115,30 +169,44 @@ fn lengths(mappings: &BTreeMap<u32, MappingValue>) -> Result<BTreeMap<(u32, usiz
     Ok(all.into_iter().map(|(of, lengths)| (of, word(lengths))).collect())
 }
 
-/// The index of these mappings for a seed; None if there is none in which each has one of its places. Whoever finds both of
-/// its places taken drives one out to its other one (Pagh and Rodler, Cuckoo hashing).
-fn index(mappings: &BTreeMap<u32, MappingValue>, seed: u32) -> Option<BTreeMap<usize, u32>> {
-    let mut index: BTreeMap<usize, ([usize; 2], u32)> = BTreeMap::new();
+/// All by which a mapping is found: the way, `Mapping::kind`, the first address, and the service.
+type Key = (Way, u32, Words, Service);
+
+/// Which mapping each key leads to. Of those that only differ by their ports, the first stands for what does not tell its own.
+fn keys(mappings: &BTreeMap<u32, MappingValue>) -> BTreeMap<Key, u32> {
+    let mut keys = BTreeMap::new();
     for (number, mapping) in mappings {
         for way in [Way::Out, Way::In] {
-            let mut homeless = (places(seed, way, mapping.kind(), mapping.first(way)), number + 1);
-            let mut at = homeless.0[0];
-            for _ in 0..PATIENCE {
-                let Some(driven_out) = index.insert(at, homeless) else { break };
-                homeless = driven_out;
-                at = homeless.0.into_iter().find(|place| *place != at).unwrap_or(at);
+            for service in mapping.services(way) {
+                keys.entry((way, mapping.kind(), mapping.first(way), service)).or_insert(*number);
             }
         }
     }
-    let wanted = 2 * mappings.len();
-    (index.len() == wanted).then(|| index.into_iter().map(|(place, (_, number))| (place, number)).collect())
+    keys
+}
+
+/// The index of these keys for a seed; None if there is none in which each has one of its places. Whoever finds both of
+/// its places taken drives one out to its other one (Pagh and Rodler, Cuckoo hashing).
+fn index(keys: &BTreeMap<Key, u32>, seed: u32) -> Option<BTreeMap<usize, u32>> {
+    let mut index: BTreeMap<usize, ([usize; 2], u32)> = BTreeMap::new();
+    for ((way, kind, first, service), number) in keys {
+        let mut homeless = (places(seed, *way, *kind, *first, *service), number + 1);
+        let mut at = homeless.0[0];
+        for _ in 0..PATIENCE {
+            let Some(driven_out) = index.insert(at, homeless) else { break };
+            homeless = driven_out;
+            at = homeless.0.into_iter().find(|place| *place != at).unwrap_or(at);
+        }
+    }
+    (index.len() == keys.len()).then(|| index.into_iter().map(|(place, (_, number))| (place, number)).collect())
 }
 
 /// Writes a set that no reader looks at.
 pub fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result<(), TooMany> {
     check(mappings)?;
     let lengths = lengths(mappings)?;
-    let (seed, places) = (0..SEEDS).find_map(|seed| Some((seed, index(mappings, seed)?))).ok_or(TooMany::Mappings)?;
+    let keys = keys(mappings);
+    let (seed, places) = (0..SEEDS).find_map(|seed| Some((seed, index(&keys, seed)?))).ok_or(TooMany::Mappings)?;
     set.seed.store(seed);
     for (len, words) in (0..).zip(&set.masks) {
         words.iter().zip(mask(u32::min(len, 128))).for_each(|(word, mask)| word.store(mask));
@@ -155,6 +223,8 @@ pub fn write(set: &MappingSet, mappings: &BTreeMap<u32, MappingValue>) -> Result
         for way in [Way::Out, Way::In] {
             let first = mapping.map_or([0; 2], |mapping| mapping.first(way));
             record.addresses[way as usize].iter().zip(first).for_each(|(word, value)| word.store(value));
+            let ports = mapping.and_then(|mapping| mapping.ports);
+            record.services[way as usize].store(ports.map_or(0, |ports| ports.record(way)));
         }
     }
     Ok(())

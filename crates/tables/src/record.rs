@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 10;
+pub const LAYOUT_VERSION: u32 = 11;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -480,22 +480,29 @@ const _: () = assert!(size_of::<FlowLine>() == 64);
 
 /// Mappings at most.
 pub const MAPPINGS: usize = 1024;
-/// Places of the index of mappings; each mapping has two.
-pub const MAPPING_PLACES: usize = 8 * MAPPINGS;
-/// Different prefix lengths of the mappings of a port and family at most.
+/// Places of the index of mappings. A mapping is there up to six times: each way by its port, by the protocol alone and by
+/// neither.
+pub const MAPPING_PLACES: usize = 16 * MAPPINGS;
+/// Different prefix lengths of the mappings of a port and family at most; address and port count as one more.
 pub const MAPPING_LENGTHS: usize = 8;
+
+/// `Mapping::kind`'s prefix length of a mapping of one address with one TCP or UDP port.
+pub const MAPPING_SERVICE: u32 = 129;
 
 /// Addresses inside that are others outside, beyond a port. Immutable while its set is in force.
 #[repr(C)]
 pub struct Mapping {
-    /// Slot of the port in bits 0..8, family in bits 8..16, prefix length in bits 16..24, and bit 31; 0 if not in use
+    /// Slot of the port in bits 0..8, family in bits 8..16, prefix length or `MAPPING_SERVICE` in bits 16..24, and bit 31; 0 if
+    /// not in use
     pub kind: W32,
     /// Reserved, zero
     pub reserved: W32,
     /// First address inside, and outside, as on the wire; IPv4 in the first half of the first word
     pub addresses: [[W64; 2]; 2],
+    /// Of `MAPPING_SERVICE`, inside and outside: the protocol in bits 16..24, the port as on the wire in bits 0..16; else 0
+    pub services: [W32; 2],
     /// Reserved, zero
-    pub rest: [W64; 3],
+    pub rest: [W64; 2],
 }
 const _: () = assert!(size_of::<Mapping>() == 64);
 

@@ -1,16 +1,19 @@
 //! Readers look up as fast as they can while the writer changes routes and next hops and reuses everything it can.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
-use towpath_tables::backing::{Backing, HeapBacking, initial_elements};
+use towpath_tables::backing::{Backing, HeapBacking, View, initial_elements};
 use towpath_tables::flow::{AnyKey, Direction};
 use towpath_tables::grace::{self, Workers};
 use towpath_tables::lpm::{Kind, Leaf, lookup};
+use towpath_tables::mapping::{self, Service, Way};
+use towpath_tables::mappings::{MappingValue, Ports, words};
 use towpath_tables::mix::Random;
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
-use towpath_tables::record::TableId;
+use towpath_tables::record::{Family, TableId};
 use towpath_tables::rib::Entry;
 use towpath_tables::word::W32;
 use towpath_tables::writer::{MAIN_ROOT, TableWriter};
@@ -160,6 +163,79 @@ fn readers_never_meet_another_connections_record() {
     stop.store(true, Relaxed);
     readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
     assert!(found.load(Relaxed) > 1000 || cfg!(miri), "only {} flows were found", found.load(Relaxed));
+}
+
+/// Mapping n, and what it makes of an address of its own: even ones of prefixes, odd ones of ports.
+fn mapping(n: u8) -> MappingValue {
+    let ports = (n % 2 == 1).then(|| Ports { protocol: 6, numbers: [1000 + u16::from(n), 2000 + u16::from(n)] });
+    let [inside, outside] = [10, 20].map(|net| IpAddr::from([net, 0, n, 0]));
+    MappingValue { slot: 3, inside, outside, len: if ports.is_some() { 32 } else { 24 }, ports }
+}
+
+/// Looks mapping n up both ways; whether it was there, as a whole.
+fn meets_mapping(view: &View<'_>, n: u8) -> bool {
+    let Some(index) = mapping::in_force(view.config()) else { return false };
+    let (set, wanted) = (&view.mapping_sets()[index as usize], mapping(n));
+    let host = |first: IpAddr| match first {
+        IpAddr::V4(first) if wanted.ports.is_none() => words((first.to_bits() | 77).to_be_bytes().into()),
+        first => words(first),
+    };
+    let ends = [host(wanted.inside), host(wanted.outside)];
+    let numbers = wanted.ports.map_or([0; 2], |ports| ports.numbers.map(u16::to_be));
+    [Way::Out, Way::In].into_iter().all(|way| {
+        let (from, to) = (way as usize, 1 - way as usize);
+        let service = Service::new(6, numbers[from]);
+        let Some(found) = mapping::find(set, index, 3, way, Family::V4, ends[from], service) else { return false };
+        let got = (set.apply(found, way, ends[from]), set.port(found, way));
+        assert_eq!(got, (ends[to], numbers[to]), "{n} {way:?}");
+        assert!(!found.is_guess());
+        true
+    })
+}
+
+/// Numbers are other mappings' with every change, and the two sets take turns. Two mappings are always there.
+#[test]
+fn readers_never_meet_a_torn_mapping() {
+    let tables = Arc::new(HeapBacking::new(initial_elements(1)));
+    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
+    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    const STAY: [u8; 2] = [64, 65];
+    writer.set_mappings(&(0..).zip(STAY.map(mapping)).collect()).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let found = Arc::new(AtomicU64::new(0));
+    let readers: Vec<_> = words
+        .into_iter()
+        .enumerate()
+        .map(|(n, word)| {
+            let (tables, stop, found) = (tables.clone(), stop.clone(), found.clone());
+            thread::spawn(move || {
+                let mut random = Random(n as u64);
+                while !stop.load(Relaxed) {
+                    grace::enter(&*word);
+                    let view = tables.view();
+                    for _ in 0..32 {
+                        found.fetch_add(meets_mapping(&view, random.below(64) as u8).into(), Relaxed);
+                    }
+                    assert!(STAY.iter().all(|n| meets_mapping(&view, *n)));
+                    grace::leave(&*word);
+                }
+            })
+        })
+        .collect();
+    let mut random = Random(5);
+    let deadline = Instant::now() + DURATION;
+    let mut changes = 0;
+    while Instant::now() < deadline {
+        let some = (0..64).filter(|_| random.below(2) == 0).chain(STAY).map(mapping);
+        let (some, shift) = (some.collect::<Vec<_>>(), random.below(66));
+        let number = |at: usize| (at as u32 + shift) % 66;
+        writer.set_mappings(&some.iter().enumerate().map(|(at, value)| (number(at), *value)).collect()).unwrap();
+        changes += 1;
+    }
+    stop.store(true, Relaxed);
+    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
+    assert!(changes > 20 || cfg!(miri), "only {changes} changes were made");
+    assert!(found.load(Relaxed) > 1000 || cfg!(miri), "only {} mappings were found", found.load(Relaxed));
 }
 
 /// Tables that readers hold as well; they do not grow.

@@ -232,6 +232,43 @@ fn a_next_hop_is_seen_whole_or_not_at_all() {
     });
 }
 
+/// Two sets of mappings take turns: one is in force, the other is written.
+fn turns(wait: fn(Arc<Word>)) {
+    loom::model(move || {
+        let (word, in_force) = (Arc::new(Word::new(0)), Arc::new(Word::new(1)));
+        let sets = Arc::new([0, 0].map(|version| UnsafeCell::new([version; 2])));
+        let reader = {
+            let (word, in_force, sets) = (word.clone(), in_force.clone(), sets.clone());
+            thread::spawn(move || {
+                grace::enter(&*word);
+                let set = &sets[load(&*in_force) as usize - 1];
+                // SAFETY: loom reports the access if it conflicts with a write.
+                set.with(|set| unsafe { assert_eq!((*set)[0], (*set)[1], "a torn set") });
+                grace::leave(&*word);
+            })
+        };
+        for version in 1..=2 {
+            wait(word.clone());
+            let other = 1 - (in_force.load() - 1);
+            // SAFETY: loom reports the access if it conflicts with a read.
+            sets[other as usize].with_mut(|set| unsafe { *set = [version; 2] });
+            publish(&*in_force, other + 1);
+        }
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn a_set_of_mappings_is_written_when_nobody_looks_at_it() {
+    turns(|word| Workers([word]).wait());
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn without_grace_a_set_of_mappings_is_written_under_a_reader() {
+    turns(|_| ());
+}
+
 /// A worker is told that there is new memory in place of the old one, which is taken away once the worker was waited for.
 /// So user engines take new tables, and leave ports.
 fn replacement(wait: fn(Arc<Word>)) {

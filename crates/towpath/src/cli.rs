@@ -166,7 +166,8 @@ pub enum Show {
 /// `towpath nat`
 #[derive(Subcommand)]
 pub enum Nat {
-    /// Have addresses inside be others outside, beyond a port: sources of what leaves by it, destinations of what comes in
+    /// Have addresses inside be others outside, beyond a port: sources of what leaves by it, destinations of what comes in;
+    /// with --protocol, only a port of an address
     Add(NatMapping),
     /// End a mapping
     Del(NatMapping),
@@ -180,6 +181,9 @@ pub struct NatMapping {
     /// The port beyond which the addresses are others
     #[arg(long)]
     pub port: String,
+    /// Translate only a port of this protocol: INSIDE and OUTSIDE are ADDRESS:PORT, or [ADDRESS]:PORT for IPv6
+    #[arg(long, value_enum)]
+    pub protocol: Option<Protocol>,
     /// Address or prefix as the router and everything on this side of it has it
     pub inside: String,
     /// Address or prefix of the same length that it is outside
@@ -226,7 +230,7 @@ pub struct Explain {
     pub output: Output,
 }
 
-/// Transport protocols of a packet to explain.
+/// Transport protocols with ports.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -234,6 +238,21 @@ pub enum Protocol {
     Udp,
     /// TCP
     Tcp,
+}
+
+impl Protocol {
+    /// Its number (IANA)
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Udp => 17,
+            Self::Tcp => 6,
+        }
+    }
+
+    /// The one with a number.
+    pub fn of_number(number: u8) -> Option<Self> {
+        [Self::Udp, Self::Tcp].into_iter().find(|protocol| protocol.number() == number)
+    }
 }
 
 /// `towpath cm`

@@ -15,7 +15,7 @@ use towpath_tables::backing::View;
 use towpath_tables::flow::Direction;
 use towpath_tables::flows::{self, FlowView};
 use towpath_tables::lpm::{self, Kind};
-use towpath_tables::mapping::Way;
+use towpath_tables::mapping::{Service, Way};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::NexthopIdentity;
 use towpath_tables::record::{Family, Port};
@@ -200,11 +200,11 @@ impl<'a> Walk<'a> {
     fn mapped(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explanation {
         let tables = self.tables;
         let (slot, family) = (entry.slot, candidate.family);
-        let destination = self.exchange(slot, Way::In, family, self.packet.destination);
+        let destination = self.exchange(slot, Way::In, family);
         let target = self.look_up(entry.port, destination.unwrap_or(self.packet.destination));
         let out = target.and_then(|target| target.ifindex);
         if let Some(slot) = out.and_then(|out| self.view.ports().iter().position(|port| port.ifindex.load() == out)) {
-            self.exchange(slot as u32, Way::Out, family, self.packet.source);
+            self.exchange(slot as u32, Way::Out, family);
         }
         match frame.mapped(&tables, entry, candidate) {
             Ok(device) => {
@@ -223,26 +223,27 @@ impl<'a> Walk<'a> {
     }
 
     /// What an address is by the mappings of a port, if there is one for it.
-    fn exchange(&mut self, slot: u32, way: Way, family: Family, address: IpAddr) -> Option<IpAddr> {
-        let words = mappings::words(address);
-        let found = self.tables.find_mapping(slot, way, family, words)?;
-        let new = mappings::address(family, self.tables.apply_mapping(found, way, words)?);
-        let port = self.names.interface(self.interface_in(slot));
-        let what = match way {
-            Way::Out => "source",
-            Way::In => "destination",
+    fn exchange(&mut self, slot: u32, way: Way, family: Family) -> Option<IpAddr> {
+        let tuple = self.tuple();
+        let (what, address, port) = match way {
+            Way::Out => ("source", tuple.source, tuple.source_port),
+            Way::In => ("destination", tuple.destination, tuple.destination_port),
         };
-        self.step("mapping", format!("{what} {address} becomes {new} at {port}"));
+        let (words, service) = (mappings::words(address), Service::new(tuple.protocol, port.to_be()));
+        let found = self.tables.find_mapping(slot, way, family, words, service)?;
+        let new = mappings::address(family, self.tables.apply_mapping(found, way, words)?);
+        let change = match u16::from_be(self.tables.mapped_port(found, way)) {
+            0 => format!("{address} becomes {new}"),
+            new_port => format!("{} becomes {}", SocketAddr::new(address, port), SocketAddr::new(new, new_port)),
+        };
+        let at = self.names.interface(self.interface_in(slot));
+        self.step("mapping", format!("{what} {change} at {at}"));
         Some(new)
     }
 
     fn tuple(&self) -> Tuple {
         let Packet { source, destination, sport, dport, protocol, .. } = *self.packet;
-        let protocol = match protocol {
-            Protocol::Tcp => 6,
-            Protocol::Udp => 17,
-        };
-        Tuple { source, destination, source_port: sport, destination_port: dport, protocol }
+        Tuple { source, destination, source_port: sport, destination_port: dport, protocol: protocol.number() }
     }
 
     fn describe_flow(&self, flow: &FlowView, direction: Direction, leaving: Tuple) -> String {

@@ -79,7 +79,7 @@ fn receiver(destination: IpAddr, port: [u8; 6]) -> [u8; 6] {
 }
 
 fn ipv4(packet: &Packet, source: [u8; 4], destination: [u8; 4]) -> Vec<u8> {
-    let mut bytes = ipv4_header(packet.length, [packet.ttl, number(packet.protocol)], source, destination);
+    let mut bytes = ipv4_header(packet.length, [packet.ttl, packet.protocol.number()], source, destination);
     bytes.extend(transport(packet, &source, &destination, usize::from(packet.length).saturating_sub(20)));
     bytes
 }
@@ -96,17 +96,10 @@ fn ipv4_header(length: u16, [ttl, protocol]: [u8; 2], source: [u8; 4], destinati
 fn ipv6(packet: &Packet, source: [u8; 16], destination: [u8; 16]) -> Vec<u8> {
     let payload = packet.length.saturating_sub(40);
     let [high, low] = payload.to_be_bytes();
-    let mut bytes = vec![0x60, 0, 0, 0, high, low, number(packet.protocol), packet.ttl];
+    let mut bytes = vec![0x60, 0, 0, 0, high, low, packet.protocol.number(), packet.ttl];
     bytes.extend(source.into_iter().chain(destination));
     bytes.extend(transport(packet, &source, &destination, payload.into()));
     bytes
-}
-
-fn number(protocol: Protocol) -> u8 {
-    match protocol {
-        Protocol::Tcp => 6,
-        Protocol::Udp => 17,
-    }
 }
 
 /// The transport header and zeros after it, `length` bytes or as many as the header takes.
@@ -126,7 +119,7 @@ fn transport(packet: &Packet, source: &[u8], destination: &[u8], length: usize) 
     bytes.resize(bytes.len().max(length), 0);
     let mut covered = [source, destination].concat();
     covered.extend((length as u32).to_be_bytes());
-    covered.extend([0, 0, 0, number(packet.protocol)]);
+    covered.extend([0, 0, 0, packet.protocol.number()]);
     covered.extend(&bytes);
     let sum = match checksum(&covered) {
         0 => 0xffff,

@@ -1,7 +1,7 @@
-//! `towpath nat`: mappings of addresses, asked for by the operator and kept by FPM in the tables. What goes by Linux is
+//! `towpath nat`: mappings of addresses and of their ports, asked for by the operator and kept by FPM in the tables. What goes by Linux is
 //! translated by tc programs on the ports, so those come before a port's first mapping and go after its last.
 
-use crate::cli::{Nat, NatMapping, Output};
+use crate::cli::{Nat, NatMapping, Output, Protocol};
 use crate::control::{self, Request};
 use crate::daemon::Daemon;
 use crate::explain::Names;
@@ -9,9 +9,10 @@ use crate::read;
 use crate::report;
 use crate::text::table;
 use anyhow::{Context, Result, bail};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::Prefix;
 use towpath_fpm::Mapping;
+use towpath_tables::mappings::Ports;
 
 /// `towpath nat …`
 pub fn run(nat: &Nat) -> Result<()> {
@@ -35,16 +36,24 @@ fn list(output: Output) -> Result<()> {
 fn text(mappings: &report::Mappings) -> String {
     let row = |mapping: &report::Mapping| {
         let way = |of: &report::MappingWay| [of.packets, of.bytes, of.dropped].map(|number| number.to_string());
-        let names = [&mapping.port, &mapping.inside, &mapping.outside].map(String::clone);
+        let protocol = match mapping.protocol {
+            None => "",
+            Some(Protocol::Tcp) => "tcp",
+            Some(Protocol::Udp) => "udp",
+        };
+        let names = [&mapping.port, protocol, &mapping.inside, &mapping.outside].map(str::to_owned);
         [&names[..], &way(&mapping.out), &way(&mapping.r#in)].concat()
     };
-    let heads =
-        ["port", "inside", "outside", ">out packets", ">bytes", ">dropped", ">in packets", ">bytes", ">dropped"];
+    let ways = [">out packets", ">bytes", ">dropped", ">in packets", ">bytes", ">dropped"];
+    let heads = [&["port", "protocol", "inside", "outside"], &ways[..]].concat();
     table(&heads, &mappings.mappings.iter().map(row).collect::<Vec<_>>())
 }
 
 /// A prefix, or an address for the prefix that is it alone.
 fn prefix(text: &str) -> Result<Prefix> {
+    if text.parse::<SocketAddr>().is_ok() {
+        bail!("{text} is of a port: say which with --protocol tcp or --protocol udp");
+    }
     let invalid = || format!("{text:?} is no address and no prefix");
     let (address, len) = text.split_once('/').unzip();
     let address: IpAddr = address.unwrap_or(text).parse().with_context(invalid)?;
@@ -58,6 +67,24 @@ fn prefix(text: &str) -> Result<Prefix> {
         bail!("{text} has bits set behind its length; did you mean {prefix}?");
     }
     Ok(prefix)
+}
+
+/// An address, for the prefix that is it alone, and a port.
+fn address_and_port(text: &str) -> Result<(Prefix, u16)> {
+    let read: Option<SocketAddr> = text.parse().ok();
+    let plain = read.map(|read| SocketAddr::new(read.ip(), read.port())).filter(|plain| Some(*plain) == read);
+    let invalid =
+        || format!("{text:?} is no address and port: with --protocol write ADDRESS:PORT, or [ADDRESS]:PORT for IPv6");
+    let plain = plain.with_context(invalid)?;
+    Ok((prefix(&plain.ip().to_string())?, plain.port()))
+}
+
+/// The prefixes inside and outside, and the ports.
+fn ends(NatMapping { protocol, inside, outside, .. }: &NatMapping) -> Result<([Prefix; 2], Option<Ports>)> {
+    let Some(protocol) = protocol else { return Ok(([prefix(inside)?, prefix(outside)?], None)) };
+    let (inside, outside) = (address_and_port(inside)?, address_and_port(outside)?);
+    let ports = Ports { protocol: protocol.number(), numbers: [inside.1, outside.1] };
+    Ok(([inside.0, outside.0], Some(ports)))
 }
 
 impl Daemon {
@@ -90,10 +117,11 @@ impl Daemon {
         Ok(true)
     }
 
-    fn mapping(&self, NatMapping { port, inside, outside }: &NatMapping) -> Result<Mapping> {
-        let found = self.fpm.interfaces().find(|known| known.name == *port);
-        let ifindex = found.with_context(|| format!("there is no port {port}"))?.ifindex;
-        Ok(Mapping { ifindex, inside: prefix(inside)?, outside: prefix(outside)? })
+    fn mapping(&self, mapping: &NatMapping) -> Result<Mapping> {
+        let found = self.fpm.interfaces().find(|known| known.name == mapping.port);
+        let ifindex = found.with_context(|| format!("there is no port {}", mapping.port))?.ifindex;
+        let ([inside, outside], ports) = ends(mapping)?;
+        Ok(Mapping { ifindex, inside, outside, ports })
     }
 
     /// Puts the tc programs on all ports with mappings, this binary's in place of a former daemon's, and takes them off
@@ -129,8 +157,9 @@ impl Daemon {
             };
             report::Mapping {
                 port: self.interface(mapping.ifindex),
-                inside: mapping.inside.to_string(),
-                outside: mapping.outside.to_string(),
+                protocol: mapping.ports.and_then(|ports| Protocol::of_number(ports.protocol)),
+                inside: mapping.inside().to_string(),
+                outside: mapping.outside().to_string(),
                 out: way(0),
                 r#in: way(1),
             }

@@ -1,6 +1,7 @@
 //! What the read commands say, as it goes over the control socket and out with `--json`. docs/json.md describes these
 //! shapes; fields may be added, never renamed or removed.
 
+use crate::cli::Protocol;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -378,9 +379,11 @@ pub struct Mappings {
 pub struct Mapping {
     /// Name of the port
     pub port: String,
-    /// Prefix inside
+    /// `tcp` or `udp` if it is of one port of an address; else null
+    pub protocol: Option<Protocol>,
+    /// Prefix inside, or address and port
     pub inside: String,
-    /// Prefix outside
+    /// As `inside`, outside
     pub outside: String,
     /// What left by the port
     pub out: MappingWay,

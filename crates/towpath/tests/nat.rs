@@ -59,7 +59,12 @@ fn talk(from: &UdpSocket, to: (&UdpSocket, SocketAddr), len: usize) -> [IpAddr; 
 
 /// Connects, has so many bytes echoed; who it seemed to be.
 fn transfer(from: &Node, server: (&Node, &str), to: SocketAddr, bytes: usize) -> IpAddr {
-    let listener = server.0.enter(|| TcpListener::bind(at(server.1, to.port()))).expect("in the node").expect("bound");
+    transfer_to((from, to), (server.0, at(server.1, to.port())), bytes)
+}
+
+/// As `transfer`, to a server that listens at an address of its own.
+fn transfer_to((from, to): (&Node, SocketAddr), server: (&Node, SocketAddr), bytes: usize) -> IpAddr {
+    let listener = server.0.enter(|| TcpListener::bind(server.1)).expect("in the node").expect("bound");
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| {
             let (mut stream, client) = listener.accept().expect("a client");
@@ -102,6 +107,68 @@ fn both_ends_talk_through_mappings_and_mostly_fast() {
         assert_eq!(client, right.parse::<IpAddr>().expect("an address"));
     }
     assert!(list(&net).iter().all(|mapping| mapping["out"]["dropped"] == 0 && mapping["in"]["dropped"] == 0));
+}
+
+fn nat_port(net: &Net, what: &str, protocol: &str, ends: [&str; 2]) {
+    let output = net.towpath(&["nat", what, "--port", "eth1", "--protocol", protocol, ends[0], ends[1]]);
+    assert!(output.status.success(), "{what} {ends:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Two services behind one address outside, and all else as it is.
+#[test]
+fn ports_of_an_address_are_others_outside() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    for (base, left, outside, right) in [(0, LEFT, OUTSIDE, RIGHT), (3, LEFT6, OUTSIDE6, RIGHT6)] {
+        for (protocol, inside, public) in [("udp", 4000, 8000), ("tcp", 4000, 8000), ("tcp", 4001, 8001)] {
+            nat_port(&net, "add", protocol, [&at(left, inside).to_string(), &at(outside, public).to_string()]);
+        }
+        let (here, there) = (datagrams(&net.left, left, 4000), datagrams(&net.right, right, 5000));
+        let seen = at(outside, 8000);
+        let (forwarded, before) = (net.forwarded(), counted(&net, base));
+        let mut buffer = [0; 99];
+        for _ in 0..50 {
+            here.send_to(&[1], at(right, 5000)).expect("sent");
+            assert_eq!(there.recv_from(&mut buffer).expect("it comes").1, seen);
+            there.send_to(&[2], seen).expect("sent");
+            assert_eq!(here.recv_from(&mut buffer).expect("it comes").1, at(right, 5000));
+        }
+        assert!(net.forwarded() >= forwarded + 80, "fast");
+        let after = counted(&net, base);
+        assert!((0..2).all(|way| after[way] == before[way] + 50), "{before:?} {after:?}");
+        let other = datagrams(&net.left, left, 4444);
+        assert_eq!(talk(&other, (&there, at(right, 5000)), 9)[0], at(left, 0).ip(), "another port of it");
+        for (inside, public) in [(4000, 8000), (4001, 8001)] {
+            let client = transfer_to((&net.right, at(outside, public)), (&net.left, at(left, inside)), 1 << 20);
+            assert_eq!(client, at(right, 0).ip());
+        }
+        // Nobody listens there any more: the answer is an error that quotes what was translated.
+        drop(here);
+        there.connect(seen).expect("connected");
+        eventually("an error comes back", || {
+            let _ = there.send(&[1]);
+            there.set_read_timeout(Some(std::time::Duration::from_millis(200))).expect("set");
+            matches!(there.recv(&mut [0; 9]), Err(error) if error.kind() == ErrorKind::ConnectionRefused).then_some(())
+        });
+        // Of a datagram in fragments, only the first would tell its port.
+        assert!(counted_dropped(&net, base) == [0, 0]);
+        let big = datagrams(&net.left, left, 4000);
+        eventually("fragments are dropped, and counted", || {
+            let _ = big.send_to(&[7; 4000], at(right, 5000));
+            (counted_dropped(&net, base)[0] >= 3).then_some(())
+        });
+        let text = net.json(&["explain", left, right, "--sport", "4000", "in", "eth0"]).to_string();
+        assert!(text.contains(&format!("source {} becomes {} at eth1", at(left, 4000), at(outside, 8000))), "{text}");
+    }
+    let first = &list(&net)[0];
+    assert_eq!([&first["protocol"], &first["inside"]], ["udp", "192.0.2.2:4000"]);
+    nat_port(&net, "del", "tcp", ["192.0.2.2:4001", "203.0.113.2:8001"]);
+    assert_eq!(list(&net).len(), 5);
+}
+
+fn counted_dropped(net: &Net, number: usize) -> [u64; 2] {
+    let all = list(net);
+    ["out", "in"].map(|way| all[number][way]["dropped"].as_u64().expect("a count"))
 }
 
 #[test]
@@ -198,11 +265,27 @@ fn what_is_no_mapping_is_refused() {
         ("eth1", "10.0.0.1", "2001:db8::1", "two families"),
         ("eth1", "10.0.0.1/24", "10.1.0.0/24", "did you mean 10.0.0.0/24?"),
         ("eth1", "10.0.0.1", "224.0.0.1", "multicast"),
-        ("eth1", "10.0.0.1", "10.0.0.1", "in common"),
+        ("eth1", "10.0.0.1", "10.0.0.1", "the same"),
         ("eth1", "here", "10.0.0.1", "no address"),
     ] {
         let message = net.refused(&["nat", "add", "--port", port, inside, outside]);
         assert!(message.contains(why), "{port} {inside} {outside}: {message}");
+    }
+    for (protocol, inside, outside, why) in [
+        ("", "10.0.0.1:80", "10.0.0.2:80", "--protocol tcp or --protocol udp"),
+        ("tcp", "10.0.0.1", "10.0.0.2:80", "ADDRESS:PORT"),
+        ("tcp", "10.0.0.0/24", "10.0.1.0/24", "ADDRESS:PORT"),
+        ("tcp", "2001:db8::1:80", "[2001:db8::2]:80", "[ADDRESS]:PORT for IPv6"),
+        ("tcp", "10.0.0.1:0", "10.0.0.2:80", "port 0"),
+        ("tcp", "10.0.0.1:65536", "10.0.0.2:80", "ADDRESS:PORT"),
+        ("udp", "10.0.0.1:80", "[2001:db8::2]:80", "two families"),
+        ("udp", "10.0.0.1:80", "10.0.0.1:80", "the same"),
+        ("udp", "192.0.2.9:80", "10.0.0.2:80", "192.0.2.9:80 overlaps with 192.0.2.0/24"),
+    ] {
+        let option = format!("--protocol={protocol}");
+        let options: &[&str] = if protocol.is_empty() { &[] } else { &[&option] };
+        let message = net.refused(&[&["nat", "add", "--port", "eth1"], options, &[inside, outside]].concat());
+        assert!(message.contains(why), "{protocol} {inside} {outside}: {message}");
     }
     let message = net.refused(&["nat", "del", "--port", "eth1", "10.0.0.1", "10.0.0.2"]);
     assert!(message.contains("no mapping"), "{message}");

@@ -10,7 +10,7 @@ use aya_ebpf::maps::{DevMap, XskMap};
 use towpath_pipeline::Tables;
 use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
-use towpath_tables::mapping::{self, Way, Words};
+use towpath_tables::mapping::{self, Service, Way, Words};
 use towpath_tables::opaque;
 use towpath_tables::record::{
     Config, CpuMappings, CpuStats, Family, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, MAPPINGS, MappingSet,
@@ -156,12 +156,13 @@ fn find_flow<const WORDS: usize>(key: &Key<WORDS>) -> u32 {
 
 /// As `lookup4`, for a mapping; 0 if there is none. `what`: the port's slot, then a bit each for the way and the family.
 #[inline(never)]
-fn find_mapping(what: u32, first: u64, second: u64) -> u32 {
+fn find_mapping(what: u32, first: u64, second: u64, service: u64) -> u32 {
     let way = if what & MAPPING_IN == 0 { Way::Out } else { Way::In };
     let family = if what & MAPPING_V6 == 0 { Family::V4 } else { Family::V6 };
     let index = FAR_MAPS.config().and_then(mapping::in_force).unwrap_or(u32::MAX);
     let set = FAR_MAPS.mapping_set(index);
-    let found = set.and_then(|set| mapping::find(set, index, what % PORT_SLOTS, way, family, [first, second]));
+    let service = Service(service);
+    let found = set.and_then(|set| mapping::find(set, index, what % PORT_SLOTS, way, family, [first, second], service));
     // As `Frame::forget`: what follows is to be looked at once.
     found.map_or(0, |found| found.0) ^ FAR_MAPS.config().map_or(0, |config| config.reserved[0].load())
 }
@@ -324,10 +325,17 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
     }
 
     #[inline(always)]
-    fn find_mapping(&self, slot: u32, way: Way, family: Family, address: Words) -> Option<mapping::Found> {
+    fn find_mapping(
+        &self,
+        slot: u32,
+        way: Way,
+        family: Family,
+        address: Words,
+        service: Service,
+    ) -> Option<mapping::Found> {
         let way = if way == Way::Out { 0 } else { MAPPING_IN };
         let family = if family == Family::V4 { 0 } else { MAPPING_V6 };
-        match find_mapping(slot | way | family, address[0], address[1]) {
+        match find_mapping(slot | way | family, address[0], address[1], service.0) {
             0 => None,
             found => Some(mapping::Found(found)),
         }

@@ -66,6 +66,27 @@ impl Passing for Skb {
         unsafe { bpf_l4_csum_replace(self.0.cast(), (NETWORK + offset) as u32, 0, change.fold().into(), flags) == 0 }
     }
 
+    /// A checksum of the whole packet that the driver gave stays, unless the packet has none of its own.
+    #[inline(always)]
+    fn set_port(&mut self, offset: usize, port: u16, checksum: usize, zero_is_none: bool) -> bool {
+        type Bytes = [u8; 2];
+        let new = Held(port.to_ne_bytes());
+        let (Some(old), Some(sum)) = (self.load::<Bytes>(offset), self.load::<Bytes>(checksum)) else { return false };
+        if zero_is_none && u16::from_ne_bytes(sum.0) == 0 {
+            return self.store(offset, &new.0);
+        }
+        let zero = if zero_is_none { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let (from, flags) = (u16::from_ne_bytes(old.0), zero | size_of::<Bytes>() as u32);
+        // SAFETY: the context is the kernel's.
+        let covered = unsafe {
+            bpf_l4_csum_replace(self.0.cast(), (NETWORK + checksum) as u32, from.into(), port.into(), flags.into())
+        };
+        let (place, len) = ((&raw const new.0).cast(), size_of::<Bytes>() as u32);
+        let flags = BPF_F_INVALIDATE_HASH.into();
+        // SAFETY: the context is the kernel's, and there are so many bytes.
+        covered == 0 && unsafe { bpf_skb_store_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len, flags) == 0 }
+    }
+
     #[inline(always)]
     fn ethertype(&self) -> u16 {
         // SAFETY: the context is the kernel's.

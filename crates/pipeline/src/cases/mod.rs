@@ -4,6 +4,7 @@
 mod flows;
 pub mod frames;
 mod nat;
+pub mod translate;
 mod tunnels;
 pub mod world;
 

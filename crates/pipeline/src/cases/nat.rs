@@ -4,12 +4,12 @@ use super::*;
 use std::net::IpAddr;
 use towpath_tables::Obstacle;
 use towpath_tables::mapping::Way;
-use towpath_tables::mappings::{self, MappingValue};
+use towpath_tables::mappings::{self, MappingValue, Ports};
 
 /// Packets that a mapping counts: its number, the way, and their length.
 pub type Mapped = (u32, Way, usize);
 
-const FAMILIES: [(&str, bool); 2] = [("IPv4", false), ("IPv6", true)];
+pub(super) const FAMILIES: [(&str, bool); 2] = [("IPv4", false), ("IPv6", true)];
 const PROTOCOLS: [(&str, u8, Option<usize>); 8] = [
     ("TCP", TCP, Some(16)),
     ("UDP", UDP, Some(6)),
@@ -22,7 +22,7 @@ const PROTOCOLS: [(&str, u8, Option<usize>); 8] = [
 ];
 
 /// By family: a client behind `IN` and as it is seen beyond `OUT`; a server as it is seen from `IN`'s side, and as it is.
-fn addresses(six: bool) -> [IpAddr; 4] {
+pub(super) fn addresses(six: bool) -> [IpAddr; 4] {
     if six {
         ["2001:db8::63", "2001:db8:77::63", "2001:db8:88:1:2:3:4:7", "2001:db8:1::2:3:4:7"]
     } else {
@@ -31,7 +31,7 @@ fn addresses(six: bool) -> [IpAddr; 4] {
     .map(|address| address.parse().expect("an address"))
 }
 
-fn bare(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn bare(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => ipv4(from.octets(), to.octets(), protocol, payload),
         (IpAddr::V6(from), IpAddr::V6(to)) => ipv6(from.octets(), to.octets(), protocol, payload),
@@ -39,16 +39,20 @@ fn bare(from: IpAddr, to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     }
 }
 
-/// A packet with a right checksum at a place of its payload, or none.
-fn packet(from: IpAddr, to: IpAddr, protocol: u8, at: Option<usize>) -> Vec<u8> {
-    let mut payload = udp(4000, 80, &data(31));
+/// A packet with ports and a right checksum at a place of its payload, or none.
+pub(super) fn packet_of_ports(from: (IpAddr, u16), to: (IpAddr, u16), protocol: u8, at: Option<usize>) -> Vec<u8> {
+    let mut payload = udp(from.1, to.1, &data(31));
     payload[12] = 0x50;
-    let packet = bare(from, to, protocol, &payload);
+    let packet = bare(from.0, to.0, protocol, &payload);
     at.map_or(packet.clone(), |at| complete(packet, protocol, at))
 }
 
+fn packet(from: IpAddr, to: IpAddr, protocol: u8, at: Option<usize>) -> Vec<u8> {
+    packet_of_ports((from, 4000), (to, 80), protocol, at)
+}
+
 /// An ICMP or ICMPv6 message of this type that says to be about a packet.
-fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: &[u8]) -> Vec<u8> {
+pub(super) fn icmp(from: IpAddr, to: IpAddr, kind: u8, rest: &[u8]) -> Vec<u8> {
     let message = [&[kind, 0, 0, 0, 0, 1, 2, 3], rest].concat();
     let packet = bare(from, to, if from.is_ipv4() { 1 } else { 58 }, &message);
     if from.is_ipv4() { complete_icmp(packet) } else { complete(packet, 58, 2) }
@@ -83,14 +87,24 @@ fn mapped(six: bool, whole: bool) -> impl Fn(&mut World) + Clone {
 impl World {
     /// Adds a mapping at the port in a slot.
     pub fn map(&mut self, slot: u32, inside: IpAddr, outside: IpAddr, len: u8) {
-        let set = &self.mapping_sets()[1];
         let first = |address| towpath_tables::mappings::first(address, len);
+        self.add_mapping(MappingValue { slot, inside: first(inside), outside: first(outside), len, ports: None });
+    }
+
+    /// Adds one of a port of an address.
+    pub fn map_port(&mut self, slot: u32, protocol: u8, inside: (IpAddr, u16), outside: (IpAddr, u16)) {
+        let ports = Some(Ports { protocol, numbers: [inside.1, outside.1] });
+        let len = if inside.0.is_ipv4() { 32 } else { 128 };
+        self.add_mapping(MappingValue { slot, inside: inside.0, outside: outside.0, len, ports });
+    }
+
+    fn add_mapping(&mut self, mapping: MappingValue) {
+        let set = &self.mapping_sets()[1];
         let mut all = mappings::in_set(set);
-        let number = all.len() as u32;
-        all.insert(number, MappingValue { slot, inside: first(inside), outside: first(outside), len });
+        all.insert(all.len() as u32, mapping);
         mappings::write(set, &all).expect("few mappings");
         self.config().mappings.store(2);
-        self.show_mappings(slot);
+        self.show_mappings(mapping.slot);
     }
 }
 
@@ -132,9 +146,43 @@ impl Cases {
                 self.map(name(what, "echo"), router.clone(), (&echo, &after), &both);
             }
             self.edges_of_mappings(family, six);
+            self.mapped_ports(family, six);
         }
         self.options_and_fragments();
         self.mapped_vlans();
+    }
+
+    /// Port 4000 of the client is 7000 beyond `OUT` (numbers 0 and 1), and port 80 of the server 8080 beyond `IN` (2 and 3).
+    fn mapped_ports(&mut self, family: &str, six: bool) {
+        let [client, seen, outside, server] = addresses(six);
+        let router = move |world: &mut World| {
+            for protocol in [TCP, UDP] {
+                world.map_port(OUT, protocol, (client, 4000), (seen, 7000));
+            }
+            for protocol in [TCP, UDP] {
+                world.map_port(IN, protocol, (server, 80), (outside, 8080));
+            }
+        };
+        for (number, (proto, protocol, at)) in PROTOCOLS.into_iter().enumerate() {
+            let name = |what: &str| format!("mapping of ports, {family}, {proto}, {what}");
+            let packet = |from, to| packet_of_ports(from, to, protocol, at);
+            let untold = packet((client, 4001), (server, 80));
+            self.map(name("another port"), router, (&untold, &untold), &[]);
+            if number > 1 && protocol != UDP {
+                let plain = packet((client, 4000), (server, 8080));
+                self.map(name("no such protocol"), router, (&plain, &plain), &[]);
+                continue;
+            }
+            let tcp_or_udp = u32::from(protocol == UDP);
+            let before = packet((client, 4000), (outside, 8080));
+            let after = packet((seen, 7000), (server, 80));
+            let both = [(tcp_or_udp, Way::Out, before.len()), (2 + tcp_or_udp, Way::In, before.len())];
+            self.map(name("both ends"), router, (&before, &after), &both);
+            let (before, after) = (packet((client, 4000), (server, 9)), packet((seen, 7000), (server, 9)));
+            self.map(name("source"), router, (&before, &after), &both[..1]);
+            let (before, after) = (packet((client, 5), (outside, 8080)), packet((client, 5), (server, 80)));
+            self.map(name("destination"), router, (&before, &after), &both[1..]);
+        }
     }
 
     fn edges_of_mappings(&mut self, family: &str, six: bool) {
