@@ -32,7 +32,7 @@ guard
 packet_path
 lifecycle programs_go_on_after_kill_and_a_new_daemon_reconciles_without_loss generic_mode_forwards_if_it_is_asked_for a_port_whose_peer_cannot_receive_what_is_redirected_is_left_to_linux
 captures a_filter_takes_what_it_matches_from_the_fast_path_and_nothing_else several_captures_see_each_its_own
-nat mappings_come_and_go_and_outlast_the_daemon
+nat mappings_come_and_go_and_outlast_the_daemon a_vlan_sub_interface_has_mappings_of_its_own filters_of_others_do_not_get_around_mappings mappings_end_where_their_programs_are_gone_at_start
 af_packet
 af_xdp
 devices what_is_left_to_a_device_is_not_overlooked a_changed_mtu_is_followed_while_packets_flow
@@ -109,7 +109,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload -- bash -c "$guest" vm "$@" &
+            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact -- bash -c "$guest" vm "$@" &
     done
     wait
 }

@@ -43,22 +43,11 @@ pub(crate) static ACCEPT: Hook = Hook {
     priority: 0x7470,
 };
 
-/// Translate what Linux transmits, and what it receives: by `Way`.
+/// Translate what Linux transmits, and what it receives: by `Way`. As in links, they come before filters of others: one that ends
+/// with a verdict would get packets around them. They are not put on where somebody has this priority already.
 pub(crate) static TRANSLATE: [Hook; 2] = [
-    Hook {
-        name: PROGRAMS[0],
-        pin: "natout",
-        tcx: AttachType::TcxEgress,
-        minor: TcHandle::MIN_EGRESS,
-        priority: 0x7471,
-    },
-    Hook {
-        name: PROGRAMS[1],
-        pin: "natin",
-        tcx: AttachType::TcxIngress,
-        minor: TcHandle::MIN_INGRESS,
-        priority: 0x7471,
-    },
+    Hook { name: PROGRAMS[0], pin: "natout", tcx: AttachType::TcxEgress, minor: TcHandle::MIN_EGRESS, priority: 1 },
+    Hook { name: PROGRAMS[1], pin: "natin", tcx: AttachType::TcxIngress, minor: TcHandle::MIN_INGRESS, priority: 1 },
 ];
 
 /// Puts the program on an interface, in place of an older one. Nothing is done if the interface is gone.

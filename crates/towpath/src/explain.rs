@@ -1,7 +1,6 @@
 //! `explain`: sends a made-up packet through the very pipeline that the engine runs, over the same tables, and puts
 //! names to what decides. The verdict is the pipeline's; only the words around it are made here.
 
-use crate::cli::Protocol;
 use crate::control::Packet;
 use crate::frame::{Link, build, tunnelled};
 use crate::report::{Explanation, Step, Verdict};

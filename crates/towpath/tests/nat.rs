@@ -6,7 +6,7 @@ use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, eventually};
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use towpath_lab::Node;
+use towpath_lab::{Node, supported};
 
 /// What the left is outside.
 const OUTSIDE: &str = "203.0.113.2";
@@ -138,10 +138,22 @@ fn ports_of_an_address_are_others_outside() {
         assert!((0..2).all(|way| after[way] == before[way] + 50), "{before:?} {after:?}");
         let other = datagrams(&net.left, left, 4444);
         assert_eq!(talk(&other, (&there, at(right, 5000)), 9)[0], at(left, 0).ip(), "another port of it");
-        for (inside, public) in [(4000, 8000), (4001, 8001)] {
-            let client = transfer_to((&net.right, at(outside, public)), (&net.left, at(left, inside)), 1 << 20);
-            assert_eq!(client, at(right, 0).ip());
+        // Then the hosts leave checksums to their devices, and so to Linux.
+        for checksums in ["off", "on"] {
+            for node in [&net.left, &net.right] {
+                node.run(["ethtool", "-K", "up0", "tx", checksums]).expect("switched");
+            }
+            for (inside, public) in [(4000, 8000), (4001, 8001)] {
+                let client = transfer_to((&net.right, at(outside, public)), (&net.left, at(left, inside)), 1 << 20);
+                assert_eq!(client, at(right, 0).ip());
+            }
+            here.send_to(&[1], at(right, 5000)).expect("sent");
+            assert_eq!(there.recv_from(&mut buffer).expect("it comes").1, seen);
+            there.send_to(&[2], seen).expect("sent");
+            assert_eq!(here.recv_from(&mut buffer).expect("it comes").1, at(right, 5000));
         }
+        net.left.run(["ethtool", "-K", "up0", "tx", "off"]).expect("switched");
+        net.right.run(["ethtool", "-K", "up0", "tx", "off"]).expect("switched");
         // Nobody listens there any more: the answer is an error that quotes what was translated.
         drop(here);
         there.connect(seen).expect("connected");
@@ -250,6 +262,126 @@ fn where_linux_cannot_translate_there_is_no_mapping() {
     assert!(list(&net).is_empty() && net.ping(&net.left, RIGHT));
     nat(&net, "add", [LEFT, OUTSIDE]);
     assert!(net.ping(&net.right, OUTSIDE), "the marker is gone");
+}
+
+#[test]
+fn workers_translate_too() {
+    let net = Net::new();
+    let _daemon = net.up(&["--engine", "user", "eth0", "eth1"]);
+    nat(&net, "add", PREFIXES[0]);
+    nat_port(&net, "add", "udp", ["[2001:db8:1::2]:4000", "[2001:db8:99::2]:8000"]);
+    for (number, left, right, seen) in [(0, LEFT, RIGHT, at(OUTSIDE, 4000)), (1, LEFT6, RIGHT6, at(OUTSIDE6, 8000))] {
+        let (here, there) = (datagrams(&net.left, left, 4000), datagrams(&net.right, right, 5000));
+        let (forwarded, before) = (net.forwarded(), counted(&net, number));
+        for _ in 0..50 {
+            let [source, answerer] = talk(&here, (&there, at(right, 5000)), 99);
+            assert_eq!([source, answerer], [seen.ip(), at(right, 0).ip()]);
+            there.send_to(&[2], seen).expect("sent");
+            assert_eq!(here.recv_from(&mut [0; 9]).expect("it comes").1, at(right, 5000));
+        }
+        assert!(net.forwarded() >= forwarded + 120, "fast");
+        let after = counted(&net, number);
+        assert_eq!([after[0] - before[0], after[1] - before[1]], [50, 100]);
+    }
+    let status = net.json(&["status"]);
+    assert_eq!(status["engine"], "user");
+}
+
+/// What belongs to a sub-interface is translated there only, whether Linux carries it or not.
+#[test]
+fn a_vlan_sub_interface_has_mappings_of_its_own() {
+    let net = Net::new();
+    let probe = ["ip", "link", "add", "link", "eth0", "name", "probe", "type", "vlan", "id", "99"];
+    if !supported("802.1Q", || net.router.run(probe).map(drop)) {
+        return;
+    }
+    for (node, lower, number) in [(&net.router, "eth1", 1), (&net.right, "up0", 2)] {
+        let link = format!("ip link add link {lower} name {lower}.40 type vlan id 40; ip link set {lower}.40 up");
+        node.sh(&format!("{link}; ip address add 198.18.40.{number}/24 dev {lower}.40")).expect("a VLAN");
+    }
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let output = net.towpath(&["nat", "add", "--port", "eth1.40", LEFT, "203.0.113.40"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    nat_port(&net, "add", "udp", [&format!("{LEFT}:4000"), &format!("{OUTSIDE}:8000")]);
+    let here = datagrams(&net.left, LEFT, 4000);
+    for (right, seen) in [("198.18.40.2", at("203.0.113.40", 4000)), (RIGHT, at(OUTSIDE, 8000))] {
+        let there = datagrams(&net.right, right, 5000);
+        let both_ways = |len: usize| {
+            here.send_to(&vec![1; len], at(right, 5000)).expect("sent");
+            assert_eq!(there.recv_from(&mut [0; 4000]).expect("it comes").1, seen);
+            there.send_to(&vec![2; len], seen).expect("sent");
+            assert_eq!(here.recv_from(&mut [0; 4000]).expect("it comes").1, at(right, 5000));
+        };
+        eventually("it goes fast", || {
+            let before = net.forwarded();
+            both_ways(9);
+            (net.forwarded() >= before + 2).then_some(())
+        });
+        if right != RIGHT {
+            let before = net.forwarded();
+            both_ways(3000);
+            assert_eq!(net.forwarded(), before, "fragments are Linux's");
+        }
+    }
+    assert!(list(&net).iter().all(|mapping| mapping["out"]["packets"].as_u64() > Some(0)));
+    assert!(list(&net).iter().all(|mapping| mapping["in"]["packets"].as_u64() > Some(0)));
+}
+
+/// A filter of tc's beside the mappings makes the port's traffic Linux's, which translates it all the same.
+#[test]
+fn filters_of_others_do_not_get_around_mappings() {
+    let net = Net::new();
+    const PASSES: &str = "tc filter add dev eth1 egress prio 2 matchall action pass";
+    const ENDS: &str = "tc filter del dev eth1 egress prio 2";
+    let probe =
+        || net.router.sh(&format!("tc qdisc add dev eth1 clsact; {PASSES}; {ENDS}; tc qdisc del dev eth1 clsact"));
+    if !supported("matchall", || probe().map(drop)) {
+        return;
+    }
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
+    let talks = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0];
+    nat(&net, "add", PREFIXES[0]);
+    assert_eq!(talks(), at(OUTSIDE, 0).ip());
+    let _ = net.router.sh("tc qdisc add dev eth1 clsact");
+    net.router.sh(PASSES).expect("a filter that ends with a verdict");
+    let before = net.exceptions("policy-tc");
+    eventually("it is Linux's", || {
+        assert_eq!(talks(), at(OUTSIDE, 0).ip());
+        (net.exceptions("policy-tc") > before).then_some(())
+    });
+    let forwarded = net.forwarded();
+    assert_eq!(talks(), at(OUTSIDE, 0).ip());
+    assert_eq!(net.forwarded(), forwarded);
+    net.router.sh(ENDS).expect("gone");
+    eventually("it goes fast", || {
+        let before = net.forwarded();
+        assert_eq!(talks(), at(OUTSIDE, 0).ip());
+        (net.forwarded() > before).then_some(())
+    });
+}
+
+/// One of the programs was taken off while no daemon was there: Linux's share would not be translated any more.
+#[test]
+fn mappings_end_where_their_programs_are_gone_at_start() {
+    let net = Net::new();
+    let mut daemon = mapped(&net);
+    let index = net.router.ifindex("eth1").expect("an index");
+    daemon.signal(libc::SIGKILL);
+    let pin = |name: &str| format!("/sys/fs/bpf/towpath/{}/{name}_{index}", net.inode());
+    if std::fs::remove_file(pin("natin")).is_err() {
+        net.exec("tc filter del dev eth1 ingress");
+    }
+    let daemon = net.up(&["eth0", "eth1"]);
+    assert!(list(&net).is_empty() && daemon.log().contains("its mappings are ended"), "{}", daemon.log());
+    for name in ["natin", "natout", "natinfilter", "natoutfilter"] {
+        assert!(!std::path::Path::new(&pin(name)).exists(), "{name} is left");
+    }
+    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
+    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
+    assert_eq!(seen(), LEFT);
+    nat(&net, "add", PREFIXES[0]);
+    assert_eq!(seen(), OUTSIDE);
 }
 
 #[test]
