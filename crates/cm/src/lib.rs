@@ -18,6 +18,7 @@ mod netlink;
 mod ports;
 mod routes;
 mod sink;
+pub mod survey;
 mod sysctl;
 pub mod watch;
 mod watched;

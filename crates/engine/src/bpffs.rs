@@ -135,6 +135,12 @@ impl PinDir {
     }
 }
 
+/// Whether there is a bpffs already where pins go.
+pub fn is_mounted() -> Result<bool> {
+    let path = format!("/proc/{}/root/sys/fs/bpf", reference_process()?);
+    Ok(open_bpffs(&path)?.is_some())
+}
+
 /// Process 1, or the oldest ancestor (possibly this process) whose root may be entered.
 fn reference_process() -> Result<u32> {
     let mut lineage = vec![std::process::id()];

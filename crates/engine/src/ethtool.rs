@@ -13,13 +13,36 @@ const SFLAGS: u32 = 0x26;
 const GGRO: u32 = 0x2b;
 const SGRO: u32 = 0x2c;
 const GSSET_INFO: u32 = 0x37;
+const GFEATURES: u32 = 0x3a;
 const GCHANNELS: u32 = 0x3c;
 /// `ETH_SS_STATS`
 const SET_STATS: u32 = 1;
+/// `ETH_SS_FEATURES`
+const SET_FEATURES: u32 = 4;
 /// `ETH_FLAG_RXVLAN`
 const FLAG_RX_VLAN: u32 = 1 << 8;
 /// `ETH_GSTRING_LEN`
 const STRING_LEN: usize = 32;
+
+/// Numbers of queues: of those that do one thing, and of those that do both.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Queues {
+    /// That only receive
+    pub receiving: u32,
+    /// That only transmit
+    pub transmitting: u32,
+    /// That do both
+    pub combined: u32,
+}
+
+/// The queues of an interface (`ethtool -l`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Channels {
+    /// In use
+    pub now: Queues,
+    /// That there may be
+    pub most: Queues,
+}
 
 /// An interface and a socket to speak about it.
 pub struct Ethtool {
@@ -95,29 +118,57 @@ impl Ethtool {
 
     /// Numbers of queues that receive and that transmit.
     pub fn queues(&self) -> io::Result<(u32, u32)> {
-        // struct ethtool_channels: the command, four limits, then receiving, transmitting, other and combined ones
+        let Channels { now, .. } = self.channels()?;
+        Ok((now.receiving + now.combined, now.transmitting + now.combined))
+    }
+
+    /// Its channels, and how many there may be.
+    pub fn channels(&self) -> io::Result<Channels> {
+        // struct ethtool_channels: the command, then receiving, transmitting, other and combined ones: limits first
         let mut data = [0u32; 9];
         data[0] = GCHANNELS;
         self.call(&mut data)?;
-        let [.., receiving, transmitting, _, combined] = data;
-        Ok((receiving + combined, transmitting + combined))
+        let [_, limits @ .., receiving, transmitting, _, combined] = data;
+        let [most_receiving, most_transmitting, _, most_combined] = limits;
+        let most = Queues { receiving: most_receiving, transmitting: most_transmitting, combined: most_combined };
+        Ok(Channels { now: Queues { receiving, transmitting, combined }, most })
+    }
+
+    /// Whether an offload is on, by the name that `ethtool -k` gives it (net/ethtool/common.c, `netdev_features_strings`);
+    /// the kernel may know no such.
+    pub fn feature(&self, name: &str) -> io::Result<bool> {
+        let names = self.strings(SET_FEATURES)?;
+        // struct ethtool_gfeatures: the command, how many blocks, and for 32 features each those that can be changed, are
+        // wanted, are on, and never change
+        let blocks = names.len().div_ceil(32);
+        let mut data = vec![0u32; 2 + blocks * 4];
+        data[..2].copy_from_slice(&[GFEATURES, blocks as u32]);
+        self.call(&mut data)?;
+        let place = names.iter().position(|feature| feature == name);
+        let on = |place: usize| data.get(2 + place / 32 * 4 + 2).is_some_and(|word| word >> (place % 32) & 1 != 0);
+        Ok(place.is_some_and(on))
     }
 
     /// The driver's own counters, by name.
     pub fn statistics(&self) -> io::Result<Vec<(String, u64)>> {
-        let mut info = [GSSET_INFO, 0, 1 << SET_STATS, 0, 0]; // cmd, reserved, 64-bit mask, one length
-        self.call(&mut info)?;
-        let count = if info[2] & (1 << SET_STATS) != 0 { info[4] as usize } else { 0 };
-        let mut strings = vec![0u32; 3 + count * STRING_LEN / 4];
-        strings[..3].copy_from_slice(&[GSTRINGS, SET_STATS, count as u32]);
-        self.call(&mut strings)?;
-        let mut values = vec![0u32; 2 + count * 2];
-        values[..2].copy_from_slice(&[GSTATS, count as u32]);
+        let names = self.strings(SET_STATS)?;
+        let mut values = vec![0u32; 2 + names.len() * 2];
+        values[..2].copy_from_slice(&[GSTATS, names.len() as u32]);
         self.call(&mut values)?;
-        let names = bytes_of(&strings[3..]);
         let values = bytes_of(&values[2..]);
         let values = values.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes));
-        Ok(names.chunks(STRING_LEN).map(text).zip(values).collect())
+        Ok(names.into_iter().zip(values).collect())
+    }
+
+    /// The strings of a set.
+    fn strings(&self, set: u32) -> io::Result<Vec<String>> {
+        let mut info = [GSSET_INFO, 0, 1 << set, 0, 0]; // cmd, reserved, 64-bit mask, one length
+        self.call(&mut info)?;
+        let count = if info[2] & (1 << set) != 0 { info[4] as usize } else { 0 };
+        let mut strings = vec![0u32; 3 + count * STRING_LEN / 4];
+        strings[..3].copy_from_slice(&[GSTRINGS, set, count as u32]);
+        self.call(&mut strings)?;
+        Ok(bytes_of(&strings[3..]).chunks(STRING_LEN).map(text).collect())
     }
 }
 

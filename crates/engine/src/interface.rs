@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::ethtool::Ethtool;
 use crate::netlink::ask;
-use crate::sys;
+use crate::{program, sys};
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached};
@@ -34,6 +34,13 @@ pub struct Attached {
     pub name: String,
     /// native, generic or offloaded
     pub mode: &'static str,
+}
+
+impl Attached {
+    /// Whether it is one of this engine's, of whichever instance.
+    pub fn is_ours(&self) -> bool {
+        program::NAMES.contains(&self.name.as_str())
+    }
 }
 
 impl Interface {

@@ -25,13 +25,15 @@ mod sys;
 mod tc;
 mod transmit;
 
-pub use attach::{Mode, Notice};
-pub use bpffs::netns_inode;
+pub use attach::{Mode, Notice, announce};
+pub use bpffs::{is_mounted, netns_inode};
 pub use engine::{Engine, Left, Options, PortRequest, Site, Tables};
 pub use error::{Error, Result};
+pub use ethtool::{Channels, Ethtool, Queues};
 pub use grace::GraceMethod;
 pub use interface::{Attached, Interface, queues};
 pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};
-pub use transmit::{TransmitSupport, TransmitWatch, can_transmit};
+pub use require::{Requirement, compiles, may_lock_memory, release, requirements};
+pub use transmit::{PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};

@@ -21,6 +21,8 @@ const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
+/// Of every program that runs on ports
+pub(crate) const NAMES: [&str; 3] = [NAME, NAME_USER, NAME_CAPTURE];
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
 /// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source

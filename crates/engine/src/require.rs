@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::sys::{self, MapSpec};
 use aya_obj::generated::bpf_map_type;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Capabilities by number (include/uapi/linux/capability.h): attaching and device settings, programs that compare
 /// pointers and run without the checks for untrusted ones, BPF itself. What further needs CAP_SYS_ADMIN is mounting a
@@ -45,24 +45,55 @@ const FEATURES: [Feature; 3] = [
     },
 ];
 
-/// Checks them all.
-pub fn check() -> Result<()> {
-    let path = "/proc/thread-self/status";
-    let status = std::fs::read_to_string(path).map_err(|e| Error::io(format!("read {path}"), e))?;
-    capabilities(&status)?;
-    FEATURES.iter().try_for_each(|feature| feature.judge((feature.probe)()))
+/// Something that must hold.
+pub struct Requirement {
+    /// The capability, or what of the kernel
+    pub what: &'static str,
+    /// Whether it does
+    pub met: Result<()>,
 }
 
-/// Looks for the capabilities in a thread's status (proc_pid_status(5)).
-fn capabilities(status: &str) -> Result<()> {
-    let effective = status
-        .lines()
-        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
-        .unwrap_or_default();
-    match CAPABILITIES.iter().find(|(bit, _)| effective & (1 << bit) == 0) {
-        Some((_, capability)) => Err(Error::Permission { what: "start the XDP engine".into(), capability }),
-        None => Ok(()),
-    }
+/// Checks them all.
+pub fn check() -> Result<()> {
+    requirements()?.try_for_each(|requirement| requirement.met)
+}
+
+/// Everything that must hold, the calling thread's capabilities first; each feature is tried when it is asked for.
+pub fn requirements() -> Result<impl Iterator<Item = Requirement>> {
+    let feature = |feature: &Feature| Requirement { what: feature.name, met: feature.judge((feature.probe)()) };
+    Ok(capabilities(effective(&thread_status()?)).chain(FEATURES.iter().map(feature)))
+}
+
+/// Whether memory may be locked beyond the limit, as AF_XDP's buffers are.
+pub fn may_lock_memory() -> Result<bool> {
+    const CAP_IPC_LOCK: u32 = 14;
+    Ok(effective(&thread_status()?) & (1 << CAP_IPC_LOCK) != 0)
+}
+
+fn thread_status() -> Result<String> {
+    let path = "/proc/thread-self/status";
+    std::fs::read_to_string(path).map_err(|e| Error::io(format!("read {path}"), e))
+}
+
+/// The capabilities in a thread's status (proc_pid_status(5)).
+fn effective(status: &str) -> u64 {
+    let of_line = |line: &str| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok();
+    status.lines().find_map(of_line).unwrap_or_default()
+}
+
+fn capabilities(effective: u64) -> impl Iterator<Item = Requirement> {
+    CAPABILITIES.into_iter().map(move |(bit, capability)| {
+        let missing = || Error::Permission { what: "start the XDP engine".into(), capability };
+        let met = if effective & (1 << bit) == 0 { Err(missing()) } else { Ok(()) };
+        Requirement { what: capability, met }
+    })
+}
+
+/// Whether the kernel compiles programs for the processor; otherwise it interprets them.
+pub fn compiles() -> Result<bool> {
+    let failed = |e| Error::io("ask for what became of a program", e);
+    let program = sys::load_pass().map_err(failed)?;
+    Ok(sys::program_info(program.as_fd()).map_err(failed)?.jited_prog_len != 0)
 }
 
 impl Feature {
@@ -103,7 +134,8 @@ fn link() -> io::Result<Option<OwnedFd>> {
     }
 }
 
-fn release() -> String {
+/// Version of the running kernel, as `uname -r` has it.
+pub fn release() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown".into(), |text| text.trim().into())
 }
 
@@ -137,10 +169,13 @@ mod tests {
 
     #[test]
     fn the_first_missing_capability_is_named() {
-        let missing = |effective: &str| match capabilities(&format!("Name:\tx\nCapEff:\t{effective}\n")) {
-            Ok(()) => "none",
-            Err(Error::Permission { capability, .. }) => capability,
-            Err(other) => panic!("{other}"),
+        let missing = |effective: &str| {
+            let mut all = capabilities(super::effective(&format!("Name:\tx\nCapEff:\t{effective}\n")));
+            match all.find_map(|requirement| requirement.met.err()) {
+                None => "none",
+                Some(Error::Permission { capability, .. }) => capability,
+                Some(other) => panic!("{other}"),
+            }
         };
         assert_eq!(missing("000000c000001000"), "none");
         assert_eq!(missing("000000c000000000"), "CAP_NET_ADMIN");

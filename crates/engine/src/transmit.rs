@@ -59,6 +59,9 @@ const DRIVERS: &[&str] = &[
     "xen_netfront",
 ];
 
+/// Has a veth transmit redirected frames; where its peer is, and with the peer's name.
+pub const PEER_GRO: &str = "ethtool -K PEER gro off && ethtool -K PEER gro on";
+
 /// Whether the interface can transmit frames redirected to it, now.
 pub fn can_transmit(ifindex: u32) -> Result<TransmitSupport> {
     let interface = Interface::query(ifindex)?;
@@ -117,15 +120,34 @@ impl TransmitWatch {
     }
 }
 
-/// `NETDEV_XDP_ACT_NDO_XMIT`
-const NDO_XMIT: u64 = 4;
-/// `NETDEV_XDP_ACT_NDO_XMIT_SG`
-const NDO_XMIT_SG: u64 = 64;
+bitflags::bitflags! {
+    /// What a device can do with XDP, as it says itself (`enum netdev_xdp_act` of include/uapi/linux/netdev.h).
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct XdpFeatures: u64 {
+        /// It runs programs
+        const BASIC = 1;
+        /// It transmits frames that are redirected to it
+        const NDO_XMIT = 4;
+        /// AF_XDP without copies
+        const ZEROCOPY = 8;
+        /// Programs see frames of several buffers
+        const RX_SG = 32;
+        /// It transmits redirected frames of several buffers
+        const NDO_XMIT_SG = 64;
+        const _ = !0;
+    }
+}
 
-fn judge(interface: &Interface, features: u64) -> TransmitSupport {
-    if features & NDO_XMIT_SG != 0 && features & NDO_XMIT != 0 {
+/// What the interface's device says that it can do with XDP, now; None on kernels that do not tell (before 6.3).
+pub fn xdp_features(ifindex: u32) -> Result<Option<XdpFeatures>> {
+    let asked = Netdev::open().and_then(|netdev| netdev.map(|mut netdev| netdev.features(ifindex)).transpose());
+    asked.map_err(|e| Error::io(format!("ask for the XDP features of interface {ifindex}"), e))
+}
+
+fn judge(interface: &Interface, features: XdpFeatures) -> TransmitSupport {
+    if features.contains(XdpFeatures::NDO_XMIT_SG | XdpFeatures::NDO_XMIT) {
         TransmitSupport::Full
-    } else if features & NDO_XMIT != 0 {
+    } else if features.contains(XdpFeatures::NDO_XMIT) {
         TransmitSupport::SingleBuffer
     } else {
         TransmitSupport::None(why_not(interface))
@@ -134,9 +156,10 @@ fn judge(interface: &Interface, features: u64) -> TransmitSupport {
 
 fn why_not(interface: &Interface) -> String {
     if interface.is_veth() {
-        "a veth transmits redirected frames only if its peer had GRO or an XDP program when either came up or changed that; \
-         with both up: ethtool -K PEER gro off && ethtool -K PEER gro on"
-            .into()
+        format!(
+            "a veth transmits redirected frames only if its peer had GRO or an XDP program when either came up or changed \
+             that; with both up: {PEER_GRO}"
+        )
     } else {
         format!("driver {} does not transmit redirected frames", interface.driver)
     }
@@ -193,13 +216,13 @@ impl Netdev {
         Ok(Some(Self { socket, family, group }))
     }
 
-    fn features(&mut self, ifindex: u32) -> io::Result<u64> {
+    fn features(&mut self, ifindex: u32) -> io::Result<XdpFeatures> {
         let request = genl(self.family, NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, &ifindex.to_ne_bytes());
         let answer = self.socket.request(&request)?;
         answer
             .iter()
             .find_map(|message| attribute(message.get(GENL_HEADER..)?, NETDEV_A_DEV_XDP_FEATURES))
-            .map(|features| word64(features, 0))
+            .map(|features| XdpFeatures::from_bits_retain(word64(features, 0)))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the answer names no XDP features"))
     }
 
