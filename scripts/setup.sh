@@ -32,6 +32,7 @@ bpftool           looks at programs and maps
 xdp-tools         contenders for comparison
 kmod              modules inside the test virtual machine
 python3           runs the test virtual machine (lab/vm)
+python3-prometheus-client a parser of OpenMetrics
 busybox-static    first program inside the test virtual machine
 qemu-system-x86   the test virtual machine
 END

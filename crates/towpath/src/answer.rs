@@ -94,6 +94,7 @@ impl Daemon {
             since: self.facts.since,
             adopted: self.facts.adopted,
             in_sync: self.fpm.is_complete() && self.resyncing.is_empty(),
+            resyncs: self.resyncs,
             ports: self.ports(),
             policies: self
                 .fpm

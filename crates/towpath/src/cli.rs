@@ -1,8 +1,9 @@
 //! The command line: what may be asked for, and its help.
 
+use crate::metrics;
 use crate::wires::PortArgument;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use towpath_cm::FlowMode;
 
@@ -44,6 +45,15 @@ pub enum Command {
     /// address with those in the tables; and whether each port has the program. What is left to Linux cannot differ. What
     /// changes meanwhile is asked for again.
     Check(Output),
+    /// Say what this machine and its settings gain or cost the fast path; exit status 1 if something stops it
+    ///
+    /// Looks at the kernel, at the ports and at Linux's settings, whether a towpath runs or not, and changes nothing. Of what
+    /// is not well it says what that costs, and a command that mends it or shows what stands in the way. The exit status is
+    /// 0 if nothing stops the fast path: what only makes it slower, or keeps part of the traffic in Linux, does not count.
+    /// Where no ports are named and none are served, those that no fast path could serve count only if all are such.
+    Doctor(Doctor),
+    /// Watch rates: packets and bits by port, what goes to Linux and why; live on a terminal until q is pressed
+    Top(Top),
     /// Translate addresses at a port, without connection tracking
     #[command(subcommand)]
     Nat(Nat),
@@ -84,6 +94,10 @@ pub struct Serve {
     /// Room for so many connections that Linux hands over; more stay in Linux, and are counted. 0: none is taken
     #[arg(long, value_name = "NUMBER", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=MAX_FLOWS))]
     pub max_flows: u32,
+    /// Serve OpenMetrics by HTTP at this address of the network namespace, path /metrics (as --metrics=127.0.0.1:9475, which is
+    /// where --metrics alone has it)
+    #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, require_equals = true, default_missing_value = metrics::DEFAULT)]
+    pub metrics: Option<SocketAddr>,
 }
 
 const MAX_FLOWS: i64 = towpath_tables::backing::MAX_FLOWS as i64;
@@ -141,6 +155,48 @@ pub struct Output {
     /// Print JSON, as described in docs/json.md
     #[arg(long)]
     pub json: bool,
+}
+
+/// `towpath top`
+#[derive(Args)]
+pub struct Top {
+    /// Print a block for each interval instead of the live view; so it is too where stdout is no terminal
+    #[arg(short, long)]
+    pub batch: bool,
+    /// End after so many intervals; implies --batch
+    #[arg(short = 'n', long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Seconds of an interval, 0.1 to 3600
+    #[arg(short, long, value_name = "SECONDS", default_value = "1")]
+    pub delay: Seconds,
+    /// Print a line of JSON for each interval, as described in docs/json.md; implies --batch
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A time that can be waited for between two looks.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Seconds(pub f64);
+
+impl std::str::FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(Self(seconds)),
+            _ => Err(format!("{text:?} is no number of seconds from 0.1 to 3600")),
+        }
+    }
+}
+
+/// `towpath doctor`
+#[derive(Args)]
+pub struct Doctor {
+    /// Interfaces to look at; none: those that are served, or every one that could be
+    pub ports: Vec<String>,
+    /// Printing
+    #[command(flatten)]
+    pub output: Output,
 }
 
 /// `towpath show`
@@ -322,6 +378,30 @@ mod tests {
         }
         assert!(Cli::try_parse_from(["towpath", "cm", "--flows", "established"]).is_ok());
         assert!(Cli::try_parse_from(["towpath", "fpm", "--max-flows", "7"]).is_ok());
+    }
+
+    #[test]
+    fn intervals_are_numbers_within_reason() {
+        assert_eq!("0.5".parse(), Ok(Seconds(0.5)));
+        for wrong in ["", "0", "0.01", "-1", "nan", "inf", "1e9", "1s"] {
+            assert!(wrong.parse::<Seconds>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn metrics_are_on_loopback_unless_an_address_is_given() {
+        let up = |words: &[&str]| {
+            let parsed = Cli::try_parse_from([&["towpath", "up"], words].concat());
+            parsed.map_err(|error| error.to_string()).map(|cli| match cli.command {
+                Command::Up(Up { serve, .. }) => (serve.metrics.map(|address| address.to_string()), serve.ports.len()),
+                _ => panic!("it was up"),
+            })
+        };
+        assert_eq!(up(&["eth0"]), Ok((None, 1)));
+        assert_eq!(up(&["--metrics", "eth0"]), Ok((Some("127.0.0.1:9475".into()), 1)));
+        assert_eq!(up(&["--metrics=[::1]:1", "eth0"]), Ok((Some("[::1]:1".into()), 1)));
+        let message = up(&["--metrics=localhost"]).expect_err("no address");
+        assert!(message.contains("localhost") && message.contains("--metrics"), "{message}");
     }
 
     #[test]

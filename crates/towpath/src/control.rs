@@ -2,6 +2,7 @@
 //! and time; nothing a client does reaches the packet path or holds up the daemon.
 
 use crate::cli::{NatMapping, Protocol};
+use crate::clients;
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -10,8 +11,6 @@ use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Longest request in bytes.
@@ -113,35 +112,7 @@ pub fn serve(path: &Path, handle: impl Fn(Request) -> Option<String> + Send + Sy
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", path.display()))?;
-    let clients = Arc::new(AtomicUsize::new(0));
-    let handle = Arc::new(handle);
-    spawn("control", move || {
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else {
-                std::thread::sleep(Duration::from_millis(100)); // out of descriptors: let clients leave
-                continue;
-            };
-            if clients.fetch_add(1, Ordering::Relaxed) >= CLIENT_LIMIT {
-                clients.fetch_sub(1, Ordering::Relaxed);
-                continue;
-            }
-            let (count, handle) = (clients.clone(), handle.clone());
-            let started = spawn("client", move || {
-                if let Err(error) = serve_client(stream, &*handle) {
-                    tracing::debug!("control client: {error:#}");
-                }
-                count.fetch_sub(1, Ordering::Relaxed);
-            });
-            if started.is_err() {
-                clients.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-    })
-}
-
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    std::thread::Builder::new().name(name.into()).spawn(work).context("cannot start a thread")?;
-    Ok(())
+    clients::serve("control", listener, CLIENT_LIMIT, move |stream| serve_client(stream, &handle))
 }
 
 fn serve_client(stream: UnixStream, handle: &impl Fn(Request) -> Option<String>) -> Result<()> {
@@ -197,10 +168,15 @@ impl Client {
         if self.stream.read_line(&mut reply).context("the daemon does not answer")? == 0 {
             bail!("the daemon hung up");
         }
-        match serde_json::from_str(&reply).context("the daemon's answer is of another version of towpath")? {
-            Answer::Ok(value) => Ok(value),
-            Answer::Error(text) => bail!(text),
-        }
+        value(&reply)
+    }
+}
+
+/// What a line answers.
+pub fn value<T: DeserializeOwned>(answer: &str) -> Result<T> {
+    match serde_json::from_str(answer).context("the daemon's answer is of another version of towpath")? {
+        Answer::Ok(value) => Ok(value),
+        Answer::Error(text) => bail!(text),
     }
 }
 

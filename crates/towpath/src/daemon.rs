@@ -9,6 +9,7 @@ use crate::explain::Names;
 use crate::flows::{self, Flows};
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
+use crate::metrics::Endpoint;
 use crate::ports::Wanted;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
@@ -88,6 +89,8 @@ pub struct Daemon {
     pub told: BTreeMap<u32, Told>,
     /// Classes of objects that are being described anew
     pub resyncing: HashSet<Snapshot>,
+    /// How often everything was described anew
+    pub resyncs: u64,
     /// The cache manager has left, and no other one has described everything since
     pub lost: bool,
     /// Ports that nothing can be redirected to, and why
@@ -171,6 +174,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     let options =
         Options { mode: if serve.generic { Mode::Generic } else { Mode::Native }, sockets: user, flows: flows.any() };
     let site = Site::prepare(options)?;
+    let endpoint = serve.metrics.map(Endpoint::open).transpose()?;
     let interfaces = interfaces::all()?;
     let wanted = Wanted::new(&serve.ports, &interfaces)?;
     let plan = if user { Some(plan(serve, &wanted, &interfaces)?) } else { None };
@@ -227,6 +231,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         unmapped: false,
         told: BTreeMap::new(),
         resyncing: HashSet::new(),
+        resyncs: 0,
         cannot_transmit: BTreeMap::new(),
         policies: BTreeSet::new(),
         shortages: BTreeSet::new(),
@@ -238,7 +243,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     }
     watch_transmit(events.clone())?;
     daemon.attach()?;
-    daemon.open_control(events)?;
+    daemon.open_control(events, endpoint)?;
     daemon.announce();
     Ok(Some(daemon))
 }
@@ -474,12 +479,14 @@ impl Daemon {
         self.fpm.ports().find(|state| state.port.ifindex == ifindex).map(|state| state.slot)
     }
 
-    fn open_control(&self, events: SyncSender<Event>) -> Result<()> {
-        control::serve(&self.instance.control_socket(), move |request| {
+    fn open_control(&self, events: SyncSender<Event>, endpoint: Option<Endpoint>) -> Result<()> {
+        let handle = move |request| {
             let (reply, answer) = sync_channel(1);
             events.send(Event::Request(request, reply)).ok()?;
             answer.recv().ok()
-        })
+        };
+        endpoint.map_or(Ok(()), |endpoint| endpoint.serve(handle.clone()))?;
+        control::serve(&self.instance.control_socket(), handle)
     }
 
     fn announce(&mut self) {

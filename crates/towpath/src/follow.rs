@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use towpath_engine::{Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, PolicySource, Port};
+use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, PolicySource, Port, Snapshot};
 use towpath_fpm::{Progress, Transmit};
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
 use towpath_tables::record::TableId;
@@ -47,9 +47,7 @@ impl Daemon {
             match &message {
                 Message::Port(port) if self.running => self.port_described(port),
                 Message::PortDelete(ifindex) if self.running => self.port_gone(*ifindex),
-                Message::SnapshotBegin(class) if self.resyncing.insert(*class) && self.running => {
-                    tracing::debug!("reading again: {class:?}");
-                }
+                Message::SnapshotBegin(class) => self.described_anew(*class),
                 Message::SnapshotEnd(class) => drop(self.resyncing.remove(class)),
                 _ => {}
             }
@@ -59,6 +57,14 @@ impl Daemon {
             self.lost = false;
             self.fpm.follow_rules(true);
         }
+    }
+
+    fn described_anew(&mut self, class: Snapshot) {
+        if self.resyncing.insert(class) && self.running {
+            tracing::debug!("reading again: {class:?}");
+        }
+        // Interfaces are described as a whole only with everything else.
+        self.resyncs += u64::from(self.running && class == Snapshot::Ports);
     }
 
     fn port_described(&mut self, port: &Port) {

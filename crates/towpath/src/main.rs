@@ -4,16 +4,20 @@ mod answer;
 mod captures;
 mod check;
 mod cli;
+mod clients;
 mod control;
 mod daemon;
+mod doctor;
 mod explain;
 mod flows;
 mod follow;
 mod frame;
 mod instance;
 mod interfaces;
+mod metrics;
 mod nat;
 mod notify;
+mod openmetrics;
 mod ports;
 mod read;
 mod remote;
@@ -22,6 +26,7 @@ mod sentry;
 mod signals;
 mod source;
 mod text;
+mod top;
 mod wires;
 mod words;
 mod workers;
@@ -98,8 +103,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(output) => read::status(output),
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
+        Command::Top(top) => top::run(&top),
         Command::Nat(what) => nat::run(&what),
         Command::Check(output) => check::run(output),
+        Command::Doctor(doctor) => doctor::run(&doctor),
         Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),
         Command::Fpm(fpm) => daemon::run(&fpm.serve, daemon::Origin::Socket(fpm.socket)),

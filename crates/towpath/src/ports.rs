@@ -156,7 +156,7 @@ fn obstacle(port: &Port, ours: &[u32]) -> Option<String> {
 }
 
 /// Why no interface of a kind can have a program of its own: it is stacked on others, or none for packets at all.
-fn unservable(kind: PortKind) -> Option<&'static str> {
+pub fn unservable(kind: PortKind) -> Option<&'static str> {
     match kind {
         PortKind::Vlan { .. } => Some("a VLAN sub-interface is served with the interface underneath it"),
         PortKind::Tunnel(_) => Some("a tunnel is served with the interfaces that its packets come in by"),

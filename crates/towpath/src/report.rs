@@ -21,6 +21,9 @@ pub struct Status {
     pub adopted: bool,
     /// The tables hold all that Linux has told
     pub in_sync: bool,
+    /// How often all of Linux's state was described anew: notifications were lost, or another cache manager came
+    #[serde(default)]
+    pub resyncs: u64,
     /// Ports asked for
     pub ports: Vec<Port>,
     /// Settings of Linux that the fast path does not repeat, and what they touch
@@ -255,6 +258,103 @@ pub struct Difference {
     pub towpath: String,
     /// What Linux does
     pub linux: String,
+}
+
+/// `towpath top`: what happened in an interval
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Top {
+    /// Its length
+    pub seconds: f64,
+    /// The tables hold all that Linux has told
+    pub in_sync: bool,
+    /// Settings of Linux that keep traffic in Linux
+    pub policies: u64,
+    /// In order of ports
+    pub ports: Vec<TopPort>,
+    /// Those that occurred, the most frequent first
+    pub exceptions: Vec<TopException>,
+    /// Connections that Linux hands over
+    pub flows: FlowSummary,
+}
+
+/// Rates of a port, a second.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct TopPort {
+    /// Its name
+    pub port: String,
+    /// Packets that came in here and were forwarded by the fast path
+    pub rx_packets: f64,
+    /// Their bits, Ethernet header included
+    pub rx_bits: f64,
+    /// Packets that left here from the fast path
+    pub tx_packets: f64,
+    /// Their bits
+    pub tx_bits: f64,
+    /// Packets that came in here and were handed to Linux
+    pub exceptions: f64,
+    /// Of the packets that came in here, the share that was forwarded fast; None if none came
+    pub fast: Option<f64>,
+}
+
+/// How often packets were handed to Linux for a reason.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct TopException {
+    /// Port they came in by
+    pub port: String,
+    /// Short name of the reason
+    pub reason: String,
+    /// The reason in words
+    pub text: String,
+    /// How many a second
+    pub packets: f64,
+}
+
+/// `towpath doctor`
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Doctor {
+    /// Version of the kernel
+    pub kernel: String,
+    /// Process id of the instance of this network namespace, if one runs
+    pub pid: Option<u32>,
+    /// Which connections are taken to be handed over, as `--flows` says it
+    pub flows: String,
+    /// The ports looked at
+    pub ports: Vec<String>,
+    /// Something stops the fast path
+    pub stopped: bool,
+    /// What was found, in the order in which it was looked for
+    pub findings: Vec<Finding>,
+}
+
+/// Something that the fast path depends on.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Short name of what was looked at
+    pub check: String,
+    /// `kernel`, `process`, `settings`, `user engine`, or a port
+    pub about: String,
+    /// How it is
+    pub state: State,
+    /// What was found
+    pub found: String,
+    /// What it gains or costs
+    pub effect: String,
+    /// A command that mends it, or shows what stands in the way
+    pub remedy: Option<String>,
+}
+
+/// How something is that the fast path depends on.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// As it should be
+    Well,
+    /// It cannot be told
+    Unknown,
+    /// It costs time, or keeps part of the traffic in Linux
+    Slower,
+    /// It keeps all traffic in Linux, or all of a family or port
+    Stops,
 }
 
 /// `towpath show neighbors`
