@@ -22,6 +22,9 @@ struct Arguments {
     /// End with status 1 if an aim is missed
     #[arg(long)]
     judge: bool,
+    /// Numbers of connections for `nat`, powers of two
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1 << 10, 1 << 15, 1 << 20])]
+    connections: Vec<usize>,
     /// What `instructions` starts inside a virtual machine
     #[arg(long, hide = true)]
     inside: Option<instructions::Half>,
@@ -65,7 +68,7 @@ fn main() -> Result<()> {
         cost::run(&mut findings, &mut report, arguments.rounds, &[1, 1_000, 10_000, 100_000, 1_000_000])?;
     }
     if wanted(Section::Nat) {
-        nat::run(&mut findings, &mut report, arguments.rounds, &[1 << 10, 1 << 15, 1 << 20])?;
+        nat::run(&mut findings, &mut report, arguments.rounds, &arguments.connections)?;
     }
     if wanted(Section::Capture) {
         capture::run(&mut findings, &mut report, arguments.rounds)?;

@@ -1,5 +1,7 @@
 //! Looking through tables that another writer left: are they of this layout, are they sound, what is in use.
 
+use std::collections::BTreeSet;
+
 use crate::backing::View;
 use crate::layout::layout_hash;
 use crate::lpm::{Kind, LpmRead, Word};
@@ -75,10 +77,15 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
         }
     }
     scan.used.nexthops = (0..).zip(&scan.nexthops).filter(|(_, used)| **used).map(|(index, _)| index).collect();
+    let mut interfaces = BTreeSet::new();
     for (slot, port) in view.ports().iter().enumerate() {
+        let ifindex = port.ifindex.load();
+        if ifindex != 0 && !interfaces.insert(ifindex) {
+            return damaged(format!("interface {ifindex} is in slot {slot} and in one before"));
+        }
         match port.vlans.load() {
             NO_VLANS => {}
-            _ if port.ifindex.load() == 0 => {}
+            _ if ifindex == 0 => {}
             vlans if (vlans as usize) < view.vlans().len() => scan.used.vlans.push(vlans),
             vlans => return damaged(format!("port {slot} has VLAN table {vlans}, which is not there")),
         }

@@ -84,6 +84,11 @@ impl RawTable {
     pub const fn elements(&self) -> usize {
         self.elements
     }
+
+    /// Where the first begins.
+    pub const fn base(&self) -> NonNull<u8> {
+        self.base
+    }
 }
 
 // SAFETY: an address and a size. What lies there is only read, or written word by word atomically, but for the free

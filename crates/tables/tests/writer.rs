@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use towpath_tables::adopt::AdoptError;
-use towpath_tables::backing::{HeapBacking, PerTable, initial_elements};
+use towpath_tables::backing::{HeapBacking, PerTable, View, initial_elements};
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::grace::NoReaders;
 use towpath_tables::layout::layout_hash;
@@ -275,15 +275,16 @@ fn tables_of_another_layout_are_refused() {
 
 #[test]
 fn damaged_tables_are_refused() {
-    let refused = |spoil: fn(&Root), part: &str| {
+    fn refused_with(spoil: impl Fn(&View), part: &str) {
         let mut writer = writer();
         populate(&mut writer);
         writer.publish();
-        spoil(&writer.view().roots()[0]);
+        spoil(&writer.view());
         let error =
             TableWriter::adopt(writer.into_backing(), NoReaders).err().expect("adopted all the same").to_string();
         assert!(error.contains(part), "{error}");
-    };
+    }
+    let refused = |spoil: fn(&Root), part| refused_with(|view| spoil(&view.roots()[0]), part);
     refused(|root| root.family.store(9), "family 9");
     refused(|root| root.direct[0].store(1 << 31), "node 0");
     refused(|root| root.direct[0].store(u32::MAX), "is not there");
@@ -292,6 +293,7 @@ fn damaged_tables_are_refused() {
     refused(|root| root.direct[0].store(root.direct[0xc000].load()), "two routes");
     refused(|root| root.direct[0xc000].store(root.direct[0xc000].load() | 1 << 30), "contradicts itself");
     refused(|root| root.default.store(1 << 31 | 1), "deeper");
+    refused_with(|view| [5, 9].iter().for_each(|slot| view.ports()[*slot].ifindex.store(77)), "interface 77");
 }
 
 #[test]
