@@ -212,12 +212,7 @@ fn without_a_daemon_connections_are_linuxs_soon_and_lose_nothing() {
     for signal in [libc::SIGKILL, libc::SIGSTOP] {
         let net = firewall();
         net.router.run(["nft", "insert rule inet filter forward udp dport 7005 counter"]).expect("a rule");
-        let counted = || {
-            let rules = net.exec("nft list chain inet filter forward");
-            let words: Vec<_> = rules.split_whitespace().collect();
-            let at = words.iter().position(|word| *word == "packets").expect("a counter");
-            words[at + 1].parse::<u64>().expect("a number")
-        };
+        let counted = || counted(&net);
         let mut daemon = up(&net);
         let (pulse, asker) = (Pulse::start(&net, 7002), Asker::start(&net, 7005));
         pulse.becomes_fast(&net);
@@ -249,6 +244,65 @@ fn without_a_daemon_connections_are_linuxs_soon_and_lose_nothing() {
         assert!(net.exceptions("flow-unwatched") > 0);
         assert!(pulse.last().is_some_and(|last| last.elapsed() > LEAK), "it is dropped as before");
     }
+}
+
+/// What is dropped after so many bytes is dropped after as many with Towpath, though the connection was fast before.
+#[test]
+fn a_quota_ends_a_connection_as_it_does_in_linux() {
+    const SENT: u64 = 60;
+    let delivered = [false, true].map(|towpath| {
+        let net = firewall();
+        let _daemon = towpath.then(|| up(&net));
+        let asker = Asker::start(&net, 7005);
+        asker.ask(10);
+        if towpath {
+            asker.becomes_fast(&net);
+        }
+        let quota = "insert rule inet filter forward udp dport 7002 quota over 20000 bytes counter drop";
+        net.router.run(["nft", quota]).expect("a rule");
+        if towpath {
+            let packet = ["explain", LEFT, RIGHT, "in", "eth0", "--protocol", "udp", "--sport", "1", "--dport", "7002"];
+            eventually("no connection may pass", || {
+                let verdict = net.json(&packet)["verdict"].clone();
+                let why = verdict["detail"].as_str()?;
+                let quota = why.contains("chain forward: quota may answer each packet differently");
+                (quota && verdict["reason"] == "policy-netfilter").then_some(())
+            });
+        }
+        let server = net.right.enter(|| UdpSocket::bind((RIGHT, 7002))).expect("in the node").expect("bound");
+        let client = net.left.enter(|| UdpSocket::bind((LEFT, 4000))).expect("in the node").expect("bound");
+        client.connect((RIGHT, 7002)).expect("connected");
+        server.set_nonblocking(true).expect("set");
+        let mut came = 0;
+        for sent in 1..=SENT {
+            client.send(&[7; 972]).expect("sent");
+            eventually("it came, or was dropped", || {
+                if let Ok((length, from)) = server.recv_from(&mut [0; 1000]) {
+                    came += 1;
+                    server.send_to(&[7; 10], from).expect("sent");
+                    assert_eq!(length, 972);
+                }
+                (came + counted(&net) == sent).then_some(())
+            });
+        }
+        if towpath {
+            assert_eq!(flow(&net, 4000).map_or([0, 0], |found| fast_packets(&found)), [0, 0]);
+            net.router
+                .run(["nft", "flush chain inet filter forward; add rule inet filter forward accept"])
+                .expect("rules");
+            asker.becomes_fast(&net);
+        }
+        came
+    });
+    assert_eq!(delivered, [20, 20], "of 1000 bytes each");
+}
+
+/// Packets that the first counter of the forward chain has seen.
+fn counted(net: &Net) -> u64 {
+    let rules = net.exec("nft list chain inet filter forward");
+    let words: Vec<_> = rules.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "packets").expect("a counter");
+    words[at + 1].parse().expect("a number")
 }
 
 #[test]

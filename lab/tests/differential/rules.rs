@@ -1,7 +1,8 @@
 //! Random rule sets of nftables, and what an administrator does to one.
 //!
-//! What a rule matches is the same for every packet of a connection's direction that Linux may leave to the fast path: a
-//! flow repeats what was decided about packets before. So there is nothing here about lengths, times, or what was counted.
+//! What most rules match is the same for every packet of a connection's direction that Linux may leave to the fast path: a
+//! flow repeats what was decided about packets before. Some ask for lengths, or for what was counted: no connection may pass
+//! those. There is nothing here about times, nor about what connection tracking counts, which is less where packets were fast.
 
 use crate::hosts::{PORTS_ASKED, address, network};
 use crate::random::Random;
@@ -567,9 +568,9 @@ fn place(hook: Hook, random: &mut Random) -> String {
     }
 }
 
-/// What connection tracking says; and limits, which are far away.
+/// What connection tracking says; and what answers each packet differently.
 fn tracked(about: About, random: &mut Random) -> String {
-    let About { six, ip, .. } = about;
+    let About { six, ip, transport, .. } = about;
     let not = random.pick(&["", "", "", "!= "]);
     let (direction, address) = (random.pick(&["original", "reply"]), random.pick(&["saddr", "daddr"]));
     match random.below(9) {
@@ -579,14 +580,26 @@ fn tracked(about: About, random: &mut Random) -> String {
         3 => format!("ct status {}", random.pick(&["dnat", "snat", "seen-reply"])),
         4 => format!("ct mark and {MARK} {not}{MARK}"),
         5 => format!("ct {direction} {ip} {address} {not}{}", some_address(six, random)),
-        6 => "limit rate 1000000/second burst 1000000 packets".into(),
-        7 => {
-            let never = [
+        6 => {
+            let far = [
+                "limit rate 1000000/second burst 1000000 packets",
                 "limit rate over 1000000/second burst 1000000 packets",
                 "quota over 1000 mbytes",
                 "ct count over 100000",
             ];
-            random.pick(&never).into()
+            format!("{}{}", random.pick(&["ct state new ", "ct state new ", ""]), random.pick(&far))
+        }
+        7 => {
+            let near = [
+                "quota over 6 kbytes",
+                "quota until 20 kbytes",
+                "limit rate over 1/day burst 40 packets",
+                "limit rate 1/day burst 90 packets",
+                "numgen inc mod 16 0",
+                "meta length > 200",
+            ];
+            // What the router itself says to its neighbours depends on the time.
+            format!("meta l4proto {transport} {}", random.pick(&near))
         }
         _ => format!("ct mark {not}{}", random.below(3)),
     }

@@ -6,8 +6,12 @@
 //! (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
 
 mod barrier;
+mod bits;
 mod hooks;
+mod meet;
+mod packet;
 mod ruleset;
+mod xt;
 
 use super::{Finding, POLL, has_tunnels, nl};
 use crate::conntrack::FlowMode;

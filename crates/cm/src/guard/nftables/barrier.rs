@@ -4,7 +4,7 @@
 //! than decide. They take packets out of the kernel, say to which of several tables of connections a packet belongs,
 //! change what is told of entries or how long they last: no flow can stand for those. Others change each packet. A
 //! flowtable's connections do not meet these in Linux either; those that are handed over by mark or because they are
-//! established would.
+//! established would, as they would meet rules that answer each packet differently (`super::meet`).
 
 use super::super::netfilter::xt_passes;
 use super::super::nl::{attrs, be32, find, text_of};
@@ -18,7 +18,7 @@ const CT_EVENTMASK: u32 = 18;
 const CT_TIMEOUT: u32 = 7;
 const SYNPROXY: u32 = 10;
 /// TCPOPT_MAXSEG, in SYNs only
-const MAXSEG: u8 = 2;
+pub const MAXSEG: u8 = 2;
 
 /// Whether a named object may make timeouts other than the system's, or answer for others.
 pub fn object_is_barrier(kind: Option<u32>) -> bool {

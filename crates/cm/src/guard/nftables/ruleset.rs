@@ -2,9 +2,11 @@
 //! connection tracking.
 
 use super::super::netfilter::{FORWARD_PATH, families, hooks, pf, scope, xt_tracks};
-use super::super::nl::{Message, Netlink, attrs, be32, find, text_of};
+use super::super::nl::{self, Message, Netlink, attrs, be32, find, text_of};
 use super::super::{Finding, count, has_tunnels};
 use super::barrier::{barrier, object_is_barrier};
+use super::meet::{self, Element, Set, Verdict, Walk};
+use super::packet::Class;
 use super::{SUBSYSTEM, header};
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
@@ -13,11 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use towpath_fpc::Scope;
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
+use towpath_wire::transport::protocol;
 
 const GETTABLE: u16 = 1;
 const GETCHAIN: u16 = 4;
 const GETRULE: u16 = 7;
 const GETSET: u16 = 10;
+const GETSETELEM: u16 = 13;
 const GETOBJ: u16 = 19;
 const GETFLOWTABLE: u16 = 23;
 
@@ -49,6 +53,9 @@ struct Chain {
     table: TableKey,
     name: String,
     hook: u32,
+    priority: i32,
+    /// It sees a connection's first packet only
+    translates: bool,
     devices: Vec<String>,
     accepts: bool,
 }
@@ -66,7 +73,10 @@ impl Ruleset {
         let tables = dump(netlink, "nftables tables", GETTABLE, table)?;
         let chains = dump(netlink, "nftables chains", GETCHAIN, chain)?;
         let flowtables = dump(netlink, "nftables flowtables", GETFLOWTABLE, flowtable)?;
-        let mut tracking: BTreeSet<_> = dump(netlink, "nftables sets", GETSET, set)?.into_iter().collect();
+        let sets = dump(netlink, "nftables sets", GETSET, set)?;
+        let mut tracking: BTreeSet<_> = sets.iter().filter_map(|set| set.tracking.clone()).collect();
+        let mut met = Met::default();
+        sets.into_iter().for_each(|NamedSet { table, name, set, .. }| met.put_set(table, name, set));
         let mut barriers = BTreeSet::new();
         for object in dump(netlink, "nftables objects", GETOBJ, object)? {
             if object_is_barrier(object.kind) {
@@ -75,16 +85,23 @@ impl Ruleset {
             tracking.insert((object.pf, object.place));
         }
         let mut rules = BTreeMap::new();
-        for rule in
-            dump(netlink, "nftables rules", GETRULE, |what, family, attributes| rule(what, family, attributes, flows))?
-        {
+        let all = |what: &str, family, attributes: &Attributes<'_>| rule(what, family, attributes, flows);
+        for mut rule in dump(netlink, "nftables rules", GETRULE, all)? {
+            let (found, stops) = (rule.tracking.take(), rule.barrier.take());
             let (pf, table) = &rule.chain.0;
             let place = |expression| (*pf, format!("{}, chain {}: {expression}", table_name(*pf, table), rule.chain.1));
-            tracking.extend(rule.tracking.map(place));
-            barriers.extend(rule.barrier.map(place));
-            *rules.entry(rule.chain).or_default() += 1;
+            tracking.extend(found.map(place));
+            barriers.extend(stops.map(place));
+            *rules.entry(rule.chain.clone()).or_default() += 1;
+            if matches!(flows, FlowMode::Established | FlowMode::Mark { .. }) {
+                met.put_rule(rule);
+            }
         }
-        Ok(Self { dormant: tables.into_iter().collect(), chains, rules, tracking, flowtables, barriers })
+        let dormant: BTreeSet<_> = tables.into_iter().collect();
+        for chain in chains.iter().filter(|chain| !dormant.contains(&chain.table)) {
+            barriers.extend(met.chain(chain, &mut |table, set| elements(netlink, table, set))?);
+        }
+        Ok(Self { dormant, chains, rules, tracking, flowtables, barriers })
     }
 
     /// Whether rules may put connections into flowtables.
@@ -128,6 +145,83 @@ impl Ruleset {
         }
         findings
     }
+}
+
+/// The rule set as packets of connections meet it that go fast.
+#[derive(Default)]
+struct Met {
+    tables: BTreeMap<TableKey, meet::Table>,
+    /// Some packets are not tracked
+    untracked: bool,
+}
+
+/// NF_IP_PRI_CONNTRACK
+const CONNTRACK: i32 = -200;
+
+impl Met {
+    fn put_set(&mut self, table: TableKey, name: String, set: Set) {
+        self.tables.entry(table).or_default().sets.insert(name, set);
+    }
+
+    fn put_rule(&mut self, rule: Rule) {
+        let (table, chain) = rule.chain;
+        self.untracked |= rule.untracks;
+        self.tables.entry(table).or_default().chains.entry(chain).or_default().push(rule.list);
+    }
+
+    /// What in a chain that hangs in a hook no connection may pass, since it may answer each of its packets differently: by
+    /// netfilter family, and where it was found.
+    fn chain(
+        &self,
+        chain: &Chain,
+        elements: &mut dyn FnMut(&TableKey, &str) -> Result<Vec<Element>, CmError>,
+    ) -> Result<Vec<(u8, String)>, CmError> {
+        let mut found = Vec::new();
+        let Some(table) = self.tables.get(&chain.table).filter(|_| chain.sees_connections() && !chain.translates)
+        else {
+            return Ok(found);
+        };
+        let tracked = !self.untracked && (chain.hook != 0 || chain.priority > CONNTRACK);
+        for family in families(chain.table.0) {
+            for protocol in [protocol::TCP, protocol::UDP] {
+                let class = Class { family: *family, protocol, tracked };
+                let mut elements = |set: &str| elements(&chain.table, set);
+                let mut walk = Walk::new(table, class, &mut elements);
+                walk.base(&chain.name)?;
+                found.extend(walk.found.map(|(name, varies)| {
+                    let place = format!("{}, chain {name}", table_name(chain.table.0, &chain.table.1));
+                    (class.pf(), format!("{place}: {varies} may answer each packet differently"))
+                }));
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The elements of a set.
+fn elements(netlink: &mut Netlink, (family, table): &TableKey, set: &str) -> Result<Vec<Element>, CmError> {
+    let mut body = header(*family).to_vec();
+    for (kind, name) in [(1, table.as_str()), (2, set)] {
+        body.extend(nl::attr(kind, format!("{name}\0").as_bytes()));
+    }
+    let lists = netlink.dump("nftables elements", SUBSYSTEM << 8 | GETSETELEM, &body, |message| {
+        decode_with("nftables elements", &message, elements_of)
+    })?;
+    Ok(lists.into_iter().flatten().collect())
+}
+
+fn elements_of(what: &str, _: u8, attributes: &Attributes<'_>) -> Result<Option<Vec<Element>>, CmError> {
+    let list = attrs(what, find(attributes, 3).unwrap_or_default())?;
+    list.into_iter().map(|(_, element)| element_of(what, element)).collect::<Result<_, _>>().map(Some)
+}
+
+fn element_of(what: &str, element: &[u8]) -> Result<Element, CmError> {
+    let element = attrs(what, element)?;
+    let data = attrs(what, find(&element, 2).unwrap_or_default())?;
+    Ok(Element {
+        key: find(&element, 1).map(meet::bytes).transpose()?,
+        verdict: find(&data, 2).map(|verdict| Verdict::decode(what, verdict)).transpose()?,
+    })
 }
 
 impl Chain {
@@ -218,6 +312,8 @@ fn chain(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<C
         table: (family, string(what, attributes, 1)?),
         name: string(what, attributes, 3)?,
         hook: find(&hook, 1).and_then(be32).ok_or_else(|| CmError::decode(what, "base chain without hook number"))?,
+        priority: find(&hook, 2).and_then(be32).unwrap_or(0) as i32,
+        translates: find(attributes, 7).map(text_of).is_some_and(|kind| kind == "nat"),
         devices: devices(what, &hook, 3, 4)?,
         accepts: find(attributes, 5).and_then(be32).is_none_or(|policy| policy == NF_ACCEPT),
     }))
@@ -241,11 +337,39 @@ fn flowtable(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Opti
     }))
 }
 
-/// A set whose elements carry expressions that track connections.
-fn set(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<(u8, String)>, CmError> {
-    let Some(expression) = nested_tracking(what, attributes, 17, 18)? else { return Ok(None) };
-    let table = table_name(family, &string(what, attributes, 1)?);
-    Ok(Some((family, format!("{table}, set {}: {expression}", string(what, attributes, 2)?))))
+/// A set, and where its elements carry expressions that track connections.
+struct NamedSet {
+    table: TableKey,
+    name: String,
+    set: Set,
+    tracking: Option<(u8, String)>,
+}
+
+fn set(what: &str, family: u8, attributes: &Attributes<'_>) -> Result<Option<NamedSet>, CmError> {
+    let number = |kind| find(attributes, kind).and_then(be32);
+    let (table, name) = (string(what, attributes, 1)?, string(what, attributes, 2)?);
+    let tracking = nested_tracking(what, attributes, 17, 18)?;
+    let place = |expression| (family, format!("{}, set {name}: {expression}", table_name(family, &table)));
+    let set = Set {
+        flags: number(3).unwrap_or(0),
+        key: number(5).unwrap_or(0) as usize,
+        data: number(7).unwrap_or(0) as usize,
+        objects: number(15),
+        answers: answering(what, attributes)?,
+    };
+    Ok(Some(NamedSet { tracking: tracking.map(place), table: (family, table), name, set }))
+}
+
+/// Whether a set's elements have expressions that do more than count.
+fn answering(what: &str, attributes: &Attributes<'_>) -> Result<bool, CmError> {
+    let single = find(attributes, 17).into_iter();
+    let list = attrs(what, find(attributes, 18).unwrap_or_default())?;
+    for expression in single.chain(list.into_iter().map(|(_, expression)| expression)) {
+        if !["counter", "last"].contains(&string(what, &attrs(what, expression)?, 1)?.as_str()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A named object that tracks connections by being there.
@@ -272,12 +396,21 @@ struct Rule {
     tracking: Option<String>,
     /// Why no connection may pass
     barrier: Option<String>,
+    /// Connection tracking leaves its packets alone
+    untracks: bool,
+    /// Its expressions
+    list: Vec<u8>,
 }
 
 fn rule(what: &str, family: u8, attributes: &Attributes<'_>, flows: FlowMode) -> Result<Option<Rule>, CmError> {
     let chain = ((family, string(what, attributes, 1)?), string(what, attributes, 2)?);
     let list = find(attributes, 4).unwrap_or_default();
-    Ok(Some(Rule { chain, tracking: list_tracking(what, list)?, barrier: barrier(what, list, flows)? }))
+    let mut untracks = false;
+    for (_, expression) in attrs(what, list)? {
+        untracks |= string(what, &attrs(what, expression)?, 1)? == "notrack";
+    }
+    let (tracking, barrier) = (list_tracking(what, list)?, barrier(what, list, flows)?);
+    Ok(Some(Rule { chain, tracking, barrier, untracks, list: list.to_vec() }))
 }
 
 /// The first expression of a list that tracks connections.
@@ -318,7 +451,6 @@ fn tracking(what: &str, expression: &[u8]) -> Result<Option<String>, CmError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::nl;
     use super::*;
 
     fn fixture(text: &str) -> Vec<Vec<u8>> {
