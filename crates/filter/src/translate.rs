@@ -139,7 +139,10 @@ impl<'a> Translator<'a> {
             Op::Alu(alu, operand) => self.alu(alu, operand),
             Op::Negate => self.to.alu(Bits::B32, NEGATE, A, Value::K(0)),
             Op::Jump(target) => self.go_to(at, target),
-            Op::Branch { test, operand, yes, no } => self.branch(at, test, value(operand), yes, no),
+            Op::Branch { test, operand, yes, no } => {
+                let operand = self.beside(operand);
+                self.branch(at, test, operand, yes, no);
+            }
             Op::ReturnA => {
                 self.to.jump_if(Bits::B32, If::NotEqual, A, Value::K(0), self.matched);
                 self.to.jump(self.next);
@@ -157,6 +160,19 @@ impl<'a> Translator<'a> {
             self.to.jump_if(Bits::B32, If::Equal, X, Value::K(0), self.next);
         }
         self.to.alu(Bits::B32, alu as u8, A, value(operand));
+    }
+
+    /// What A is compared with. The verifier of Linux 6.1 follows both ways of a branch on two registers, even if A is known and
+    /// one of them cannot be gone, and believes there of the other register what cannot be: so that is a copy, not X.
+    fn beside(&mut self, operand: Operand) -> Value {
+        match operand {
+            Operand::K(_) => value(operand),
+            Operand::X => {
+                let [copy, ..] = SCRATCH;
+                self.to.set32(copy, Value::R(X));
+                Value::R(copy)
+            }
+        }
     }
 
     fn branch(&mut self, at: usize, test: Test, operand: Value, yes: usize, no: usize) {

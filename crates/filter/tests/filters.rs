@@ -224,6 +224,18 @@ fn odd_programs_say_what_they_say_in_linux() {
     }
 }
 
+/// A number that is known beside one that is not: the verifier of Linux 6.1 went the way that no frame goes, too. It believed of X
+/// to be at least 0x800 and at most 60 there, took the place that X says for anything, and refused to load from it.
+#[test]
+fn a_way_that_no_frame_goes_is_taken_by_the_verifier() {
+    let again = instruction(0x20, 0, 0, 12);
+    let code = [
+        vec![instruction(0x00, 0, 0, 7001), instruction(0x54, 0, 0, 0x800), instruction(0xb1, 0, 0, 14)],
+        vec![instruction(0x2d, 1, 0, 0), again, instruction(0x40, 0, 0, 0), again, instruction(0x06, 0, 0, 1)],
+    ];
+    agrees("found by chance", &code.concat());
+}
+
 #[test]
 fn places_before_the_packet_match() {
     let code = [instruction(0x01, 0, 0, 2), instruction(0x50, 0, 0, -3i32 as u32), instruction(0x06, 0, 0, 0)];
