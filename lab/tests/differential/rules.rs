@@ -115,6 +115,9 @@ impl Ruleset {
         if random.percent(8) {
             set.add_ingress(random);
         }
+        if random.percent(20) {
+            set.add_counting(random);
+        }
         if marks && random.percent(90) {
             let name = set.add_base(Table::Inet, Hook::Forward, "filter", "-1".into(), false);
             set.add_rule(name, format!("ct state new ct mark set ct mark or {MARK}"));
@@ -148,6 +151,15 @@ impl Ruleset {
         self.add_filter(table, hook, random);
         let text = format!("{} drop", self.matching(table.about(random), hook, random));
         self.insert_rule(0, 0, text);
+    }
+
+    /// A rule that answers each packet differently, in a chain that all see.
+    fn add_counting(&mut self, random: &mut Random) {
+        let forward = |chain: &Chain| chain.hook == Hook::Forward && chain.base.is_some();
+        let Some(chain) = self.chains.iter().position(forward) else { return };
+        let text = format!("{} drop", differently(random.pick(&["tcp", "udp"]), random));
+        let last = self.chains[chain].rules.len();
+        self.insert_rule(chain, random.pick(&[0, 0, last]), text);
     }
 
     fn add_set(&mut self, table: Table, random: &mut Random) {
@@ -589,20 +601,22 @@ fn tracked(about: About, random: &mut Random) -> String {
             ];
             format!("{}{}", random.pick(&["ct state new ", "ct state new ", ""]), random.pick(&far))
         }
-        7 => {
-            let near = [
-                "quota over 6 kbytes",
-                "quota until 20 kbytes",
-                "limit rate over 1/day burst 40 packets",
-                "limit rate 1/day burst 90 packets",
-                "numgen inc mod 16 0",
-                "meta length > 200",
-            ];
-            // What the router itself says to its neighbours depends on the time.
-            format!("meta l4proto {transport} {}", random.pick(&near))
-        }
+        7 => differently(transport, random),
         _ => format!("ct mark {not}{}", random.below(3)),
     }
+}
+
+/// What holds for some packets of a connection and not for others, by what came before or by its length.
+fn differently(transport: &str, random: &mut Random) -> String {
+    let near = [
+        "quota over 6 kbytes",
+        "limit rate over 1/day burst 40 packets",
+        "limit rate 1/day burst 40 packets",
+        "numgen inc mod 16 0",
+        "meta length > 100",
+    ];
+    // What the router itself says to its neighbours depends on the time.
+    format!("meta l4proto {transport} {}", random.pick(&near))
 }
 
 fn reject(about: About, random: &mut Random) -> String {
