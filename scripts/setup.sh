@@ -33,6 +33,7 @@ xdp-tools         contenders for comparison
 kmod              modules inside the test virtual machine
 python3           runs the test virtual machine (lab/vm)
 python3-prometheus-client a parser of OpenMetrics
+groff-base        reads the manual pages
 busybox-static    first program inside the test virtual machine
 qemu-system-x86   the test virtual machine
 END

@@ -22,7 +22,7 @@ pub struct Cli {
     pub verbose: u8,
 }
 
-const EXIT_CODES: &str = "Exit status: 0 success, 1 failure (nothing was changed), 2 wrong usage.\n\
+const EXIT_CODES: &str = "Exit status: 0 success, 1 failure (nothing was changed), 2 wrong usage or configuration.\n\
     Each network namespace has an instance of its own; run the command in the namespace it is about.";
 
 /// The subcommands.
@@ -61,6 +61,12 @@ pub enum Command {
     Cm(Cm),
     /// Run the fast path manager alone: as `up`, with Linux's state from a `towpath cm`
     Fpm(Fpm),
+    /// Write manual pages, completions and an example of the configuration, for an installation
+    #[command(hide = true)]
+    Generate {
+        /// Where to
+        folder: PathBuf,
+    },
 }
 
 /// `towpath up`
@@ -72,6 +78,9 @@ pub struct Up {
     /// As for `cm`
     #[command(flatten)]
     pub follow: Follow,
+    /// As for `cm` and `fpm`
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 /// How ports are served
@@ -89,7 +98,8 @@ pub struct Serve {
     #[arg(long, value_name = "LIST")]
     pub cores: Option<Cores>,
     /// Use XDP's generic mode, on every port: slower, but no driver needs to know of it
-    #[arg(long)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value_t = false, action = clap::ArgAction::Set)]
     pub generic: bool,
     /// Room for so many connections that Linux hands over; more stay in Linux, and are counted. 0: none is taken
     #[arg(long, value_name = "NUMBER", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=MAX_FLOWS))]
@@ -101,6 +111,15 @@ pub struct Serve {
 }
 
 const MAX_FLOWS: i64 = towpath_tables::backing::MAX_FLOWS as i64;
+
+/// Settings kept in a file
+#[derive(Args, Clone)]
+pub struct Settings {
+    /// Take settings from this TOML file: its keys are `ports` and the long options of `up`. What the command line says
+    /// goes before
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
 
 /// What is read of Linux's state
 #[derive(Args, Clone, Copy)]
@@ -317,6 +336,9 @@ pub struct Cm {
     /// As for `up`
     #[command(flatten)]
     pub follow: Follow,
+    /// As for `up`
+    #[command(flatten)]
+    pub settings: Settings,
     /// Socket of the `towpath fpm` to send to; default: the one of this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
@@ -328,6 +350,9 @@ pub struct Fpm {
     /// As for `up`
     #[command(flatten)]
     pub serve: Serve,
+    /// As for `up`
+    #[command(flatten)]
+    pub settings: Settings,
     /// Socket to listen on for the `towpath cm`; default: in this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
@@ -359,7 +384,7 @@ mod tests {
         let up = |words: &[&str]| {
             let parsed = Cli::try_parse_from([&["towpath", "up"], words].concat());
             parsed.map_err(|error| error.to_string()).map(|cli| match cli.command {
-                Command::Up(Up { serve, follow }) => (follow.flows, serve.max_flows),
+                Command::Up(Up { serve, follow, .. }) => (follow.flows, serve.max_flows),
                 _ => panic!("it was up"),
             })
         };

@@ -1,5 +1,6 @@
 //! Interfaces of this namespace by name, straight from the kernel (sysfs may show another namespace's).
 
+use crate::text::suggestion;
 use anyhow::{Context, Result};
 use std::ffi::CStr;
 
@@ -30,17 +31,6 @@ pub fn index(interfaces: &[(String, u32)], wanted: &str) -> Result<u32> {
     }
     let names: Vec<&str> = interfaces.iter().map(|(name, _)| name.as_str()).collect();
     anyhow::bail!("no interface {wanted:?} in this network namespace{}", suggestion(&names, wanted))
-}
-
-fn suggestion(names: &[&str], wanted: &str) -> String {
-    let mut near: Vec<_> = names.iter().map(|name| (strsim::damerau_levenshtein(name, wanted), *name)).collect();
-    near.sort();
-    let near: Vec<_> = near.into_iter().filter(|(distance, _)| *distance <= 2).take(3).map(|(_, name)| name).collect();
-    match (near.is_empty(), names.is_empty()) {
-        (false, _) => format!("; did you mean {}?", near.join(" or ")),
-        (true, false) => format!("; there are {}", names.join(", ")),
-        (true, true) => String::new(),
-    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod captures;
 mod check;
 mod cli;
 mod clients;
+mod config;
 mod control;
 mod daemon;
 mod doctor;
@@ -12,8 +13,10 @@ mod explain;
 mod flows;
 mod follow;
 mod frame;
+mod generate;
 mod instance;
 mod interfaces;
+mod log;
 mod metrics;
 mod nat;
 mod notify;
@@ -31,26 +34,41 @@ mod wires;
 mod words;
 mod workers;
 
-use clap::{CommandFactory, Parser, error::ErrorKind};
+use clap::{CommandFactory, error::ErrorKind};
 use cli::{Cli, Command, Engine, Fpm, Serve, Up};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    check_usage(&cli);
-    start_log(cli.verbose);
+    let (cli, sources) = match config::command_line() {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            log::failure(error);
+            return ExitCode::from(WRONG_USAGE);
+        }
+    };
+    check_usage(&cli, sources.as_deref());
+    log::start(cli.verbose);
+    if let Some(sources) = sources {
+        tracing::info!("{sources}");
+    }
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("towpath: {error:#}");
+            log::failure(format_args!("{error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
-/// What clap's definitions cannot say.
-fn check_usage(cli: &Cli) {
-    let fail = |text: &str| Cli::command().error(ErrorKind::ValueValidation, text).exit();
+/// As clap ends for wrong usage.
+const WRONG_USAGE: u8 = 2;
+
+/// What clap's definitions cannot say. `sources` tells which settings are a file's.
+fn check_usage(cli: &Cli, sources: Option<&str>) {
+    let fail = |text: &str| {
+        let text = sources.map_or(text.into(), |sources| format!("{text}\n{sources}"));
+        Cli::command().error(ErrorKind::ValueValidation, text).exit()
+    };
     let serve = match &cli.command {
         Command::Up(Up { serve, .. }) | Command::Fpm(Fpm { serve, .. }) => Some(serve),
         _ => None,
@@ -86,18 +104,6 @@ fn check_usage(cli: &Cli) {
     }
 }
 
-fn start_log(verbose: u8) {
-    // What the BPF loader has to say of BTF that old kernels lack concerns nobody.
-    let default = ["info,aya=error,aya_obj=error", "debug,aya=info,aya_obj=info", "trace"][usize::from(verbose).min(2)];
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
-}
-
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Status(output) => read::status(output),
@@ -111,5 +117,6 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Down => daemon::down(),
         Command::Fpm(fpm) => daemon::run(&fpm.serve, daemon::Origin::Socket(fpm.socket)),
         Command::Cm(cm) => remote::run_cm(&cm),
+        Command::Generate { folder } => generate::run(&folder),
     }
 }

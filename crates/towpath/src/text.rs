@@ -1,4 +1,4 @@
-//! Tables for people: columns as wide as their widest cell, numbers to the right.
+//! Text for people: tables with columns as wide as their widest cell, units, and what a misspelt name may have meant.
 
 /// Lays out `rows` under `heads`; columns whose head starts with `>` are aligned to the right.
 pub fn table(heads: &[&str], rows: &[Vec<String>]) -> String {
@@ -44,6 +44,18 @@ pub fn span(seconds: u64) -> String {
 /// A cell for something that may be absent.
 pub fn or_dash<T: ToString>(value: &Option<T>) -> String {
     value.as_ref().map_or("-".into(), T::to_string)
+}
+
+/// The names nearest to one that does not exist, or all there are, to go behind an error.
+pub fn suggestion(names: &[&str], wanted: &str) -> String {
+    let mut near: Vec<_> = names.iter().map(|name| (strsim::damerau_levenshtein(name, wanted), *name)).collect();
+    near.sort();
+    let near: Vec<_> = near.into_iter().filter(|(distance, _)| *distance <= 2).take(3).map(|(_, name)| name).collect();
+    match (near.is_empty(), names.is_empty()) {
+        (false, _) => format!("; did you mean {}?", near.join(" or ")),
+        (true, false) => format!("; there are {}", names.join(", ")),
+        (true, true) => String::new(),
+    }
 }
 
 #[cfg(test)]

@@ -271,6 +271,112 @@ fn wrong_usage_has_status_two() {
     }
 }
 
+/// A folder for files of a test, which goes with it.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("towpath-{name}-{}", std::process::id()));
+        std::fs::create_dir(&path).expect("a folder");
+        Self(path)
+    }
+
+    /// Writes a file and gives its path.
+    fn file(&self, name: &str, content: &[u8]) -> String {
+        let path = self.0.join(name);
+        std::fs::write(&path, content).expect("written");
+        path.to_str().expect("UTF-8").into()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_wrong_configuration_is_named_with_its_place() {
+    let net = Net::new();
+    let folder = Folder::new("wrong-configuration");
+    let there = folder.0.to_str().expect("UTF-8");
+    for (content, words) in [
+        (
+            &b"# ports of the router\nport = [\"eth0\"]\n"[..],
+            &[".toml:2:1: ", "unknown key \"port\"", "did you mean ports?"][..],
+        ),
+        (b"ports = [\"eth0\", \"eth1\"]\nmax-flows = \"many\"\n", &[".toml:2:13: ", "max-flows", "a number"]),
+        (b"ports = [\"eth0\", \"eth1\"]\nengine = \"steam\"\n", &[".toml:2:10: ", "steam", "xdp, user, auto"]),
+        (b"ports = [\"eth0\", \"eth", &[".toml:1:", "no TOML"]),
+        (b"\x7fELF\x02\x01\x01\xff", &[".toml:1:", "UTF-8"]),
+        (b"engine = \"xdp\"\ncores = \"1\"\n", &["--engine user", "cores 1 (line 2)"]),
+    ] {
+        let file = folder.file("wrong.toml", content);
+        net.up_refused(&["--config", &file], 2, words);
+    }
+    net.up_refused(&["--config", there], 2, &[there, "directory"]);
+    net.up_refused(&["--config", "/none/such.toml"], 2, &["/none/such.toml", "No such file"]);
+    net.up_refused(&["--config", "/dev/zero"], 2, &["/dev/zero", "more than"]);
+    assert!(net.ping(&net.left, RIGHT), "Linux goes on");
+}
+
+#[test]
+fn a_configuration_that_may_not_be_read_is_named() {
+    let net = Net::new();
+    let folder = Folder::new("secret-configuration");
+    let file = folder.file("secret.toml", b"ports = [\"eth0\"]\n");
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o000)).expect("permissions");
+    let output = net.with_only(&only(CAPABILITIES), &["up", "--config", &file]).output().expect("run");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains(&file) && message.contains("Permission denied"), "{message}");
+}
+
+#[test]
+fn a_configuration_is_followed_and_the_command_line_goes_before() {
+    let net = Net::new();
+    let folder = Folder::new("configuration");
+    let file = folder.file("good.toml", b"ports = [\"eth0\", \"eth1\"]\nflows = \"established\"\ngeneric = true\n");
+    let ports = || {
+        let ports = net.json(&["show", "ports"]);
+        ports["ports"].as_array().expect("ports").iter().map(|port| port["name"].clone()).collect::<Vec<_>>()
+    };
+    let mut daemon = net.up(&["--config", &file]);
+    let said = [&file, "ports eth0 eth1 (line 1)", "flows established (line 2)", "engine auto (default)"];
+    let log = daemon.log();
+    assert!(log.lines().any(|line| said.iter().all(|word| line.contains(word))), "{log}");
+    assert_eq!(ports(), ["eth0", "eth1"]);
+    assert!(net.ip("-d link show eth1").contains("xdpgeneric"));
+    assert!(daemon.signal(libc::SIGTERM).success());
+    let daemon = net.up(&["--config", &file, "--generic=false", "eth1"]);
+    assert!(daemon.log().contains("ports eth1 (command line)"), "{}", daemon.log());
+    assert_eq!(ports(), ["eth1"]);
+    assert!(!net.ip("-d link show eth1").contains("xdpgeneric"));
+}
+
+#[test]
+fn the_journal_gets_priorities_and_no_times() {
+    use std::os::unix::fs::MetadataExt;
+    let net = Net::new();
+    let folder = Folder::new("journal");
+    let file = folder.file("settings.toml", b"ports = [\"eth7\"]\n");
+    let log = folder.file("log", b"");
+    let said = |stream: &str| {
+        let stderr = std::fs::File::create(&log).expect("a log");
+        let mut command = net.router.command(TOWPATH);
+        command.args(["up", "--config", &file]).env("JOURNAL_STREAM", stream).env_remove("RUST_LOG").stderr(stderr);
+        assert_eq!(command.status().expect("run").code(), Some(1));
+        std::fs::read_to_string(&log).expect("a log")
+    };
+    let metadata = std::fs::metadata(&log).expect("a log");
+    let journal = said(&format!("{}:{}", metadata.dev(), metadata.ino()));
+    let lines: Vec<_> = journal.lines().collect();
+    assert!(lines[0].starts_with("<6>settings with "), "{journal}");
+    assert!(lines[1].starts_with("<3>no interface \"eth7\"") && lines.len() == 2, "{journal}");
+    let elsewhere = said("1:1");
+    assert!(elsewhere.contains(" INFO settings with ") && elsewhere.contains("\ntowpath: no interface"), "{elsewhere}");
+}
+
 #[test]
 fn a_bad_client_does_no_harm() {
     use std::io::{Read, Write};
