@@ -78,6 +78,18 @@ impl Daemon {
         }
     }
 
+    /// The tables hold all that Linux has told.
+    fn is_in_sync(&self) -> bool {
+        self.fpm.is_complete() && self.resyncing.is_empty()
+    }
+
+    /// How the daemon is, in a line.
+    pub fn status_line(&self) -> String {
+        let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
+        let sync = if self.is_in_sync() { "in sync" } else { "NOT in sync" };
+        format!("{ports} ports, {} routes, {sync} with Linux", routes.ipv4 + routes.ipv6)
+    }
+
     fn status(&self) -> Result<report::Status> {
         let tables = self.fpm.tables().usage();
         let table = |usage: &towpath_tables::writer::TableUsage| report::Table {
@@ -93,7 +105,7 @@ impl Daemon {
             namespace: self.instance.inode,
             since: self.facts.since,
             adopted: self.facts.adopted,
-            in_sync: self.fpm.is_complete() && self.resyncing.is_empty(),
+            in_sync: self.is_in_sync(),
             resyncs: self.resyncs,
             ports: self.ports(),
             policies: self

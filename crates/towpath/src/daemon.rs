@@ -9,14 +9,15 @@ use crate::explain::Names;
 use crate::flows::{self, Flows};
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
+use crate::interfaces;
 use crate::metrics::Endpoint;
+use crate::notify::Manager;
 use crate::ports::Wanted;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
 use crate::wires::LARGEST_MTU;
 use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
-use crate::{interfaces, notify};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
@@ -101,6 +102,8 @@ pub struct Daemon {
     pub shortages: BTreeSet<TableId>,
     /// Where the captures' filters are
     pub captures: Captures,
+    /// Is told how the daemon is
+    pub manager: Manager,
 }
 
 /// Why ports cannot be served.
@@ -236,6 +239,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         policies: BTreeSet::new(),
         shortages: BTreeSet::new(),
         captures: Captures::default(),
+        manager: Manager::new(Instant::now()),
     };
     if !daemon.first_snapshot()? {
         daemon.take_off()?;
@@ -493,7 +497,7 @@ impl Daemon {
         self.running = true;
         let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
         println!("ready: {ports} ports, {} routes", routes.ipv4 + routes.ipv6);
-        notify::notify("READY=1");
+        self.manager.ready(self.status_line());
     }
 
     /// Works until told to stop, or until Linux's state can no longer be followed.
@@ -552,7 +556,7 @@ impl Daemon {
 
     fn stop(mut self, why: &str) -> Result<()> {
         tracing::info!("stopping: {why}");
-        notify::notify("STOPPING=1");
+        self.manager.stopping();
         self.take_off()
     }
 

@@ -279,18 +279,21 @@ impl Daemon {
 
     /// When there is something to do even if nothing happens.
     pub fn due(&self) -> Instant {
-        let others = [self.captures.due(), self.fpm.flows_due()];
+        let others = [self.captures.due(), self.fpm.flows_due(), self.manager.due()];
         others.into_iter().flatten().fold(self.hits.due(), Instant::min)
     }
 
-    /// Keeps neighbours in use alive in Linux, and tries again what found no room, once a period; and does what is due for
-    /// captures and connections.
+    /// Keeps neighbours in use alive in Linux, tries again what found no room, and tells the service manager, once a period;
+    /// and does what is due for captures and connections.
     pub fn tick(&mut self) {
         self.follow_captures();
         self.follow_flows();
         if Instant::now() >= self.hits.due() {
             self.retry();
+            self.manager.status(self.status_line());
         }
+        let heartbeat = self.source.peer.is_none().then(|| self.sentry.last_heartbeat());
+        self.manager.works(Instant::now(), heartbeat);
         if let Err(error) = self.hits.poll(Instant::now(), || self.fpm.take_hits()) {
             tracing::warn!("{error}");
         }

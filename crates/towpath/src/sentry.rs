@@ -107,6 +107,11 @@ impl<T: Guarded> Sentry<T> {
         post.beat();
     }
 
+    /// When rules were last looked at.
+    pub fn last_heartbeat(&self) -> u64 {
+        self.lock().heartbeat
+    }
+
     /// True if there are alarms to take.
     pub fn is_waiting(&self) -> bool {
         !self.lock().waiting.is_empty()

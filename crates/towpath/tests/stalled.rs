@@ -3,6 +3,8 @@
 mod common;
 
 use common::{Beat, Daemon, Net, RIGHT, eventually};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// More than this after the command is a leak, whatever else the machine does.
@@ -38,6 +40,50 @@ fn request(what: u32, pid: i32) {
     // SAFETY: none of the requests used reads or writes memory of this process.
     let done = unsafe { libc::ptrace(what, pid, 0, 0) };
     assert_eq!(done, 0, "ptrace({what}): {}", std::io::Error::last_os_error());
+}
+
+/// The thread of this name.
+fn thread(pid: u32, name: &str) -> u32 {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads");
+    let mut threads = threads.map(|thread| thread.expect("a thread").path());
+    let named =
+        |path: &std::path::PathBuf| std::fs::read_to_string(path.join("comm")).is_ok_and(|it| it.trim() == name);
+    let path = threads.find(named).expect("a thread of this name");
+    path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()).expect("a number")
+}
+
+/// A service manager, as far as a daemon sees one.
+struct Manager(UnixDatagram, PathBuf);
+
+impl Manager {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("towpath-manager-{}", std::process::id()));
+        let socket = UnixDatagram::bind(&path).expect("a socket");
+        socket.set_nonblocking(true).expect("non-blocking");
+        Self(socket, path)
+    }
+
+    /// What has come since it was last asked.
+    fn heard(&self) -> String {
+        let mut buffer = [0; 4096];
+        let messages = std::iter::from_fn(|| self.0.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec()));
+        messages.map(|message| String::from_utf8(message).expect("UTF-8") + "\n").collect()
+    }
+
+    fn hears(&self, word: &str) -> String {
+        let mut heard = String::new();
+        eventually(word, || {
+            heard += &self.heard();
+            heard.contains(word).then_some(())
+        });
+        heard
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.1);
+    }
 }
 
 /// Sets a policy that drops the stream, which must end in time.
@@ -101,4 +147,39 @@ fn policies_hold_while_tables_are_taken_over() {
     assert!(!daemon.log().contains("ready"), "{}", daemon.log());
     with_stopped(&net, &beat, &mut daemon);
     assert_eq!(net.json(&["status"])["adopted"], true);
+}
+
+#[test]
+fn the_service_manager_hears_of_readiness_progress_and_the_end() {
+    /// The watchdog's patience: longer than a heartbeat of the cache manager.
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let net = Net::new();
+    let manager = Manager::new();
+    let patience = PATIENCE.as_micros().to_string();
+    let environment = [("NOTIFY_SOCKET", manager.1.to_str().expect("UTF-8")), ("WATCHDOG_USEC", &patience)];
+    let mut daemon = net.up_with(&["eth0", "eth1"], &environment);
+    let heard = manager.hears("WATCHDOG=1");
+    let ready = heard.find("READY=1\nSTATUS=2 ports, ").expect("it says that it is ready");
+    assert!(ready < heard.find("WATCHDOG=1").expect("just heard") && heard.contains("in sync with Linux"), "{heard}");
+    let main = daemon.pid();
+    for thread in [main, thread(main, "cm")] {
+        let stopped = Stopped::new(thread);
+        // What was under way, and one heartbeat that was not told of yet.
+        std::thread::sleep(PATIENCE / 3 * 2);
+        manager.heard();
+        std::thread::sleep(PATIENCE);
+        let heard = manager.heard();
+        assert!(!heard.contains("WATCHDOG"), "without thread {thread}: {heard}");
+        drop(stopped);
+        manager.hears("WATCHDOG=1");
+    }
+    net.ip("route add 203.0.113.0/24 via 198.51.100.2");
+    manager.hears(&format!("STATUS=2 ports, {} routes", routes(&net)));
+    assert!(daemon.signal(libc::SIGTERM).success());
+    manager.hears("STOPPING=1");
+}
+
+fn routes(net: &Net) -> u64 {
+    let status = net.json(&["status"]);
+    ["ipv4", "ipv6"].iter().map(|family| status["routes"][family].as_u64().expect("a count")).sum()
 }
