@@ -1,9 +1,12 @@
 # The commands a user and a CI need. Each says what it does and may be run twice.
-.PHONY: build setup demo test bench lint
+.PHONY: build deb setup demo test bench lint
 
 build: ## the towpath command, with its BPF programs inside: target/release/towpath
 	scripts/bpf-toolchain.sh
 	cargo build --release
+
+deb: build ## a Debian package of it: target/debian/towpath_*.deb
+	scripts/deb.sh
 
 setup: ## what the tests and the demo need on this machine
 	scripts/setup.sh
