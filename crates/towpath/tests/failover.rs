@@ -40,7 +40,8 @@ const V4: Family = Family { word: "ip", networks: ["192.0.2.", "198.51.100."], b
 const V6: Family =
     Family { word: "ip6", networks: ["2001:db8:1::", "2001:db8:2::"], bits: 64, link_local: "fe80::1/64\n" };
 
-/// What is in a flowtable is found by dumps of all connections, seconds apart, and in a slow machine more.
+/// A fail-over takes many processes. And what is in a flowtable is found by dumps of all connections, which are seconds
+/// apart, and more in a slow machine.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 const INSIDE: usize = 0;
@@ -232,7 +233,7 @@ impl Gateway {
 
     fn becomes(&self, state: &str) {
         let what = format!("{} is told to be {state}", self.node.name());
-        eventually(&what, || (self.states().last()? == state).then_some(()));
+        wait_for(PATIENCE, &what, || (self.states().last()? == state).then_some(())).expect("in time");
     }
 
     fn links(&self, state: &str) {
