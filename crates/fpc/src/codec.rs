@@ -200,6 +200,7 @@ packets! {
     64 => Feedback::Hits(Vec<NeighbourKey>);
     65 => Feedback::Resync(String);
     66 => Feedback::FlowsUsed(Vec<Tuple>);
+    67 => Feedback::FlowsAhead(Vec<Tuple>);
 }
 
 /// Reads a body from front to back.

@@ -60,6 +60,9 @@ pub enum Feedback {
     /// Packets of these connections (original tuples) took the fast path since the last such message: Linux is to keep
     /// them alive.
     FlowsUsed(Vec<Tuple>),
+    /// These TCP connections (original tuples) have carried so much by the fast path that their sequence numbers cannot be
+    /// compared with what Linux has seen.
+    FlowsAhead(Vec<Tuple>),
     /// FPM cannot trust what it has (why, for people): describe everything again, by snapshots.
     Resync(String),
 }

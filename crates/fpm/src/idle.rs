@@ -3,6 +3,9 @@
 //! again, until Linux has accepted a packet of it anew. So what Linux forgets never passes.
 //!
 //! All are looked at in a pass, some at each step, and most by their packet counters alone.
+//!
+//! Linux is also told of TCP connections that are *ahead* of what it has seen: a sequence number is behind or before another
+//! one by their difference modulo 2^32, so that one of 2 GiB later is taken for an old one.
 
 use std::time::{Duration, Instant};
 use towpath_tables::Tuple;
@@ -17,6 +20,8 @@ const STEPS: usize = (PASS.as_millis() / STEP.as_millis()) as usize;
 /// Linux is told of a connection in use at least this often, whatever the timeouts: it may have one of its own.
 const OFTEN: Duration = Duration::from_secs(60);
 const TCP: u32 = 6;
+/// A connection is ahead when a direction has carried so many bytes: half of what makes numbers old.
+pub const AHEAD: u64 = 1 << 30;
 
 /// For how long Linux keeps connections that have no packets, by protocol: the shortest that one may have which Linux handed
 /// over.
@@ -71,13 +76,23 @@ struct Seen {
     told: u32,
     /// It had packets since
     untold: bool,
+    ahead: bool,
+}
+
+/// What Linux is to be told of connections, by their original tuples.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Told {
+    /// They are in use
+    pub used: Vec<Tuple>,
+    /// They have come to be ahead of what Linux has seen
+    pub ahead: Vec<Tuple>,
 }
 
 /// What a step has found.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub(crate) struct Found {
-    /// Original tuples of connections in use
-    pub used: Vec<Tuple>,
+    /// What Linux is to be told
+    pub told: Told,
     /// Indices of those that were not used for too long
     pub idle: Vec<u32>,
 }
@@ -127,21 +142,26 @@ impl Idle {
         let share = records.len().div_ceil(STEPS);
         for (index, (record, seen)) in records.iter().zip(&mut self.seen).enumerate().skip(self.next).take(share) {
             let packets = record.counters.iter().fold(0, |sum: u32, of| sum.wrapping_add(of.packets.load() as u32));
+            let (state, kind) = (record.state.load(), record.state.load() & flow_state::KIND);
+            let original = || AnyKey::of(record, Direction::Original).map(|key| Tuple::from(&key));
             if packets != seen.packets {
-                *seen = Seen { packets, used: time, untold: true, ..*seen };
+                let ahead = kind >> 8 == TCP && record.counters.iter().any(|of| of.bytes.load() >= AHEAD);
+                if ahead && !seen.ahead {
+                    found.told.ahead.extend(original());
+                }
+                *seen = Seen { packets, used: time, untold: true, ahead, ..*seen };
             }
             let (told, used) = (time.wrapping_sub(seen.told), time.wrapping_sub(seen.used));
             if !self.shortest.concern(seen.untold, told, used) {
                 continue;
             }
-            let (state, kind) = (record.state.load(), record.state.load() & flow_state::KIND);
             // What Linux ends it must end in its time: a RST may leave it established, by name, for seconds only
             // (`nf_conntrack_tcp_packet`, net/netfilter/nf_conntrack_proto_tcp.c, 6.1).
             seen.untold &= state & flow_state::CLOSED == 0;
             let limits = if kind >> 8 == TCP { self.tcp } else { self.udp };
             if seen.untold && told >= limits.tell {
                 (seen.told, seen.untold) = (time, false);
-                found.used.extend(AnyKey::of(record, Direction::Original).map(|key| Tuple::from(&key)));
+                found.told.used.extend(original());
             }
             if used >= limits.idle {
                 seen.used = time;

@@ -19,7 +19,7 @@ mod via;
 
 pub use flows::Refused;
 pub use gate::Phase;
-pub use idle::Timeouts;
+pub use idle::{Timeouts, Told};
 pub use inspect::{Explanation, Matched, NexthopState, NexthopUsers, PortState};
 pub use mappings::{End, Mapping, MappingError};
 
@@ -33,7 +33,6 @@ use state::State;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
-use towpath_tables::Tuple;
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::mappings::{self as in_tables, MappingTotals, MappingValue};
@@ -267,16 +266,16 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.idle.set_timeouts(timeouts);
     }
 
-    /// If it is due, looks at some of the connections: gives (by original tuple) those with packets that Linux is to be told
-    /// of, so that it keeps them; makes those Linux's that had none for so long that it may be about to forget them.
-    pub fn take_used_flows(&mut self, now: Instant) -> Vec<Tuple> {
+    /// If it is due, looks at some of the connections: gives those with packets that Linux is to be told of; makes those
+    /// Linux's that had none for so long that it may be about to forget them.
+    pub fn take_used_flows(&mut self, now: Instant) -> Told {
         let tables = &mut self.mirror.tables;
         if tables.flow_count() == 0 {
-            return Vec::new();
+            return Told::default();
         }
         let found = self.idle.step(tables.view().flows(), now);
         found.idle.into_iter().for_each(|index| tables.reject_flow(index));
-        found.used
+        found.told
     }
 
     /// When `settled_flows` or `take_used_flows` has something to do.

@@ -25,12 +25,18 @@ const SLACK: u32 = 50;
 pub trait RefreshConnections {
     /// The connections with these original tuples were used.
     fn refresh(&mut self, used: &[Tuple]) -> Result<(), RefreshError>;
+    /// What Linux has seen acknowledged on the TCP connections with these original tuples is out of date.
+    fn forget_acknowledged(&mut self, ahead: &[Tuple]) -> Result<(), RefreshError>;
 }
 
 /// Over FPC: the cache manager's process reports to Linux.
 impl RefreshConnections for Sender {
     fn refresh(&mut self, used: &[Tuple]) -> Result<(), RefreshError> {
         Ok(self.feedback(Feedback::FlowsUsed(used.to_vec()))?)
+    }
+
+    fn forget_acknowledged(&mut self, ahead: &[Tuple]) -> Result<(), RefreshError> {
+        Ok(self.feedback(Feedback::FlowsAhead(ahead.to_vec()))?)
     }
 }
 
@@ -109,6 +115,10 @@ impl Connections {
 impl RefreshConnections for Connections {
     fn refresh(&mut self, used: &[Tuple]) -> Result<(), RefreshError> {
         self.report(used, Instant::now()).map_err(RefreshError::Connections)
+    }
+
+    fn forget_acknowledged(&mut self, ahead: &[Tuple]) -> Result<(), RefreshError> {
+        self.table.forget_acknowledged(ahead).map_err(RefreshError::Connections)
     }
 }
 

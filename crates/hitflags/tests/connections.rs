@@ -8,13 +8,16 @@ use anyhow::{Context, Result, ensure};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
-use towpath_cm::conntrack::entry::{Entry, status};
+use towpath_cm::conntrack::entry::{ESTABLISHED, Entry, status};
 use towpath_cm::conntrack::{Change, Table};
 use towpath_hitflags::{Connections, RefreshConnections};
-use towpath_lab::{Lab, Node, wait_for};
+use towpath_lab::packet::checksum;
+use towpath_lab::{Frame, Lab, Node, PacketSocket, wait_for};
 use towpath_tables::flow::Tuple;
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// TCP_CONNTRACK_CLOSE
+const CLOSE: u8 = 8;
 const TCP: u32 = 700;
 const UDP: u32 = 40;
 const STREAM: u32 = 150;
@@ -160,5 +163,56 @@ fn a_connection_that_ends_is_left_to_end() -> Result<()> {
     connections.refresh(&[original])?;
     ensure!(is_new(&net.entry(original)?, SHORT), "{:?}", net.entry(original)?);
     drop(there);
+    Ok(())
+}
+
+/// What lies where in a frame of IPv4 without options.
+const ADDRESSES: std::ops::Range<usize> = 26..34;
+const TCP_HEADER: usize = 34;
+const SEQUENCE: std::ops::Range<usize> = TCP_HEADER + 4..TCP_HEADER + 8;
+const FLAGS: usize = TCP_HEADER + 13;
+const CHECKSUM: std::ops::Range<usize> = TCP_HEADER + 16..TCP_HEADER + 18;
+const RST: u8 = 4;
+
+/// The segment as a RST with a number so much later.
+fn reset(segment: &Frame, later: u32) -> Vec<u8> {
+    let mut bytes = segment.bytes.clone();
+    let sequence = u32::from_be_bytes(bytes[SEQUENCE].try_into().expect("four bytes")).wrapping_add(later);
+    bytes[SEQUENCE].copy_from_slice(&sequence.to_be_bytes());
+    bytes[FLAGS] |= RST;
+    bytes[CHECKSUM].fill(0);
+    let length = (bytes.len() - TCP_HEADER) as u16;
+    let sum = checksum(&[&bytes[ADDRESSES], &[0, 6], &length.to_be_bytes(), &bytes[TCP_HEADER..]].concat());
+    bytes[CHECKSUM].copy_from_slice(&sum.to_be_bytes());
+    bytes
+}
+
+/// Who seems to have sent the RST that comes next.
+fn sender_of_reset(socket: &PacketSocket) -> Result<[u8; 4]> {
+    let is_reset = |frame: &Frame| frame.bytes.get(FLAGS).is_some_and(|flags| flags & RST != 0);
+    let frame = socket.receive_matching(LIMIT, is_reset)?.context("no RST")?;
+    Ok(frame.bytes[ADDRESSES][..4].try_into()?)
+}
+
+#[test]
+fn a_reset_ends_a_connection_that_is_ahead_of_what_linux_has_seen() -> Result<()> {
+    const LATER: u32 = 3 << 30;
+    let net = net("hitahead")?;
+    // As it is for each connection that was handed over.
+    net.router.sysctl("net.netfilter.nf_conntrack_tcp_be_liberal", "1")?;
+    let (router, server) = (net.router.packet_socket("in")?, net.server.packet_socket("eth0")?);
+    let client = net.client.packet_socket("eth0")?;
+    let (_here, _there, original) = net.tcp()?;
+    let segment = router.receive_matching(LIMIT, |frame| frame.bytes.ends_with(b"there"))?.context("no segment")?;
+    let state = || net.entry(original).map(|entry| entry.tcp.map(|tcp| tcp.state));
+    // Linux takes it for one from long ago: it has nothing to do with any connection, and is not translated.
+    client.send(&reset(&segment, LATER))?;
+    assert_eq!(sender_of_reset(&server)?, [10, 0, 0, 2]);
+    assert_eq!(state()?, Some(ESTABLISHED));
+    let mut connections = net.router.enter(Connections::open)??;
+    connections.forget_acknowledged(&[tuple(6, 1, 2)?, original])?;
+    client.send(&reset(&segment, LATER))?;
+    assert_eq!(sender_of_reset(&server)?, [192, 0, 2, 1]);
+    assert_eq!(state()?, Some(CLOSE));
     Ok(())
 }

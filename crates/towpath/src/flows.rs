@@ -9,9 +9,8 @@ use towpath_cm::FlowMode;
 use towpath_engine::GraceMethod;
 use towpath_fpc::Feedback;
 use towpath_fpc::codec::Packet;
-use towpath_fpm::Timeouts;
+use towpath_fpm::{Timeouts, Told};
 use towpath_hitflags::{Connections, RefreshConnections};
-use towpath_tables::Tuple;
 
 /// What it means if connections cannot be let pass.
 const STAYING: &str = "connections stay in Linux until its rules change again";
@@ -43,12 +42,12 @@ impl Wanted {
     }
 }
 
-/// Who tells Linux which connections are in use.
+/// Who tells Linux about connections.
 pub enum Keeper {
     /// None are taken
     Nobody,
     /// A thread of this process
-    Local(Sender<Vec<Tuple>>),
+    Local(Sender<Feedback>),
     /// The cache manager at the other end of a socket
     Remote(Peer),
 }
@@ -57,10 +56,15 @@ impl Keeper {
     /// Starts the thread. Linux takes its time for each connection, so nobody waits for it.
     pub fn local() -> Result<Self> {
         let mut connections = Connections::open()?;
-        let (sender, waiting) = channel::<Vec<Tuple>>();
+        let (sender, waiting) = channel();
         thread("conntrack", move || {
-            for used in waiting {
-                if let Err(error) = connections.refresh(&used) {
+            for feedback in waiting {
+                let told = match feedback {
+                    Feedback::FlowsUsed(used) => connections.refresh(&used),
+                    Feedback::FlowsAhead(ahead) => connections.forget_acknowledged(&ahead),
+                    Feedback::Hits(_) | Feedback::Resync(_) => Ok(()),
+                };
+                if let Err(error) = told {
                     tracing::warn!("{error}");
                 }
             }
@@ -68,13 +72,13 @@ impl Keeper {
         Ok(Self::Local(sender))
     }
 
-    /// These are in use.
-    pub fn keep(&self, used: Vec<Tuple>) {
+    /// Tells it, if it is about connections.
+    pub fn tell(&self, feedback: Feedback) {
         match self {
             Self::Nobody => {}
             // The thread ends with this process.
-            Self::Local(thread) => drop(thread.send(used)),
-            Self::Remote(peer) => peer.send(Packet::Feedback(Feedback::FlowsUsed(used))),
+            Self::Local(thread) => drop(thread.send(feedback)),
+            Self::Remote(peer) => peer.send(Packet::Feedback(feedback)),
         }
     }
 }
@@ -112,9 +116,12 @@ impl Daemon {
             self.flows.timeouts_due = now + READ_TIMEOUTS;
             self.fpm.set_flow_timeouts(timeouts());
         }
-        let used = self.fpm.take_used_flows(now);
+        let Told { used, ahead } = self.fpm.take_used_flows(now);
         if !used.is_empty() {
-            self.flows.keeper.keep(used);
+            self.flows.keeper.tell(Feedback::FlowsUsed(used));
+        }
+        if !ahead.is_empty() {
+            self.flows.keeper.tell(Feedback::FlowsAhead(ahead));
         }
         self.log_full_flows();
     }

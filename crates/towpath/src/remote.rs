@@ -253,7 +253,9 @@ fn listen(
                         tracing::warn!("{error}");
                     }
                 }
-                Packet::Feedback(Feedback::FlowsUsed(used)) => connections.keep(used),
+                Packet::Feedback(feedback @ (Feedback::FlowsUsed(_) | Feedback::FlowsAhead(_))) => {
+                    connections.tell(feedback);
+                }
                 Packet::Ack(_) => drop(hurry.send(Urgent::Acknowledged)),
                 Packet::Message(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,

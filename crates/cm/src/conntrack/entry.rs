@@ -38,6 +38,8 @@ pub mod status {
 pub const ESTABLISHED: u8 = 3;
 /// IP_CT_TCP_FLAG_BE_LIBERAL: sequence numbers outside of the window do not matter
 const BE_LIBERAL: u8 = 8;
+/// IP_CT_TCP_FLAG_MAXACK_SET: it is known what this end has acknowledged
+const MAXACK_SET: u8 = 0x20;
 
 /// Attributes of an entry, CTA_*.
 mod cta {
@@ -225,7 +227,17 @@ pub fn named(original: &Tuple) -> Vec<u8> {
 
 /// Attribute that has windows no longer checked, in both directions.
 pub fn liberal() -> Vec<u8> {
-    let flags = TCP_FLAGS.map(|kind| attr(kind, &[BE_LIBERAL, BE_LIBERAL])).concat();
+    tcp_flags(BE_LIBERAL, BE_LIBERAL)
+}
+
+/// Attribute that has nothing known of what was acknowledged, in both directions.
+pub fn unacknowledged() -> Vec<u8> {
+    tcp_flags(0, MAXACK_SET)
+}
+
+/// Attribute that sets the flags under a mask, in both directions.
+fn tcp_flags(flags: u8, mask: u8) -> Vec<u8> {
+    let flags = TCP_FLAGS.map(|kind| attr(kind, &[flags, mask])).concat();
     attr(cta::PROTOINFO | NESTED, &attr(PROTOINFO_TCP | NESTED, &flags))
 }
 

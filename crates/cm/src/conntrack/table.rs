@@ -98,10 +98,24 @@ impl Table {
     /// # Errors
     /// The first refusal, after all changes have been asked for.
     pub fn change(&mut self, changes: &[Change]) -> Result<usize, CmError> {
+        self.write(changes.iter().map(body).collect())
+    }
+
+    /// Has a RST of these TCP connections, by original tuple, no longer compared with what was acknowledged before
+    /// (`nf_conntrack_tcp_packet`): it ends them whatever its number is. Linux's own flowtable does so when it lets go of a
+    /// connection (net/netfilter/nf_flow_table_core.c, 6.14). Those that are gone are passed over.
+    ///
+    /// # Errors
+    /// As for `change`.
+    pub fn forget_acknowledged(&mut self, originals: &[Tuple]) -> Result<(), CmError> {
+        let body = |original| [entry::named(original), entry::unacknowledged()].concat();
+        self.write(originals.iter().map(body).collect()).map(drop)
+    }
+
+    fn write(&mut self, bodies: Vec<Vec<u8>>) -> Result<usize, CmError> {
         let (mut gone, mut refused) = (0, None);
-        for changes in changes.chunks(BATCH) {
-            let bodies: Vec<_> = changes.iter().map(body).collect();
-            self.netlink.batch("changing conntrack entries", NEW, NLM_F_ACK, &bodies, |_, answer| {
+        for bodies in bodies.chunks(BATCH) {
+            self.netlink.batch("changing conntrack entries", NEW, NLM_F_ACK, bodies, |_, answer| {
                 match answer {
                     Err(error) if is_gone(&error) => gone += 1,
                     Err(error) => drop(refused.get_or_insert(error)),

@@ -203,6 +203,7 @@ fn packet() -> impl Strategy<Value = Packet> {
         8 => message.prop_map(Packet::Message),
         1 => prop::collection::vec(neighbour_key(), 0..5).prop_map(|keys| Packet::Feedback(Feedback::Hits(keys))),
         1 => prop::collection::vec(tuple(), 0..5).prop_map(|used| Packet::Feedback(Feedback::FlowsUsed(used))),
+        1 => prop::collection::vec(tuple(), 0..5).prop_map(|ahead| Packet::Feedback(Feedback::FlowsAhead(ahead))),
         1 => ".{0,30}".prop_map(|why| Packet::Feedback(Feedback::Resync(why))),
     ]
 }

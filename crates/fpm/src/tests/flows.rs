@@ -1,7 +1,7 @@
 //! Connections: which are in the tables, when they pass, and which are in use.
 
 use super::*;
-use crate::idle::PASS;
+use crate::idle::{AHEAD, PASS};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
 use towpath_tables::flow::acceptance;
@@ -203,6 +203,8 @@ struct Used {
     fixture: Fixture,
     flows: [Connection; 2],
     now: Instant,
+    /// Of which Linux was told that they are ahead
+    ahead: Vec<Tuple>,
 }
 
 const TIMEOUTS: Timeouts = Timeouts { tcp: Duration::from_secs(40), udp: Duration::from_secs(20) };
@@ -213,7 +215,7 @@ impl Used {
         fixture.open();
         fixture.fpm.set_flow_timeouts(TIMEOUTS);
         flows.into_iter().for_each(|flow| fixture.fpm.apply(Message::Flow(flow)));
-        let mut used = Self { fixture, flows, now: Instant::now() };
+        let mut used = Self { fixture, flows, now: Instant::now(), ahead: Vec::new() };
         used.accept();
         used.pass(Duration::from_secs(2), [0, 0]);
         used
@@ -252,7 +254,9 @@ impl Used {
                     view.flows()[self.index(flow)].counters[flow].packets.add(packets[flow]);
                 }
             }
-            told.extend(self.fixture.fpm.take_used_flows(self.now));
+            let Told { used, ahead } = self.fixture.fpm.take_used_flows(self.now);
+            told.extend(used);
+            self.ahead.extend(ahead);
             self.now += Duration::from_millis(50);
         }
         self.flows.map(|flow| told.iter().filter(|told| **told == flow.original).count())
@@ -315,6 +319,26 @@ fn what_became_another_connection_is_looked_at_as_such() {
     let told = used.pass(Duration::from_secs(4), [0, 0]);
     assert!(told[0] <= 1, "{told:?}");
     assert_eq!(used.pass(Duration::from_secs(24), [1, 0])[0], 2);
+}
+
+#[test]
+fn linux_is_told_once_of_a_tcp_connection_that_is_ahead_of_it() {
+    let mut used = Used::new();
+    let carry = |used: &Used, bytes| {
+        let view = used.fixture.fpm.tables().view();
+        [0, 1].into_iter().for_each(|flow| view.flows()[used.index(flow)].counters[1].bytes.add(bytes));
+    };
+    carry(&used, AHEAD - 1);
+    used.pass(Duration::from_secs(4), [1, 1]);
+    used.pass(Duration::from_secs(4), [0, 0]);
+    assert_eq!(used.ahead, []);
+    carry(&used, 1);
+    used.pass(Duration::from_secs(4), [0, 0]);
+    assert_eq!(used.ahead, [], "without a packet it is where it was");
+    used.pass(Duration::from_secs(4), [1, 1]);
+    assert_eq!(used.ahead, [used.flows[0].original]);
+    used.pass(Duration::from_secs(70), [1, 1]);
+    assert_eq!(used.ahead.len(), 1);
 }
 
 #[test]
@@ -428,7 +452,7 @@ fn a_million_connections() {
         fpm.tables().view().flows().iter().for_each(|flow| flow.counters[0].packets.add(packets));
         let (start, end, mut used) = (busy(), now + PASS, 0);
         while now < end {
-            used += fpm.take_used_flows(now).len();
+            used += fpm.take_used_flows(now).used.len();
             now += Duration::from_millis(50);
         }
         let share = (busy() - start).as_secs_f64() / PASS.as_secs_f64();
