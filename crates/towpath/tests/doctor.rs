@@ -32,6 +32,20 @@ fn stops(said: &Value) -> Vec<(String, String)> {
     stops.map(|finding| (text(&finding["about"]), text(&finding["check"]))).collect()
 }
 
+/// Whether this kernel tells what devices can do with XDP (from 6.3 on).
+fn tells_features(said: &Value) -> bool {
+    trouble(said, "kernel", "xdp-features").is_empty()
+}
+
+/// The port's driver has native XDP, or the kernel does not tell.
+fn may_have_native(said: &Value, port: &str) {
+    let trouble = trouble(said, port, "native-xdp");
+    match tells_features(said) {
+        true => assert!(trouble.is_empty(), "{said:#}"),
+        false => assert!(trouble.iter().all(|finding| finding["state"] == "unknown"), "{said:#}"),
+    }
+}
+
 const PORTS: [&str; 2] = ["eth0", "eth1"];
 
 #[test]
@@ -47,8 +61,9 @@ fn a_router_where_nothing_is_in_the_way_is_well_with_and_without_an_instance() {
         assert!(findings(&said).iter().any(well), "{about} {check}: {said:#}");
     }
     for port in PORTS {
-        let (tcp, native) = (trouble(&said, port, "tcp-aggregation"), trouble(&said, port, "native-xdp"));
-        assert!(tcp[0]["effect"].as_str().unwrap().contains("lose to Linux") && native.is_empty(), "{said:#}");
+        let tcp = trouble(&said, port, "tcp-aggregation");
+        assert!(tcp[0]["effect"].as_str().unwrap().contains("lose to Linux"), "{said:#}");
+        may_have_native(&said, port);
     }
     let daemon = net.up(&["--flows", "established", "eth0"]);
     let (said, good) = doctor(&net, &[]);
@@ -184,13 +199,16 @@ fn what_a_device_cannot_do_is_found_and_gone_when_it_is_mended() {
     net.router.sh("ip link set eth2 up; ip link set far2 up; ethtool -K far2 gro on").expect("eth2");
     let ports = ["eth0", "eth2"];
     let (said, good) = doctor(&net, &ports);
-    let native = trouble(&said, "eth2", "native-xdp");
-    assert!(!good && native[0]["state"] == "stops", "{said:#}");
-    assert!(native[0]["found"].as_str().unwrap().contains("transmit queues"), "{said:#}");
-    assert_eq!(native[0]["remedy"], "towpath up --generic eth2");
+    if tells_features(&said) {
+        let native = trouble(&said, "eth2", "native-xdp");
+        assert!(!good && native[0]["state"] == "stops", "{said:#}");
+        assert!(native[0]["found"].as_str().unwrap().contains("transmit queues"), "{said:#}");
+        assert_eq!(native[0]["remedy"], "towpath up --generic eth2");
+    }
     net.exec("ethtool -L far2 tx 1");
     let (said, good) = doctor(&net, &ports);
-    assert!(good && trouble(&said, "eth2", "native-xdp").is_empty(), "{said:#}");
+    may_have_native(&said, "eth2");
+    assert!(good, "{said:#}");
 
     net.exec("ethtool -L eth2 rx 1");
     let (said, good) = doctor(&net, &ports);
@@ -205,7 +223,9 @@ fn what_a_device_cannot_do_is_found_and_gone_when_it_is_mended() {
     assert!(!good && transmit[0]["state"] == "stops", "{said:#}");
     net.router.sh(&transmit[0]["remedy"].as_str().expect("a command").replace("PEER", "far2")).expect("mended");
     let (said, good) = doctor(&net, &ports);
-    assert!(good && trouble(&said, "eth2", "transmit").is_empty(), "{said:#}");
+    // Before 6.3 no kernel redirects frames of several buffers.
+    let slower = trouble(&said, "eth2", "transmit").iter().all(|finding| finding["state"] == "slower");
+    assert!(good && slower, "{said:#}");
 }
 
 #[test]
@@ -220,7 +240,7 @@ fn others_that_use_the_port_are_found() {
     let (said, good) = doctor(&net, &PORTS);
     let policy = trouble(&said, "eth0", "policy");
     assert!(!good && policy[0]["found"].as_str().unwrap().starts_with("capture: "), "{said:#}");
-    assert!(trouble(&said, "eth1", "native-xdp").is_empty(), "{said:#}");
+    may_have_native(&said, "eth1");
     drop(capture);
     let (said, good) = doctor(&net, &PORTS);
     assert!(good && stops(&said).is_empty(), "{said:#}");
