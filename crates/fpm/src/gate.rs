@@ -46,10 +46,10 @@ enum State {
 }
 
 impl Gate {
-    /// Takes in the rules in force, and whether neighbours are known as they were when these began, or later; true if
-    /// connections must no longer pass, as of now.
-    pub fn govern(&mut self, rules: BTreeSet<u32>, neighbours: bool, now: Instant) -> bool {
-        let new = !rules.is_subset(&self.rules) || self.state == State::Behind;
+    /// Takes in the rules in force, whether something has gone that had a say in what they accepted (`freed`), and whether
+    /// neighbours are known as they were when these began, or later; true if connections must no longer pass, as of now.
+    pub fn govern(&mut self, rules: BTreeSet<u32>, freed: bool, neighbours: bool, now: Instant) -> bool {
+        let new = freed || !rules.is_subset(&self.rules) || self.state == State::Behind;
         self.rules = rules;
         self.state = match (self.rules.is_empty(), neighbours) {
             (true, _) => State::Shut,
@@ -118,25 +118,25 @@ mod tests {
     #[test]
     fn it_opens_when_what_was_on_its_way_has_left() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        assert!(gate.govern(rules(&[1]), true, begin));
+        assert!(gate.govern(rules(&[1]), false, true, begin));
         assert_eq!((gate.due(), gate.settled(begin)), (Some(begin + SETTLE), None));
         let change = gate.settled(begin + SETTLE).expect("due");
         assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None), "waited for once");
         assert!(!is_open(&gate));
         assert!(gate.open(change) && is_open(&gate));
         assert!(!gate.open(change), "opened once");
-        assert!(!gate.govern(rules(&[1]), true, begin) && is_open(&gate), "nothing is new");
+        assert!(!gate.govern(rules(&[1]), false, true, begin) && is_open(&gate), "nothing is new");
     }
 
     #[test]
     fn a_change_meanwhile_starts_the_wait_anew() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        gate.govern(rules(&[1]), true, begin);
+        gate.govern(rules(&[1]), false, true, begin);
         let later = begin + SETTLE / 2;
-        assert!(gate.govern(rules(&[2]), true, later));
+        assert!(gate.govern(rules(&[2]), false, true, later));
         assert_eq!(gate.settled(begin + SETTLE), None);
         let stale = gate.settled(later + SETTLE).expect("due");
-        assert!(gate.govern(rules(&[3]), true, later + SETTLE));
+        assert!(gate.govern(rules(&[3]), false, true, later + SETTLE));
         assert!(!gate.open(stale) && !is_open(&gate), "of another change");
         opened(&mut gate, later + SETTLE);
     }
@@ -144,27 +144,37 @@ mod tests {
     #[test]
     fn it_stays_shut_while_neighbours_are_to_be_told() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        assert!(gate.govern(rules(&[1]), false, begin));
+        assert!(gate.govern(rules(&[1]), false, false, begin));
         assert_eq!((gate.due(), gate.settled(begin + SETTLE)), (None, None));
         let later = begin + SETTLE;
-        assert!(gate.govern(rules(&[1]), true, later));
+        assert!(gate.govern(rules(&[1]), false, true, later));
         assert_eq!(gate.settled(later), None, "packets have to leave from now on");
         opened(&mut gate, later);
-        assert!(gate.govern(rules(&[1]), false, later) && !is_open(&gate), "they are read anew");
-        assert!(gate.govern(rules(&[]), false, later));
-        assert!(gate.govern(rules(&[1]), true, later));
+        assert!(gate.govern(rules(&[1]), false, false, later) && !is_open(&gate), "they are read anew");
+        assert!(gate.govern(rules(&[]), false, false, later));
+        assert!(gate.govern(rules(&[1]), false, true, later));
         opened(&mut gate, later);
+    }
+
+    #[test]
+    fn what_was_accepted_beside_something_that_has_gone_counts_no_longer() {
+        let (mut gate, begin) = (Gate::default(), Instant::now());
+        gate.govern(rules(&[1]), false, true, begin);
+        opened(&mut gate, begin);
+        assert!(gate.govern(rules(&[1]), true, true, begin) && !is_open(&gate));
+        opened(&mut gate, begin);
+        assert!(!gate.govern(rules(&[1]), false, true, begin) && is_open(&gate));
     }
 
     #[test]
     fn rules_that_go_shut_nothing_unless_they_were_the_last() {
         let (mut gate, begin) = (Gate::default(), Instant::now());
-        gate.govern(rules(&[1, 2]), true, begin);
+        gate.govern(rules(&[1, 2]), false, true, begin);
         opened(&mut gate, begin);
-        assert!(!gate.govern(rules(&[2]), true, begin) && is_open(&gate));
-        assert!(gate.govern(rules(&[1, 2]), true, begin), "one that comes back may not be the same");
+        assert!(!gate.govern(rules(&[2]), false, true, begin) && is_open(&gate));
+        assert!(gate.govern(rules(&[1, 2]), false, true, begin), "one that comes back may not be the same");
         opened(&mut gate, begin);
-        assert!(gate.govern(rules(&[]), true, begin) && !is_open(&gate));
+        assert!(gate.govern(rules(&[]), false, true, begin) && !is_open(&gate));
         assert_eq!(gate.due(), None, "nobody is to pass");
     }
 }

@@ -176,7 +176,8 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
             return Progress::Nothing;
         }
         // First of all: rules that are new may be about connections that pass.
-        if self.gate.govern(self.state.rules(), self.state.knows_neighbours(), Instant::now()) {
+        let freed = self.state.take_freed();
+        if self.gate.govern(self.state.rules(), freed, self.state.knows_neighbours(), Instant::now()) {
             self.mirror.tables.close_flows();
         }
         let published = self.mirror.sync(&mut self.state, go_on);

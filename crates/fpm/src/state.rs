@@ -44,6 +44,12 @@ impl Changes {
     }
 }
 
+/// Whether no connection passes the policy, and it may change packets, decide about them, or hold them.
+fn shapes(policy: &Policy) -> bool {
+    use PolicySource::{Nftables, Tc, Xfrm, Xtables};
+    policy.flows.is_none() && matches!(policy.source, Nftables | Tc | Xfrm | Xtables)
+}
+
 /// Everything known.
 #[derive(Default)]
 pub(crate) struct State {
@@ -72,6 +78,8 @@ pub(crate) struct State {
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
     refused_sources: BTreeSet<Prefix>,
     changes: Changes,
+    /// See `take_freed`
+    freed: bool,
 }
 
 /// Why a via leads nowhere, or its next hops.
@@ -385,8 +393,19 @@ impl State {
 
     fn remove_policy(&mut self, policy: &Policy) {
         if self.policies.remove(policy).is_some() {
-            self.policy_changed(policy.scope);
+            self.policy_gone(policy);
         }
+    }
+
+    fn policy_gone(&mut self, policy: &Policy) {
+        self.freed |= shapes(policy) && !self.policies().any(|other| other == policy);
+        self.policy_changed(policy.scope);
+    }
+
+    /// Whether something that no connection passes, and that may have had a say in what Linux's rules accepted, has gone since
+    /// the last call.
+    pub fn take_freed(&mut self) -> bool {
+        std::mem::take(&mut self.freed)
     }
 
     fn alarm(&mut self, alarm: Alarm) {
@@ -397,7 +416,7 @@ impl State {
     fn end_alarms(&mut self, last: AlarmId) {
         let ended = |id: &AlarmId| id.source == last.source && *id <= last;
         let over = self.alarms.extract_if(.., |id, _| ended(id)).flat_map(|(_, policies)| policies);
-        over.collect::<Vec<_>>().iter().for_each(|policy| self.policy_changed(policy.scope));
+        over.collect::<Vec<_>>().iter().for_each(|policy| self.policy_gone(policy));
     }
 
     /// The policies in force: those of snapshots and those of alarms.

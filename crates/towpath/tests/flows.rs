@@ -2,10 +2,13 @@
 //! past what Linux would have let through.
 
 mod common;
+#[path = "flows/queue.rs"]
+mod queue;
 #[path = "flows/support.rs"]
 mod support;
 
 use common::{DEADLINE, Daemon, LEFT, Net, RIGHT, RIGHT6, eventually};
+use queue::Queue;
 use std::net::{Shutdown, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -197,6 +200,60 @@ fn what_waited_for_its_neighbour_does_not_count_for_new_rules() {
     let (length, _) = server.recv_from(&mut packet).expect("as with Linux alone");
     assert_eq!(&packet[..length], b"waits");
     eventually("the neighbour is known", || {
+        client.send(b"more").expect("sent");
+        (net.exceptions("flow-waiting") >= 20).then_some(())
+    });
+    let found = flow(&net, 4000).expect("it is known");
+    assert_eq!((&found["original"]["state"], fast_packets(&found)), (&"waiting".into(), fast), "{found}");
+    server.set_nonblocking(true).expect("set");
+    assert!(server.recv_from(&mut packet).is_err(), "the rule drops it");
+}
+
+/// A packet that a program has held since before the rules changed goes on by the old ones, but nothing follows it.
+#[test]
+fn what_a_program_held_does_not_count_for_new_rules() {
+    let net = firewall();
+    let _daemon = up(&net);
+    let server = net.right.enter(|| UdpSocket::bind((RIGHT, 7002))).expect("in the node").expect("bound");
+    let client = net.left.enter(|| UdpSocket::bind((LEFT, 4000))).expect("in the node").expect("bound");
+    client.connect((RIGHT, 7002)).expect("connected");
+    [&server, &client].iter().for_each(|socket| socket.set_read_timeout(Some(DEADLINE)).expect("set"));
+    eventually("the connection goes fast", || {
+        client.send(b"there").expect("sent");
+        let (_, from) = server.recv_from(&mut [0; 8]).expect("a packet");
+        server.send_to(b"back", from).expect("sent");
+        client.recv(&mut [0; 8]).expect("an answer");
+        is_fast(&flow(&net, 4000)?).then_some(())
+    });
+    let packets = || fast_packets(&flow(&net, 4000).expect("it is known"));
+    let fast = packets();
+
+    let queue = Queue::listen(&net.router);
+    let rule = "insert rule inet filter forward udp dport 7002 queue num 0";
+    if !supported("queues of nftables", || net.router.run(["nft", rule]).map(drop)) {
+        return;
+    }
+    client.send(b"held").expect("sent");
+    let held = queue.packet();
+    let rules = net.exec("nft -a list chain inet filter forward");
+    let line = rules.lines().find(|line| line.contains("queue")).expect("the rule");
+    let handle = line.rsplit(' ').next().expect("a handle");
+    let instead =
+        format!("delete rule inet filter forward handle {handle}; insert rule inet filter forward udp dport 7002 drop");
+    net.router.run(["nft", &instead]).expect("rules");
+    let says = |text: &str| net.json(&["status"])["policies"].to_string().contains(text);
+    eventually("the rules have changed", || (!says("chain forward: queue")).then_some(()));
+    eventually("they are not new any more", || (net.json(&["status"])["flows"]["gate"] == "open").then_some(()));
+    assert!(says("netfilter queue 0: a program may hold packets"));
+    queue.accept(held);
+    let mut packet = [0; 8];
+    let (length, _) = server.recv_from(&mut packet).expect("as with Linux alone");
+    assert_eq!(&packet[..length], b"held");
+    drop(queue);
+
+    let other = Pulse::between(&net.left, &net.right, (RIGHT6, 7003));
+    other.becomes_fast(&net);
+    eventually("the rest is Linux's", || {
         client.send(b"more").expect("sent");
         (net.exceptions("flow-waiting") >= 20).then_some(())
     });

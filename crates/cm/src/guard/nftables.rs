@@ -10,6 +10,7 @@ mod bits;
 mod hooks;
 mod meet;
 mod packet;
+mod queues;
 mod ruleset;
 mod xt;
 
@@ -20,6 +21,7 @@ use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nl::{Netlink, Wakeup};
+use queues::Queues;
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -49,6 +51,7 @@ pub struct Nftables {
     asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
+    queues: Queues,
     flows: FlowMode,
 }
 
@@ -67,6 +70,7 @@ impl Nftables {
         Ok(Self {
             wakeup: Wakeup::join(NETLINK_NETFILTER, &[GROUP]).map_err(open)?,
             hooks: Hooks::new(&mut netlink)?,
+            queues: Queues::new()?,
             netlink,
             generation: Generation::Unknown,
             asked: Instant::now(),
@@ -133,6 +137,9 @@ impl Watcher for Nftables {
         };
         let mut findings = self.ruleset.findings(ports, flows, self.flows);
         findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
+        if findings.iter().any(|finding| finding.flows.is_some()) {
+            findings.extend(self.queues.findings()?);
+        }
         Ok(findings)
     }
 }

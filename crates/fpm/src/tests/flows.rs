@@ -166,6 +166,22 @@ fn new_rules_stop_connections_at_once() {
 }
 
 #[test]
+fn what_was_accepted_beside_a_policy_that_goes_does_not_count() {
+    let mut fixture = Fixture::with_rules(1);
+    let passed = || Message::Policy(rules(Some(1)));
+    let held = || Message::Policy(Policy { detail: "held".into(), ..rules(None) });
+    fixture.snapshot(POLICIES, [passed(), held()]);
+    assert!(fixture.open());
+    let id = AlarmId { source: PolicySource::Nftables, number: 1 };
+    let Message::Policy(policy) = held() else { unreachable!() };
+    fixture.batch([Message::Alarm(Alarm { id, policies: vec![policy] }), Message::AlarmOver(id)]);
+    assert!(!is_closed(&fixture.fpm), "it is still there");
+    fixture.snapshot(POLICIES, [passed()]);
+    assert!(is_closed(&fixture.fpm));
+    assert!(fixture.open());
+}
+
+#[test]
 fn nothing_passes_while_neighbours_are_read_anew() {
     for family in [Family::V4, Family::V6] {
         let mut fixture = Fixture::with_rules(1);

@@ -10,6 +10,7 @@ use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
 use super::super::{FAMILIES, Finding};
 use super::header;
 use crate::error::CmError;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -150,18 +151,22 @@ impl Ipvs {
 
     /// Whether there are services. The file has three lines of heading; without the module there is no file.
     fn serves(&self) -> Result<bool, CmError> {
-        let flags = libc::O_RDONLY | libc::O_CLOEXEC;
-        // SAFETY: the name is a string with its NUL, and the directory is open.
-        let fd = unsafe { libc::openat(self.directory.as_raw_fd(), c"ip_vs".as_ptr(), flags) };
         let what = "/proc/net/ip_vs";
-        if fd < 0 {
-            let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::NotFound { Ok(false) } else { Err(CmError::io(what, error)) };
-        }
-        // SAFETY: the call has just made this descriptor, and nothing else owns it.
-        let file = unsafe { File::from_raw_fd(fd) };
+        let Some(file) = open_at(&self.directory, c"ip_vs", what)? else { return Ok(false) };
         Ok(io::read_to_string(file).map_err(|e| CmError::io(what, e))?.lines().count() > 3)
     }
+}
+
+/// Opens a file for reading, if there is one of this name in the directory.
+pub fn open_at(directory: &OwnedFd, name: &CStr, what: &str) -> Result<Option<File>, CmError> {
+    // SAFETY: the name is a string with its NUL, and the directory is open.
+    let fd = unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        let error = io::Error::last_os_error();
+        return if error.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(CmError::io(what, error)) };
+    }
+    // SAFETY: the call has just made this descriptor, and nothing else owns it.
+    Ok(Some(unsafe { File::from_raw_fd(fd) }))
 }
 
 #[cfg(test)]
