@@ -20,7 +20,7 @@ policies netfilter_holds_for_the_stream what_does_not_concern_forwarding_leaves_
 tunnels
 engine
 decisions
-flows a_flowtable_hands_connections_over transfers_through_nat_are_whole_and_fast a_rule_that_drops_a_connection_stops_it
+flows a_flowtable_hands_connections_over what_a_program_held_does_not_count_for_new_rules transfers_through_nat_are_whole_and_fast a_rule_that_drops_a_connection_stops_it
 vlans
 gateway files_are_sent_and_fetched_by_ftp
 user workers_forward_and_down_gives_back_to_linux_without_loss several_workers_and_queues_lose_nothing
@@ -108,7 +108,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact -- bash -c "$guest" vm "$@" &
+            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact,nfnetlink_queue,nft_queue -- bash -c "$guest" vm "$@" &
     done
     wait
 }
