@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+use common::{LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
 
 #[test]
 fn up_forwards_fast_and_down_gives_back_to_linux_without_loss() {
@@ -226,18 +226,4 @@ fn a_port_whose_peer_cannot_receive_what_is_redirected_is_left_to_linux() {
     gro("on");
     net.flows(100);
     stream.finish_complete();
-}
-
-#[test]
-fn a_service_manager_is_told() {
-    use std::os::unix::net::UnixDatagram;
-    let net = Net::new();
-    let path = std::env::temp_dir().join(format!("{}.notify", net.router.netns()));
-    let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(DEADLINE)).unwrap();
-    let _daemon = net.up_with(&["eth0", "eth1"], &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
-    let mut buffer = [0; 64];
-    let length = socket.recv(&mut buffer).expect("a notice");
-    assert_eq!(&buffer[..length], b"READY=1");
-    std::fs::remove_file(path).unwrap();
 }
