@@ -409,8 +409,8 @@ pub trait Passing {
     /// Brings a transport checksum up to date after a change of addresses that it covers, whether it is complete or left to
     /// a device; `zero_is_none`: there is none if it is 0. False if it could not be done.
     fn cover(&mut self, offset: usize, change: Change, zero_is_none: bool) -> bool;
-    /// Puts another port, as on the wire, there, and brings up to date the transport checksum at `checksum`, which covers it: not if it is left to
-    /// a device, nor if there is none. False if that could not be done.
+    /// Puts another port, as on the wire, there, and brings up to date the transport checksum at `checksum`, which covers
+    /// it: not if it is left to a device, nor if there is none. False if that could not be done.
     fn set_port(&mut self, offset: usize, port: u16, checksum: usize, zero_is_none: bool) -> bool;
     /// The EtherType of the packet
     fn ethertype(&self) -> u16;
