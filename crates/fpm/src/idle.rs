@@ -142,10 +142,9 @@ impl Idle {
         let share = records.len().div_ceil(STEPS);
         for (index, (record, seen)) in records.iter().zip(&mut self.seen).enumerate().skip(self.next).take(share) {
             let packets = record.counters.iter().fold(0, |sum: u32, of| sum.wrapping_add(of.packets.load() as u32));
-            let (state, kind) = (record.state.load(), record.state.load() & flow_state::KIND);
             let original = || AnyKey::of(record, Direction::Original).map(|key| Tuple::from(&key));
             if packets != seen.packets {
-                let ahead = kind >> 8 == TCP && record.counters.iter().any(|of| of.bytes.load() >= AHEAD);
+                let ahead = record.counters.iter().any(|of| of.bytes.load() >= AHEAD) && kind(record) >> 8 == TCP;
                 if ahead && !seen.ahead {
                     found.told.ahead.extend(original());
                 }
@@ -155,6 +154,7 @@ impl Idle {
             if !self.shortest.concern(seen.untold, told, used) {
                 continue;
             }
+            let (state, kind) = (record.state.load(), kind(record));
             // What Linux ends it must end in its time: a RST may leave it established, by name, for seconds only
             // (`nf_conntrack_tcp_packet`, net/netfilter/nf_conntrack_proto_tcp.c, 6.1).
             seen.untold &= state & flow_state::CLOSED == 0;
@@ -171,4 +171,9 @@ impl Idle {
         self.next = if self.next + share < records.len() { self.next + share } else { 0 };
         found
     }
+}
+
+/// Its protocol and family, as `flow_state::KIND` has them.
+fn kind(record: &Flow) -> u32 {
+    record.state.load() & flow_state::KIND
 }
