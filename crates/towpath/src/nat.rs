@@ -1,5 +1,5 @@
-//! `towpath nat`: mappings of addresses and of their ports, asked for by the operator and kept by FPM in the tables. What goes by Linux is
-//! translated by tc programs on the ports, so those come before a port's first mapping and go after its last.
+//! `towpath nat`: mappings of addresses and of their ports, asked for by the operator and kept by FPM in the tables. What
+//! goes by Linux is translated by tc programs on the ports, so those come before a port's first mapping and go after its last.
 
 use crate::cli::{Nat, NatMapping, Output, Protocol};
 use crate::control::{self, Request};
@@ -8,6 +8,7 @@ use crate::explain::Names;
 use crate::read;
 use crate::report;
 use crate::text::table;
+use crate::words;
 use anyhow::{Context, Result, bail};
 use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::Prefix;
@@ -36,12 +37,8 @@ fn list(output: Output) -> Result<()> {
 fn text(mappings: &report::Mappings) -> String {
     let row = |mapping: &report::Mapping| {
         let way = |of: &report::MappingWay| [of.packets, of.bytes, of.dropped].map(|number| number.to_string());
-        let protocol = match mapping.protocol {
-            None => "",
-            Some(Protocol::Tcp) => "tcp",
-            Some(Protocol::Udp) => "udp",
-        };
-        let names = [&mapping.port, protocol, &mapping.inside, &mapping.outside].map(str::to_owned);
+        let protocol = mapping.protocol.map_or_else(String::new, |protocol| words::transport(protocol.number()));
+        let names = [&mapping.port, &protocol, &mapping.inside, &mapping.outside].map(String::clone);
         [&names[..], &way(&mapping.out), &way(&mapping.r#in)].concat()
     };
     let ways = [">out packets", ">bytes", ">dropped", ">in packets", ">bytes", ">dropped"];
