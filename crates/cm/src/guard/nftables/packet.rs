@@ -8,6 +8,7 @@ use super::super::netfilter::pf;
 use super::super::nl::{be32, find};
 use super::bits::Byte;
 use towpath_tables::record::Family;
+use towpath_wire::ethernet as ethertype;
 use towpath_wire::transport::{Tcp, protocol};
 
 /// Packets between which rules may not tell any more.
@@ -27,6 +28,15 @@ impl Class {
             Family::V4 => pf::IPV4,
             Family::V6 => pf::IPV6,
         }
+    }
+
+    /// As on the wire
+    fn ethertype(self) -> [u8; 2] {
+        match self.family {
+            Family::V4 => ethertype::IPV4,
+            Family::V6 => ethertype::IPV6,
+        }
+        .to_be_bytes()
     }
 }
 
@@ -51,10 +61,7 @@ fn word(value: u32, known: u32, fixed: u32) -> Vec<Byte> {
 pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
     let key = number(data, 2);
     let bytes = match key {
-        Some(1) => match class.family {
-            Family::V4 => vec![Byte::known(0x08), Byte::known(0x00)],
-            Family::V6 => vec![Byte::known(0x86), Byte::known(0xdd)],
-        },
+        Some(1) => class.ethertype().map(Byte::known).to_vec(),
         // mark, iif, oif, sdif
         Some(3..=5 | 33) => vec![Byte::FIXED; 4],
         // names and kinds of both, sdifname
@@ -140,10 +147,7 @@ pub fn payload(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
 
 /// The source may be any of those who send the connection's packets here.
 fn link(class: Class, at: u32) -> Byte {
-    let [high, low] = match class.family {
-        Family::V4 => [0x08, 0x00],
-        Family::V6 => [0x86, 0xdd],
-    };
+    let [high, low] = class.ethertype();
     match at {
         0..6 => Byte::FIXED,
         12 => Byte::known(high),
