@@ -38,6 +38,17 @@ struct Skb(*mut __sk_buff);
 /// Where the IP header is: on both hooks the packet begins with an Ethernet header, and tags are beside it.
 const NETWORK: usize = size_of::<Ethernet>();
 
+impl Skb {
+    /// Writes bytes there, with these flags of `bpf_skb_store_bytes`; the packet's hash is no longer right then.
+    #[inline(always)]
+    fn write<T: View>(&mut self, offset: usize, bytes: &T, flags: u32) -> bool {
+        let (place, len) = ((&raw const *bytes).cast(), size_of::<T>() as u32);
+        let flags = (flags | BPF_F_INVALIDATE_HASH).into();
+        // SAFETY: the context is the kernel's, and there are so many bytes.
+        unsafe { bpf_skb_store_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len, flags) == 0 }
+    }
+}
+
 impl Passing for Skb {
     #[inline(always)]
     fn load<T: View>(&self, offset: usize) -> Option<Held<T>> {
@@ -52,10 +63,7 @@ impl Passing for Skb {
     /// A checksum of the whole packet that the driver gave follows.
     #[inline(always)]
     fn store<T: View>(&mut self, offset: usize, bytes: &T) -> bool {
-        let (place, len) = ((&raw const *bytes).cast(), size_of::<T>() as u32);
-        let flags = (BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH).into();
-        // SAFETY: the context is the kernel's, and there are so many bytes.
-        unsafe { bpf_skb_store_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len, flags) == 0 }
+        self.write(offset, bytes, BPF_F_RECOMPUTE_CSUM)
     }
 
     #[inline(always)]
@@ -81,10 +89,7 @@ impl Passing for Skb {
         let covered = unsafe {
             bpf_l4_csum_replace(self.0.cast(), (NETWORK + checksum) as u32, from.into(), port.into(), flags.into())
         };
-        let (place, len) = ((&raw const new.0).cast(), size_of::<Bytes>() as u32);
-        let flags = BPF_F_INVALIDATE_HASH.into();
-        // SAFETY: the context is the kernel's, and there are so many bytes.
-        covered == 0 && unsafe { bpf_skb_store_bytes(self.0.cast(), (NETWORK + offset) as u32, place, len, flags) == 0 }
+        covered == 0 && self.write(offset, &new.0, 0)
     }
 
     #[inline(always)]
