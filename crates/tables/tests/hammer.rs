@@ -2,10 +2,10 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::thread;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use towpath_tables::backing::{Backing, HeapBacking, View, initial_elements};
+use towpath_tables::backing::{Backing, HeapBacking, PerTable, View, initial_elements};
 use towpath_tables::flow::{AnyKey, Direction};
 use towpath_tables::grace::{self, Workers};
 use towpath_tables::lpm::{Kind, Leaf, lookup};
@@ -32,9 +32,7 @@ fn value(n: u8) -> NexthopValue {
 /// length: a reader knows which leaves an address can have.
 #[test]
 fn readers_never_miss_a_route_or_see_a_torn_record() {
-    let tables = Arc::new(HeapBacking::new(initial_elements(1).with(TableId::Nodes, 1 << 16)));
-    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
-    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    let (readers, mut writer) = hammer(initial_elements(1).with(TableId::Nodes, 1 << 16));
 
     let identity = |n| NexthopIdentity { ifindex: n, gateway: None, mtu: 0, reason: None };
     let hops: Vec<u32> = (0..40).map(|n| writer.alloc_nexthop(identity(n)).unwrap()).collect();
@@ -43,36 +41,21 @@ fn readers_never_miss_a_route_or_see_a_torn_record() {
     writer.route_set(MAIN_ROOT[0], [10, 0, 0, 0].into(), 8, entry(8)).unwrap();
     writer.publish();
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::new(AtomicU64::new(0));
     let first = hops[8];
-    let readers: Vec<_> = words
-        .into_iter()
-        .enumerate()
-        .map(|(n, word)| {
-            let (tables, stop, seen) = (tables.clone(), stop.clone(), seen.clone());
-            thread::spawn(move || {
-                let mut random = Random(n as u64);
-                while !stop.load(Relaxed) {
-                    grace::enter(&*word);
-                    let view = tables.view();
-                    for _ in 0..32 {
-                        let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8];
-                        let leaf = lookup(&view, MAIN_ROOT[0], &address).expect("an index out of range");
-                        let Kind::Nexthop(hop) = leaf.kind() else { panic!("{address:?} leads to {leaf:?}") };
-                        assert!((first..=first + 24).contains(&hop), "{address:?} leads to next hop {hop}");
-                        if let Some(value) = NexthopValue::read(&view.nexthops()[hop as usize]) {
-                            let Action::Forward(header) = value.action else { panic!("{value:?}") };
-                            assert!(value.port == value.mtu && value.port == value.device, "{value:?}");
-                            assert_eq!(header.bytes(), [value.port as u8; 12], "{value:?}");
-                        }
-                    }
-                    grace::leave(&*word);
-                    seen.fetch_add(32, Relaxed);
-                }
-            })
-        })
-        .collect();
+    let readers = readers.start(move |view, random| {
+        for _ in 0..32 {
+            let address = [10, random.below(4) as u8, random.below(8) as u8, random.below(256) as u8];
+            let leaf = lookup(view, MAIN_ROOT[0], &address).expect("an index out of range");
+            let Kind::Nexthop(hop) = leaf.kind() else { panic!("{address:?} leads to {leaf:?}") };
+            assert!((first..=first + 24).contains(&hop), "{address:?} leads to next hop {hop}");
+            if let Some(value) = NexthopValue::read(&view.nexthops()[hop as usize]) {
+                let Action::Forward(header) = value.action else { panic!("{value:?}") };
+                assert!(value.port == value.mtu && value.port == value.device, "{value:?}");
+                assert_eq!(header.bytes(), [value.port as u8; 12], "{value:?}");
+            }
+        }
+        32
+    });
 
     let mut random = Random(99);
     let deadline = Instant::now() + DURATION;
@@ -93,19 +76,16 @@ fn readers_never_miss_a_route_or_see_a_torn_record() {
         writer.reclaim();
         writer.set_nexthop(hops[8 + random.below(25) as usize], &value(random.below(256) as u8));
     }
-    stop.store(true, Relaxed);
-    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
+    let seen = readers.end();
     assert!(published > 100 || cfg!(miri), "only {published} root words were published");
-    assert!(seen.load(Relaxed) > 1000 || cfg!(miri), "only {} look-ups were made", seen.load(Relaxed));
+    assert!(seen > 1000 || cfg!(miri), "only {seen} look-ups were made");
     assert_eq!(writer.nexthop(1), Some(NexthopValue::exception(Reason::TableFull)));
 }
 
 /// More connections than records: each record is another connection's again and again, and one stays.
 #[test]
 fn readers_never_meet_another_connections_record() {
-    let tables = Arc::new(HeapBacking::new(initial_elements(1).with_flows(8)));
-    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
-    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    let (readers, mut writer) = hammer(initial_elements(1).with_flows(8));
     let connection = |n: u32| {
         let tuple = |from: [u8; 4], to: [u8; 4], port: u32| Tuple {
             source: from.into(),
@@ -119,37 +99,24 @@ fn readers_never_meet_another_connections_record() {
     };
     const STAYS: u32 = 64;
     writer.set_flow(&connection(STAYS)).unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let found = Arc::new(AtomicU64::new(0));
-    let readers: Vec<_> = words
-        .into_iter()
-        .enumerate()
-        .map(|(n, word)| {
-            let (tables, stop, found) = (tables.clone(), stop.clone(), found.clone());
-            thread::spawn(move || {
-                let mut random = Random(n as u64);
-                while !stop.load(Relaxed) {
-                    grace::enter(&*word);
-                    let view = tables.view();
-                    let seed = view.config().flow_seed.load();
-                    let find = |tuple: &Tuple| AnyKey::from(tuple).find(&view, seed);
-                    assert!(find(&connection(STAYS).original).is_some() && find(&connection(STAYS).reply).is_some());
-                    for _ in 0..32 {
-                        let wanted = connection(random.below(STAYS));
-                        let tuple = if random.below(2) == 0 { wanted.original } else { wanted.reply };
-                        let Some(index) = find(&tuple) else { continue };
-                        let flow = &view.flows()[index.index() as usize];
-                        let keys = [Direction::Original, Direction::Reply].map(|d| AnyKey::of(flow, d));
-                        // One that was removed meanwhile is in no use.
-                        let [Some(original), Some(reply)] = keys else { continue };
-                        assert_eq!([Tuple::from(&original), Tuple::from(&reply)], [wanted.original, wanted.reply]);
-                        found.fetch_add(1, Relaxed);
-                    }
-                    grace::leave(&*word);
-                }
-            })
-        })
-        .collect();
+    let readers = readers.start(move |view, random| {
+        let seed = view.config().flow_seed.load();
+        let find = |tuple: &Tuple| AnyKey::from(tuple).find(view, seed);
+        assert!(find(&connection(STAYS).original).is_some() && find(&connection(STAYS).reply).is_some());
+        let mut found = 0;
+        for _ in 0..32 {
+            let wanted = connection(random.below(STAYS));
+            let tuple = if random.below(2) == 0 { wanted.original } else { wanted.reply };
+            let Some(index) = find(&tuple) else { continue };
+            let flow = &view.flows()[index.index() as usize];
+            let keys = [Direction::Original, Direction::Reply].map(|d| AnyKey::of(flow, d));
+            // One that was removed meanwhile is in no use.
+            let [Some(original), Some(reply)] = keys else { continue };
+            assert_eq!([Tuple::from(&original), Tuple::from(&reply)], [wanted.original, wanted.reply]);
+            found += 1;
+        }
+        found
+    });
     let mut random = Random(7);
     let deadline = Instant::now() + DURATION;
     while Instant::now() < deadline {
@@ -160,9 +127,8 @@ fn readers_never_meet_another_connections_record() {
             writer.remove_flow(&one.original);
         }
     }
-    stop.store(true, Relaxed);
-    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
-    assert!(found.load(Relaxed) > 1000 || cfg!(miri), "only {} flows were found", found.load(Relaxed));
+    let found = readers.end();
+    assert!(found > 1000 || cfg!(miri), "only {found} flows were found");
 }
 
 /// Mapping n, and what it makes of an address of its own: even ones of prefixes, odd ones of ports.
@@ -196,32 +162,14 @@ fn meets_mapping(view: &View<'_>, n: u8) -> bool {
 /// Numbers are other mappings' with every change, and the two sets take turns. Two mappings are always there.
 #[test]
 fn readers_never_meet_a_torn_mapping() {
-    let tables = Arc::new(HeapBacking::new(initial_elements(1)));
-    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
-    let mut writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    let (readers, mut writer) = hammer(initial_elements(1));
     const STAY: [u8; 2] = [64, 65];
     writer.set_mappings(&(0..).zip(STAY.map(mapping)).collect()).unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let found = Arc::new(AtomicU64::new(0));
-    let readers: Vec<_> = words
-        .into_iter()
-        .enumerate()
-        .map(|(n, word)| {
-            let (tables, stop, found) = (tables.clone(), stop.clone(), found.clone());
-            thread::spawn(move || {
-                let mut random = Random(n as u64);
-                while !stop.load(Relaxed) {
-                    grace::enter(&*word);
-                    let view = tables.view();
-                    for _ in 0..32 {
-                        found.fetch_add(meets_mapping(&view, random.below(64) as u8).into(), Relaxed);
-                    }
-                    assert!(STAY.iter().all(|n| meets_mapping(&view, *n)));
-                    grace::leave(&*word);
-                }
-            })
-        })
-        .collect();
+    let readers = readers.start(|view, random| {
+        let found = (0..32).filter(|_| meets_mapping(view, random.below(64) as u8)).count();
+        assert!(STAY.iter().all(|n| meets_mapping(view, *n)));
+        found as u64
+    });
     let mut random = Random(5);
     let deadline = Instant::now() + DURATION;
     let mut changes = 0;
@@ -232,10 +180,55 @@ fn readers_never_meet_a_torn_mapping() {
         writer.set_mappings(&some.iter().enumerate().map(|(at, value)| (number(at), *value)).collect()).unwrap();
         changes += 1;
     }
-    stop.store(true, Relaxed);
-    readers.into_iter().for_each(|reader| reader.join().expect("a reader failed"));
+    let found = readers.end();
     assert!(changes > 20 || cfg!(miri), "only {changes} changes were made");
-    assert!(found.load(Relaxed) > 1000 || cfg!(miri), "only {} mappings were found", found.load(Relaxed));
+    assert!(found > 1000 || cfg!(miri), "only {found} mappings were found");
+}
+
+/// Who reads the tables as workers do, one word each, and who writes them.
+fn hammer(elements: PerTable) -> (Readers, TableWriter<SharedTables, Workers<[Arc<W32>; READERS]>>) {
+    let tables = Arc::new(HeapBacking::new(elements));
+    let words: [Arc<W32>; READERS] = std::array::from_fn(|_| Arc::new(W32::new(0)));
+    let writer = TableWriter::create(SharedTables(tables.clone()), Workers(words.clone())).unwrap();
+    (Readers { tables, words }, writer)
+}
+
+struct Readers {
+    tables: Arc<HeapBacking>,
+    words: [Arc<W32>; READERS],
+}
+
+impl Readers {
+    /// Each reads one batch after another, of which `read` says how much it met.
+    fn start(self, read: impl Fn(&View<'_>, &mut Random) -> u64 + Copy + Send + 'static) -> Running {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = (0..).zip(self.words).map(|(n, word)| {
+            let (tables, stop) = (self.tables.clone(), stop.clone());
+            thread::spawn(move || {
+                let (mut random, mut met) = (Random(n), 0);
+                while !stop.load(Relaxed) {
+                    grace::enter(&*word);
+                    met += read(&tables.view(), &mut random);
+                    grace::leave(&*word);
+                }
+                met
+            })
+        });
+        Running { threads: threads.collect(), stop }
+    }
+}
+
+struct Running {
+    threads: Vec<JoinHandle<u64>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Running {
+    /// How much all of them met.
+    fn end(self) -> u64 {
+        self.stop.store(true, Relaxed);
+        self.threads.into_iter().map(|reader| reader.join().expect("a reader failed")).sum()
+    }
 }
 
 /// Tables that readers hold as well; they do not grow.

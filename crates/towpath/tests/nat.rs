@@ -390,6 +390,10 @@ fn what_is_no_mapping_is_refused() {
     let net = Net::new();
     let _daemon = mapped(&net);
     let before = list(&net);
+    let refused = |options: &[&str], inside, outside, why: &str| {
+        let message = net.refused(&[&["nat", "add"], options, &[inside, outside]].concat());
+        assert!(message.contains(why), "{options:?} {inside} {outside}: {message}");
+    };
     for (port, inside, outside, why) in [
         ("eth9", "10.0.0.1", "10.0.0.2", "there is no port eth9"),
         ("lo", "10.0.0.1", "10.0.0.2", "no port"),
@@ -401,8 +405,7 @@ fn what_is_no_mapping_is_refused() {
         ("eth1", "10.0.0.1", "10.0.0.1", "the same"),
         ("eth1", "here", "10.0.0.1", "no address"),
     ] {
-        let message = net.refused(&["nat", "add", "--port", port, inside, outside]);
-        assert!(message.contains(why), "{port} {inside} {outside}: {message}");
+        refused(&["--port", port], inside, outside, why);
     }
     for (protocol, inside, outside, why) in [
         ("", "10.0.0.1:80", "10.0.0.2:80", "--protocol tcp or --protocol udp"),
@@ -416,9 +419,8 @@ fn what_is_no_mapping_is_refused() {
         ("udp", "192.0.2.9:80", "10.0.0.2:80", "192.0.2.9:80 overlaps with 192.0.2.0/24"),
     ] {
         let option = format!("--protocol={protocol}");
-        let options: &[&str] = if protocol.is_empty() { &[] } else { &[&option] };
-        let message = net.refused(&[&["nat", "add", "--port", "eth1"], options, &[inside, outside]].concat());
-        assert!(message.contains(why), "{protocol} {inside} {outside}: {message}");
+        let options = ["--port", "eth1", &option];
+        refused(if protocol.is_empty() { &options[..2] } else { &options }, inside, outside, why);
     }
     let message = net.refused(&["nat", "del", "--port", "eth1", "10.0.0.1", "10.0.0.2"]);
     assert!(message.contains("no mapping"), "{message}");
