@@ -12,7 +12,6 @@ use towpath_fpc::{NeighbourKey, NexthopObject, NexthopObjectKind, Prefix, Route}
 use towpath_tables::record::Family;
 
 const WHAT: &str = "audit";
-const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 /// Questions sent at once: their answers fit the socket's buffer.
 const AT_ONCE: usize = 16;
 /// `RTM_F_FIB_MATCH`: the answer is the route itself, not what one packet would do (Linux 4.13)
@@ -36,7 +35,7 @@ impl Linux {
     /// Every prefix of the tables main and local.
     pub fn prefixes(&mut self) -> Result<BTreeSet<Prefix>, CmError> {
         let mut all = BTreeSet::new();
-        for family in FAMILIES {
+        for family in Family::ALL {
             let mut header = [0; 12];
             header[0] = family_number(family);
             all.extend(self.0.dump(WHAT, rtm::GETROUTE, &header, |message| {
@@ -69,7 +68,7 @@ impl Linux {
     /// All neighbours.
     pub fn neighbours(&mut self) -> Result<Neighbours, CmError> {
         let mut all = Neighbours::new();
-        for family in FAMILIES {
+        for family in Family::ALL {
             let mut header = [0; 12];
             header[0] = family_number(family);
             let found =

@@ -8,8 +8,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use towpath_fpc::{FamilySettings, Message, Policy, PolicySource, Port, PortFamily, PortKind, Scope};
 use towpath_tables::{Reason, record::Family};
 
-const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
 struct Known {
     link: Link,
     settings: PortSettings,
@@ -163,7 +161,7 @@ impl Ports {
     /// Reads which fields choose among next hops, and gives the messages that follow.
     pub fn poll_hash_policy(&mut self) -> Vec<Message> {
         let mut messages = Vec::new();
-        for (family, (setting, known)) in FAMILIES.into_iter().zip(&mut self.hash_policy) {
+        for (family, (setting, known)) in Family::ALL.into_iter().zip(&mut self.hash_policy) {
             let hash_policy = setting.read().map(|value| value.clamp(0, 255) as u8);
             if hash_policy != *known {
                 self.changed.extend(known.is_some().then_some(Scope::Family(family)));

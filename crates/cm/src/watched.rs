@@ -1,10 +1,10 @@
 //! A watcher together with what the loop knows of it.
 
-use crate::guard::FAMILIES;
 use crate::watch::{Finding, PortIndex, Watcher};
 use std::time::{Duration, Instant};
 use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Snapshot};
 use towpath_tables::Reason;
+use towpath_tables::record::Family;
 
 /// How soon a watcher that failed is tried again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -79,7 +79,7 @@ impl Watched {
 
     fn unknown(&self, error: &str) -> Vec<Finding> {
         let detail = format!("{}: {error}", self.watcher.name());
-        FAMILIES.map(|family| Finding::family(family, Reason::PolicyUnknown, &detail)).into()
+        Family::ALL.map(|family| Finding::family(family, Reason::PolicyUnknown, &detail)).into()
     }
 
     fn tell(&mut self, findings: Vec<Finding>) -> Found {

@@ -289,7 +289,7 @@ fn zones_helpers_and_half_open_connections_stay_in_linux() -> Result<()> {
     // No connection may pass rules that choose a zone.
     let policies = cm.model().policies[&PolicySource::Nftables].clone();
     let of = |family| policies.iter().filter(move |policy| policy.scope == Scope::Family(family));
-    for family in [Family::V4, Family::V6] {
+    for family in Family::ALL {
         ensure!(
             of(family).any(|policy| policy.flows.is_none() && policy.detail.contains("ct zone set")),
             "{policies:#?}"

@@ -86,7 +86,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.mirror.slots.iter().filter_map(|(ifindex, &slot)| {
             let chain = self.state.chain(*ifindex)?;
             let record = self.mirror.tables.view().ports().get(slot as usize)?;
-            let families = [Family::V4, Family::V6];
+            let families = Family::ALL;
             Some(PortState {
                 port: chain[0],
                 slot,

@@ -75,7 +75,7 @@ pub enum Progress {
 /// The classes of objects that a complete description consists of.
 pub fn all_classes() -> impl Iterator<Item = Snapshot> {
     use PolicySource::*;
-    let families = [Family::V4, Family::V6];
+    let families = Family::ALL;
     let of_families = families
         .into_iter()
         .flat_map(|family| [Snapshot::Addresses(family), Snapshot::Neighbours(family), Snapshot::Routes(family)]);

@@ -4,7 +4,7 @@
 use crate::Transmit;
 use crate::mappings::Mapping;
 use crate::missing::Missing;
-use crate::state::{Changes, Choice, FAMILIES, Resolved, State, family_of};
+use crate::state::{Changes, Choice, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -151,7 +151,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     /// Sends to Linux what any policy may touch, whatever of the family it is, until all is known.
     pub fn restrain(&mut self, state: &State) {
-        for family in FAMILIES {
+        for family in Family::ALL {
             if let Some(Obstacle { reason, .. }) = state.policy(|scope| scope.concerns(family)) {
                 self.tables.set_policy(family, Some(Obstacle::new(reason)));
             }
@@ -168,7 +168,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn update_config(&mut self, state: &State) {
-        for family in FAMILIES {
+        for family in Family::ALL {
             let policy = state.policy(|scope| matches!(scope, Scope::Family(of) if *of == family));
             self.tables.set_policy(family, policy);
             self.tables.set_hash_policy(family, u32::from(state.hash_policy[family as usize]));
@@ -265,7 +265,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
             root: MAIN_ROOT,
-            ingress_policy: FAMILIES.map(|family| ingress_policy(state, chain, family)),
+            ingress_policy: Family::ALL.map(|family| ingress_policy(state, chain, family)),
             vlans,
             vlan: match port.kind {
                 PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),
@@ -345,7 +345,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             .gateway
             .and_then(|address| usable_lladdr(state, &NeighbourKey { ifindex: identity.ifindex, address }));
         let down = !chain.iter().all(|port| port.up && port.carrier);
-        let policies = FAMILIES.into_iter().filter(|family| users[*family as usize] > 0);
+        let policies = Family::ALL.into_iter().filter(|family| users[*family as usize] > 0);
         let reasons = [
             // Of a port that is down Linux has no neighbours either, but it may not consider the route at all.
             (lladdr.is_none() && !down && !is_tunnel(chain)).then_some(Reason::NoNeighbour),
@@ -532,7 +532,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     fn update_vias(&mut self, state: &State, changes: &Changes) -> Rescan {
         let mut rescan = Rescan::default();
         let mut turned: HashSet<(u32, Family)> = HashSet::new();
-        for (ifindex, family) in changes.ports.iter().flat_map(|ifindex| FAMILIES.map(|family| (*ifindex, family))) {
+        for (ifindex, family) in changes.ports.iter().flat_map(|ifindex| Family::ALL.map(|family| (*ifindex, family))) {
             let dead = !state.carries(ifindex, family);
             let changed = if dead { self.dead.insert((ifindex, family)) } else { self.dead.remove(&(ifindex, family)) };
             if changed {
@@ -654,7 +654,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         if rescan.revived.is_empty() && rescan.moved.is_empty() {
             return;
         }
-        for family in FAMILIES {
+        for family in Family::ALL {
             let mut before: Option<(Prefix, bool)> = None;
             let mut affected = Vec::new();
             for (key, candidate) in state.routes.iter(family) {

@@ -12,8 +12,6 @@ use towpath_fpc::*;
 use towpath_tables::tunnel::TunnelValue;
 use towpath_tables::{Connection, Obstacle, Reason, record::Family};
 
-/// Both families.
-pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 /// A frame carries at most this many VLAN tags on the fast path.
 const MAX_TAGS: usize = 2;
 
@@ -547,7 +545,7 @@ impl State {
     /// behind all that Linux told before.
     pub fn knows_neighbours(&self) -> bool {
         let told: BTreeSet<u32> = self.policies.keys().filter_map(|policy| policy.flows).collect();
-        let read_anew = FAMILIES.into_iter().any(|family| self.generations.is_open(Snapshot::Neighbours(family)));
+        let read_anew = Family::ALL.into_iter().any(|family| self.generations.is_open(Snapshot::Neighbours(family)));
         self.rules().is_subset(&told) && !read_anew
     }
 

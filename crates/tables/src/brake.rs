@@ -31,7 +31,7 @@ impl Brake {
 
     /// Only what the writer wants holds from now on.
     pub fn release(&self, config: &Config) {
-        for family in [Family::V4, Family::V6] {
+        for family in Family::ALL {
             self.change(config, family, |wanted| wanted.pulled = 0);
         }
     }
@@ -109,7 +109,7 @@ mod tests {
         let heap = HeapBacking::new(initial_elements(1));
         heap.view().config().policy[0].store(NETFILTER);
         let brake = heap.brake();
-        for family in [Family::V4, Family::V6] {
+        for family in Family::ALL {
             brake.pull(heap.view().config(), family, Reason::PolicyTc);
         }
         assert_eq!(words(heap.view().config()), [NETFILTER, TC]);

@@ -22,6 +22,11 @@ pub enum Family {
     V6 = 1,
 }
 
+impl Family {
+    /// In the order of their indices
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+}
+
 /// Bits of the source address filter (see `Config::local_filter`).
 pub const LOCAL_FILTER_BITS: u32 = 4096;
 

@@ -175,7 +175,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// Starts with zeroed tables: a root for each family, no routes.
     pub fn create(backing: B, grace: G) -> Result<Self, GrowError> {
         let mut writer = Self::over(Store::new(backing, grace));
-        for family in [Family::V4, Family::V6] {
+        for family in Family::ALL {
             writer.alloc_root(family)?;
         }
         let view = writer.view();

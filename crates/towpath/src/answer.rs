@@ -23,8 +23,6 @@ use towpath_tables::record::Family;
 const PAGE: usize = 1000;
 /// Places in the table of connections that are looked at for one answer.
 const FLOW_PAGE: u32 = 1024;
-const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
 /// What is known of the daemon itself.
 pub struct Facts {
     mode: Mode,
@@ -85,9 +83,14 @@ impl Daemon {
 
     /// How the daemon is, in a line.
     pub fn status_line(&self) -> String {
-        let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
         let sync = if self.is_in_sync() { "in sync" } else { "NOT in sync" };
-        format!("{ports} ports, {} routes, {sync} with Linux", routes.ipv4 + routes.ipv6)
+        format!("{}, {sync} with Linux", self.extent())
+    }
+
+    /// How much there is.
+    pub fn extent(&self) -> String {
+        let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
+        format!("{ports} ports, {} routes", routes.ipv4 + routes.ipv6)
     }
 
     fn status(&self) -> Result<report::Status> {
@@ -276,7 +279,7 @@ impl Daemon {
         let family = |prefix: Prefix| prefix.family();
         let only = within.map(family);
         let begun = after.map(family);
-        let families = FAMILIES.into_iter().filter(move |of| only.is_none_or(|only| only == *of));
+        let families = Family::ALL.into_iter().filter(move |of| only.is_none_or(|only| only == *of));
         let families = families.skip_while(move |of| begun.is_some_and(|begun| begun != *of));
         let start = move |of| match (after.filter(|after| after.family() == of), within) {
             (Some(after), _) => Bound::Excluded(after),

@@ -344,7 +344,7 @@ fn captures_unknown() -> Alarm {
         filter: None,
         flows: None,
     };
-    Alarm { id: AlarmId { source, number: 0 }, policies: [Family::V4, Family::V6].map(policy).into() }
+    Alarm { id: AlarmId { source, number: 0 }, policies: Family::ALL.map(policy).into() }
 }
 
 fn create(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
@@ -495,8 +495,7 @@ impl Daemon {
 
     fn announce(&mut self) {
         self.running = true;
-        let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
-        println!("ready: {ports} ports, {} routes", routes.ipv4 + routes.ipv6);
+        println!("ready: {}", self.extent());
         self.manager.ready(self.status_line());
     }
 

@@ -89,7 +89,7 @@ impl<T: Guarded> Sentry<T> {
 
     /// Leaves an alarm for the daemon's thread.
     pub fn raise(&self, alarm: Alarm) {
-        let reasons = [Family::V4, Family::V6].into_iter().filter_map(|family| {
+        let reasons = Family::ALL.into_iter().filter_map(|family| {
             let policies = alarm.policies.iter().filter(|policy| policy.scope.concerns(family));
             Some((family, policies.map(|policy| policy.reason).min()?))
         });

@@ -37,9 +37,6 @@ pub use xtables::Xtables;
 /// for being late on a busy machine. Every reading costs an idle router time.
 pub const POLL: Duration = Duration::from_millis(70);
 
-/// Both families.
-pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
 /// All watchers of the calling thread's network namespace, where these connections are handed over. They must be used by
 /// a thread of that namespace.
 pub fn watchers(flows: FlowMode) -> Result<Vec<Box<dyn Watcher>>, CmError> {

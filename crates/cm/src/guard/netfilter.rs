@@ -1,6 +1,5 @@
 //! What nftables and xtables have in common: the hooks, and which matches and targets leave connection tracking alone.
 
-use super::FAMILIES;
 use towpath_fpc::Scope;
 use towpath_tables::record::Family;
 
@@ -36,9 +35,9 @@ pub fn scope(family: Family, local: bool) -> Scope {
 /// The families that a netfilter family covers; none for ARP, bridge and netdev.
 pub fn families(pf: u8) -> &'static [Family] {
     match pf {
-        pf::INET => &FAMILIES,
-        pf::IPV4 => &FAMILIES[..1],
-        pf::IPV6 => &FAMILIES[1..],
+        pf::INET => &Family::ALL,
+        pf::IPV4 => &Family::ALL[..1],
+        pf::IPV6 => &Family::ALL[1..],
         _ => &[],
     }
 }

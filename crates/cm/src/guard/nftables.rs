@@ -10,6 +10,7 @@ mod bits;
 mod hooks;
 mod meet;
 mod packet;
+mod proc;
 mod queues;
 mod ruleset;
 mod xt;
@@ -21,7 +22,7 @@ use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nl::{Netlink, Wakeup};
-use queues::Queues;
+use proc::ProcNet;
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -51,7 +52,7 @@ pub struct Nftables {
     asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
-    queues: Queues,
+    proc: ProcNet,
     flows: FlowMode,
 }
 
@@ -70,7 +71,7 @@ impl Nftables {
         Ok(Self {
             wakeup: Wakeup::join(NETLINK_NETFILTER, &[GROUP]).map_err(open)?,
             hooks: Hooks::new(&mut netlink)?,
-            queues: Queues::new()?,
+            proc: ProcNet::new()?,
             netlink,
             generation: Generation::Unknown,
             asked: Instant::now(),
@@ -138,7 +139,7 @@ impl Watcher for Nftables {
         let mut findings = self.ruleset.findings(ports, flows, self.flows);
         findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
         if findings.iter().any(|finding| finding.flows.is_some()) {
-            findings.extend(self.queues.findings()?);
+            findings.extend(queues::findings(&self.proc)?);
         }
         Ok(findings)
     }

@@ -4,7 +4,7 @@
 //! Sources: include/uapi/linux/fib_rules.h, net/core/fib_rules.c (Linux 6.1).
 
 use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
-use super::{FAMILIES, Finding, family_name};
+use super::{Finding, family_name};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -58,7 +58,7 @@ impl Rules {
         }
         self.read = false;
         self.findings.clear();
-        for family in FAMILIES {
+        for family in Family::ALL {
             let rules = dump(&mut self.netlink, family)?;
             self.findings.extend(judge(family, &rules).map(|d| Finding::family(family, Reason::PolicyRule, d)));
         }

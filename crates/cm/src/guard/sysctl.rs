@@ -21,7 +21,7 @@
 //! themselves, give it one); shared_media (redirects to the sender, on which the packet is Linux's); ARP and ND
 //! (proxy_arp, arp_*); and ip_forward_update_priority (orders packets within a full queue).
 
-use super::{FAMILIES, Finding, POLL, candidates, family_name};
+use super::{Finding, POLL, candidates, family_name};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::HashMap;
@@ -198,7 +198,7 @@ impl Sysctl {
                 findings.push(Finding::family(family, Reason::PolicySysctl, format!("{name} is on")));
             }
         }
-        for (settings, family) in self.settings.read()?.iter().zip(FAMILIES) {
+        for (settings, family) in self.settings.read()?.iter().zip(Family::ALL) {
             if settings.hash_policy > 1 {
                 let family_name = family_name(family).to_lowercase();
                 let detail = format!("net.{family_name}.fib_multipath_hash_policy is {}", settings.hash_policy);

@@ -6,7 +6,7 @@
 
 use super::netfilter::scope;
 use super::nl::{Message, Netlink, Wakeup, ne32};
-use super::{FAMILIES, Finding, count, has_tunnels};
+use super::{Finding, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_XFRM;
@@ -115,9 +115,9 @@ fn policy_findings(netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
 
 fn families(family: Option<Family>) -> &'static [Family] {
     match family {
-        Some(Family::V4) => &FAMILIES[..1],
-        Some(Family::V6) => &FAMILIES[1..],
-        None => &FAMILIES,
+        Some(Family::V4) => &Family::ALL[..1],
+        Some(Family::V6) => &Family::ALL[1..],
+        None => &Family::ALL,
     }
 }
 
@@ -157,7 +157,7 @@ fn default_findings(netlink: &mut Netlink) -> Result<Vec<Finding>, CmError> {
         _ => return Ok(Vec::new()),
     };
     let detail = "XFRM blocks what no policy covers (ip xfrm policy setdefault)";
-    Ok(FAMILIES.map(|f| Finding::new(scope(f, local), Reason::PolicyXfrm, detail)).into())
+    Ok(Family::ALL.map(|f| Finding::new(scope(f, local), Reason::PolicyXfrm, detail)).into())
 }
 
 #[cfg(test)]

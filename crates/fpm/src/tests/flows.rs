@@ -183,7 +183,7 @@ fn what_was_accepted_beside_a_policy_that_goes_does_not_count() {
 
 #[test]
 fn nothing_passes_while_neighbours_are_read_anew() {
-    for family in [Family::V4, Family::V6] {
+    for family in Family::ALL {
         let mut fixture = Fixture::with_rules(1);
         assert!(fixture.open());
         fixture.batch([Message::SnapshotBegin(Snapshot::Neighbours(family))]);

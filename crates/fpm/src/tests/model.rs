@@ -114,7 +114,7 @@ fn a_neighbour(family: usize) -> impl Strategy<Value = Message> {
 }
 
 fn a_policy() -> impl Strategy<Value = Message> {
-    let family = proptest::option::of(select(vec![Family::V4, Family::V6]));
+    let family = proptest::option::of(select(&Family::ALL[..]));
     let source = select(vec![PolicySource::Tc, PolicySource::Nftables]);
     (1u32..=4, family, source, select(vec![Reason::PolicyTc, Reason::PolicyNetfilter])).prop_map(
         |(ifindex, family, source, reason)| {

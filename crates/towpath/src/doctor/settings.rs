@@ -11,7 +11,6 @@ use towpath_fpc::{Policy, PolicySource, Port, PortKind, Scope};
 use towpath_tables::record::Family;
 
 const SETTINGS: &str = "settings";
-const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 /// Ways to have connections handed over that need no more than `--flows`.
 const MODES: [FlowMode; 2] = [FlowMode::Flowtable, FlowMode::Established];
 
@@ -56,7 +55,7 @@ impl Look<'_> {
             Scope::Family(_) | Scope::Local(_) => true,
         };
         let forwards = |port: &Port| {
-            FAMILIES.into_iter().zip(&port.family).any(|(family, of)| of.forwarding && scope.concerns(family))
+            Family::ALL.into_iter().zip(&port.family).any(|(family, of)| of.forwarding && scope.concerns(family))
         };
         self.all.iter().any(|port| self.is_looked_at(port) && of_port(port) && forwards(port))
     }
@@ -76,7 +75,7 @@ impl Look<'_> {
             let stands = |family| {
                 move |policy: &Policy| is_netfilter(policy) && policy.scope.concerns(family) && policy.flows.is_none()
             };
-            anyhow::Ok(FAMILIES.into_iter().filter(|family| !touching.iter().any(stands(*family))).collect())
+            anyhow::Ok(Family::ALL.into_iter().filter(|family| !touching.iter().any(stands(*family))).collect())
         };
         MODES.into_iter().map(|mode| Ok((mode, families(mode)?))).collect()
     }
@@ -154,7 +153,7 @@ fn merged(policies: Vec<Policy>) -> Vec<Merged> {
     let mut places: BTreeMap<_, usize> = BTreeMap::new();
     let mut all: Vec<Merged> = Vec::new();
     for policy in policies {
-        let of = FAMILIES.into_iter().filter(|family| policy.scope.concerns(*family));
+        let of = Family::ALL.into_iter().filter(|family| policy.scope.concerns(*family));
         let place = match policy.scope {
             Scope::Family(_) => (0, 0),
             Scope::Ingress(ifindex, _) => (1, ifindex),

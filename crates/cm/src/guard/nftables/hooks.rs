@@ -4,16 +4,13 @@
 //!
 //! Hooks of a device (ingress, egress) are only ever those of nftables, which has been asked itself.
 
+use super::super::Finding;
 use super::super::bpf::{self, NetfilterLinks};
 use super::super::netfilter::{families, hooks, pf, scope};
 use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
-use super::super::{FAMILIES, Finding};
 use super::header;
+use super::proc::ProcNet;
 use crate::error::CmError;
-use std::ffi::CStr;
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -43,7 +40,7 @@ pub enum Hooks {
     /// The kernel lists its hooks
     Listed,
     /// It does not: what can hang there is asked for one by one
-    Guessed(Option<NetfilterLinks>, Ipvs),
+    Guessed(Option<NetfilterLinks>, ProcNet),
 }
 
 impl Hooks {
@@ -54,7 +51,7 @@ impl Hooks {
             Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
                 let mut links = bpf::has_netfilter_programs().then(NetfilterLinks::default);
                 links.as_mut().map(NetfilterLinks::read).transpose().map_err(unlisted)?;
-                Ok(Self::Guessed(links, Ipvs::new()?))
+                Ok(Self::Guessed(links, ProcNet::new()?))
             }
             Err(e) => Err(e),
         }
@@ -78,7 +75,7 @@ impl Hooks {
                     }
                 }
             }
-            Self::Guessed(links, ipvs) => {
+            Self::Guessed(links, proc) => {
                 let links = links.as_mut().map(NetfilterLinks::read).transpose()?.unwrap_or_default();
                 for bpf::NetfilterLink { id, pf, hook } in links {
                     let Some((_, name, local)) = hooks(tunnels).find(|(h, ..)| *h == hook) else { continue };
@@ -89,9 +86,9 @@ impl Hooks {
                             .map(|f| Finding::new(scope(*f, local), Reason::PolicyNetfilter, detail.clone())),
                     );
                 }
-                if ipvs.serves()? {
+                if has_services(proc)? {
                     findings.extend(
-                        FAMILIES.map(|f| Finding::family(f, Reason::PolicyConntrack, "IPVS has virtual services")),
+                        Family::ALL.map(|f| Finding::family(f, Reason::PolicyConntrack, "IPVS has virtual services")),
                     );
                 }
             }
@@ -137,36 +134,10 @@ fn function(message: &Message<'_>) -> Result<String, CmError> {
     Ok(find(&attributes, FUNCTION).map_or_else(|| "without a name".to_owned(), text_of))
 }
 
-/// IPVS, whose hooks come with its first virtual service (ip_vs_core.c).
-pub struct Ipvs {
-    /// /proc/net of the namespace: a name looked up in it is found cheaply
-    directory: OwnedFd,
-}
-
-impl Ipvs {
-    fn new() -> Result<Self, CmError> {
-        let path = "/proc/thread-self/net";
-        Ok(Self { directory: File::open(path).map_err(|e| CmError::io(path, e))?.into() })
-    }
-
-    /// Whether there are services. The file has three lines of heading; without the module there is no file.
-    fn serves(&self) -> Result<bool, CmError> {
-        let what = "/proc/net/ip_vs";
-        let Some(file) = open_at(&self.directory, c"ip_vs", what)? else { return Ok(false) };
-        Ok(io::read_to_string(file).map_err(|e| CmError::io(what, e))?.lines().count() > 3)
-    }
-}
-
-/// Opens a file for reading, if there is one of this name in the directory.
-pub fn open_at(directory: &OwnedFd, name: &CStr, what: &str) -> Result<Option<File>, CmError> {
-    // SAFETY: the name is a string with its NUL, and the directory is open.
-    let fd = unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    if fd < 0 {
-        let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(CmError::io(what, error)) };
-    }
-    // SAFETY: the call has just made this descriptor, and nothing else owns it.
-    Ok(Some(unsafe { File::from_raw_fd(fd) }))
+/// Whether IPVS has services: its hooks come with the first (ip_vs_core.c). The file has three lines of heading; without the
+/// module there is no file.
+fn has_services(proc: &ProcNet) -> Result<bool, CmError> {
+    Ok(proc.read(c"ip_vs")?.is_some_and(|list| list.lines().count() > 3))
 }
 
 #[cfg(test)]
