@@ -1,16 +1,16 @@
 //! What a running capture that matches nothing costs the other traffic: windows of one router with a tcpdump and without
 //! one, in turn.
 
+use crate::beside::Beside;
 use crate::cost::{DESTINATIONS, WINDOW};
 use crate::findings::{Aim, Findings};
 use crate::path::{Arrangement, Contender, OUT, towpath_binary};
 use crate::routes;
-use crate::stats::Summary;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::Value;
 use std::time::Duration;
 use towpath_lab::{Node, wait_for};
-use towpath_report::{Bar, Report};
+use towpath_report::Report;
 
 /// The traffic is UDP to other ports, so nearly all of the filter is run.
 const FILTER: &str = "udp port 7001";
@@ -26,23 +26,18 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
     arrangement.add_routes(&all)?;
     arrangement.wait_in_sync(&all)?;
     arrangement.set_destinations(&routes::destinations(&all, DESTINATIONS), false)?;
-    arrangement.window(0, WINDOW)?;
-    let (mut without, mut with) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        without.push(arrangement.window(0, WINDOW)?);
-        with.push(beside_tcpdump(&mut arrangement)?);
-    }
+    let found = Beside::measure(["without", "tcpdump udp port 7001"], rounds, |condition| match condition {
+        0 => arrangement.window(0, WINDOW),
+        _ => beside_tcpdump(&mut arrangement),
+    })?;
     arrangement.assert_fast_path()?;
-    let ratios: Vec<f64> = with.iter().zip(&without).map(|(with, without)| with / without).collect();
-    let summary = |values: &[f64]| Summary::of(values).context("no windows");
-    let (without, with, ratio) = (summary(&without)?, summary(&with)?, summary(&ratios)?);
-    for (name, cost) in [("without", &without), ("with", &with)] {
-        println!("  {name:24} floor {:6.1} ns  median {:6.1} ns  90th {:6.1} ns", cost.floor, cost.median, cost.high);
-    }
-    println!("  x {:.3} (median of rounds, {:.3} to {:.3})", ratio.median, ratio.floor, ratio.high);
-    findings.goal("a capture that matches nothing: cost of other packets", ratio.median, Aim::AtMost(1.05));
-    plot(report, &[("without", &without), ("tcpdump udp port 7001", &with)])?;
-    findings.keep("capture", ratio);
+    findings.goal("a capture that matches nothing: cost of other packets", found.ratio.median, Aim::AtMost(1.05));
+    report.section("A capture beside other traffic").text(
+        "The cost of a packet that a running tcpdump's filter does not match, beside the cost without tcpdump: the router's \
+         CPU time per packet as above, in windows that alternate.",
+    );
+    found.plot(report)?;
+    findings.keep("capture", found.ratio);
     Ok(())
 }
 
@@ -69,20 +64,4 @@ fn status(router: &Node) -> Result<Value> {
 /// Which program runs
 fn program(router: &Node) -> Option<u64> {
     status(router).ok()?["program"]["id"].as_u64()
-}
-
-fn plot(report: &mut Report, costs: &[(&str, &Summary)]) -> Result<()> {
-    report.section("A capture beside other traffic").text(
-        "The cost of a packet that a running tcpdump's filter does not match, beside the cost without tcpdump: the router's \
-         CPU time per packet as above, in windows that alternate.",
-    );
-    let bar = |(label, cost): &(&str, &Summary)| Bar {
-        label: (*label).to_owned(),
-        value: cost.median,
-        low: cost.floor,
-        high: cost.high,
-    };
-    let bars: Vec<Bar> = costs.iter().map(bar).collect();
-    report.bars("ns per packet, median, floor to 90th percentile", "ns", &bars)?;
-    Ok(())
 }

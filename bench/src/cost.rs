@@ -32,7 +32,7 @@ pub struct Outcome {
     pub contender: &'static str,
     /// Nanoseconds a packet
     pub cost: Summary,
-    /// Cost in multiples of the bare redirect in the same round
+    /// Cost in multiples of the base's, a bare redirect if not said otherwise, in the same round
     pub ratio: Summary,
 }
 
@@ -71,7 +71,7 @@ fn measure(arrangement: &mut Arrangement, family: &'static str, all: &[(IpAddr, 
     let costs = take_turns(arrangement, rounds)?;
     arrangement.assert_fast_path()?;
     println!("{family}, {} routes:", all.len());
-    Ok(Case { family, routes: all.len(), results: outcomes(&arrangement.contenders(), &costs)? })
+    Ok(Case { family, routes: all.len(), results: outcomes(&arrangement.contenders(), &costs, Contender::Redirect)? })
 }
 
 /// A window of each contender in every round: nanoseconds a packet, by contender.
@@ -85,9 +85,9 @@ pub(crate) fn take_turns(arrangement: &mut Arrangement, rounds: usize) -> Result
     Ok(costs)
 }
 
-/// What the contenders' costs come to, printed as well.
-pub(crate) fn outcomes(contenders: &[Contender], costs: &[Vec<f64>]) -> Result<Vec<Outcome>> {
-    let base = contenders.iter().position(|contender| *contender == Contender::Redirect).context("no base")?;
+/// What the contenders' costs come to, also in multiples of one of them; printed as well.
+pub(crate) fn outcomes(contenders: &[Contender], costs: &[Vec<f64>], base: Contender) -> Result<Vec<Outcome>> {
+    let base = contenders.iter().position(|contender| *contender == base).context("no base")?;
     let outcome = |(contender, cost): (&Contender, &Vec<f64>)| {
         let ratios: Vec<f64> = cost.iter().zip(&costs[base]).map(|(cost, base)| cost / base).collect();
         let (cost, ratio) = (Summary::of(cost).context("no windows")?, Summary::of(&ratios).context("no windows")?);
@@ -106,7 +106,7 @@ pub(crate) fn outcomes(contenders: &[Contender], costs: &[Vec<f64>]) -> Result<V
     contenders.iter().zip(costs).map(outcome).collect()
 }
 
-/// Cost of one of them in multiples of the bare redirect.
+/// Cost of one of them in multiples of the base.
 pub(crate) fn ratio(results: &[Outcome], contender: Contender) -> Result<f64> {
     let found = results.iter().find(|outcome| outcome.contender == contender.name());
     Ok(found.with_context(|| format!("{} was not measured", contender.name()))?.ratio.median)

@@ -1,6 +1,7 @@
 //! Traffic at the rate of a driver, measurements and what is needed for both: the benchmarks' parts, which the demo uses
 //! too.
 
+pub mod beside;
 pub mod bpf;
 pub mod capture;
 pub mod cost;
@@ -8,12 +9,15 @@ pub mod dpdk;
 pub mod ethtool;
 pub mod exceptions;
 pub mod findings;
+pub mod groups;
 pub mod instructions;
 pub mod latency;
+pub mod left;
 pub mod memory;
 pub mod nat;
 pub mod path;
 pub mod routes;
+pub mod scrape;
 pub mod sockets;
 pub mod source;
 pub mod stalls;

@@ -5,7 +5,9 @@ use clap::Parser;
 
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
-use towpath_bench::{capture, cost, exceptions, findings, instructions, latency, nat, sockets, stalls, sync, user};
+use towpath_bench::{
+    capture, cost, exceptions, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls, sync, user,
+};
 use towpath_report::Report;
 
 /// Measures Towpath beside its peers and writes a report.
@@ -38,6 +40,12 @@ enum Section {
     Nat,
     /// What a capture that matches nothing costs the rest
     Capture,
+    /// What a packet costs that is left to Linux
+    Left,
+    /// What a group of next hops costs over one next hop
+    Groups,
+    /// What the metrics endpoint costs packets
+    Scrape,
     /// Start with full tables, memory, idle CPU
     Start,
     /// Route changes: delay, bursts
@@ -72,6 +80,15 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Capture) {
         capture::run(&mut findings, &mut report, arguments.rounds)?;
+    }
+    if wanted(Section::Left) {
+        left::run(&mut findings, &mut report, arguments.rounds)?;
+    }
+    if wanted(Section::Groups) {
+        groups::run(&mut findings, &mut report, arguments.rounds)?;
+    }
+    if wanted(Section::Scrape) {
+        scrape::run(&mut findings, &mut report, arguments.rounds.min(9))?;
     }
     if wanted(Section::Start) {
         sync::start(&mut findings, &mut report, 5)?;

@@ -95,7 +95,7 @@ fn measure(flows: usize, rounds: usize) -> Result<Option<Case>> {
     let [fast, taken] = [after[0] - before[0], after[1] - before[1]];
     ensure!(fast * 100 >= taken * 99, "Towpath forwarded only {fast} of {taken} packets of flows");
     println!("{flows} connections:");
-    Ok(Some(Case { flows, results: outcomes(&CONTENDERS, &costs)? }))
+    Ok(Some(Case { flows, results: outcomes(&CONTENDERS, &costs, Contender::Redirect)? }))
 }
 
 /// Has conntrack know an established connection from the sources to each destination, masqueraded or as it is.

@@ -33,6 +33,8 @@ pub const OUT: &str = "o";
 pub enum Contender {
     /// XDP_DROP in the router
     Drop,
+    /// XDP_PASS, and Linux behind it
+    Pass,
     /// Bare XDP_REDIRECT to the other port
     Redirect,
     /// A minimal program on bpf_fib_lookup, stand-in for xdp-forward
@@ -48,6 +50,7 @@ impl Contender {
     pub fn name(self) -> &'static str {
         match self {
             Contender::Drop => "XDP_DROP",
+            Contender::Pass => "Linux behind XDP_PASS",
             Contender::Redirect => "bare XDP_REDIRECT",
             Contender::FibForward => "bpf_fib_lookup program",
             Contender::Linux => "Linux",
@@ -374,6 +377,7 @@ impl Entry {
     fn program(router: &Node, contender: Contender, port: &str) -> Result<Option<Object>> {
         let name = match contender {
             Contender::Drop => "discard",
+            Contender::Pass => "pass",
             Contender::Redirect => "redirect",
             Contender::FibForward => "fib_forward",
             Contender::Linux | Contender::Towpath => return Ok(None),
