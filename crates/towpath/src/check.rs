@@ -219,7 +219,16 @@ fn ends(prefix: Prefix) -> [IpAddr; 2] {
         IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits() | u32::MAX.checked_shr(len).unwrap_or(0)).into(),
         IpAddr::V6(first) => Ipv6Addr::from_bits(first.to_bits() | u128::MAX.checked_shr(len).unwrap_or(0)).into(),
     };
-    [prefix.address(), last]
+    [prefix.address(), last].map(forwarded)
+}
+
+/// The address, or for the two that nothing is ever forwarded to, whatever the routes, another one at that end.
+fn forwarded(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(1, 0, 0, 0).into(),
+        IpAddr::V4(Ipv4Addr::BROADCAST) => Ipv4Addr::new(223, 255, 255, 255).into(),
+        _ => address,
+    }
 }
 
 /// Whether a neighbour's address is one that packets are forwarded to.
@@ -256,7 +265,11 @@ mod tests {
         let of = |text| ends(parse(text).unwrap()).map(|address| address.to_string());
         assert_eq!(of("10.1.0.0/16"), ["10.1.0.0", "10.1.255.255"]);
         assert_eq!(of("10.1.2.3/32"), ["10.1.2.3", "10.1.2.3"]);
-        assert_eq!(of("0.0.0.0/0"), ["0.0.0.0", "255.255.255.255"]);
+        assert_eq!(
+            of("0.0.0.0/0"),
+            ["1.0.0.0", "223.255.255.255"],
+            "Linux forwards nothing to the very first and last"
+        );
         assert_eq!(of("2001:db8::/127"), ["2001:db8::", "2001:db8::1"]);
         assert_eq!(of("::/0"), ["::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"]);
     }

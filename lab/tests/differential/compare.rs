@@ -23,6 +23,8 @@ pub struct Pair {
     pub routers: [Router; 2],
     limited: [Limited; 2],
     batch: u32,
+    /// Through which ports markers come that enter by a port (first index): all, unless the configuration changes
+    pub passes: [[bool; PORTS]; PORTS],
     /// Forwarded frames that nothing but routes decided over (each a fast path's own), by the first router.
     pub plain_forwarded: u64,
     pub received: u64,
@@ -47,7 +49,8 @@ impl Pair {
         for router in &routers {
             router.settle()?;
         }
-        Ok(Pair { routers, limited: Default::default(), batch: 0, plain_forwarded: 0, received: 0, _lab: lab })
+        let passes = [[true; PORTS]; PORTS];
+        Ok(Pair { routers, limited: Default::default(), batch: 0, passes, plain_forwarded: 0, received: 0, _lab: lab })
     }
 
     /// Sends `count` frames from `seed`, and stops at the first difference.
@@ -110,7 +113,7 @@ impl Pair {
         self.batch += 1;
         let mut raw = [Outputs::default(), Outputs::default()];
         self.send(cases)?;
-        self.collect_markers(&mut raw)?;
+        self.collect_markers(cases.first().map_or(0, |case| case.port), &mut raw)?;
         let deadline = Instant::now() + grace;
         loop {
             let mut limited = self.limited.clone();
@@ -143,13 +146,12 @@ impl Pair {
         self.routers.iter().zip(raw).try_for_each(|(router, outputs)| router.collect(outputs))
     }
 
-    /// Receives until both routers have sent every marker of this batch.
-    fn collect_markers(&self, raw: &mut [Outputs; 2]) -> Result<()> {
+    /// Receives until both routers have sent every marker of this batch, which entered by `port`.
+    fn collect_markers(&self, port: usize, raw: &mut [Outputs; 2]) -> Result<()> {
         let deadline = Instant::now() + MARKER_LIMIT;
         let missing = |outputs: &Outputs| {
-            outputs
-                .iter()
-                .any(|frames| frames.iter().filter(|f| marker_batch(&f.bytes) == Some(self.batch)).count() < 2)
+            let mut expected = outputs.iter().zip(self.passes[port]).filter(|(_, passes)| *passes);
+            expected.any(|(frames, _)| frames.iter().filter(|f| marker_batch(&f.bytes) == Some(self.batch)).count() < 2)
         };
         loop {
             self.collect(raw)?;
@@ -162,7 +164,7 @@ impl Pair {
     }
 
     /// The single frame that shows the difference, made as simple as it still shows it.
-    fn narrow(&mut self, difference: Difference) -> Result<Difference> {
+    pub fn narrow(&mut self, difference: Difference) -> Result<Difference> {
         for case in &difference.cases {
             if let Some(single) = self.difference(std::slice::from_ref(case), false, GRACE)? {
                 return self.simplify(single);

@@ -656,9 +656,10 @@ pub fn marker_batch(bytes: &[u8]) -> Option<u32> {
     (is_marker && text == MARKER).then(|| u32::from_be_bytes([batch[0], batch[1], batch[2], batch[3]]))
 }
 
-/// Whether an address is one of the router's own.
+/// Whether an address is one of the router's own (or may be, in a history).
 pub fn is_router_v4(address: &[u8]) -> bool {
     ROUTER_V4.iter().any(|own| own == address)
+        || matches!(address, [198, 18, 0 | 200..203, 1])
         || VLANS.iter().any(|(_, third)| address == [198, 18, *third, 1])
         || address == [127, 0, 0, 1]
 }

@@ -8,6 +8,7 @@ mod ends;
 mod firewall;
 mod generate;
 mod gre;
+mod histories;
 mod hosts;
 mod memory;
 mod normalise;

@@ -271,6 +271,7 @@ fn configure_tunnel(node: &Node, tunnel: &Tunnel) -> Result<()> {
     Ok(())
 }
 
-fn mac(bytes: [u8; 6]) -> String {
+/// As `ip` takes it.
+pub fn mac(bytes: [u8; 6]) -> String {
     bytes.map(|b| format!("{b:02x}")).join(":")
 }

@@ -1,0 +1,7 @@
+//! Histories that once failed. They are run first, each as a test of its own would be.
+
+/// A name that says what was wrong, and the steps.
+pub const KEPT: &[(&str, &[&str])] = &[(
+    "check asked Linux for 0.0.0.0 and 255.255.255.255 where there is a default route",
+    &["route add 0.0.0.0/0 via 192.0.2.10"],
+)];

@@ -1,0 +1,298 @@
+//! Histories: random commands of `ip` for a plain Linux and for one with Towpath. After each step `towpath check` must find no
+//! difference, and frames about everything that steps may change must come out of both alike.
+//!
+//! TOWPATH_DIFF_STEPS sets the number of steps, TOWPATH_DIFF_SEED repeats a run.
+
+mod commands;
+mod frames;
+mod ip;
+mod kept;
+mod shrink;
+
+use crate::compare::Pair;
+use crate::generate::Case;
+use crate::random::Random;
+use crate::router::{NEIGHBOURS_V4, PORT_NAMES, PORTS, Profile};
+use crate::{PLAIN, fast, number, seed};
+use anyhow::{Context, Result, bail, ensure};
+use commands::Commands;
+use frames::DESTINATIONS;
+use ip::Ip;
+use kept::KEPT;
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+use towpath_lab::{Towpath, wait_for};
+
+const PROFILE: Profile = Profile { name: "history", send_redirects: false, ..PLAIN };
+/// Steps of one history: its routers are its own.
+const LENGTH: usize = 40;
+/// Frames sent before the next marker
+const BATCH: usize = 64;
+/// How long Towpath may be behind.
+const LIMIT: Duration = Duration::from_secs(3);
+/// How often a history that failed is tried in shorter forms.
+const TRIES: usize = 60;
+
+/// Two routers that are given the same commands.
+struct Trial {
+    pair: Pair,
+    ip: [Ip; 2],
+    /// None if both are plain
+    towpath: Option<Towpath>,
+    sums: Sums,
+}
+
+/// What histories came to.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    steps: usize,
+    /// Steps that Linux refused
+    refused: usize,
+    sent: usize,
+    received: u64,
+    /// Forwarded with nothing but their time to live changed, and by the fast path
+    plain: u64,
+    fast: u64,
+    /// Bursts that came out alike only when they were sent again
+    late: usize,
+}
+
+impl Trial {
+    fn new(with_towpath: bool) -> Result<Self> {
+        let names = ["linux", if with_towpath { "towpath" } else { "other linux" }];
+        let pair = Pair::new("history", names, &PROFILE)?;
+        let [first, second] = &pair.routers;
+        let ip = [Ip::start(&first.node)?, Ip::start(&second.node)?];
+        let towpath = if with_towpath { Some(Towpath::up(&second.node, &PORT_NAMES)?) } else { None };
+        second.settle()?;
+        Ok(Self { pair, ip, towpath, sums: Sums::default() })
+    }
+
+    /// Goes through all steps; an error that says which one fails, and how.
+    fn run(&mut self, steps: &[impl AsRef<str>]) -> Result<()> {
+        for (at, step) in steps.iter().map(AsRef::as_ref).enumerate() {
+            self.step(step).with_context(|| format!("step {at}: {step}"))?;
+        }
+        self.sums.fast = self.towpath.as_ref().map_or(Ok(0), fast)?;
+        (self.sums.plain, self.sums.received) = (self.pair.plain_forwarded, self.pair.received);
+        Ok(())
+    }
+
+    fn step(&mut self, step: &str) -> Result<()> {
+        for command in step.split("; ") {
+            let [first, second] = [self.command(0, command)?, self.command(1, command)?];
+            ensure!(first == second, "{command}: Linux says {first:?}, with Towpath {second:?}");
+            self.sums.refused += usize::from(first.is_some());
+        }
+        self.sums.steps += 1;
+        self.await_links()?;
+        self.check()?;
+        self.burst(&mut Random::new(step.bytes().fold(7, |sum, byte| sum * 31 + u64::from(byte))))
+    }
+
+    /// Gives a router a command; what is said if it is refused.
+    fn command(&mut self, router: usize, command: &str) -> Result<Option<String>> {
+        if let Some(setting) = command.strip_prefix("sysctl ") {
+            let (key, value) = setting.split_once('=').context("a sysctl without a value")?;
+            let refused = self.pair.routers[router].node.sysctl(key, value).err();
+            return Ok(refused.map(|error| error.root_cause().to_string()));
+        }
+        let (text, succeeded) = self.ip[router].run(command)?;
+        Ok((!succeeded).then_some(text))
+    }
+
+    /// Waits until both routers' ports are as their settings say: Linux looks at carriers later.
+    fn await_links(&mut self) -> Result<()> {
+        for ip in &mut self.ip {
+            wait_for(LIMIT, "the ports to be up", || {
+                let (links, _) = ip.run("link show").ok()?;
+                let mut ports = links.lines().filter(|line| line.contains(": eth"));
+                ports.all(|line| !line.contains("UP") || line.contains("state UP")).then_some(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the tables are Linux's.
+    fn check(&self) -> Result<()> {
+        let Some(towpath) = &self.towpath else { return Ok(()) };
+        let mut last = None;
+        let waited = wait_for(LIMIT, "`towpath check` to find no difference", || {
+            last = towpath.json(&["check"]).err();
+            last.is_none().then_some(())
+        });
+        waited.map_err(|error| last.unwrap_or(error))
+    }
+
+    /// Sends frames from every port that is up, until they come out of both routers alike.
+    fn burst(&mut self, random: &mut Random) -> Result<()> {
+        let destinations = self.destinations()?;
+        for (port, mtu) in self.ports_up()? {
+            self.pair.passes[port] = self.passes(port)?;
+            for cases in frames::burst(random, port, mtu, &destinations).chunks(BATCH) {
+                self.same(cases)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends these, again while what comes out differs, for as long as Towpath may be behind.
+    fn same(&mut self, cases: &[Case]) -> Result<()> {
+        self.sums.sent += cases.len();
+        let deadline = Instant::now() + if self.towpath.is_some() { LIMIT } else { Duration::ZERO };
+        let mut late = 0;
+        while let Err(difference) = self.pair.exchange(cases)? {
+            if Instant::now() >= deadline {
+                let narrow = self.pair.narrow(difference)?;
+                bail!("{} differs from {}:\n{narrow}", self.pair.routers[1].name, self.pair.routers[0].name);
+            }
+            late = 1;
+        }
+        self.sums.late += late;
+        Ok(())
+    }
+
+    /// The ports that are up, with their MTUs.
+    fn ports_up(&mut self) -> Result<Vec<(usize, usize)>> {
+        let (links, _) = self.ip[0].run("link show")?;
+        let port = |line: &str| {
+            let port = PORT_NAMES.iter().position(|name| line.contains(&format!(": {name}@")))?;
+            let mtu = line.split(" mtu ").nth(1)?.split(' ').next()?.parse().ok()?;
+            line.contains("state UP").then_some((port, mtu))
+        };
+        Ok(links.lines().filter_map(port).collect())
+    }
+
+    /// Destinations for which the routers need not choose among next hops, since Towpath chooses by a hash of its own.
+    fn destinations(&mut self) -> Result<Vec<IpAddr>> {
+        let mut single = Vec::new();
+        for text in DESTINATIONS {
+            let (route, _) = self.ip[0].run(&format!("route get fibmatch {text}"))?;
+            if route.matches("nexthop via").count() < 2 {
+                single.push(text.parse()?);
+            }
+        }
+        Ok(single)
+    }
+
+    /// By which ports plain Linux sends markers that enter by this one.
+    fn passes(&mut self, port: usize) -> Result<[bool; PORTS]> {
+        let source = Ipv4Addr::from(NEIGHBOURS_V4[port]);
+        let mut passes = [false; PORTS];
+        for (out, passes) in passes.iter_mut().enumerate() {
+            let destination = Ipv4Addr::from(NEIGHBOURS_V4[out]);
+            let question = format!("route get {destination} from {source} iif {}", PORT_NAMES[port]);
+            let (route, found) = self.ip[0].run(&question)?;
+            *passes = found && !route.contains(" via ") && route.contains(&format!("dev {} ", PORT_NAMES[out]));
+        }
+        Ok(passes)
+    }
+}
+
+/// Whether a history fails, and how; with routers of its own.
+fn failure(steps: &[impl AsRef<str>], with_towpath: bool, sums: &mut Sums) -> Result<Option<String>> {
+    let mut trial = Trial::new(with_towpath)?;
+    let result = trial.run(steps);
+    sums.add(&trial.sums);
+    Ok(result.err().map(|error| format!("{error:#}")))
+}
+
+impl Sums {
+    fn add(&mut self, other: &Sums) {
+        self.steps += other.steps;
+        self.refused += other.refused;
+        self.sent += other.sent;
+        self.received += other.received;
+        self.plain += other.plain;
+        self.fast += other.fast;
+        self.late += other.late;
+    }
+}
+
+/// Makes a failing history short, and says it in a form that can be kept.
+fn shortened(steps: Vec<String>, first: &str) -> Result<String> {
+    eprintln!("lab: fails, and is made shorter: {first}");
+    let mut why = first.to_owned();
+    let steps = shrink::shrink(steps, TRIES, |steps| {
+        let found = failure(steps, true, &mut Sums::default()).unwrap_or_else(|error| Some(format!("{error:#}")));
+        found.map(|found| why = found).is_some()
+    });
+    let by_itself = failure(&steps, false, &mut Sums::default())?;
+    let mut text = format!("{why}\n(\"\", &[\n");
+    for step in &steps {
+        writeln!(text, "    \"{step}\",")?;
+    }
+    text += "]),\n";
+    if let Some(why) = by_itself {
+        writeln!(text, "two plain Linuxes do not agree about it either: {why}")?;
+    }
+    Ok(text)
+}
+
+fn histories(steps: usize, with_towpath: bool) -> Result<Sums> {
+    let (seed, mut sums) = (seed(), Sums::default());
+    eprintln!("lab: histories of {steps} steps together, TOWPATH_DIFF_SEED={seed}");
+    let mut at = 0;
+    while sums.steps < steps {
+        let seed = seed.wrapping_add(at);
+        let mut commands = Commands::new(seed);
+        let steps: Vec<String> = (0..LENGTH).map(|_| commands.step()).collect();
+        if let Some(why) = failure(&steps, with_towpath, &mut sums)? {
+            bail!("TOWPATH_DIFF_SEED={seed}: {}", if with_towpath { shortened(steps, &why)? } else { why });
+        }
+        at += 1;
+    }
+    let Sums { steps, refused, sent, received, plain, fast, late } = sums;
+    eprintln!(
+        "lab: {steps} steps ({refused} commands refused), {sent} frames, {received} came out, {plain} plainly forwarded, \
+         {fast} by the fast path, {late} times late"
+    );
+    Ok(sums)
+}
+
+fn steps() -> usize {
+    number("TOWPATH_DIFF_STEPS").unwrap_or(400) as usize
+}
+
+#[test]
+fn towpath_agrees_with_linux_throughout_histories() -> Result<()> {
+    for (name, steps) in KEPT {
+        if let Some(why) = failure(steps, true, &mut Sums::default())? {
+            bail!("{name}: {why}");
+        }
+    }
+    let sums = histories(steps(), true)?;
+    ensure!(sums.fast * 3 > sums.plain, "the fast path forwarded only {} of {}", sums.fast, sums.plain);
+    ensure!(sums.plain as usize * 10 > sums.sent, "only {} plain frames were forwarded", sums.plain);
+    Ok(())
+}
+
+/// The harness itself: two plain Linuxes agree.
+#[test]
+fn linux_agrees_with_itself_throughout_histories() -> Result<()> {
+    histories(steps() / 10, false).map(drop)
+}
+
+/// The harness itself: what one router alone was told is found out.
+#[test]
+fn histories_of_one_router_alone_are_found() -> Result<()> {
+    let mut trial = Trial::new(false)?;
+    trial.run(&["route replace 198.18.0.0/24 via 203.0.113.10"])?;
+    for (told, untold) in [
+        ("route replace 198.18.0.0/24 via 192.0.2.10", "route replace 198.18.0.0/24 via 203.0.113.10"),
+        ("route add blackhole 198.18.1.0/26", "route del 198.18.1.0/26"),
+        ("link set eth1 mtu 1500", "link set eth1 mtu 1400"),
+        (
+            "route add 2001:db8:101:8000::1/128 via 2001:db8::10 metric 10",
+            "route del 2001:db8:101:8000::1/128 metric 10",
+        ),
+        ("neighbor replace 198.51.100.11 lladdr 02:00:00:00:00:21 dev eth1", "neighbor del 198.51.100.11 dev eth1"),
+    ] {
+        trial.command(1, told)?;
+        let found = trial.burst(&mut Random::new(seed()));
+        ensure!(found.is_err_and(|error| error.to_string().contains("differs from linux")), "not found: {told}");
+        trial.command(1, untold)?;
+    }
+    Ok(())
+}
