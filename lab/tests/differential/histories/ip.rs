@@ -30,7 +30,8 @@ impl Ip {
 
     /// Runs a command; what it wrote, and whether it succeeded.
     pub fn run(&mut self, command: &str) -> Result<(String, bool)> {
-        writeln!(self.input, "{command}\n{NONSENSE}")?;
+        // At once: the process may end at the first line.
+        self.input.write_all(format!("{command}\n{NONSENSE}\n").as_bytes())?;
         self.line += 2;
         let [failed, end] = [self.line - 1, self.line].map(|line| format!("Command failed -:{line}"));
         let (mut answer, mut succeeded) = (String::new(), true);
