@@ -1,6 +1,7 @@
 //! Directed tests: each kind of change, and what the tables say after it. `model` compares long histories with a
 //! reference that works everything out from scratch.
 
+mod crash;
 mod flows;
 mod model;
 mod reference;

@@ -68,7 +68,9 @@ impl Tunnel {
             &self.link,
             &self.policy,
         ];
-        if self.flags.load() == flags && fields.iter().zip(words).all(|(field, word)| field.load() == word) {
+        let same = self.flags.load() == flags && fields.iter().zip(words).all(|(field, word)| field.load() == word);
+        // A writer that was killed may have left it as being changed.
+        if same && order::begin(&self.sequence).is_some() {
             return;
         }
         order::change(&self.sequence, || {
@@ -142,6 +144,16 @@ mod tests {
         assert_eq!((tunnel.sequence.load(), tunnel.way.load()), (4, 0), "the way led to another end");
         tunnel.set(None);
         assert_eq!((tunnel.sequence.load(), tunnel.flags.load(), tunnel.local[0].load()), (6, 0, 0));
+    }
+
+    #[test]
+    fn a_tunnel_whose_writer_was_killed_at_its_last_word_is_set_again() {
+        // SAFETY: as above.
+        let tunnel: Tunnel = unsafe { core::mem::zeroed() };
+        tunnel.set(Some(&VALUE));
+        tunnel.sequence.store(1);
+        tunnel.set(Some(&VALUE));
+        assert_eq!(tunnel.sequence.load(), 2);
     }
 
     #[test]

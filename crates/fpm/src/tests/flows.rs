@@ -25,7 +25,7 @@ fn connection(host: u8, port: u16, seen: u16) -> Connection {
 }
 
 /// One that is seen as no other.
-fn flow(host: u8, port: u16) -> Connection {
+pub fn flow(host: u8, port: u16) -> Connection {
     connection(host, port, 10_000 + u16::from(host) * 256 + port % 256)
 }
 

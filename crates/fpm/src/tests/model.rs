@@ -5,7 +5,7 @@ use super::*;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-const NETWORKS: [[&str; 7]; 2] = [
+pub const NETWORKS: [[&str; 7]; 2] = [
     ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.3/32", "192.0.2.0/24", "192.0.2.128/25"],
     [
         "::/0",
@@ -17,11 +17,11 @@ const NETWORKS: [[&str; 7]; 2] = [
         "2001:db8:2::/120",
     ],
 ];
-const HOSTS: [[&str; 4]; 2] = [
+pub const HOSTS: [[&str; 4]; 2] = [
     ["10.1.2.3", "10.1.2.9", "192.0.2.1", "192.0.2.129"],
     ["2001:db8:1::5", "2001:db8:1::9", "2001:db8:2::1", "fe80::1"],
 ];
-const PROBES: [&str; 14] = [
+pub const PROBES: [&str; 14] = [
     "8.8.8.8",
     "10.9.9.9",
     "10.1.9.9",
