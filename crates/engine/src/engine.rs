@@ -8,6 +8,7 @@ use crate::interface::Interface;
 use crate::netfpc::{PortFacts, Request};
 use crate::program::{NAME_CAPTURE, Program, ProgramFacts, load_translators};
 use crate::region::{ConfigTable, Maps, Region, STAGED, Targets, entries_of, map_names, staged_name};
+use crate::trace::{Ring, Seen, Trace, Traces};
 use crate::{require, sys, tc};
 use aya_obj::generated::bpf_prog_info;
 use std::collections::{BTreeMap, BTreeSet};
@@ -121,9 +122,7 @@ impl Site {
         match made {
             Ok((region, links, grace)) => {
                 let ports = links.into_iter().map(|(index, link)| (index, Port::new(link, None))).collect();
-                let core =
-                    Core { site: self, region, program: None, captures: Vec::new(), watching: false, ports, grace };
-                Ok(Engine::new(core))
+                Ok(Engine::new(Core::new(self, region, ports, grace)))
             }
             Err(e) => {
                 self.discard();
@@ -247,9 +246,7 @@ impl Left {
     /// Takes it over, with this binary's program. Packets flow by the old state meanwhile.
     pub fn adopt(self) -> Result<Engine> {
         let Self { site, region, links } = self;
-        let (ports, captures) = (BTreeMap::new(), Vec::new());
-        let grace = GraceMethod::choose()?;
-        let mut core = Core { site, region, program: None, captures, watching: false, ports, grace };
+        let mut core = Core::new(site, region, BTreeMap::new(), GraceMethod::choose()?);
         let program = core.load()?;
         let slots = core.device_slots()?;
         for (index, link) in links {
@@ -288,6 +285,8 @@ struct Core {
     program: Option<Arc<Program>>,
     /// What the program lets Linux have
     captures: Vec<Capture>,
+    /// What it tells of
+    traces: Traces,
     /// What Linux transmits is looked at, on all ports
     watching: bool,
     ports: BTreeMap<u32, Port>,
@@ -304,15 +303,24 @@ impl Drop for Core {
 }
 
 impl Core {
+    fn new(site: Site, region: Region, ports: BTreeMap<u32, Port>, grace: GraceMethod) -> Self {
+        let (captures, traces) = (Vec::new(), Traces::default());
+        Self { site, region, program: None, captures, traces, watching: false, ports, grace }
+    }
+
     /// The program, loaded against the tables as they are unless that is done.
     fn load(&mut self) -> Result<Arc<Program>> {
         if let Some(program) = &self.program {
             return Ok(program.clone());
         }
-        let program =
-            Arc::new(Program::load(&self.region.pins(&self.site.dir, None), self.site.options, &self.captures)?);
+        let program = Arc::new(self.load_with(None, &self.captures, &self.traces)?);
         self.program = Some(program.clone());
         Ok(program)
+    }
+
+    /// A new program; `grown` is a table that is to take the place of a smaller one.
+    fn load_with(&self, grown: Option<TableId>, captures: &[Capture], traces: &Traces) -> Result<Program> {
+        Program::load(&self.region.pins(&self.site.dir, grown), self.site.options, captures, traces)
     }
 
     /// Which slot each interface in the map of devices transmits for.
@@ -506,11 +514,27 @@ impl Core {
 
     /// See `Engine::set_captures`.
     fn set_captures(&mut self, captures: &[Capture]) -> Result<()> {
-        let program = Program::load(&self.region.pins(&self.site.dir, None), self.site.options, captures)?;
+        let program = self.load_with(None, captures, &self.traces)?;
+        self.replace(program)?;
+        self.captures = captures.to_vec();
+        self.grace.wait()
+    }
+
+    /// See `Engine::set_trace`.
+    fn set_trace(&mut self, number: usize, trace: Option<Trace>) -> Result<()> {
+        let traces = self.traces.with(number, trace)?;
+        let program = self.load_with(None, &self.captures, &traces)?;
+        self.replace(program)?;
+        self.traces = traces;
+        Ok(())
+    }
+
+    /// A new program comes into use.
+    fn replace(&mut self, program: Program) -> Result<()> {
         self.switch_links(&program)?;
         self.name_program()?;
-        (self.program, self.captures) = (Some(Arc::new(program)), captures.to_vec());
-        self.grace.wait()
+        self.program = Some(Arc::new(program));
+        Ok(())
     }
 
     /// See `Backing::grow`.
@@ -538,7 +562,7 @@ impl Core {
             self.program = None;
             return self.region.install(dir, grown);
         }
-        let program = match Program::load(&self.region.pins(dir, Some(id)), self.site.options, &self.captures) {
+        let program = match self.load_with(Some(id), &self.captures, &self.traces) {
             Ok(program) => Arc::new(program),
             Err(error) => {
                 dir.remove(&staged_name(name))?;
@@ -610,6 +634,22 @@ impl Engine {
     /// tables must be in use.
     pub fn set_captures(&self, captures: &[Capture]) -> Result<()> {
         self.core().set_captures(captures)
+    }
+
+    /// Has the program tell what becomes of packets, or no longer, for the trace with this number (below `TRACES`). The tables
+    /// must be in use. Who takes what it tells has to open the ring anew when the first trace begins.
+    pub fn set_trace(&self, number: usize, trace: Option<Trace>) -> Result<()> {
+        self.core().set_trace(number, trace)
+    }
+
+    /// Where the program tells; None without traces.
+    pub fn trace_ring(&self) -> Result<Option<Ring>> {
+        self.core().traces.ring()
+    }
+
+    /// What the trace with this number has met.
+    pub fn traced(&self, number: usize) -> Result<Seen> {
+        self.core().traces.seen(number)
     }
 
     /// Looks at what Linux transmits, to know which flows it has accepted, on all ports that are attached or will be, as long

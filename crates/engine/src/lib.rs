@@ -23,6 +23,7 @@ mod region;
 mod require;
 mod sys;
 mod tc;
+mod trace;
 mod transmit;
 
 pub use attach::{Mode, Notice, announce};
@@ -36,4 +37,5 @@ pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};
 pub use require::{Requirement, compiles, may_lock_memory, release, requirements};
+pub use trace::{Ring, Seen, Trace};
 pub use transmit::{PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};

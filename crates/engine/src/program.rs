@@ -5,6 +5,7 @@ use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::tc::{self, Hook};
+use crate::trace::{self, Traces};
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
 use std::collections::HashMap;
@@ -13,16 +14,19 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use towpath_filter::{Capture, translate};
-use towpath_tables::mark::{CAPTURED, Function, Number};
+use towpath_tables::mark::{CAPTURED, Function, Number, traced};
 use towpath_tables::record::TableId;
 
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
+/// The one for ports of both while somebody traces, and with which names of functions begin that only it calls.
+const NAME_TRACED: &str = "towpath_traced";
+const TRACE_FUNCTIONS: &str = "towpath_trace";
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// Of every program that runs on ports
-pub(crate) const NAMES: [&str; 3] = [NAME, NAME_USER, NAME_CAPTURE];
+pub(crate) const NAMES: [&str; 4] = [NAME, NAME_USER, NAME_TRACED, NAME_CAPTURE];
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
 /// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source
@@ -66,13 +70,24 @@ pub struct ProgramFacts {
 }
 
 impl Program {
-    /// Loads the program; each map is the one pinned at its path. Frames that the captures match go to Linux.
-    pub fn load(pins: &[(&'static str, PathBuf)], options: Options, captures: &[Capture]) -> Result<Self> {
-        let name = if options.sockets { NAME_USER } else { NAME };
-        let (object, fds) = object_with(pins)?;
+    /// Loads the program; each map is the one pinned at its path. Frames that the captures match go to Linux; what becomes of
+    /// those that traces match is told.
+    pub(crate) fn load(
+        pins: &[(&'static str, PathBuf)],
+        options: Options,
+        captures: &[Capture],
+        traces: &Traces,
+    ) -> Result<Self> {
+        let name = match options.sockets {
+            _ if traces.any() => NAME_TRACED,
+            true => NAME_USER,
+            false => NAME,
+        };
+        let (object, fds) = object_with(pins, traces)?;
         let (license, mut code) = code_of(&object, name, &fds)?;
         let accept = options.flows.then(|| load_tc(&object, &tc::ACCEPT, &fds)).transpose()?;
         set_captures(&mut code, captures)?;
+        set_traces(&mut code, traces)?;
         let name = if captures.is_empty() { name } else { NAME_CAPTURE };
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
@@ -134,15 +149,25 @@ fn code_of<'o>(
 
 /// Loads the tc programs that translate addresses, by `Way`.
 pub(crate) fn load_translators(pins: &[(&'static str, PathBuf)]) -> Result<[OwnedFd; 2]> {
-    let (object, fds) = object_with(pins)?;
+    let (object, fds) = object_with(pins, &Traces::default())?;
     let [out, inward] = &tc::TRANSLATE;
     Ok([load_tc(&object, out, &fds)?, load_tc(&object, inward, &fds)?])
 }
 
-/// The object's programs over the maps that are pinned.
-fn object_with(pins: &[(&'static str, PathBuf)]) -> Result<(Object, HashMap<&'static str, OwnedFd>)> {
+/// The object's programs over the maps that are pinned, and over those of the traces. Without traces the program for them is
+/// left out.
+fn object_with(pins: &[(&'static str, PathBuf)], traces: &Traces) -> Result<(Object, HashMap<&'static str, OwnedFd>)> {
     let mut object = Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
-    let fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
+    let mut fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
+    for (name, fd) in traces.maps() {
+        let fd = fd.try_clone_to_owned().map_err(|e| Error::io(format!("take map {name}"), e))?;
+        fds.insert(name, fd);
+    }
+    if !traces.any() {
+        object.programs.remove(NAME_TRACED);
+        object.functions.retain(|_, function| !function.name.starts_with(TRACE_FUNCTIONS));
+        object.maps.retain(|name, _| !trace::MAPS.contains(&name.as_str()));
+    }
     relocate(&mut object, &fds)?;
     Ok((object, fds))
 }
@@ -200,24 +225,58 @@ fn set_places(code: &mut [bpf_insn], places: Option<&Places>) {
     }
 }
 
-/// Appends the captures' filters, and has them called where their mark is.
-fn set_captures(code: &mut Vec<bpf_insn>, captures: &[Capture]) -> Result<()> {
-    let is_call = |instruction: &bpf_insn| {
-        instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm as u32 == CAPTURED
-    };
-    let filters = code.len();
-    for (at, call) in code.iter_mut().enumerate().filter(|(_, instruction)| is_call(instruction)) {
-        if captures.is_empty() {
-            (call.code, call.imm) = (SET, 0);
-        } else {
-            call.imm = (filters - at - 1) as i32;
-            call.set_src_reg(OWN_FUNCTION);
-        }
+/// What a filter's mark becomes.
+enum Answer {
+    /// Always the same
+    Always(bool),
+    /// That of a function
+    Function(Vec<u64>),
+}
+
+impl Answer {
+    fn of(captures: &[Capture]) -> Result<Self> {
+        translate(captures).map(Self::Function).map_err(Error::Captures)
     }
-    if !captures.is_empty() {
-        code.extend(translate(captures).map_err(Error::Captures)?.into_iter().map(instruction));
+}
+
+/// Has the captures' filters called where their mark is.
+fn set_captures(code: &mut Vec<bpf_insn>, captures: &[Capture]) -> Result<()> {
+    let answer = if captures.is_empty() { Answer::Always(false) } else { Answer::of(captures)? };
+    set_filter(code, CAPTURED, answer);
+    Ok(())
+}
+
+/// The same for each trace's.
+fn set_traces(code: &mut Vec<bpf_insn>, traces: &Traces) -> Result<()> {
+    for (number, trace) in traces.running().iter().enumerate() {
+        let answer = match trace.as_ref().map(|trace| &trace.filter) {
+            None => Answer::Always(false),
+            Some(None) => Answer::Always(true),
+            Some(Some(filter)) => Answer::of(&[Capture { filter: filter.clone(), only: None }])?,
+        };
+        set_filter(code, traced(number as u32), answer);
     }
     Ok(())
+}
+
+/// Appends a filter, and has it called where its mark is.
+fn set_filter(code: &mut Vec<bpf_insn>, mark: u32, answer: Answer) {
+    let is_call = |instruction: &bpf_insn| {
+        instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm as u32 == mark
+    };
+    let end = code.len();
+    for (at, call) in code.iter_mut().enumerate().filter(|(_, instruction)| is_call(instruction)) {
+        match &answer {
+            Answer::Always(matches) => (call.code, call.imm) = (SET, i32::from(*matches)),
+            Answer::Function(_) => {
+                call.imm = (end - at - 1) as i32;
+                call.set_src_reg(OWN_FUNCTION);
+            }
+        }
+    }
+    if let Answer::Function(filter) = answer {
+        code.extend(filter.into_iter().map(instruction));
+    }
 }
 
 /// The kernel's structure from its encoding.

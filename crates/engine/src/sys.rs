@@ -71,13 +71,13 @@ pub struct MapSpec<'a> {
     pub flags: u32,
 }
 
-/// Creates a map with 32-bit keys. `inner` is the template of an array of maps.
+/// Creates a map with 32-bit keys, or a ring. `inner` is the template of an array of maps.
 pub fn map_create(spec: MapSpec<'_>, inner: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let mut attr = attr();
     // SAFETY: the members written are those of BPF_MAP_CREATE; the union is zeroed.
     let create = unsafe { &mut attr.__bindgen_anon_1 };
     create.map_type = spec.kind as u32;
-    create.key_size = 4;
+    create.key_size = if spec.kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF { 0 } else { 4 };
     create.value_size = spec.value_size;
     create.max_entries = spec.max_entries;
     create.map_flags = spec.flags;

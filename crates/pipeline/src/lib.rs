@@ -49,6 +49,7 @@ use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::mapping::{self, Way, Words};
 use towpath_tables::record::{Config, CpuMappings, CpuStats, Family, Group, MappingSet, Nexthop, Port, VlanTable};
+use towpath_tables::trace::Outcome;
 use towpath_wire::View;
 
 /// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
@@ -223,6 +224,17 @@ pub enum Verdict {
     Forward(u32),
 }
 
+impl From<Verdict> for Outcome {
+    #[inline(always)]
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::NotAPort => Self::NotAPort,
+            Verdict::Exception(reason) => Self::Exception(reason),
+            Verdict::Forward(slot) => Self::Forward(slot),
+        }
+    }
+}
+
 /// Takes one frame that came in by the interface with index `ifindex` along the whole path, and counts it.
 #[inline(always)]
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> Verdict {
@@ -238,14 +250,14 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> 
 
 /// Counts a frame that goes to Linux since a capture is to see it, or for a reason that is found before.
 #[inline(always)]
-pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) {
-    if let Some(mut entry) = Entry::find(tables, ifindex) {
-        let reason = match parse(frame, tables, &mut entry) {
-            Err(Stop::Exception(reason)) => reason,
-            Ok(_) | Err(Stop::Flow(_) | Stop::Mapped(_)) => Reason::PolicyCapture,
-        };
-        count_exception(tables, entry.slot, reason);
-    }
+pub fn capture<F: Frame, T: Tables>(frame: &F, tables: &T, ifindex: u32) -> Verdict {
+    let Some(mut entry) = Entry::find(tables, ifindex) else { return Verdict::NotAPort };
+    let reason = match parse(frame, tables, &mut entry) {
+        Err(Stop::Exception(reason)) => reason,
+        Ok(_) | Err(Stop::Flow(_) | Stop::Mapped(_)) => Reason::PolicyCapture,
+    };
+    count_exception(tables, entry.slot, reason);
+    Verdict::Exception(reason)
 }
 
 #[inline(always)]

@@ -40,6 +40,7 @@ pub mod record;
 pub mod rib;
 #[cfg(feature = "std")]
 pub mod store;
+pub mod trace;
 #[cfg(feature = "std")]
 pub mod tunnel;
 pub mod word;

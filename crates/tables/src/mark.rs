@@ -36,6 +36,11 @@ pub enum Number {
 /// if a capture is to see the frame.
 pub const CAPTURED: u32 = MAGIC & 0x7fff_ff00 | 0xff;
 
+/// As `CAPTURED`, for the filter of the trace with this number (below `trace::TRACES`).
+pub const fn traced(trace: u32) -> u32 {
+    MAGIC & 0x7fff_ff00 | 0xe0 | trace
+}
+
 impl Function {
     /// Every function.
     pub const ALL: [Self; 2] = [Self::CastToKernCtx, Self::RdonlyCast];

@@ -70,7 +70,9 @@ impl Daemon {
             Request::Flows { after } => control::answer(Ok(self.flows_page(after))),
             Request::Explain(packet) => control::answer(self.explain(&packet)),
             Request::NatList => control::answer(Ok(self.mappings())),
-            Request::NatAdd(_) | Request::NatDel(_) => control::answer::<()>(Err(anyhow::anyhow!("not now"))),
+            Request::NatAdd(_) | Request::NatDel(_) | Request::Trace(_) => {
+                control::answer::<()>(Err(anyhow::anyhow!("not now")))
+            }
             Request::Destinations { addresses } => control::answer(self.destinations(&addresses)),
             Request::Stop => control::answer(Ok(true)),
         }

@@ -54,6 +54,11 @@ pub enum Command {
     Doctor(Doctor),
     /// Watch rates: packets and bits by port, what goes to Linux and why; live on a terminal until q is pressed
     Top(Top),
+    /// Show packets as they arrive, what becomes of each, and why
+    ///
+    /// Each packet is sent through the packet path once more, over the tables as they are a moment later, to say what it met. It
+    /// is counted and marked only once. Ends on Ctrl-C, and says how many packets there were.
+    Trace(Trace),
     /// Translate addresses at a port, without connection tracking
     #[command(subcommand)]
     Nat(Nat),
@@ -206,6 +211,28 @@ impl std::str::FromStr for Seconds {
             _ => Err(format!("{text:?} is no number of seconds from 0.1 to 3600")),
         }
     }
+}
+
+/// `towpath trace`
+#[derive(Args)]
+pub struct Trace {
+    /// Which packets, as for tcpdump (pcap-filter(7)): they are looked at as they arrive, with tags in the frame; none: all
+    pub filter: Vec<String>,
+    /// End after so many packets
+    #[arg(short, long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// So many packets a second at most; more are counted
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rate: u32,
+    /// Only packets that go to Linux
+    #[arg(long)]
+    pub exceptions: bool,
+    /// Only packets that go to Linux for this reason, as `towpath show exceptions` names it
+    #[arg(long, value_name = "NAME")]
+    pub reason: Option<String>,
+    /// Printing
+    #[command(flatten)]
+    pub output: Output,
 }
 
 /// `towpath doctor`

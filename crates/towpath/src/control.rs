@@ -13,8 +13,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-/// Longest request in bytes.
-const REQUEST_LIMIT: u64 = 16_384;
+/// Longest request in bytes: a trace with the longest filter fits.
+const REQUEST_LIMIT: u64 = 32_768;
 /// Most addresses in one question: what they take fits the limit, and answering holds nobody up.
 pub const DESTINATIONS: usize = 256;
 /// Clients served at once; more are turned away.
@@ -63,8 +63,24 @@ pub enum Request {
     NatDel(NatMapping),
     /// `report::Mappings`
     NatList,
+    /// Tell packets from now on: `report::TraceBegun`, then `report::TraceLine` for each, until the client has had enough and
+    /// sends no more, or hangs up
+    Trace(Wanted),
     /// Take the fast path off and exit; answered with `true` before
     Stop,
+}
+
+/// What to trace.
+#[derive(Serialize, Deserialize, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Instructions of a filter for frames as they arrive, as `towpath_filter::instruction` encodes them; none: all frames
+    pub filter: Option<Vec<u64>>,
+    /// Only those that go to Linux
+    pub exceptions: bool,
+    /// Only those that go to Linux for the reason of this name
+    pub reason: Option<String>,
+    /// So many a second at most
+    pub rate: u32,
 }
 
 /// A packet to explain.
@@ -106,16 +122,24 @@ pub fn answer<T: Serialize>(value: Result<T>) -> String {
 }
 
 /// Listens at `path` and serves clients by `handle` in threads of their own, until the process ends. `handle` gives
-/// None when the daemon is on its way out.
-pub fn serve(path: &Path, handle: impl Fn(Request) -> Option<String> + Send + Sync + 'static) -> Result<()> {
+/// None when the daemon is on its way out. A client that traces is `trace`'s from then on.
+pub fn serve(
+    path: &Path,
+    handle: impl Fn(Request) -> Option<String> + Send + Sync + 'static,
+    trace: impl Fn(Wanted, UnixStream) -> Result<()> + Send + Sync + 'static,
+) -> Result<()> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", path.display()))?;
-    clients::serve("control", listener, CLIENT_LIMIT, move |stream| serve_client(stream, &handle))
+    clients::serve("control", listener, CLIENT_LIMIT, move |stream| serve_client(stream, &handle, &trace))
 }
 
-fn serve_client(stream: UnixStream, handle: &impl Fn(Request) -> Option<String>) -> Result<()> {
+fn serve_client(
+    stream: UnixStream,
+    handle: &impl Fn(Request) -> Option<String>,
+    trace: &impl Fn(Wanted, UnixStream) -> Result<()>,
+) -> Result<()> {
     stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
     stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
     let mut output = stream.try_clone()?;
@@ -128,6 +152,7 @@ fn serve_client(stream: UnixStream, handle: &impl Fn(Request) -> Option<String>)
         }
         let complete = line.ends_with(b"\n");
         let reply = match serde_json::from_slice(&line) {
+            Ok(Request::Trace(wanted)) if complete => return trace(wanted, output),
             Ok(request) if complete => match handle(request) {
                 Some(reply) => reply,
                 None => answer::<()>(Err(anyhow::anyhow!("the daemon is stopping"))),
@@ -164,11 +189,23 @@ impl Client {
         let mut line = serde_json::to_string(request)?;
         line.push('\n');
         self.stream.get_mut().write_all(line.as_bytes()).context("the daemon does not listen")?;
+        self.next()
+    }
+
+    /// Waits for the next answer, where a request has several.
+    pub fn next<T: DeserializeOwned>(&mut self) -> Result<T> {
         let mut reply = String::new();
         if self.stream.read_line(&mut reply).context("the daemon does not answer")? == 0 {
             bail!("the daemon hung up");
         }
         value(&reply)
+    }
+}
+
+impl Client {
+    /// The connection, for whoever says that nothing more will be asked.
+    pub fn hang_up(&self) -> Result<UnixStream> {
+        self.stream.get_ref().try_clone().context("no descriptor is left")
     }
 }
 
@@ -186,7 +223,7 @@ mod tests {
 
     fn server(name: &str) -> std::path::PathBuf {
         let path = std::env::temp_dir().join(format!("towpath-control-{}-{name}", std::process::id()));
-        serve(&path, |request| Some(answer(Ok(format!("{request:?}"))))).unwrap();
+        serve(&path, |request| Some(answer(Ok(format!("{request:?}")))), |_, _| Ok(())).unwrap();
         path
     }
 

@@ -4,7 +4,7 @@
 use crate::answer::Facts;
 use crate::captures::Captures;
 use crate::cli::{self, Serve};
-use crate::control::{self, Request};
+use crate::control::{self, Request, Wanted as WantedTrace};
 use crate::explain::Names;
 use crate::flows::{self, Flows};
 use crate::follow::{Keeper, Told};
@@ -16,6 +16,7 @@ use crate::ports::Wanted;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
+use crate::trace::{self, Traces};
 use crate::wires::LARGEST_MTU;
 use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
 use anyhow::{Result, bail};
@@ -32,6 +33,7 @@ use towpath_hitflags::{HitFlags, Netlink};
 use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, initial_elements};
 use towpath_tables::record::{Family, PORT_PROBES, PORT_SLOTS, TableId};
+use towpath_tables::trace::Traced;
 use towpath_tables::writer::TableWriter;
 
 /// Batches and questions that may wait; beyond that their senders do.
@@ -57,6 +59,12 @@ pub enum Event {
     Settled(u64),
     /// A question and where the answer goes
     Request(Request, SyncSender<String>),
+    /// A client, by number, wants packets to be told as lines
+    TraceBegin(u64, WantedTrace, SyncSender<String>),
+    /// It has had enough
+    TraceEnd(u64),
+    /// Packets of traces
+    Traced(Vec<Traced>),
     /// End, because of this
     Stop(&'static str),
 }
@@ -102,6 +110,8 @@ pub struct Daemon {
     pub shortages: BTreeSet<TableId>,
     /// Where the captures' filters are
     pub captures: Captures,
+    /// Who is told of packets
+    pub traces: Traces,
     /// Is told how the daemon is
     pub manager: Manager,
 }
@@ -239,6 +249,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         policies: BTreeSet::new(),
         shortages: BTreeSet::new(),
         captures: Captures::default(),
+        traces: Traces::default(),
         manager: Manager::new(Instant::now()),
     };
     if !daemon.first_snapshot()? {
@@ -386,7 +397,7 @@ impl Daemon {
                 Ok(Event::Stop(_)) => return Ok(false),
                 Ok(Event::SourceEnded(error)) => bail!("cannot learn Linux's state: {error}"),
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
-                Ok(Event::Alarm | Event::SourceLost | Event::Request(..) | Event::Transmit(_) | Event::Settled(_)) => {}
+                Ok(_) => {}
                 Err(_) => bail!("Linux's state was not told within {} s", FIRST_SNAPSHOT.as_secs()),
             }
             self.take_alarms();
@@ -484,13 +495,15 @@ impl Daemon {
     }
 
     fn open_control(&self, events: SyncSender<Event>, endpoint: Option<Endpoint>) -> Result<()> {
+        let tracing = events.clone();
         let handle = move |request| {
             let (reply, answer) = sync_channel(1);
             events.send(Event::Request(request, reply)).ok()?;
             answer.recv().ok()
         };
         endpoint.map_or(Ok(()), |endpoint| endpoint.serve(handle.clone()))?;
-        control::serve(&self.instance.control_socket(), handle)
+        let trace = move |wanted, client| trace::stream(wanted, client, &tracing);
+        control::serve(&self.instance.control_socket(), handle, trace)
     }
 
     fn announce(&mut self) {
@@ -519,6 +532,9 @@ impl Daemon {
                 Ok(Event::Request(request, reply)) => {
                     let _ = reply.send(self.answer(request));
                 }
+                Ok(Event::TraceBegin(client, wanted, lines)) => self.begin_trace(client, wanted, lines),
+                Ok(Event::TraceEnd(client)) => self.end_trace(client),
+                Ok(Event::Traced(packets)) => self.tell_traces(&packets),
                 Ok(Event::Stop(signal)) => return self.stop(signal),
                 Ok(Event::Transmit(mut ports)) => {
                     ports.extend(self.cannot_transmit.keys());

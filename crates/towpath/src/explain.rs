@@ -21,7 +21,7 @@ use towpath_tables::record::{Family, Port};
 use towpath_tables::{Reason, Tuple};
 
 /// Room before the frame, as drivers leave it.
-const HEADROOM: usize = 256;
+pub const HEADROOM: usize = 256;
 
 /// What is known about the objects in the tables, for people.
 pub trait Names {
@@ -61,6 +61,31 @@ pub struct Ingress {
     pub because: String,
 }
 
+/// What is said of a packet: its ends, those inside if it is in a tunnel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Subject {
+    /// Addresses, protocol and ports
+    pub tuple: Tuple,
+    /// TTL or hop limit
+    pub ttl: u8,
+}
+
+impl From<&Packet> for Subject {
+    fn from(packet: &Packet) -> Self {
+        let Packet { source, destination, sport, dport, protocol, ttl, .. } = *packet;
+        let protocol = protocol.number();
+        Self { tuple: Tuple { source, destination, source_port: sport, destination_port: dport, protocol }, ttl }
+    }
+}
+
+/// What the pipeline came to, and how.
+pub struct Explained {
+    /// In words
+    pub explanation: Explanation,
+    /// Slot of the device that sends the frame, or why it is Linux's
+    pub result: Result<u32, Reason>,
+}
+
 /// Says what becomes of the packet.
 pub fn explain(packet: &Packet, ingress: &Ingress, view: View<'_>, names: &dyn Names) -> Explanation {
     let link = Link { mac: ingress.mac, tags: ingress.tags.clone() };
@@ -68,19 +93,23 @@ pub fn explain(packet: &Packet, ingress: &Ingress, view: View<'_>, names: &dyn N
         Some(tunnel) => tunnelled(packet, &link, tunnel),
         None => build(packet, &link),
     };
-    let walk = Walk {
-        packet,
-        ingress,
-        view,
-        tables: Mapped { view, counters: None, transmitters: SlotSet::ALL },
-        names,
-        steps: Vec::new(),
-    };
-    walk.run(&frame)
+    explain_frame(packet::Packet::new(&frame, HEADROOM), packet.into(), ingress, view, names).explanation
+}
+
+/// Says what becomes of a frame, which has this in it.
+pub fn explain_frame(
+    frame: packet::Packet,
+    subject: Subject,
+    ingress: &Ingress,
+    view: View<'_>,
+    names: &dyn Names,
+) -> Explained {
+    let tables = Mapped { view, counters: None, transmitters: SlotSet::ALL };
+    Walk { subject, ingress, view, tables, names, steps: Vec::new() }.run(frame)
 }
 
 struct Walk<'a> {
-    packet: &'a Packet,
+    subject: Subject,
     ingress: &'a Ingress,
     view: View<'a>,
     tables: Mapped<'a>,
@@ -106,10 +135,10 @@ impl<'a> Walk<'a> {
     }
 
     fn family(&self) -> Family {
-        if self.packet.source.is_ipv4() { Family::V4 } else { Family::V6 }
+        if self.subject.tuple.source.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
-    fn run(mut self, frame: &[u8]) -> Explanation {
+    fn run(mut self, mut frame: packet::Packet) -> Explained {
         let name = self.names.interface(self.ingress.port);
         self.step("port", format!("in by {name}: {}", self.ingress.because));
         let tables = self.tables;
@@ -117,7 +146,6 @@ impl<'a> Walk<'a> {
             let detail = format!("{} is not served", self.names.interface(self.ingress.device));
             return self.left_to_linux(Reason::PortNotReady, Some(detail));
         };
-        let mut frame = packet::Packet::new(frame, HEADROOM);
         let parsed = match parse(&frame, &tables, &mut entry) {
             Ok(parsed) => parsed,
             Err(Stop::Exception(reason)) => {
@@ -133,7 +161,7 @@ impl<'a> Walk<'a> {
             let candidate = Candidate { family: parsed.family, offset: parsed.offset, reason };
             return self.mapped(&mut frame, &entry, candidate);
         }
-        let target = self.look_up(entry.port, self.packet.destination);
+        let target = self.look_up(entry.port, self.subject.tuple.destination);
         let routed = match routed {
             Ok(hop) => Ok(hop),
             Err(refusal) => match frame.tunnelled(&tables, &entry, &parsed, refusal) {
@@ -144,7 +172,7 @@ impl<'a> Walk<'a> {
         match routed {
             Ok(hop) => {
                 let out = self.interface_in(hop.port);
-                self.step("source", format!("{} may come in here", self.packet.source));
+                self.step("source", format!("{} may come in here", self.subject.tuple.source));
                 if let Err(reason) = rewrite(&mut frame, &parsed, &hop) {
                     return self.left_to_linux(reason, None);
                 }
@@ -153,7 +181,7 @@ impl<'a> Walk<'a> {
                 if mtu != 0 {
                     self.step("mtu", format!("{} bytes fit into {mtu}", parsed.packet_len));
                 }
-                self.fast(&frame, out)
+                self.fast(&frame, hop.device, out)
             }
             Err(reason) => {
                 let detail = self.detail(reason, target, Some(&parsed));
@@ -163,10 +191,10 @@ impl<'a> Walk<'a> {
     }
 
     /// What a policy leaves to Linux unless it is of a connection that Linux accepted.
-    fn by_flow(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explanation {
+    fn by_flow(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explained {
         let policies = self.policies(candidate.reason, None).join("; ");
         self.step("policy", format!("only connections that Linux accepted pass: {policies}"));
-        let found = flows::find(&self.view, &self.tuple());
+        let found = flows::find(&self.view, &self.subject.tuple);
         let leaving = found.as_ref().map(|(flow, direction)| leaving(flow, *direction));
         if let (Some((flow, direction)), Some(leaving)) = (&found, leaving) {
             self.step("connection", self.describe_flow(flow, *direction, leaving));
@@ -178,7 +206,7 @@ impl<'a> Walk<'a> {
             Ok(device) => {
                 let out = target.and_then(|target| target.ifindex).unwrap_or_else(|| self.interface_in(device));
                 self.step("next hop", self.describe(out, target));
-                self.fast(frame, out)
+                self.fast(frame, device, out)
             }
             Err(reason) => {
                 let detail = self.flow_detail(reason, found.as_ref()).or_else(|| self.detail(reason, target, None));
@@ -188,19 +216,19 @@ impl<'a> Walk<'a> {
     }
 
     /// The frame leaves by an interface, as it is now.
-    fn fast(self, frame: &packet::Packet, out: u32) -> Explanation {
+    fn fast(self, frame: &packet::Packet, device: u32, out: u32) -> Explained {
         let bytes = frame.bytes();
         let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
-        let port = self.names.interface(out);
-        Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+        let verdict = Verdict::Fast { port: self.names.interface(out), destination, source };
+        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Ok(device) }
     }
 
     /// What comes in or leaves by a port with mappings.
-    fn mapped(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explanation {
+    fn mapped(mut self, frame: &mut packet::Packet, entry: &Entry, candidate: Candidate) -> Explained {
         let tables = self.tables;
         let (slot, family) = (entry.slot, candidate.family);
         let destination = self.exchange(slot, Way::In, family);
-        let target = self.look_up(entry.port, destination.unwrap_or(self.packet.destination));
+        let target = self.look_up(entry.port, destination.unwrap_or(self.subject.tuple.destination));
         let out = target.and_then(|target| target.ifindex);
         if let Some(slot) = out.and_then(|out| self.view.ports().iter().position(|port| port.ifindex.load() == out)) {
             self.exchange(slot as u32, Way::Out, family);
@@ -209,10 +237,7 @@ impl<'a> Walk<'a> {
             Ok(device) => {
                 let out = out.unwrap_or_else(|| self.interface_in(device));
                 self.step("next hop", self.describe(out, target));
-                let bytes = frame.bytes();
-                let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
-                let port = self.names.interface(out);
-                Explanation { steps: self.steps, verdict: Verdict::Fast { port, destination, source } }
+                self.fast(frame, device, out)
             }
             Err(reason) => {
                 let detail = self.detail(reason, target, None);
@@ -223,7 +248,7 @@ impl<'a> Walk<'a> {
 
     /// What an address is by the mappings of a port, if there is one for it.
     fn exchange(&mut self, slot: u32, way: Way, family: Family) -> Option<IpAddr> {
-        let tuple = self.tuple();
+        let tuple = self.subject.tuple;
         let (what, address, port) = match way {
             Way::Out => ("source", tuple.source, tuple.source_port),
             Way::In => ("destination", tuple.destination, tuple.destination_port),
@@ -240,29 +265,24 @@ impl<'a> Walk<'a> {
         Some(new)
     }
 
-    fn tuple(&self) -> Tuple {
-        let Packet { source, destination, sport, dport, protocol, .. } = *self.packet;
-        Tuple { source, destination, source_port: sport, destination_port: dport, protocol: protocol.number() }
-    }
-
     fn describe_flow(&self, flow: &FlowView, direction: Direction, leaving: Tuple) -> String {
         let which = match direction {
             Direction::Original => "of whoever began it",
             Direction::Reply => "an answer",
         };
-        let translated = match leaving == self.tuple() {
+        let translated = match leaving == self.subject.tuple {
             true => "as it is".to_owned(),
             false => format!("as {}", ends(&leaving)),
         };
         let packets = flow.totals.packets[direction as usize];
-        format!("{}, {which}, leaves {translated}; {packets} packets went fast so far", ends(&self.tuple()))
+        format!("{}, {which}, leaves {translated}; {packets} packets went fast so far", ends(&self.subject.tuple))
     }
 
     /// Why a connection's packet is Linux's.
     fn flow_detail(&self, reason: Reason, found: Option<&(FlowView, Direction)>) -> Option<String> {
         match (reason, found) {
             (Reason::FlowNew, None) => {
-                Some(format!("Linux has handed over no connection with {}", ends(&self.tuple())))
+                Some(format!("Linux has handed over no connection with {}", ends(&self.subject.tuple)))
             }
             (Reason::FlowWaiting, Some((flow, direction))) => Some(match flow.accepted[*direction as usize] {
                 None => "the next packet of it that Linux forwards makes it fast".into(),
@@ -277,12 +297,12 @@ impl<'a> Walk<'a> {
     }
 
     /// What left by a device, out of a tunnel or into one or both.
-    fn through_tunnels(mut self, frame: &packet::Packet, device: u32, target: Option<Target>) -> Explanation {
+    fn through_tunnels(mut self, frame: &packet::Packet, device: u32, target: Option<Target>) -> Explained {
         if let Some(tunnel) = &self.ingress.tunnel {
             let name = self.names.interface(self.ingress.port);
             self.step("tunnel", format!("out of {name}: in GRE from {} to {}", tunnel.remote, tunnel.local));
         }
-        self.step("source", format!("{} may come in here", self.packet.source));
+        self.step("source", format!("{} may come in here", self.subject.tuple.source));
         if let Some(out) = target.and_then(|target| target.ifindex) {
             self.step("next hop", self.describe(out, target));
             if let Some(Tunnel { local, remote, .. }) = self.names.tunnel(out) {
@@ -291,7 +311,7 @@ impl<'a> Walk<'a> {
             }
         }
         let out = self.interface_in(device);
-        self.fast(frame, out)
+        self.fast(frame, device, out)
     }
 
     /// Steps for what `parse` has let pass.
@@ -373,8 +393,8 @@ impl<'a> Walk<'a> {
             }
             Reason::Redirect => Some(format!("it would leave by {name} again")),
             Reason::RpFilter | Reason::MartianSource => {
-                let back = self.names.route(self.packet.source).unwrap_or_else(|| "none".into());
-                Some(format!("{} in by {name}; the route back is: {back}", self.packet.source))
+                let back = self.names.route(self.subject.tuple.source).unwrap_or_else(|| "none".into());
+                Some(format!("{} in by {name}; the route back is: {back}", self.subject.tuple.source))
             }
             Reason::NexthopDown | Reason::EgressNotServed => {
                 let ifindex = target?.ifindex?;
@@ -386,9 +406,9 @@ impl<'a> Walk<'a> {
                 Some(format!("{}{why}", out?))
             }
             Reason::NonUnicastRoute | Reason::UnsupportedRoute | Reason::LocalDestination | Reason::Broadcast => {
-                self.names.route(self.packet.destination)
+                self.names.route(self.subject.tuple.destination)
             }
-            Reason::TtlExpired => Some(format!("it arrives with {}", self.packet.ttl)),
+            Reason::TtlExpired => Some(format!("it arrives with {}", self.subject.ttl)),
             _ => None,
         }
     }
@@ -411,9 +431,9 @@ impl<'a> Walk<'a> {
         deciding.map(|policy| policy.detail.clone()).collect()
     }
 
-    fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explanation {
-        let (name, text) = (reason.name().to_string(), reason.text().to_string());
-        Explanation { steps: self.steps, verdict: Verdict::Linux { reason: name, text, detail } }
+    fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explained {
+        let verdict = Verdict::Linux { reason: reason.name().into(), text: reason.text().into(), detail };
+        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Err(reason) }
     }
 }
 

@@ -30,6 +30,7 @@ mod signals;
 mod source;
 mod text;
 mod top;
+mod trace;
 mod wires;
 mod words;
 mod workers;
@@ -110,6 +111,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
         Command::Top(top) => top::run(&top),
+        Command::Trace(wanted) => trace::run(&wanted),
         Command::Nat(what) => nat::run(&what),
         Command::Check(output) => check::run(output),
         Command::Doctor(doctor) => doctor::run(&doctor),

@@ -315,19 +315,22 @@ fn flows_text(flows: &report::Flows) -> String {
 }
 
 fn explanation_text(explanation: &report::Explanation) -> String {
-    let width = explanation.steps.iter().map(|step| step.step.chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for step in &explanation.steps {
-        text += &format!("{:<width$}  {}\n", step.step, step.found);
-    }
-    text += &match &explanation.verdict {
+    format!("{}=> {}\n", steps_text(&explanation.steps), verdict_text(&explanation.verdict))
+}
+
+/// A line for each step.
+pub fn steps_text(steps: &[report::Step]) -> String {
+    let width = steps.iter().map(|step| step.step.chars().count()).max().unwrap_or(0);
+    steps.iter().map(|step| format!("{:<width$}  {}\n", step.step, step.found)).collect()
+}
+
+/// What becomes of a packet.
+pub fn verdict_text(verdict: &Verdict) -> String {
+    match verdict {
         Verdict::Fast { port, destination, source } => {
-            format!("=> fast path: out {port} to {destination} from {source}\n")
+            format!("fast path: out {port} to {destination} from {source}")
         }
-        Verdict::Linux { reason, text, detail } => match detail {
-            Some(detail) => format!("=> Linux: {reason}: {text}: {detail}\n"),
-            None => format!("=> Linux: {reason}: {text}\n"),
-        },
-    };
-    text
+        Verdict::Linux { reason, text, detail: Some(detail) } => format!("Linux: {reason}: {text}: {detail}"),
+        Verdict::Linux { reason, text, detail: None } => format!("Linux: {reason}: {text}"),
+    }
 }

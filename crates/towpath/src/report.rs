@@ -546,8 +546,74 @@ pub struct FlowDirection {
     pub out: Option<String>,
 }
 
-/// `towpath explain`
+/// A line of `towpath trace --json`
 #[derive(Serialize, Deserialize, Debug)]
+#[serde(rename_all = "lowercase")]
+pub enum TraceLine {
+    /// A packet
+    Packet(Box<TracedPacket>),
+    /// The last line
+    End {
+        /// Packets that the trace was for
+        matched: u64,
+        /// Of those, the ones that were more than it tells at once
+        missed: u64,
+    },
+}
+
+/// A packet that a trace saw.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+pub struct TracedPacket {
+    /// When it arrived, nanoseconds since 1970-01-01 UTC
+    pub time_ns: u64,
+    /// The interface that received it
+    pub port: String,
+    /// The receive queue
+    pub queue: u32,
+    /// Length of the frame in bytes
+    pub length: u32,
+    /// Its ends and protocol, those inside if it came out of a tunnel; None if it is no IP packet
+    pub packet: Option<String>,
+    /// What became of it
+    pub became: Became,
+    /// The same by the tables as they were when it was told
+    #[serde(flatten)]
+    pub explanation: Explanation,
+    /// Whether both are the same: if not, the tables have changed in between
+    pub agrees: bool,
+    /// Packets before it that this trace was for and did not tell
+    pub missed: u64,
+}
+
+/// What became of a packet.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(tag = "path", rename_all = "lowercase")]
+pub enum Became {
+    /// The fast path sent it
+    Fast {
+        /// by this port's device
+        port: String,
+    },
+    /// It was handed to Linux
+    Linux {
+        /// Short name of the reason
+        reason: String,
+        /// The reason in words
+        text: String,
+    },
+    /// It was handed to a worker of the user engine, which decides as the tables say
+    Worker,
+}
+
+/// A trace has begun.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct TraceBegun {
+    /// What the user should know
+    pub notes: Vec<String>,
+}
+
+/// `towpath explain`
+#[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Explanation {
     /// What happens, in order
     pub steps: Vec<Step>,
@@ -556,7 +622,7 @@ pub struct Explanation {
 }
 
 /// One step of the packet's way.
-#[derive(Serialize, Deserialize, Debug)]
+#[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Step {
     /// What is looked at: `port`, `policy`, `source`, `route`, `next hop`, `neighbor`, `mtu`, `capture`
     pub step: String,
@@ -565,7 +631,7 @@ pub struct Step {
 }
 
 /// What becomes of a packet.
-#[derive(Serialize, Deserialize, Debug)]
+#[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(tag = "path", rename_all = "lowercase")]
 pub enum Verdict {
     /// It is forwarded by the fast path

@@ -10,12 +10,14 @@ mod constant;
 mod frame;
 mod maps;
 mod nat;
+mod trace;
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use frame::XdpFrame;
 use maps::{MAPS, Maps};
 use towpath_pipeline::{Entry, Frame, Verdict, parse, process};
 use towpath_tables::record::SOCKET_FRAME;
+use towpath_tables::trace::Outcome;
 
 /// Forwards what the tables allow; everything else goes to Linux as it came.
 #[unsafe(no_mangle)]
@@ -23,7 +25,10 @@ use towpath_tables::record::SOCKET_FRAME;
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
     unsafe {
-        if captured::captured(ctx) { xdp_action::XDP_PASS } else { run(XdpFrame::new(ctx), (*ctx).ingress_ifindex) }
+        match captured::captured(ctx) {
+            Some(_) => xdp_action::XDP_PASS,
+            None => action(process(&mut XdpFrame::new(ctx), &MAPS, (*ctx).ingress_ifindex)),
+        }
     }
 }
 
@@ -33,12 +38,38 @@ fn towpath(ctx: *mut xdp_md) -> u32 {
 #[unsafe(link_section = "xdp.frags")]
 fn towpath_user(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
-    if unsafe { captured::captured(ctx) } {
+    if unsafe { captured::captured(ctx) }.is_some() {
         return xdp_action::XDP_PASS;
     }
     // SAFETY: as above.
-    let (frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
-    if is_for_socket(&frame, ifindex, queue) { xdp_action::XDP_REDIRECT } else { run(frame, ifindex) }
+    let (mut frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
+    if is_for_socket(&frame, ifindex, queue) {
+        xdp_action::XDP_REDIRECT
+    } else {
+        action(process(&mut frame, &MAPS, ifindex))
+    }
+}
+
+/// As both others, with traces: see `trace`. Without sockets nothing is for one.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "xdp.frags")]
+fn towpath_traced(ctx: *mut xdp_md) -> u32 {
+    trace::towpath_trace_begin(ctx);
+    // SAFETY: the kernel calls the program with a valid context.
+    if let Some(outcome) = unsafe { captured::captured(ctx) } {
+        trace::towpath_trace_end(outcome);
+        return xdp_action::XDP_PASS;
+    }
+    // SAFETY: as above.
+    let (mut frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
+    let (action, outcome) = if is_for_socket(&frame, ifindex, queue) {
+        (xdp_action::XDP_REDIRECT, Outcome::Worker)
+    } else {
+        let verdict = process(&mut frame, &MAPS, ifindex);
+        (action(verdict), verdict.into())
+    };
+    trace::towpath_trace_end(outcome.word());
+    action
 }
 
 /// Whether the frame goes to the socket of this queue, which is then named for the verdict XDP_REDIRECT. Only what is
@@ -55,8 +86,8 @@ fn is_for_socket(frame: &XdpFrame, ifindex: u32, queue: u32) -> bool {
 }
 
 #[inline(always)]
-fn run(mut frame: XdpFrame, ifindex: u32) -> u32 {
-    match process(&mut frame, &MAPS, ifindex) {
+fn action(verdict: Verdict) -> u32 {
+    match verdict {
         // The receiver was named by `Maps::transmitter`.
         Verdict::Forward(_) => xdp_action::XDP_REDIRECT,
         Verdict::Exception(_) | Verdict::NotAPort => xdp_action::XDP_PASS,
