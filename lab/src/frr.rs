@@ -1,4 +1,4 @@
-//! FRR inside a node: zebra and a routing daemon with files of their own.
+//! FRR inside a node: zebra and routing daemons with files of their own.
 
 use crate::{Node, Process, wait_for};
 use anyhow::{Context, Result};
@@ -8,49 +8,61 @@ use std::time::Duration;
 
 const DAEMONS: &str = "/usr/lib/frr";
 
-/// zebra and a routing daemon of one node; they end when this is dropped.
+/// zebra and routing daemons of one node; they end when this is dropped.
 pub struct Frr {
     node: Node,
     folder: PathBuf,
-    _daemons: [Process; 2],
+    daemons: Vec<Process>,
 }
 
 impl Frr {
     /// Starts zebra and bgpd with a configuration (`router bgp …`), and waits until they answer.
     pub fn start(node: &Node, bgpd: &str) -> Result<Frr> {
-        Self::start_daemon(node, "bgpd", bgpd, "show bgp summary json")
+        Self::start_daemons(node, &[("bgpd", bgpd)])
     }
 
     /// The same with ospfd (`router ospf …`).
     pub fn start_ospf(node: &Node, ospfd: &str) -> Result<Frr> {
-        Self::start_daemon(node, "ospfd", ospfd, "show ip ospf json")
+        Self::start_daemons(node, &[("ospfd", ospfd)])
     }
 
-    /// Starts zebra and another daemon, and waits until that one answers a question.
-    fn start_daemon(node: &Node, daemon: &str, configuration: &str, question: &str) -> Result<Frr> {
+    /// Starts zebra and these daemons (bgpd, ospfd, bfdd), each with its configuration, and waits until they answer.
+    pub fn start_daemons(node: &Node, daemons: &[(&str, &str)]) -> Result<Frr> {
         let folder = node.folder("frr");
         std::fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         // The daemons give up root for the user that their package made; their sockets and pid files go here.
         node.run(["chown", "frr:frr", &folder.display().to_string()])?;
-        let file = |name: &str| folder.join(name).display().to_string();
-        let (own, socket) = (folder.display().to_string(), file("zserv"));
-        let start = |daemon: &str, configuration: &str| {
-            std::fs::write(folder.join(format!("{daemon}.conf")), configuration)?;
-            let program = format!("{DAEMONS}/{daemon}");
-            let (configuration, pid) = (file(&format!("{daemon}.conf")), file(&format!("{daemon}.pid")));
-            // Without the TCP terminal: nothing here needs it.
-            let common = ["-P", "0", "-z", &socket, "--vty_socket", &own];
-            let arguments = [&program, "-f", &configuration, "-i", &pid].into_iter().chain(common);
-            node.spawn(arguments)
-        };
-        let zebra = start("zebra", "")?;
-        wait_for(Duration::from_secs(20), "zebra's socket", || folder.join("zserv").exists().then_some(()))
-            .with_context(|| zebra.log())?;
-        let other = start(daemon, configuration)?;
-        let frr = Frr { node: node.clone(), folder: folder.clone(), _daemons: [zebra, other] };
-        wait_for(Duration::from_secs(20), &format!("{daemon}'s terminal"), || frr.vtysh(question).ok())
-            .with_context(|| frr._daemons[1].log())?;
+        let mut frr = Frr { node: node.clone(), folder, daemons: Vec::new() };
+        frr.start_daemon("zebra", "")?;
+        wait_for(Duration::from_secs(20), "zebra's socket", || frr.folder.join("zserv").exists().then_some(()))
+            .with_context(|| frr.daemons[0].log())?;
+        for (daemon, configuration) in daemons {
+            frr.start_daemon(daemon, configuration)?;
+            let question = match *daemon {
+                "ospfd" => "show ip ospf json",
+                "bfdd" => "show bfd peers json",
+                _ => "show bgp summary json",
+            };
+            wait_for(Duration::from_secs(20), &format!("{daemon}'s terminal"), || frr.vtysh(question).ok())
+                .with_context(|| frr.daemons.iter().map(Process::log).collect::<String>())?;
+        }
         Ok(frr)
+    }
+
+    fn start_daemon(&mut self, daemon: &str, configuration: &str) -> Result<()> {
+        let file = |name: &str| self.folder.join(name).display().to_string();
+        std::fs::write(self.folder.join(format!("{daemon}.conf")), configuration)?;
+        let program = format!("{DAEMONS}/{daemon}");
+        let (configuration, pid) = (file(&format!("{daemon}.conf")), file(&format!("{daemon}.pid")));
+        // Without the TCP terminal: nothing here needs it.
+        let (own, socket, control) = (self.folder.display().to_string(), file("zserv"), file("bfdd.sock"));
+        let mut arguments = vec![&program as &str, "-f", &configuration, "-i", &pid];
+        arguments.extend(["-P", "0", "-z", &socket, "--vty_socket", &own]);
+        if daemon == "bfdd" {
+            arguments.extend(["--bfdctl", &control]);
+        }
+        self.daemons.push(self.node.spawn(arguments)?);
+        Ok(())
     }
 
     /// Runs commands in vtysh, one after the other, and gives what they wrote.
