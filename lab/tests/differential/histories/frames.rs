@@ -3,7 +3,7 @@
 
 use crate::generate::Case;
 use crate::random::Random;
-use crate::router::{HOST_MACS, ROUTER_MACS};
+use crate::router::{HOST_MACS, PORTS, ROUTER_MACS};
 use etherparse::PacketBuilder;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -88,13 +88,17 @@ pub const DESTINATIONS: &[&str] = &[
 
 /// Frames that enter by a port of this MTU, to these destinations.
 pub fn burst(random: &mut Random, port: usize, mtu: usize, destinations: &[IpAddr]) -> Vec<Case> {
-    let each = |destination: &IpAddr| [probe(port, *destination), any(random, port, mtu, *destination)];
+    let each = |destination: &IpAddr| [probe(port, *destination, FIRST), any(random, port, mtu, *destination)];
     destinations.iter().flat_map(each).collect()
 }
 
-/// A short frame that nothing but routes decides over.
-pub fn probe(port: usize, destination: IpAddr) -> Case {
-    let ip = ip(source(port, port, 1, destination), destination, 64);
+/// Ends of the sources of probes: in a burst, and beside a command.
+pub const FIRST: u8 = 1;
+pub const BESIDE: u8 = 250;
+
+/// A short frame that nothing but routes decides over, from a source that ends so.
+pub fn probe(port: usize, destination: IpAddr, last: u8) -> Case {
+    let ip = ip(source(port, port, last, destination), destination, 64);
     let mut bytes = Vec::new();
     PacketBuilder::ethernet2(HOST_MACS[port], ROUTER_MACS[port])
         .ip(ip)
@@ -102,6 +106,23 @@ pub fn probe(port: usize, destination: IpAddr) -> Case {
         .write(&mut bytes, &[port as u8; 24])
         .expect("writing to memory");
     Case { port, bytes, plain: true }
+}
+
+/// Of a probe that was forwarded, by which port it entered, and its destination, if its source ends so.
+pub fn forwarded(frame: &[u8], last: u8) -> Option<(usize, IpAddr)> {
+    let (source, destination): (IpAddr, IpAddr) = match frame.get(12..14)? {
+        [8, 0] => (
+            Ipv4Addr::from(*frame.get(26..)?.first_chunk()?).into(),
+            Ipv4Addr::from(*frame.get(30..)?.first_chunk()?).into(),
+        ),
+        [0x86, 0xdd] => (
+            Ipv6Addr::from(*frame.get(22..)?.first_chunk()?).into(),
+            Ipv6Addr::from(*frame.get(38..)?.first_chunk()?).into(),
+        ),
+        _ => return None,
+    };
+    let port = (0..PORTS).find(|port| self::source(*port, *port, last, destination) == source)?;
+    Some((port, destination))
 }
 
 /// A frame of any length up to the MTU, of a few protocols and times to live.

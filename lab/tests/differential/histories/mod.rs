@@ -11,6 +11,7 @@ mod shrink;
 
 use crate::compare::Pair;
 use crate::generate::Case;
+use crate::normalise::Outputs;
 use crate::random::Random;
 use crate::router::{NEIGHBOURS_V4, PORT_NAMES, PORTS, Profile};
 use crate::{PLAIN, fast, number, seed};
@@ -19,6 +20,7 @@ use commands::Commands;
 use frames::DESTINATIONS;
 use ip::Ip;
 use kept::KEPT;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
@@ -40,8 +42,14 @@ struct Trial {
     ip: [Ip; 2],
     /// None if both are plain
     towpath: Option<Towpath>,
+    /// Where probes went after the last step
+    ways: Ways,
     sums: Sums,
 }
+
+/// By which port, and to which MAC address, a probe leaves that entered by a port for a destination; None if it does not.
+type Ways = HashMap<(usize, IpAddr), Option<Way>>;
+type Way = (usize, [u8; 6]);
 
 /// What histories came to.
 #[derive(Clone, Copy, Default)]
@@ -54,6 +62,8 @@ struct Sums {
     /// Forwarded with nothing but their time to live changed, and by the fast path
     plain: u64,
     fast: u64,
+    /// Probes that came out while a command was given
+    beside: usize,
     /// Bursts that came out alike only when they were sent again
     late: usize,
 }
@@ -66,7 +76,7 @@ impl Trial {
         let ip = [Ip::start(&first.node)?, Ip::start(&second.node)?];
         let towpath = if with_towpath { Some(Towpath::up(&second.node, &PORT_NAMES)?) } else { None };
         second.settle()?;
-        Ok(Self { pair, ip, towpath, sums: Sums::default() })
+        Ok(Self { pair, ip, towpath, ways: Ways::new(), sums: Sums::default() })
     }
 
     /// Goes through all steps; an error that says which one fails, and how.
@@ -80,15 +90,72 @@ impl Trial {
     }
 
     fn step(&mut self, step: &str) -> Result<()> {
+        let mut beside = Vec::new();
         for command in step.split("; ") {
-            let [first, second] = [self.command(0, command)?, self.command(1, command)?];
+            let first = self.command(0, command)?;
+            let second = match self.is_atomic(command) {
+                true => self.command_beside_probes(command, &mut beside)?,
+                false => self.command(1, command)?,
+            };
             ensure!(first == second, "{command}: Linux says {first:?}, with Towpath {second:?}");
             self.sums.refused += usize::from(first.is_some());
         }
         self.sums.steps += 1;
         self.await_links()?;
         self.check()?;
-        self.burst(&mut Random::new(step.bytes().fold(7, |sum, byte| sum * 31 + u64::from(byte))))
+        let before = std::mem::take(&mut self.ways);
+        self.burst(&mut Random::new(step.bytes().fold(7, |sum, byte| sum * 31 + u64::from(byte))))?;
+        self.sums.beside += beside.len();
+        for (key, way) in beside {
+            let (Some(old), Some(new)) = (before.get(&key), self.ways.get(&key)) else { continue };
+            let known = [old, new].into_iter().flatten().any(|known| *known == way);
+            ensure!(known, "from eth{} to {}: went by {way:x?}, neither {old:x?} nor {new:x?}", key.0, key.1);
+        }
+        Ok(())
+    }
+
+    /// Whether each destination has its way before the command or the one after it, and no third one in between.
+    fn is_atomic(&self, command: &str) -> bool {
+        self.towpath.is_some() && ["route ", "nexthop ", "neighbor "].iter().any(|kind| command.starts_with(kind))
+    }
+
+    /// Gives Towpath's router a command, and probes until the tables are Linux's; where these came out.
+    fn command_beside_probes(
+        &mut self,
+        command: &str,
+        out: &mut Vec<((usize, IpAddr), Way)>,
+    ) -> Result<Option<String>> {
+        let mut probes: [Vec<Vec<u8>>; PORTS] = Default::default();
+        for (port, destination) in self.ways.keys() {
+            probes[*port].push(frames::probe(*port, *destination, frames::BESIDE).bytes);
+        }
+        let (router, towpath) = (&self.pair.routers[1], &self.towpath);
+        let ip = &mut self.ip[1];
+        let (text, succeeded) = std::thread::scope(|scope| {
+            // Another thread has the command; what stays here may not be sent to one.
+            let thread = scope.spawn(|| -> Result<(String, bool)> {
+                let answer = ip.run(command)?;
+                towpath.as_ref().map_or(Ok(()), Self::await_tables)?;
+                Ok(answer)
+            });
+            while !thread.is_finished() {
+                for (port, probes) in probes.iter().enumerate() {
+                    router.send(port, probes)?;
+                }
+                let mut outputs = Outputs::default();
+                router.collect(&mut outputs)?;
+                for (port, frame) in
+                    outputs.iter().enumerate().flat_map(|(port, out)| out.iter().map(move |f| (port, f)))
+                {
+                    let key = frames::forwarded(&frame.bytes, frames::BESIDE);
+                    out.extend(
+                        key.map(|key| (key, (port, *frame.bytes.first_chunk().expect("a frame has addresses")))),
+                    );
+                }
+            }
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        Ok((!succeeded).then_some(text))
     }
 
     /// Gives a router a command; what is said if it is refused.
@@ -116,7 +183,10 @@ impl Trial {
 
     /// Waits until the tables are Linux's.
     fn check(&self) -> Result<()> {
-        let Some(towpath) = &self.towpath else { return Ok(()) };
+        self.towpath.as_ref().map_or(Ok(()), Self::await_tables)
+    }
+
+    fn await_tables(towpath: &Towpath) -> Result<()> {
         let mut last = None;
         let waited = wait_for(LIMIT, "`towpath check` to find no difference", || {
             last = towpath.json(&["check"]).err();
@@ -128,8 +198,10 @@ impl Trial {
     /// Sends frames from every port that is up, until they come out of both routers alike.
     fn burst(&mut self, random: &mut Random) -> Result<()> {
         let destinations = self.destinations()?;
+        self.ways.clear();
         for (port, mtu) in self.ports_up()? {
             self.pair.passes[port] = self.passes(port)?;
+            self.ways.extend(destinations.iter().map(|destination| ((port, *destination), None)));
             for cases in frames::burst(random, port, mtu, &destinations).chunks(BATCH) {
                 self.same(cases)?;
             }
@@ -142,14 +214,23 @@ impl Trial {
         self.sums.sent += cases.len();
         let deadline = Instant::now() + if self.towpath.is_some() { LIMIT } else { Duration::ZERO };
         let mut late = 0;
-        while let Err(difference) = self.pair.exchange(cases)? {
+        let outputs = loop {
+            let difference = match self.pair.exchange(cases)? {
+                Ok(outputs) => break outputs,
+                Err(difference) => difference,
+            };
             if Instant::now() >= deadline {
                 let narrow = self.pair.narrow(difference)?;
                 bail!("{} differs from {}:\n{narrow}", self.pair.routers[1].name, self.pair.routers[0].name);
             }
             late = 1;
-        }
+        };
         self.sums.late += late;
+        for (port, frame) in outputs.iter().enumerate().flat_map(|(port, out)| out.iter().map(move |f| (port, f))) {
+            if let Some(key) = frames::forwarded(&frame.bytes, frames::FIRST) {
+                self.ways.insert(key, frame.bytes.first_chunk().map(|mac| (port, *mac)));
+            }
+        }
         Ok(())
     }
 
@@ -206,6 +287,7 @@ impl Sums {
         self.received += other.received;
         self.plain += other.plain;
         self.fast += other.fast;
+        self.beside += other.beside;
         self.late += other.late;
     }
 }
@@ -243,10 +325,10 @@ fn histories(steps: usize, with_towpath: bool) -> Result<Sums> {
         }
         at += 1;
     }
-    let Sums { steps, refused, sent, received, plain, fast, late } = sums;
+    let Sums { steps, refused, sent, received, plain, fast, beside, late } = sums;
     eprintln!(
         "lab: {steps} steps ({refused} commands refused), {sent} frames, {received} came out, {plain} plainly forwarded, \
-         {fast} by the fast path, {late} times late"
+         {fast} by the fast path, {beside} beside commands, {late} times late"
     );
     Ok(sums)
 }
@@ -263,7 +345,8 @@ fn towpath_agrees_with_linux_throughout_histories() -> Result<()> {
         }
     }
     let sums = histories(steps(), true)?;
-    ensure!(sums.fast * 3 > sums.plain, "the fast path forwarded only {} of {}", sums.fast, sums.plain);
+    let all = sums.plain + sums.beside as u64;
+    ensure!(sums.fast * 2 > all, "the fast path forwarded only {} of {all}", sums.fast);
     ensure!(sums.plain as usize * 10 > sums.sent, "only {} plain frames were forwarded", sums.plain);
     Ok(())
 }
