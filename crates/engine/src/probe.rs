@@ -31,7 +31,7 @@ struct Device {
 
 /// Whether the veth takes frames that are redirected to it.
 pub fn takes_frames(interface: &Interface) -> io::Result<bool> {
-    let longer = sys::prog_load("towpath_longer", c"Dual MIT/GPL", AttachType::Devmap, &LONGER, &mut [])?;
+    let longer = sys::prog_load("towpath_longer", c"Dual MIT/GPL", AttachType::Devmap, &LONGER, None, &mut [])?;
     let devices = sys::map_create(
         MapSpec {
             kind: bpf_map_type::BPF_MAP_TYPE_DEVMAP,
@@ -45,7 +45,7 @@ pub fn takes_frames(interface: &Interface) -> io::Result<bool> {
     let device = Device { ifindex: interface.index, program: longer.as_raw_fd() };
     sys::map_update(devices.as_fd(), ONLY, &device)?;
     let redirect = redirect_by(devices.as_raw_fd());
-    let program = sys::prog_load("towpath_probe", c"Dual MIT/GPL", AttachType::Xdp, &redirect, &mut [])?;
+    let program = sys::prog_load("towpath_probe", c"Dual MIT/GPL", AttachType::Xdp, &redirect, None, &mut [])?;
     let mut frame = [0u8; SHORT];
     frame[12..14].copy_from_slice(&[0x88, 0xb5]);
     let before = noticed(interface)?;

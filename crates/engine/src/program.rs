@@ -7,7 +7,8 @@ use crate::sys;
 use crate::tc::{self, Hook};
 use crate::trace::{self, Traces};
 use aya_obj::Object;
-use aya_obj::generated::bpf_insn;
+use aya_obj::btf::BtfFeatures;
+use aya_obj::generated::{bpf_func_info, bpf_insn};
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
@@ -83,19 +84,16 @@ impl Program {
             true => NAME_USER,
             false => NAME,
         };
-        let (object, fds) = object_with(pins, traces)?;
-        let (license, mut code) = code_of(&object, name, &fds)?;
-        let accept = options.flows.then(|| load_tc(&object, &tc::ACCEPT, &fds)).transpose()?;
-        set_captures(&mut code, captures)?;
-        set_traces(&mut code, traces)?;
+        let linked = Linked::with(pins, traces)?;
+        let mut code = linked.code(name)?;
+        let accept = options.flows.then(|| linked.load_tc(&tc::ACCEPT)).transpose()?;
+        code.set_captures(captures)?;
+        code.set_traces(traces)?;
         let name = if captures.is_empty() { name } else { NAME_CAPTURE };
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
-            set_places(&mut code, places);
-            let mut log = vec![0u8; LOG_BYTES];
-            sys::prog_load(name, license, sys::AttachType::Xdp, &code, &mut log)
-                .map(|fd| Self { fd, accept: None, sees_beside: places.is_some() })
-                .map_err(|e| rejected(e, &log))
+            set_places(&mut code.instructions, places);
+            code.load(name, sys::AttachType::Xdp).map(|fd| Self { fd, accept: None, sees_beside: places.is_some() })
         };
         let program = match Places::find() {
             Ok(places) if options.looks() => load(Some(&places)).or_else(|error| {
@@ -134,48 +132,129 @@ impl Program {
     }
 }
 
-/// A program's licence and its code, with the tables' lengths in it.
-fn code_of<'o>(
-    object: &'o Object,
-    name: &str,
-    fds: &HashMap<&'static str, OwnedFd>,
-) -> Result<(&'o CStr, Vec<bpf_insn>)> {
-    let program = object.programs.get(name).ok_or_else(|| Error::Object(format!("has no program {name}")))?;
-    let function = object.functions.get(&(program.section_index, program.address));
-    let mut code = function.ok_or_else(|| Error::Object(format!("has no code for {name}")))?.instructions.clone();
-    set_lengths(&mut code, fds)?;
-    Ok((&program.license, code))
+/// The object's programs over the maps that are pinned, and over those of the traces. Without traces the program for them is
+/// left out.
+struct Linked {
+    object: Object,
+    maps: HashMap<&'static str, OwnedFd>,
+    types: OwnedFd,
+}
+
+impl Linked {
+    fn with(pins: &[(&'static str, PathBuf)], traces: &Traces) -> Result<Self> {
+        let mut object =
+            Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
+        let mut maps = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
+        for (name, fd) in traces.maps() {
+            let fd = fd.try_clone_to_owned().map_err(|e| Error::io(format!("take map {name}"), e))?;
+            maps.insert(name, fd);
+        }
+        let types = load_types(&mut object)?;
+        if !traces.any() {
+            object.programs.remove(NAME_TRACED);
+            object.functions.retain(|_, function| !function.name.starts_with(TRACE_FUNCTIONS));
+            object.maps.retain(|name, _| !trace::MAPS.contains(&name.as_str()));
+        }
+        relocate(&mut object, &maps)?;
+        Ok(Self { object, maps, types })
+    }
+
+    /// A program's code, with the tables' lengths in it.
+    fn code(&self, name: &str) -> Result<Code<'_>> {
+        let program = self.object.programs.get(name).ok_or_else(|| Error::Object(format!("has no program {name}")))?;
+        let function = self.object.functions.get(&(program.section_index, program.address));
+        let function = function.ok_or_else(|| Error::Object(format!("has no code for {name}")))?;
+        let mut instructions = function.instructions.clone();
+        set_lengths(&mut instructions, &self.maps)?;
+        // Traces' functions return nothing, and the kernel wants a number of each that it verifies by itself.
+        let functions = if name == NAME_TRACED { Vec::new() } else { function.func_info.func_info.clone() };
+        Ok(Code { license: &program.license, instructions, functions, types: self.types.as_fd() })
+    }
+
+    fn load_tc(&self, hook: &Hook) -> Result<OwnedFd> {
+        self.code(hook.name)?.load(hook.name, sys::AttachType::TcxEgress)
+    }
+}
+
+/// A program and what the kernel is told of it.
+#[derive(Clone)]
+struct Code<'o> {
+    license: &'o CStr,
+    instructions: Vec<bpf_insn>,
+    functions: Vec<bpf_func_info>,
+    types: BorrowedFd<'o>,
+}
+
+impl Code<'_> {
+    fn load(&self, name: &str, attach: sys::AttachType) -> Result<OwnedFd> {
+        let mut log = vec![0u8; LOG_BYTES];
+        let functions = sys::Functions { types: self.types, list: &self.functions };
+        let functions = (!self.functions.is_empty()).then_some(&functions);
+        sys::prog_load(name, self.license, attach, &self.instructions, functions, &mut log)
+            .map_err(|e| rejected(e, &log))
+    }
+
+    /// Has the captures' filters called where their mark is.
+    fn set_captures(&mut self, captures: &[Capture]) -> Result<()> {
+        let answer = if captures.is_empty() { Answer::Always(false) } else { Answer::of(captures)? };
+        self.set_filter(CAPTURED, answer);
+        Ok(())
+    }
+
+    /// The same for each trace's.
+    fn set_traces(&mut self, traces: &Traces) -> Result<()> {
+        for (number, trace) in traces.running().iter().enumerate() {
+            let answer = match trace.as_ref().map(|trace| &trace.filter) {
+                None => Answer::Always(false),
+                Some(None) => Answer::Always(true),
+                Some(Some(filter)) => Answer::of(&[Capture { filter: filter.clone(), only: None }])?,
+            };
+            self.set_filter(traced(number as u32), answer);
+        }
+        Ok(())
+    }
+
+    /// Appends a filter, and has it called where its mark is.
+    fn set_filter(&mut self, mark: u32, answer: Answer) {
+        let is_call = |instruction: &bpf_insn| {
+            instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm as u32 == mark
+        };
+        let end = self.instructions.len();
+        for (at, call) in self.instructions.iter_mut().enumerate().filter(|(_, instruction)| is_call(instruction)) {
+            match &answer {
+                Answer::Always(matches) => (call.code, call.imm) = (SET, i32::from(*matches)),
+                Answer::Function(_) => {
+                    call.imm = (end - at - 1) as i32;
+                    call.set_src_reg(OWN_FUNCTION);
+                }
+            }
+        }
+        if let Answer::Function(filter) = answer {
+            self.instructions.extend(filter.into_iter().map(instruction));
+            // It takes what the program takes, and gives a number, too.
+            if let Some(program) = self.functions.first() {
+                self.functions.push(bpf_func_info { insn_off: end as u32, type_id: program.type_id });
+            }
+        }
+    }
 }
 
 /// Loads the tc programs that translate addresses, by `Way`.
 pub(crate) fn load_translators(pins: &[(&'static str, PathBuf)]) -> Result<[OwnedFd; 2]> {
-    let (object, fds) = object_with(pins, &Traces::default())?;
+    let linked = Linked::with(pins, &Traces::default())?;
     let [out, inward] = &tc::TRANSLATE;
-    Ok([load_tc(&object, out, &fds)?, load_tc(&object, inward, &fds)?])
+    Ok([linked.load_tc(out)?, linked.load_tc(inward)?])
 }
 
-/// The object's programs over the maps that are pinned, and over those of the traces. Without traces the program for them is
-/// left out.
-fn object_with(pins: &[(&'static str, PathBuf)], traces: &Traces) -> Result<(Object, HashMap<&'static str, OwnedFd>)> {
-    let mut object = Object::parse(&OBJECT.0).map_err(|e| Error::Object(format!("cannot be read: {}", chain(&e))))?;
-    let mut fds = pins.iter().map(|(name, path)| Ok((*name, open(path)?))).collect::<Result<HashMap<_, _>>>()?;
-    for (name, fd) in traces.maps() {
-        let fd = fd.try_clone_to_owned().map_err(|e| Error::io(format!("take map {name}"), e))?;
-        fds.insert(name, fd);
-    }
-    if !traces.any() {
-        object.programs.remove(NAME_TRACED);
-        object.functions.retain(|_, function| !function.name.starts_with(TRACE_FUNCTIONS));
-        object.maps.retain(|name, _| !trace::MAPS.contains(&name.as_str()));
-    }
-    relocate(&mut object, &fds)?;
-    Ok((object, fds))
-}
-
-fn load_tc(object: &Object, hook: &Hook, fds: &HashMap<&'static str, OwnedFd>) -> Result<OwnedFd> {
-    let (license, code) = code_of(object, hook.name, fds)?;
-    let mut log = vec![0u8; LOG_BYTES];
-    sys::prog_load(hook.name, license, sys::AttachType::TcxEgress, &code, &mut log).map_err(|e| rejected(e, &log))
+/// Gives the kernel the types of the object's functions.
+fn load_types(object: &mut Object) -> Result<OwnedFd> {
+    // Linux 6.1 knows all of them.
+    let known = BtfFeatures::new(true, true, true, true, true, true, true, true);
+    let types =
+        object.fixup_and_sanitize_btf(&known).map_err(|e| Error::Object(format!("has wrong types: {}", chain(&e))))?;
+    let types = types.ok_or_else(|| Error::Object("has no types".into()))?;
+    sys::btf_load(&types.to_bytes())
+        .map_err(|e| Error::io("give the kernel the types of the XDP program's functions", e))
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {
@@ -236,46 +315,6 @@ enum Answer {
 impl Answer {
     fn of(captures: &[Capture]) -> Result<Self> {
         translate(captures).map(Self::Function).map_err(Error::Captures)
-    }
-}
-
-/// Has the captures' filters called where their mark is.
-fn set_captures(code: &mut Vec<bpf_insn>, captures: &[Capture]) -> Result<()> {
-    let answer = if captures.is_empty() { Answer::Always(false) } else { Answer::of(captures)? };
-    set_filter(code, CAPTURED, answer);
-    Ok(())
-}
-
-/// The same for each trace's.
-fn set_traces(code: &mut Vec<bpf_insn>, traces: &Traces) -> Result<()> {
-    for (number, trace) in traces.running().iter().enumerate() {
-        let answer = match trace.as_ref().map(|trace| &trace.filter) {
-            None => Answer::Always(false),
-            Some(None) => Answer::Always(true),
-            Some(Some(filter)) => Answer::of(&[Capture { filter: filter.clone(), only: None }])?,
-        };
-        set_filter(code, traced(number as u32), answer);
-    }
-    Ok(())
-}
-
-/// Appends a filter, and has it called where its mark is.
-fn set_filter(code: &mut Vec<bpf_insn>, mark: u32, answer: Answer) {
-    let is_call = |instruction: &bpf_insn| {
-        instruction.code == CALL && instruction.src_reg() == 0 && instruction.imm as u32 == mark
-    };
-    let end = code.len();
-    for (at, call) in code.iter_mut().enumerate().filter(|(_, instruction)| is_call(instruction)) {
-        match &answer {
-            Answer::Always(matches) => (call.code, call.imm) = (SET, i32::from(*matches)),
-            Answer::Function(_) => {
-                call.imm = (end - at - 1) as i32;
-                call.set_src_reg(OWN_FUNCTION);
-            }
-        }
-    }
-    if let Answer::Function(filter) = answer {
-        code.extend(filter.into_iter().map(instruction));
     }
 }
 

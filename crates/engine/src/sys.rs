@@ -3,7 +3,7 @@
 //! attaching.
 
 use aya_obj::generated::{
-    bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
+    bpf_attr, bpf_cmd, bpf_func_info, bpf_insn, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
 };
 use std::ffi::{CStr, CString};
 use std::io;
@@ -88,6 +88,25 @@ pub fn map_create(spec: MapSpec<'_>, inner: Option<BorrowedFd<'_>>) -> io::Resul
     bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
 }
 
+/// What the kernel is told of a program's functions. One with global linkage it verifies once, by itself and for whatever
+/// its arguments may be; without, or without being told, anew for each call that it comes to
+/// (Documentation/bpf/verifier.rst and kernel/bpf/verifier.c, `do_check_subprogs`, Linux 6.1).
+pub struct Functions<'a> {
+    /// What `btf_load` gave
+    pub types: BorrowedFd<'a>,
+    /// Each function's place and type, in the order of places
+    pub list: &'a [bpf_func_info],
+}
+
+/// Gives the kernel types (BTF).
+pub fn btf_load(types: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    // SAFETY: the members written are those of BPF_BTF_LOAD; the types outlive the call.
+    let load = unsafe { &mut attr.__bindgen_anon_7 };
+    (load.btf, load.btf_size) = (types.as_ptr() as u64, types.len() as u32);
+    bpf_fd(bpf_cmd::BPF_BTF_LOAD, &mut attr)
+}
+
 /// How an instruction may be written: as the kernel's structure or as its 64-bit encoding.
 pub trait Instruction {}
 impl Instruction for bpf_insn {}
@@ -101,10 +120,11 @@ pub fn prog_load<I: Instruction>(
     license: &CStr,
     attach: AttachType,
     code: &[I],
+    functions: Option<&Functions<'_>>,
     log: &mut [u8],
 ) -> io::Result<OwnedFd> {
     let mut attr = attr();
-    // SAFETY: the members written are those of BPF_PROG_LOAD; code, license and log outlive the calls.
+    // SAFETY: the members written are those of BPF_PROG_LOAD; code, license, functions and log outlive the calls.
     let load = unsafe { &mut attr.__bindgen_anon_3 };
     // The kernel asks a tc program what it is for only when it is attached.
     let (kind, attach, flags) = match attach {
@@ -117,6 +137,12 @@ pub fn prog_load<I: Instruction>(
     load.insns = code.as_ptr() as u64;
     load.insn_cnt = code.len() as u32;
     load.license = license.as_ptr() as u64;
+    if let Some(Functions { types, list }) = functions {
+        load.prog_btf_fd = raw(*types);
+        load.func_info = list.as_ptr() as u64;
+        load.func_info_cnt = list.len() as u32;
+        load.func_info_rec_size = size_of::<bpf_func_info>() as u32;
+    }
     for (to, from) in load.prog_name.iter_mut().take(15).zip(name.bytes()) {
         *to = from as _;
     }
@@ -134,7 +160,7 @@ pub fn prog_load<I: Instruction>(
 pub fn load_pass() -> io::Result<OwnedFd> {
     /// `r0 = XDP_PASS; exit`
     const CODE: [u64; 2] = [0xb7 | 2 << 32, 0x95];
-    prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &CODE, &mut [])
+    prog_load("towpath_pass", c"Dual MIT/GPL", AttachType::Xdp, &CODE, None, &mut [])
 }
 
 /// Stores the plain value `value` at `key`. The value must have the map's value size.

@@ -230,7 +230,7 @@ mod tests {
     /// A program that says TC_ACT_UNSPEC.
     fn program() -> std::os::fd::OwnedFd {
         const CODE: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
-        sys::prog_load(ACCEPT.name, c"Dual MIT/GPL", AttachType::TcxEgress, &CODE, &mut []).expect("a program")
+        sys::prog_load(ACCEPT.name, c"Dual MIT/GPL", AttachType::TcxEgress, &CODE, None, &mut []).expect("a program")
     }
 
     fn ours() -> usize {

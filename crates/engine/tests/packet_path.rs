@@ -276,8 +276,8 @@ fn verifier_figures() {
         facts.jited_bytes
     );
     assert!(facts.verified_instructions > 1000, "the verifier says how much it did");
-    // Linux gives up at a million.
-    assert!(facts.verified_instructions < 500_000, "half of the verifier's patience");
+    // Linux gives up at a million. A start waits for it.
+    assert!(facts.verified_instructions < 250_000, "a quarter of the verifier's patience");
 }
 
 #[test]

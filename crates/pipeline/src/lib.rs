@@ -41,6 +41,7 @@ pub use ingress::{Candidate, Entry, Parsed, Stop, parse};
 pub use rewrite::rewrite;
 pub use route::{Hop, Refusal, route};
 pub use slot_set::SlotSet;
+pub use source::leads_back;
 pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_forward, count_tx_lost};
 pub use tunnel::forward as forward_tunnelled;
 
@@ -170,6 +171,11 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     #[inline(always)]
     fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(self, root, address)
+    }
+    /// Whether a group leads back to the port in a slot. An engine may make it a function of its own.
+    #[inline(always)]
+    fn leads_back(&self, group: u32, slot: u32) -> Result<bool, Reason> {
+        source::leads_back(self, group, slot)
     }
     /// The flow that has this tuple. An engine may make it a function of its own.
     #[inline(always)]

@@ -47,26 +47,28 @@ fn check_route<T: Tables>(tables: &T, entry: &Entry, word: Word, filtered: bool)
         },
         Kind::Group(_) if !filtered => Ok(()),
         Kind::Group(_) if !strict => Ok(()),
-        Kind::Group(index) => any_member(tables, entry, index),
+        Kind::Group(index) if tables.leads_back(index, entry.slot)? => Ok(()),
+        Kind::Group(_) => Err(Reason::RpFilter),
         Kind::None if filtered => Err(Reason::RpFilter),
         Kind::None => Ok(()),
         Kind::Node(_) => Err(Reason::Internal),
     }
 }
 
-/// A route with several next hops accepts a source if one of them is the port (fib_info_nh_uses_dev).
+/// Whether one of a group's next hops is by the port in a slot: a route with several accepts a source then
+/// (fib_info_nh_uses_dev).
 #[inline(always)]
-fn any_member<T: Tables>(tables: &T, entry: &Entry, index: u32) -> Result<(), Reason> {
-    let group = tables.group(index).ok_or(Reason::Internal)?;
+pub fn leads_back<T: Tables>(tables: &T, group: u32, slot: u32) -> Result<bool, Reason> {
+    let group = tables.group(group).ok_or(Reason::Internal)?;
     for sample in 0..SAMPLES {
         let bucket = group.buckets.get(sample * (GROUP_BUCKETS / SAMPLES)).ok_or(Reason::Internal)?;
         if let Way::Unicast(port) = way_back(tables, bucket.load())?
-            && port == entry.slot
+            && port == slot
         {
-            return Ok(());
+            return Ok(true);
         }
     }
-    Err(Reason::RpFilter)
+    Ok(false)
 }
 
 /// What a next hop says about a source that it leads back to.

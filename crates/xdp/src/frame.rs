@@ -175,6 +175,7 @@ fn answer(result: Result<u32, Reason>) -> u32 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };
@@ -182,6 +183,7 @@ fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn flow4(ctx: *mut xdp_md, what: u32) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };
@@ -190,6 +192,7 @@ fn flow4(ctx: *mut xdp_md, what: u32) -> u32 {
 
 /// Apart from `flow4`, so that neither needs room on the stack for what the other keeps there.
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn flow6(ctx: *mut xdp_md, what: u32) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };
@@ -219,6 +222,7 @@ fn result_of_choice(choice: u64) -> Result<Choice, Reason> {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn mapped_in(ctx: *mut xdp_md, what: u32) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let frame = unsafe { XdpFrame::new(ctx) };
@@ -226,6 +230,7 @@ fn mapped_in(ctx: *mut xdp_md, what: u32) -> u32 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn mapped_choice(ctx: *mut xdp_md, what: u32, inward: u32) -> u64 {
     // SAFETY: the caller has the context from the kernel.
     let frame = unsafe { XdpFrame::new(ctx) };
@@ -237,6 +242,7 @@ fn mapped_choice(ctx: *mut xdp_md, what: u32, inward: u32) -> u64 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn mapped_out(ctx: *mut xdp_md, what: u32, choice: u64) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let frame = unsafe { XdpFrame::new(ctx) };
@@ -244,6 +250,7 @@ fn mapped_out(ctx: *mut xdp_md, what: u32, choice: u64) -> u32 {
 }
 
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn mapped_rewrite(ctx: *mut xdp_md, what: u32, outward: u32, inward: u32, choice: u64) -> u32 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };

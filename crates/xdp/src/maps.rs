@@ -11,12 +11,12 @@ use towpath_pipeline::Tables;
 use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::mapping::{self, Service, Way, Words};
-use towpath_tables::opaque;
 use towpath_tables::record::{
     Config, CpuMappings, CpuStats, Family, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, MAPPINGS, MappingSet,
     NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
+use towpath_tables::{Reason, opaque};
 
 /// Where a table begins. What the compiler knows of it is less than what is there.
 #[repr(C)]
@@ -136,15 +136,27 @@ fn found(word: u64) -> Result<Word, Internal> {
 
 /// Look-ups as functions of their own.
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn lookup4(root: u32, address: u32) -> u64 {
     lpm::lookup(&MAPS, root, &address.to_ne_bytes()).map_or(INTERNAL, |word| word.0.into())
 }
 /// As `lookup4`; the address in two words as on the wire.
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn lookup6(root: u32, high: u64, low: u64) -> u64 {
     // SAFETY: as in `Tables::lookup6`.
     let address: [u8; 16] = unsafe { core::mem::transmute([high, low]) };
     lpm::lookup(&MAPS, root, &address).map_or(INTERNAL, |word| word.0.into())
+}
+
+/// As `lookup4`, for `Tables::leads_back`: 0, 1, or 2 + a reason.
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn leads_back(group: u32, slot: u32) -> u32 {
+    match towpath_pipeline::leads_back(&MAPS, group, slot) {
+        Ok(does) => does.into(),
+        Err(reason) => 2 + opaque(reason as usize) as u32,
+    }
 }
 
 /// As `lookup4`, for a flow; 0 if there is none.
@@ -156,6 +168,7 @@ fn find_flow<const WORDS: usize>(key: &Key<WORDS>) -> u32 {
 
 /// As `lookup4`, for a mapping; 0 if there is none. `what`: the port's slot, then a bit each for the way and the family.
 #[inline(never)]
+#[unsafe(no_mangle)]
 fn find_mapping(what: u32, first: u64, second: u64, service: u64) -> u32 {
     let way = if what & MAPPING_IN == 0 { Way::Out } else { Way::In };
     let family = if what & MAPPING_V6 == 0 { Family::V4 } else { Family::V6 };
@@ -302,6 +315,14 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
         // SAFETY: both are sixteen bytes, of any value.
         let [high, low]: [u64; 2] = unsafe { core::mem::transmute(*address) };
         found(lookup6(root, high, low))
+    }
+
+    #[inline(always)]
+    fn leads_back(&self, group: u32, slot: u32) -> Result<bool, Reason> {
+        match leads_back(group, slot) {
+            does @ 0..=1 => Ok(does == 1),
+            reason => Err(Reason::from_index((reason - 2) as u8).unwrap_or(Reason::Internal)),
+        }
     }
 
     #[inline(always)]
