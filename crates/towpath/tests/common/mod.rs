@@ -226,6 +226,20 @@ impl Net {
         std::fs::metadata(format!("/run/netns/{}", self.router.netns())).expect("a namespace").ino()
     }
 
+    /// Packets that Linux has forwarded in the router.
+    pub fn forwarded_by_linux(&self) -> u64 {
+        let text = self.exec("cat /proc/net/snmp");
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip: ")).map(words);
+        let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+        let place = names.iter().position(|name| *name == "ForwDatagrams").expect("a counter");
+        values[place].parse().expect("a number")
+    }
+
+    /// Folder of the router's pins.
+    pub fn pins(&self) -> std::path::PathBuf {
+        format!("/sys/fs/bpf/towpath/{}", self.inode()).into()
+    }
+
     /// What a towpath leaves in the router: programs on interfaces, an interface of its own, and pins.
     pub fn traces(&self) -> String {
         let links: Vec<_> = self
@@ -234,7 +248,7 @@ impl Net {
             .filter(|line| line.contains("xdp") || line.contains(" fptun:"))
             .map(str::to_string)
             .collect();
-        let pins = std::fs::read_dir(format!("/sys/fs/bpf/towpath/{}", self.inode())).map_or(0, Iterator::count);
+        let pins = std::fs::read_dir(self.pins()).map_or(0, Iterator::count);
         format!("{links:?}, {pins} pins")
     }
 }
@@ -246,7 +260,7 @@ impl Drop for Net {
 }
 
 /// bpf(2) with an attribute of 32-bit words; the commands used give descriptors.
-fn bpf(command: i32, attribute: &mut [u32]) -> OwnedFd {
+pub fn bpf(command: i32, attribute: &mut [u32]) -> OwnedFd {
     // SAFETY: the attribute and what it points to outlive the call; the kernel gives a new descriptor or an error.
     unsafe {
         let fd = libc::syscall(libc::SYS_bpf, command, attribute.as_mut_ptr(), size_of_val(attribute));
