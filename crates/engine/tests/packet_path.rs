@@ -4,7 +4,7 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
-use towpath_engine::{Engine, Options, Site};
+use towpath_engine::{Engine, Options, Site, Trace};
 use towpath_pipeline::cases::translate::{Translation, translations};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
@@ -12,6 +12,7 @@ use towpath_pipeline::{Verdict, process};
 use towpath_tables::backing::PerTable;
 use towpath_tables::mapping::Way;
 use towpath_tables::record::{TableId, port_flags};
+use towpath_tables::trace::Wanted;
 
 /// Bytes in a test run's first buffer (net/bpf/test_run.c, bpf_prog_test_run_xdp): a page without the room before
 /// and the shared info behind.
@@ -278,6 +279,15 @@ fn verifier_figures() {
     assert!(facts.verified_instructions > 1000, "the verifier says how much it did");
     // Linux gives up at a million. A start waits for it.
     assert!(facts.verified_instructions < 250_000, "a quarter of the verifier's patience");
+}
+
+#[test]
+fn traces_pass_the_verifier() {
+    let program = Program::load();
+    let trace = Trace { filter: None, wanted: Wanted::Everything, rate: 1 };
+    program.engine.set_trace(0, Some(trace)).expect("loaded with a trace");
+    println!("{} instructions verified", program.engine.program().expect("facts").verified_instructions);
+    program.engine.set_trace(0, None).expect("loaded without");
 }
 
 #[test]
