@@ -97,8 +97,7 @@ impl Commands {
             50..56 => format!("dev {}", self.device()),
             _ => self.via(v6),
         };
-        // The family of a list of next hops is not guessed from the prefix.
-        let options = self.pick(&["", "", "", "", "", " mtu 1300", " mtu lock 1290", " advmss 1000"]);
+        let options = self.pick(&["", "", "", "", "", " mtu 1300", " mtu lock 1290", " advmss 1000", " hoplimit 9"]);
         format!("route {action} {prefix}{table}{metric}{options} {via}")
     }
 
@@ -150,6 +149,7 @@ impl Commands {
                 format!("nexthop {action} id {id} group {}", members.join("/"))
             }
             _ if self.random.percent(10) => format!("nexthop {action} id {id} blackhole"),
+            _ if self.random.percent(10) => format!("nexthop {action} id {id} dev {}", self.device()),
             _ => {
                 // Even ones are for IPv6.
                 let (gateway, device) = self.gateway(id.is_multiple_of(2));
@@ -211,6 +211,10 @@ impl Commands {
                 format!("link set {device} down")
             }
             5 => {
+                self.remedies.push(format!("link set {device} arp on"));
+                format!("link set {device} arp off")
+            }
+            6 => {
                 self.remedies.push(format!("link set {device} address {}", mac(ROUTER_MACS[port])));
                 format!("link set {device} address 02:00:00:00:00:77")
             }
@@ -238,8 +242,12 @@ impl Commands {
         let value = self.random.below(3);
         let bit = value % 2;
         let key = |family: &str, name: &str| format!("sysctl net.{family}.conf.{interface}.{name}");
-        match self.random.below(12) {
+        match self.random.below(16) {
             0..4 => format!("{}={value}", key("ipv4", "rp_filter")),
+            12 => format!("{}={bit}", key("ipv4", "accept_source_route")),
+            13 => format!("{}={bit}", key("ipv4", "drop_unicast_in_l2_multicast")),
+            14 => format!("sysctl net.ipv4.ip_forward_use_pmtu={bit}"),
+            15 => format!("sysctl net.ipv6.fib_multipath_hash_policy={value}"),
             4 => self.off(key("ipv4", "forwarding")),
             5 => self.off(key("ipv6", "forwarding")),
             6 => self.off("sysctl net.ipv4.ip_forward".into()),

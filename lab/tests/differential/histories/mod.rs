@@ -334,7 +334,7 @@ fn histories(steps: usize, with_towpath: bool) -> Result<Sums> {
 }
 
 fn steps() -> usize {
-    number("TOWPATH_DIFF_STEPS").unwrap_or(400) as usize
+    number("TOWPATH_DIFF_STEPS").unwrap_or(300) as usize
 }
 
 #[test]
