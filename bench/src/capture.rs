@@ -1,7 +1,7 @@
 //! What a running capture that matches nothing costs the other traffic: windows of one router with a tcpdump and without
 //! one, in turn.
 
-use crate::beside::Beside;
+use crate::beside::{Beside, Unit};
 use crate::cost::{DESTINATIONS, WINDOW};
 use crate::findings::{Aim, Findings};
 use crate::path::{Arrangement, Contender, OUT, towpath_binary};
@@ -26,17 +26,23 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
     arrangement.add_routes(&all)?;
     arrangement.wait_in_sync(&all)?;
     arrangement.set_destinations(&routes::destinations(&all, DESTINATIONS), false)?;
-    let found = Beside::measure(["without", "tcpdump udp port 7001"], rounds, |condition| match condition {
-        0 => arrangement.window(0, WINDOW),
-        _ => beside_tcpdump(&mut arrangement),
-    })?;
+    let found =
+        Beside::measure(
+            ["without", "tcpdump udp port 7001"],
+            Unit::Nanoseconds,
+            rounds,
+            |condition| match condition {
+                0 => arrangement.window(0, WINDOW),
+                _ => beside_tcpdump(&mut arrangement),
+            },
+        )?;
     arrangement.assert_fast_path()?;
     findings.goal("a capture that matches nothing: cost of other packets", found.ratio.median, Aim::AtMost(1.05));
     report.section("A capture beside other traffic").text(
         "The cost of a packet that a running tcpdump's filter does not match, beside the cost without tcpdump: the router's \
          CPU time per packet as above, in windows that alternate.",
     );
-    found.plot(report)?;
+    found.plot(report, "A capture that matches nothing")?;
     findings.keep("capture", found.ratio);
     Ok(())
 }

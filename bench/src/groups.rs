@@ -1,6 +1,6 @@
 //! What a packet to a group of next hops costs beside one to a single next hop.
 
-use crate::beside::Beside;
+use crate::beside::{Beside, Unit};
 use crate::cost::WINDOW;
 use crate::findings::{Aim, Findings};
 use crate::path::{Arrangement, Contender, OUT, ask};
@@ -26,7 +26,7 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
     let destinations: Vec<IpAddr> = (0..DESTINATIONS).map(|n| Ipv4Addr::from_bits(10 << 24 | n).into()).collect();
     arrangement.set_destinations(&destinations, false)?;
     let port = arrangement.ports().first().context("no port")?.to_string();
-    let found = Beside::measure(["one next hop", "16 next hops"], rounds, |condition| {
+    let found = Beside::measure(["one next hop", "16 next hops"], Unit::Nanoseconds, rounds, |condition| {
         route(&router, &port, [1, HOPS][condition])?;
         arrangement.window(0, WINDOW)
     })?;
@@ -36,7 +36,7 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
         "A route with 16 next hops beside the same route with one: the router's CPU time per packet as above, to 65,536 \
          destinations, in windows that alternate.",
     );
-    found.plot(report)?;
+    found.plot(report, "A route with one next hop and with 16")?;
     findings.keep("groups", found);
     Ok(())
 }

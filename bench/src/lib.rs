@@ -23,4 +23,5 @@ pub mod source;
 pub mod stalls;
 pub mod stats;
 pub mod sync;
+pub mod tcp;
 pub mod user;

@@ -6,7 +6,8 @@ use clap::Parser;
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
 use towpath_bench::{
-    capture, cost, exceptions, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls, sync, user,
+    capture, cost, exceptions, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls, sync, tcp,
+    user,
 };
 use towpath_report::Report;
 
@@ -46,6 +47,8 @@ enum Section {
     Groups,
     /// What the metrics endpoint costs packets
     Scrape,
+    /// TCP through a gateway
+    Tcp,
     /// Start with full tables, memory, idle CPU
     Start,
     /// Route changes: delay, bursts
@@ -89,6 +92,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Scrape) {
         scrape::run(&mut findings, &mut report, arguments.rounds.min(9))?;
+    }
+    if wanted(Section::Tcp) {
+        tcp::run(&mut findings, &mut report, arguments.rounds.min(9))?;
     }
     if wanted(Section::Start) {
         sync::start(&mut findings, &mut report, 5)?;

@@ -1,6 +1,6 @@
 //! What the metrics endpoint costs packets while it is scraped every second.
 
-use crate::beside::Beside;
+use crate::beside::{Beside, Unit};
 use crate::cost::DESTINATIONS;
 use crate::findings::{Aim, Findings};
 use crate::path::{Arrangement, Contender};
@@ -25,17 +25,18 @@ pub fn run(findings: &mut Findings, report: &mut Report, rounds: usize) -> Resul
     arrangement.wait_in_sync(&all)?;
     arrangement.set_destinations(&routes::destinations(&all, DESTINATIONS), false)?;
     let router = arrangement.router.clone();
-    let found = Beside::measure(["without", "scraped every second"], rounds, |condition| match condition {
-        0 => arrangement.window(0, WINDOW),
-        _ => while_scraped(&router, || arrangement.window(0, WINDOW)),
-    })?;
+    let found =
+        Beside::measure(["without", "scraped every second"], Unit::Nanoseconds, rounds, |condition| match condition {
+            0 => arrangement.window(0, WINDOW),
+            _ => while_scraped(&router, || arrangement.window(0, WINDOW)),
+        })?;
     arrangement.assert_fast_path()?;
     findings.goal("metrics scraped every second: cost of packets", found.ratio.median, Aim::AtMost(1.01));
     report.section("Metrics").text(
         "The cost of a packet while curl reads the metrics every second, beside the cost without: the router's CPU time per \
          packet as above, in windows that alternate. The daemon and curl run on the source's core.",
     );
-    found.plot(report)?;
+    found.plot(report, "Metrics")?;
     findings.keep("scrape", found);
     Ok(())
 }

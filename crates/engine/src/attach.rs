@@ -89,6 +89,10 @@ const RESETTING_DRIVERS: &[&str] = &[
     "virtio_net",
 ];
 
+/// What a program costs those who send TCP by the other end of a veth.
+const LOCAL_TCP: &str = "the kernel takes TSO from a veth's other end while a program is attached, and packets whose checksum is \
+     left to the veth are Linux's: TCP from containers and virtual machines there is slower than by Linux alone";
+
 /// What is going to be done to a port's device.
 struct Plan {
     gro: bool,
@@ -113,6 +117,10 @@ pub fn announce(interface: &Interface, mode: Mode) -> Result<Vec<Notice>> {
             "GRO is switched on and stays on, so that attaching and detaching lose no packets".into(),
             Some(format!("ethtool -K {} gro off", interface.name)),
         ));
+    }
+    // drivers/net/veth.c, `veth_xdp_set`, `veth_fix_features`
+    if mode == Mode::Native && interface.is_veth() {
+        notices.push(notice(LOCAL_TCP.into(), None));
     }
     if plan.rx_vlan {
         notices.push(notice("the receive VLAN offload is off while Towpath serves the port".into(), None));
