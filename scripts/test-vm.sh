@@ -15,7 +15,7 @@ export RESULTS=$PWD/out/test/vm
 # for each thing that Towpath asks of the kernel. (The differential test's own harness needs no other kernel.)
 selection() {
     cat <<'END'
-differential towpath_agrees_with_linux_about_tunnels towpath_agrees_with_linux_about_vlans towpath_agrees_with_linux towpath_agrees_with_linux_about_reverse_paths towpath_agrees_with_linux_about_redirects workers_agree_with_linux_about_tunnels workers_agree_with_linux_about_vlans ports_in_memory_agree_with_linux_about_vlans
+differential towpath_agrees_with_linux_about_tunnels towpath_agrees_with_linux_about_vlans towpath_agrees_with_linux towpath_agrees_with_linux_about_reverse_paths towpath_agrees_with_linux_about_redirects histories::settings::every_device_above_a_port_is_honoured histories::settings::every_policy_is_honoured workers_agree_with_linux_about_tunnels workers_agree_with_linux_about_vlans ports_in_memory_agree_with_linux_about_vlans
 policies netfilter_holds_for_the_stream what_does_not_concern_forwarding_leaves_it_fast a_capture_sees_forwarded_packets_on_either_port
 tunnels
 engine
@@ -110,7 +110,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact,nfnetlink_queue,nft_queue -- bash -c "$guest" vm "$@" &
+            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,macvlan,ipvlan,sch_tbf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact,nfnetlink_queue,nft_queue -- bash -c "$guest" vm "$@" &
     done
     wait
 }

@@ -1,6 +1,6 @@
 //! Random commands. They need not make sense: what Linux refuses is a step too, and must change nothing.
 //!
-//! A step is one line: commands of `ip`, or `sysctl KEY=VALUE`, with "; " between several.
+//! A step is one line: commands of `ip`, or with their name in front of others, or `sysctl KEY=VALUE`, with "; " between several.
 
 use crate::random::Random;
 use crate::router::{HOST_MACS, PORT_NAMES, PORTS, ROUTER_MACS, ROUTER_V4, mac};
@@ -275,7 +275,9 @@ impl Commands {
         };
         let action = self.pick(&["lookup 100", "lookup 100", "blackhole", "unreachable", "prohibit"]);
         let rule = format!("{select} priority {} {action}", 100 + self.random.below(3));
-        self.remedies.push(format!("rule del {rule}"));
-        format!("rule add {rule}")
+        // The family of a rule is not guessed from its prefix.
+        let family = if select.contains(':') { "ip -6 " } else { "" };
+        self.remedies.push(format!("{family}rule del {rule}"));
+        format!("{family}rule add {rule}")
     }
 }

@@ -7,6 +7,7 @@ mod commands;
 mod frames;
 mod ip;
 mod kept;
+mod settings;
 mod shrink;
 
 use crate::compare::Pair;
@@ -42,6 +43,10 @@ struct Trial {
     ip: [Ip; 2],
     /// None if both are plain
     towpath: Option<Towpath>,
+    /// What Linux refused, and why
+    refusals: Vec<String>,
+    /// Nothing that is told now leads to a policy
+    unhindered: bool,
     /// Where probes went after the last step
     ways: Ways,
     sums: Sums,
@@ -76,7 +81,15 @@ impl Trial {
         let ip = [Ip::start(&first.node)?, Ip::start(&second.node)?];
         let towpath = if with_towpath { Some(Towpath::up(&second.node, &PORT_NAMES)?) } else { None };
         second.settle()?;
-        Ok(Self { pair, ip, towpath, ways: Ways::new(), sums: Sums::default() })
+        Ok(Self {
+            pair,
+            ip,
+            towpath,
+            refusals: Vec::new(),
+            unhindered: false,
+            ways: Ways::new(),
+            sums: Sums::default(),
+        })
     }
 
     /// Goes through all steps; an error that says which one fails, and how.
@@ -84,7 +97,6 @@ impl Trial {
         for (at, step) in steps.iter().map(AsRef::as_ref).enumerate() {
             self.step(step).with_context(|| format!("step {at}: {step}"))?;
         }
-        self.sums.fast = self.towpath.as_ref().map_or(Ok(0), fast)?;
         (self.sums.plain, self.sums.received) = (self.pair.plain_forwarded, self.pair.received);
         Ok(())
     }
@@ -99,12 +111,17 @@ impl Trial {
             };
             ensure!(first == second, "{command}: Linux says {first:?}, with Towpath {second:?}");
             self.sums.refused += usize::from(first.is_some());
+            self.refusals.extend(first.map(|why| format!("{command}: {}", why.trim())));
         }
         self.sums.steps += 1;
         self.await_links()?;
         self.check()?;
-        let before = std::mem::take(&mut self.ways);
+        if self.unhindered {
+            self.await_no_policies()?;
+        }
+        let (before, fast) = (std::mem::take(&mut self.ways), self.fast()?);
         self.burst(&mut Random::new(step.bytes().fold(7, |sum, byte| sum * 31 + u64::from(byte))))?;
+        self.sums.fast += self.fast()? - fast;
         self.sums.beside += beside.len();
         for (key, way) in beside {
             let (Some(old), Some(new)) = (before.get(&key), self.ways.get(&key)) else { continue };
@@ -112,6 +129,11 @@ impl Trial {
             ensure!(known, "from eth{} to {}: went by {way:x?}, neither {old:x?} nor {new:x?}", key.0, key.1);
         }
         Ok(())
+    }
+
+    /// Frames that the fast path has forwarded so far, probes too
+    fn fast(&self) -> Result<u64> {
+        self.towpath.as_ref().map_or(Ok(0), fast)
     }
 
     /// Whether each destination has its way before the command or the one after it, and no third one in between.
@@ -165,6 +187,10 @@ impl Trial {
             let refused = self.pair.routers[router].node.sysctl(key, value).err();
             return Ok(refused.map(|error| error.root_cause().to_string()));
         }
+        if ["nft ", "tc ", "ip "].iter().any(|program| command.starts_with(program)) {
+            let refused = self.pair.routers[router].node.sh(command).err();
+            return Ok(refused.map(|_| "refused".into()));
+        }
         let (text, succeeded) = self.ip[router].run(command)?;
         Ok((!succeeded).then_some(text))
     }
@@ -193,6 +219,14 @@ impl Trial {
             last.is_none().then_some(())
         });
         waited.map_err(|error| last.unwrap_or(error))
+    }
+
+    /// Waits until there is no policy: some settings are looked at from time to time only.
+    fn await_no_policies(&self) -> Result<()> {
+        let Some(towpath) = &self.towpath else { return Ok(()) };
+        let policies = || Some(towpath.json(&["status"]).ok()?["policies"].clone());
+        let waited = wait_for(LIMIT, "no policy to be left", || (policies()? == serde_json::json!([])).then_some(()));
+        waited.with_context(|| format!("policies: {}", policies().unwrap_or_default()))
     }
 
     /// Sends frames from every port that is up, until they come out of both routers alike.
