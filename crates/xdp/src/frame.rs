@@ -154,9 +154,11 @@ const REASON_SHIFT: u32 = 16;
 /// What both answer: a slot, or a reason from here on
 const REFUSED: u32 = PORT_SLOTS;
 
-/// From an answer.
+/// From an answer. A compiler sees what a function can answer, and may leave unset what other answers would need; a verifier
+/// does not, and goes that way too. So no answer is judged before it is opaque.
 #[inline(always)]
 fn result(answer: u32) -> Result<u32, Reason> {
+    let answer = opaque(answer as usize) as u32;
     match answer.checked_sub(REFUSED) {
         None => Ok(answer),
         Some(reason) => Err(Reason::from_index(reason as u8).unwrap_or(Reason::Internal)),
@@ -214,6 +216,7 @@ fn meets_mappings(what: u32) -> Option<(Entry<'static>, Candidate)> {
 
 #[inline(always)]
 fn result_of_choice(choice: u64) -> Result<Choice, Reason> {
+    let choice = opaque(choice as usize) as u64;
     if choice & NO_CHOICE == 0 {
         Ok(Choice(choice))
     } else {

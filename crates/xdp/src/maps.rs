@@ -129,8 +129,10 @@ static SOCKETS: XskMap = XskMap::with_max_entries(PORT_SLOTS * SOCKET_QUEUES, 0)
 /// A word that was found, as a number; or that there is none, which no word is.
 const INTERNAL: u64 = u64::MAX;
 
+/// Opaque as all answers of functions, see `frame::result`.
 #[inline(always)]
 fn found(word: u64) -> Result<Word, Internal> {
+    let word = opaque(word as usize) as u64;
     if word == INTERNAL { Err(Internal) } else { Ok(Word(word as u32)) }
 }
 
@@ -319,7 +321,7 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
 
     #[inline(always)]
     fn leads_back(&self, group: u32, slot: u32) -> Result<bool, Reason> {
-        match leads_back(group, slot) {
+        match opaque(leads_back(group, slot) as usize) {
             does @ 0..=1 => Ok(does == 1),
             reason => Err(Reason::from_index((reason - 2) as u8).unwrap_or(Reason::Internal)),
         }
@@ -327,9 +329,9 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
 
     #[inline(always)]
     fn find_flow<const WORDS: usize>(&self, key: &Key<WORDS>) -> Option<Found> {
-        match find_flow(key) {
+        match opaque(find_flow(key) as usize) {
             0 => None,
-            found => Some(Found(found)),
+            found => Some(Found(found as u32)),
         }
     }
 
@@ -356,9 +358,9 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
     ) -> Option<mapping::Found> {
         let way = if way == Way::Out { 0 } else { MAPPING_IN };
         let family = if family == Family::V4 { 0 } else { MAPPING_V6 };
-        match find_mapping(slot | way | family, address[0], address[1], service.0) {
+        match opaque(find_mapping(slot | way | family, address[0], address[1], service.0) as usize) {
             0 => None,
-            found => Some(mapping::Found(found)),
+            found => Some(mapping::Found(found as u32)),
         }
     }
 
