@@ -106,7 +106,10 @@ impl PacketSocket {
                 n if n > 0 => sent += n as usize,
                 _ => match Error::last_os_error() {
                     error if error.kind() == ErrorKind::Interrupted => {}
-                    error => bail!("cannot send a frame of {} bytes: {error}", frames[sent].as_ref().len()),
+                    error => {
+                        let length = frames[sent].as_ref().len();
+                        return Err(error).with_context(|| format!("cannot send a frame of {length} bytes"));
+                    }
                 },
             }
         }

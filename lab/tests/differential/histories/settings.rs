@@ -21,11 +21,15 @@ const fn repeated(name: &'static str, steps: &'static [&'static str]) -> Setting
     Setting { name, steps, fast: true }
 }
 
-/// What brings eth2 back as it was when it went down, or its addresses were taken from it.
-const ETH2_BACK: &str = "link set eth2 up; address replace 203.0.113.1/24 broadcast + dev eth2; \
+/// What brings eth2 back as it was when it went down, or its addresses and neighbours were taken from it.
+macro_rules! eth2_back {
+    () => {
+        "link set eth2 up; address replace 203.0.113.1/24 broadcast + dev eth2; \
     address replace 2001:db8:2::1/64 dev eth2 nodad; address replace fe80::1/64 dev eth2 nodad; \
     neighbor replace 203.0.113.10 lladdr 02:00:00:00:00:22 dev eth2; \
-    neighbor replace 2001:db8:2::10 lladdr 02:00:00:00:00:22 dev eth2";
+    neighbor replace 2001:db8:2::10 lladdr 02:00:00:00:00:22 dev eth2"
+    };
+}
 
 const SYSCTLS: &[Setting] = &[
     touches("forwarding of IPv4", &["sysctl net.ipv4.ip_forward=0", "sysctl net.ipv4.ip_forward=1"]),
@@ -82,7 +86,7 @@ const SYSCTLS: &[Setting] = &[
     touches("MTU of IPv6 at a port", &["sysctl net.ipv6.conf.eth1.mtu=1280", "sysctl net.ipv6.conf.eth1.mtu=1400"]),
     touches(
         "no IPv6 at a port",
-        &["sysctl net.ipv6.conf.eth2.disable_ipv6=1", "sysctl net.ipv6.conf.eth2.disable_ipv6=0", ETH2_BACK],
+        &["sysctl net.ipv6.conf.eth2.disable_ipv6=1", "sysctl net.ipv6.conf.eth2.disable_ipv6=0", eth2_back!()],
     ),
     repeated(
         "hop limit of the router's own",
@@ -280,7 +284,7 @@ const RULES: &[Setting] = &[
 
 const PORTS: &[Setting] = &[
     repeated("MTU of a port", &["link set eth1 mtu 1280", "link set eth1 mtu 9000", "link set eth1 mtu 1400"]),
-    repeated("a port that is down", &["link set eth2 down", ETH2_BACK]),
+    repeated("a port that is down", &["link set eth2 down", eth2_back!()]),
     repeated(
         "a port's MAC address",
         &["link set eth1 address 02:00:00:00:00:77", "link set eth1 address 02:00:00:00:00:11"],
@@ -307,9 +311,9 @@ const UPPER: &[Setting] = &[
         "a VRF",
         &[
             "link add vrf0 type vrf table 300; link set vrf0 up",
-            "link set eth2 master vrf0",
+            concat!("link set eth2 master vrf0; ", eth2_back!()),
             "link set eth2 nomaster; link del vrf0",
-            ETH2_BACK,
+            eth2_back!(),
         ],
     ),
     touches(
@@ -419,10 +423,10 @@ const POLICIES: &[Setting] = &[
             "tc qdisc add dev eth1 root tbf rate 1gbit burst 100k latency 1ms",
             "tc qdisc del dev eth1 root",
             "tc qdisc add dev eth0 ingress",
-            "tc filter add dev eth0 ingress matchall action drop",
+            "tc filter add dev eth0 ingress bpf bytecode '1,6 0 0 4294967295' classid 1:1",
             "tc qdisc del dev eth0 ingress",
             "tc qdisc add dev eth1 clsact",
-            "tc filter add dev eth1 egress matchall action drop",
+            "tc filter add dev eth1 egress bpf bytecode '1,6 0 0 4294967295' classid 1:1",
             "tc qdisc del dev eth1 clsact",
         ],
     ),
