@@ -103,9 +103,11 @@ impl Trial {
 
     fn step(&mut self, step: &str) -> Result<()> {
         let mut beside = Vec::new();
+        // Between several commands of a step are ways that belong neither before nor after it.
+        let atomic = !step.contains("; ") && self.is_atomic(step);
         for command in step.split("; ") {
             let first = self.command(0, command)?;
-            let second = match self.is_atomic(command) {
+            let second = match atomic {
                 true => self.command_beside_probes(command, &mut beside)?,
                 false => self.command(1, command)?,
             };
@@ -383,8 +385,7 @@ fn towpath_agrees_with_linux_throughout_histories() -> Result<()> {
         }
     }
     let sums = histories(steps(), true)?;
-    let all = sums.plain + sums.beside as u64;
-    ensure!(sums.fast * 2 > all, "the fast path forwarded only {} of {all}", sums.fast);
+    ensure!(sums.fast * 2 > sums.plain, "the fast path forwarded only {} of {}", sums.fast, sums.plain);
     ensure!(sums.plain as usize * 10 > sums.sent, "only {} plain frames were forwarded", sums.plain);
     Ok(())
 }
