@@ -26,6 +26,7 @@ const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 /// A device map serves only programs that agree on this with the first that used it.
 const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
+const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
 const TC_ACT_UNSPEC: u32 = u32::MAX;
@@ -238,6 +239,7 @@ fn check(program: &mut Program, case: &Case) -> Result<(), String> {
     program.configure(&world);
     case.apply(&world);
     let (action, frame) = match &case.expect {
+        Expect::Drop(_) => (XDP_DROP, &case.frame),
         Expect::NotAPort | Expect::Exception(..) => (XDP_PASS, &case.frame),
         Expect::Forward { frame, .. } => (XDP_REDIRECT, frame),
     };
@@ -430,18 +432,29 @@ fn random_frames_in_the_kernel_and_natively() {
     let mut random = Random(seed);
     let cases = cases::all();
     let mut program = Program::load();
-    let with_flows = ["flow, IPv4, TCP, both, Original, 22 bytes", "flow, IPv6, UDP, both, Reply, 22 bytes"];
-    let with_flows = cases.iter().filter(|case| with_flows.contains(&case.name.as_str())).map(Case::router);
-    let routers: Vec<World> = routers().into_iter().chain(with_flows).collect();
-    assert_eq!(routers.len(), 9, "with flows in two of them");
-    let mut forwarded = 0;
+    let with_more = [
+        "flow, IPv4, TCP, both, Original, 22 bytes",
+        "flow, IPv6, UDP, both, Reply, 22 bytes",
+        "filter, IPv4, one among many",
+        "filter, IPv6, one among many",
+        "filter, IPv4, dropped in a passed prefix",
+    ];
+    let with_more = cases.iter().filter(|case| with_more.contains(&case.name.as_str())).map(Case::router);
+    let routers: Vec<World> = routers().into_iter().chain(with_more).collect();
+    assert_eq!(routers.len(), 12, "with flows in two of them, with filters in three");
+    let (mut forwarded, mut dropped) = (0, 0);
     for world in &routers {
         program.configure(world);
         for number in 0..frames / routers.len() {
             let frame = random.mutate(&cases);
             let mut packet = Packet::with_linear(&frame, HEADROOM, FIRST);
             let verdict = process(&mut packet, &world.slices(), INGRESS);
-            let action = if matches!(verdict, Verdict::Forward(_)) { XDP_REDIRECT } else { XDP_PASS };
+            let action = match verdict {
+                Verdict::Forward(_) => XDP_REDIRECT,
+                Verdict::Drop => XDP_DROP,
+                Verdict::Exception(_) | Verdict::NotAPort => XDP_PASS,
+            };
+            dropped += usize::from(action == XDP_DROP);
             forwarded += usize::from(action == XDP_REDIRECT);
             let outcome = program.run(&frame);
             assert_eq!(outcome.0, action, "seed {seed}, frame {number}: natively {verdict:?}: {frame:02x?}");
@@ -451,8 +464,9 @@ fn random_frames_in_the_kernel_and_natively() {
         }
         assert_eq!(program.difference(world), None, "seed {seed}");
     }
-    println!("{forwarded} of them forwarded");
+    println!("{forwarded} of them forwarded, {dropped} dropped");
     assert!(forwarded > frames / 10, "too few frames get far enough to prove anything");
+    assert!(dropped > frames / 200, "too few frames meet filters to prove anything");
 }
 
 /// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used.

@@ -5,6 +5,7 @@
 //! published before every awaited class of objects was described whole once, so that tables taken over from a daemon
 //! that died go on saying what they said until this one knows as much.
 
+mod filters;
 mod flows;
 mod gate;
 mod idle;
@@ -17,6 +18,7 @@ mod snapshot;
 mod state;
 mod via;
 
+pub use filters::{Fault, FilterChange, FilterRefused};
 pub use flows::Refused;
 pub use gate::Phase;
 pub use idle::{Timeouts, Told};
@@ -34,6 +36,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
 use towpath_tables::backing::{Backing, GrowError};
+use towpath_tables::filters::{self as in_force, Decision, FilterTotals, FilterValue, Filters};
 use towpath_tables::grace::Grace;
 use towpath_tables::mappings::{self as in_tables, MappingTotals, MappingValue};
 use towpath_tables::record::Family;
@@ -57,6 +60,9 @@ pub struct Fpm<B, G> {
     flows: Flows,
     gate: Gate,
     idle: Idle,
+    filters: Filters,
+    /// Interfaces that filters are of
+    filtered_ports: BTreeSet<u32>,
     /// A publication is under way
     unfinished: bool,
 }
@@ -92,8 +98,11 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         let of_port = |value: &MappingValue| Mapping::of_value(*ports.get(&value.slot)?, value);
         let mapped = tables.mappings().into_iter().filter_map(|(number, value)| Some((number, of_port(&value)?)));
         state.mappings = mapped.collect();
+        let filters = tables.filters().unwrap_or_default();
         Self {
             state,
+            filtered_ports: ports_of(&filters),
+            filters,
             mirror: Mirror::new(tables),
             flows: Flows::default(),
             gate: Gate::default(),
@@ -182,6 +191,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         }
         let published = self.mirror.sync(&mut self.state, go_on);
         self.unfinished = published.is_none();
+        self.drop_stale_filters();
         published.map_or(Progress::More, Progress::Done)
     }
 
@@ -313,6 +323,46 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.mappings.values().map(|mapping| mapping.ifindex).collect()
     }
 
+    /// Changes the operator's filters: all of it, or nothing. It is in force when this returns.
+    pub fn change_filters(&mut self, changes: &[FilterChange]) -> Result<(), Fault> {
+        let all = filters::changed(&self.filters, changes, |ifindex| self.state.check_filter_port(ifindex))?;
+        self.set_filters(all).map_err(|error| Fault { at: None, why: error.into() })
+    }
+
+    /// The filters after such changes.
+    pub fn filters_after(&self, changes: &[FilterChange]) -> Result<Filters, Fault> {
+        filters::changed(&self.filters, changes, |ifindex| self.state.check_filter_port(ifindex))
+    }
+
+    fn set_filters(&mut self, all: Filters) -> Result<(), in_force::FilterError> {
+        self.mirror.tables.set_filters(&all)?;
+        (self.filtered_ports, self.filters) = (ports_of(&all), all);
+        Ok(())
+    }
+
+    /// Ends the filters of interfaces that are not there any more.
+    fn drop_stale_filters(&mut self) {
+        if self.filtered_ports.iter().all(|ifindex| self.state.ports.contains_key(ifindex)) {
+            return;
+        }
+        let is_there = |value: &FilterValue| value.ifindex == 0 || self.state.ports.contains_key(&value.ifindex);
+        let left: Filters = self.filters.iter().filter(|(value, _)| is_there(value)).map(|(v, d)| (*v, *d)).collect();
+        tracing::warn!("{} filters end with the interfaces that they were of", self.filters.len() - left.len());
+        if let Err(error) = self.set_filters(left) {
+            tracing::error!("filters stay what they were: {error}");
+        }
+    }
+
+    /// The operator's filters.
+    pub fn traffic_filters(&self) -> &Filters {
+        &self.filters
+    }
+
+    /// What a filter has decided over.
+    pub fn filter_totals(&self, decision: Decision) -> FilterTotals {
+        in_force::totals(&self.mirror.tables.view(), decision.number)
+    }
+
     /// Connections for which there was no room.
     pub fn refused_flows(&self) -> Refused {
         self.flows.refused()
@@ -332,6 +382,10 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     pub fn into_tables(self) -> TableWriter<B, G> {
         self.mirror.tables
     }
+}
+
+fn ports_of(filters: &Filters) -> BTreeSet<u32> {
+    filters.keys().map(|value| value.ifindex).filter(|ifindex| *ifindex != 0).collect()
 }
 
 #[cfg(test)]

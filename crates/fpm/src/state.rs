@@ -2,6 +2,7 @@
 //! Questions that the messages alone answer are answered here; nothing here knows the tables.
 
 use crate::Transmit;
+use crate::filters::FilterRefused;
 use crate::mappings::{self, Mapping, MappingError};
 use crate::routes::{Candidate, Rank, Routes, kind};
 use crate::snapshot::{Generations, Marked};
@@ -256,6 +257,20 @@ impl State {
         mappings::remove(&mut self.mappings, mapping)?;
         self.mappings_changed(mapping.ifindex);
         Ok(())
+    }
+
+    /// Whether a filter may be of an interface; 0 is any.
+    pub fn check_filter_port(&self, ifindex: u32) -> Result<(), FilterRefused> {
+        let Some(chain) = self.chain(ifindex).filter(|_| ifindex != 0) else {
+            let why = "it is no port: only what comes in by a port can be filtered";
+            return if ifindex == 0 { Ok(()) } else { Err(FilterRefused::Port(why)) };
+        };
+        match chain.first().map(|port| &port.kind) {
+            Some(PortKind::Ethernet | PortKind::Virtual) => Ok(()),
+            _ => Err(FilterRefused::Port(
+                "no frames come in by it itself: name the port underneath, filters look into tags",
+            )),
+        }
     }
 
     /// Whether a port has mappings

@@ -7,7 +7,7 @@ use crate::network::Network;
 use crate::rewrite::rewrite_packet;
 use crate::route::Last;
 use crate::stats::Tally;
-use crate::{Entry, Frame, Parsed, Stop, Tables, count_exception};
+use crate::{Entry, Frame, Parsed, Stop, Tables, count_exception, filters};
 use arrayvec::ArrayVec;
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Walk};
@@ -18,18 +18,20 @@ use towpath_wire::ipv6::Ipv6;
 /// Frames at once.
 pub const BATCH: usize = 64;
 
-/// For each frame of a batch the slot of the interface that is to transmit it, or `LINUX`.
+/// For each frame of a batch the slot of the interface that is to transmit it, `LINUX` or `NOWHERE`.
 pub struct Ways(pub [u32; BATCH]);
 
 impl Ways {
     /// Stands for a frame that is Linux's.
     pub const LINUX: u32 = u32::MAX;
+    /// Stands for a frame that is dropped.
+    pub const NOWHERE: u32 = u32::MAX - 1;
 
     /// The slot of the interface that transmits the first frames, if one does for all of them.
     #[inline]
     pub fn all_one(&self, frames: usize) -> Option<u32> {
         let (first, rest) = self.0.get(..frames)?.split_first()?;
-        (*first != Self::LINUX && rest.iter().all(|slot| slot == first)).then_some(*first)
+        (*first < Self::NOWHERE && rest.iter().all(|slot| slot == first)).then_some(*first)
     }
 }
 
@@ -66,14 +68,19 @@ struct Job<'t, const BYTES: usize> {
 type Jobs<'t, const BYTES: usize> = ArrayVec<Job<'t, BYTES>, BATCH>;
 
 /// Takes frames that came in by one interface along the whole path and counts them; those behind the first `BATCH` are left
-/// alone.
+/// alone. `filter`: whether the operator's filters have not been looked at yet.
 #[inline(always)]
-pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut [F]) -> Ways {
+pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut [F], filter: bool) -> Ways {
     let mut ways = Ways([Ways::LINUX; BATCH]);
     let Some(entry) = Entry::find(tables, ifindex) else { return ways };
     frames.iter().filter_map(|frame| frame.get::<Ethernet>(0)).for_each(prefetch);
+    let filter = filter && filters::are_there(tables);
     let (mut four, mut six) = (Jobs::<4>::new(), Jobs::<16>::new());
     for (place, frame) in frames.iter_mut().enumerate().take(BATCH) {
+        if filter && filters::drops(frame, tables, ifindex) {
+            ways.0[place] = Ways::NOWHERE;
+            continue;
+        }
         let mut entry = entry;
         match parse(frame, tables, &mut entry, place, &mut four, &mut six) {
             Ok(()) => {}
@@ -230,10 +237,11 @@ mod tests {
         let mut seen = BTreeSet::new();
         for batch in 0..8 {
             let (mut one, mut all) = (frames(batch), frames(batch));
-            let ways = process_batch(&together.slices(), INGRESS, &mut all);
+            let ways = process_batch(&together.slices(), INGRESS, &mut all, true);
             for (place, (frame, way)) in one.iter_mut().zip(ways.0).enumerate() {
                 let wanted = match process(frame, &alone.slices(), INGRESS) {
                     Verdict::Forward(slot) => slot,
+                    Verdict::Drop => Ways::NOWHERE,
                     _ => Ways::LINUX,
                 };
                 assert_eq!(way, wanted, "batch {batch}, frame {place}");

@@ -13,6 +13,7 @@ mod accept;
 #[cfg(any(test, feature = "std"))]
 pub mod batch;
 pub mod cache;
+pub mod filters;
 mod flow;
 mod hash;
 mod ingress;
@@ -49,7 +50,9 @@ use towpath_tables::Reason;
 use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::mapping::{self, Way, Words};
-use towpath_tables::record::{Config, CpuMappings, CpuStats, Family, Group, MappingSet, Nexthop, Port, VlanTable};
+use towpath_tables::record::{
+    Config, CpuMappings, CpuStats, Family, Filter, FilterCounters, Group, MappingSet, Nexthop, Port, VlanTable,
+};
 use towpath_tables::trace::Outcome;
 use towpath_wire::View;
 
@@ -182,6 +185,10 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn find_flow<const WORDS: usize>(&self, key: &Key<WORDS>) -> Option<Found> {
         flows::find(self, self.config()?.flow_seed.load(), key)
     }
+    /// One of the operator's filters
+    fn filter(&self, index: u32) -> Option<&Filter>;
+    /// Counters of some of them that only this CPU or worker writes, by their number over `FILTERS_COUNTED`
+    fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters>;
     /// A set of mappings
     fn mapping_set(&self, index: u32) -> Option<&MappingSet>;
     /// Counters of mappings that only this CPU or worker writes
@@ -224,6 +231,8 @@ pub trait Tables: LpmRead + FlowRead + Sized {
 pub enum Verdict {
     /// It came in by an interface that is no port: to Linux, untouched and not counted.
     NotAPort,
+    /// The operator has it dropped
+    Drop,
     /// To Linux, untouched, for this reason.
     Exception(Reason),
     /// Rewritten, to be sent by the interface in this slot.
@@ -235,6 +244,7 @@ impl From<Verdict> for Outcome {
     fn from(verdict: Verdict) -> Self {
         match verdict {
             Verdict::NotAPort => Self::NotAPort,
+            Verdict::Drop => Self::Exception(Reason::Filtered),
             Verdict::Exception(reason) => Self::Exception(reason),
             Verdict::Forward(slot) => Self::Forward(slot),
         }
@@ -244,6 +254,15 @@ impl From<Verdict> for Outcome {
 /// Takes one frame that came in by the interface with index `ifindex` along the whole path, and counts it.
 #[inline(always)]
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> Verdict {
+    if filters::are_there(tables) && filters::drops(frame, tables, ifindex) {
+        return Verdict::Drop;
+    }
+    process_unfiltered(frame, tables, ifindex)
+}
+
+/// As `process`, for a frame that filters let pass.
+#[inline(always)]
+pub fn process_unfiltered<F: Frame, T: Tables>(frame: &mut F, tables: &T, ifindex: u32) -> Verdict {
     let Some(mut entry) = Entry::find(tables, ifindex) else { return Verdict::NotAPort };
     match take_along(frame, tables, &mut entry) {
         Ok(device) => Verdict::Forward(device),

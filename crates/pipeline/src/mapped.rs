@@ -7,7 +7,8 @@ use towpath_tables::clock;
 use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::record::{
-    Config, CpuMappings, CpuStats, Flow, FlowLine, Group, Line, MappingSet, Nexthop, Port, VlanTable, port_flags,
+    Config, CpuMappings, CpuStats, Filter, FilterCounters, Flow, FlowLine, Group, Line, MappingSet, Nexthop, Port,
+    VlanTable, port_flags,
 };
 
 /// Mapped tables, and what their reader may do.
@@ -102,6 +103,16 @@ impl Tables for Mapped<'_> {
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {
         self.counters?;
         self.view.stats().as_chunks().0.get(cpu as usize)
+    }
+    #[inline(always)]
+    fn filter(&self, index: u32) -> Option<&Filter> {
+        self.view.filters().get(index as usize)
+    }
+    #[inline(always)]
+    fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
+        self.counters?;
+        let cpus = self.view.stats().len() / self.view.ports().len().max(1);
+        self.view.filter_stats().get(line as usize * cpus + cpu as usize)
     }
     #[inline(always)]
     fn mapping_set(&self, index: u32) -> Option<&MappingSet> {

@@ -7,8 +7,8 @@ use towpath_tables::flow::{FlowRead, line_at};
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{
-    Config, CpuMappings, CpuStats, Flow, FlowLine, Group, Line, MappingCounters, MappingSet, Nexthop, Port, PortStats,
-    Root, VlanTable, port_flags,
+    Config, CpuMappings, CpuStats, Filter, FilterCounters, Flow, FlowLine, Group, Line, MappingCounters, MappingSet,
+    Nexthop, Port, PortStats, Root, VlanTable, port_flags,
 };
 
 /// The tables that the packet path reads, and the counters of all CPUs.
@@ -36,6 +36,10 @@ pub struct Slices<'t> {
     pub mapping_sets: &'t [MappingSet],
     /// Their counters: `cpu * MAPPINGS + mapping`
     pub mapping_stats: &'t [MappingCounters],
+    /// The operator's filters
+    pub filters: &'t [Filter],
+    /// Their counters
+    pub filter_stats: &'t [FilterCounters],
     /// Counters: `cpu * PORT_SLOTS + slot`
     pub stats: &'t [PortStats],
     /// Whose counters to write
@@ -120,6 +124,15 @@ impl Tables for Slices<'_> {
     #[inline(always)]
     fn stats(&self, cpu: u32) -> Option<&CpuStats> {
         self.stats.as_chunks().0.get(cpu as usize)
+    }
+    #[inline(always)]
+    fn filter(&self, index: u32) -> Option<&Filter> {
+        self.filters.get(index as usize)
+    }
+    #[inline(always)]
+    fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
+        let cpus = self.stats.len() / self.ports.len().max(1);
+        self.filter_stats.get(line as usize * cpus + cpu as usize)
     }
     #[inline(always)]
     fn mapping_set(&self, index: u32) -> Option<&MappingSet> {

@@ -20,6 +20,7 @@ fn run(case: &Case, headroom: usize) -> Result<(), String> {
     let verdict = process(&mut packet, &world.slices(), INGRESS);
     let (expected, frame) = match &case.expect {
         Expect::NotAPort => (Verdict::NotAPort, &case.frame),
+        Expect::Drop(_) => (Verdict::Drop, &case.frame),
         Expect::Exception(_, reason) => (Verdict::Exception(*reason), &case.frame),
         Expect::Forward { frame, device, .. } => (Verdict::Forward(*device), frame),
     };

@@ -53,16 +53,18 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
         lines: vec![false; view.elements(TableId::Nodes)],
         nexthops: vec![false; view.nexthops().len().min(view.nexthop_keys().len())],
         groups: vec![false; view.groups().len()],
+        to_filters: false,
         used: InUse::default(),
     };
     for (index, root) in (0..).zip(view.roots()) {
         let bytes = match root.family.load() {
             0 => continue,
-            1 => 4,
-            2 => 16,
+            1 | FILTER_ROOT => 4,
+            2 | FILTERS_V6 => 16,
             other => return damaged(format!("route table {index} is of family {other}")),
         };
         scan.used.roots.push(index);
+        scan.to_filters = root.family.load() >= FILTER_ROOT;
         for word in &root.direct {
             scan.word(Word(word.load()), bytes - 2)?;
         }
@@ -98,14 +100,20 @@ struct Scan<'a> {
     lines: Vec<bool>,
     nexthops: Vec<bool>,
     groups: Vec<bool>,
+    /// Leaves are filters, not next hops
+    to_filters: bool,
     used: InUse,
 }
+
+/// `Root::family` of the filters of IPv6
+const FILTERS_V6: u32 = FILTER_ROOT + Family::V6 as u32;
 
 impl Scan<'_> {
     /// Follows a word over at most `levels` nodes.
     fn word(&mut self, word: Word, levels: usize) -> Result<(), AdoptError> {
         match word.kind() {
             Kind::None => Ok(()),
+            Kind::Nexthop(index) | Kind::Group(index) if self.to_filters => self.filter(word, index),
             Kind::Nexthop(index) => self.nexthop(index),
             Kind::Group(index) => match self.groups.get_mut(index as usize) {
                 Some(used) => {
@@ -126,6 +134,16 @@ impl Scan<'_> {
                 Ok(())
             }
             _ => damaged(format!("a route leads to next hop {index}, which is not there")),
+        }
+    }
+
+    /// Filters are written anew when they are taken over: what the record says matters there.
+    fn filter(&self, word: Word, index: u32) -> Result<(), AdoptError> {
+        let is_there = (index as usize) < self.view.filters().len();
+        if word.kind() == Kind::Nexthop(index) && is_there {
+            Ok(())
+        } else {
+            damaged(format!("sources lead to filter {index}, which is not there"))
         }
     }
 

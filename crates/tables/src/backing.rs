@@ -8,8 +8,8 @@ use crate::brake::Brake;
 use crate::lpm::LpmRead;
 use crate::order;
 use crate::record::{
-    Config, FLOW_PLACES, Flow, FlowLine, Group, Line, MAPPINGS, MappingCounters, MappingSet, Nexthop, NexthopKey, Port,
-    PortStats, Root, TableId, VlanTable,
+    Config, FLOW_PLACES, Filter, FilterCounters, FilterKey, Flow, FlowLine, Group, Line, MAPPINGS, MappingCounters,
+    MappingSet, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable,
 };
 
 /// Alignment of every table: one cache line, which no record exceeds.
@@ -59,6 +59,9 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::Stats, cpus * PORTS)
         .with(TableId::Mappings, 2)
         .with(TableId::MappingStats, cpus * MAPPINGS)
+        .with(TableId::Filters, 1)
+        .with(TableId::FilterKeys, 1)
+        .with(TableId::FilterStats, 1)
         .with_flows(FLOWS)
 }
 
@@ -189,6 +192,12 @@ impl<'a> View<'a> {
         mapping_sets: MappingSet = Mappings;
         /// Their counters
         mapping_stats: MappingCounters = MappingStats;
+        /// The operator's filters
+        filters: Filter = Filters;
+        /// What else they are
+        filter_keys: FilterKey = FilterKeys;
+        /// Their counters
+        filter_stats: FilterCounters = FilterStats;
     }
 
     #[inline(always)]

@@ -14,6 +14,9 @@ pub mod brake;
 #[cfg(feature = "std")]
 pub mod clock;
 pub mod filter;
+pub mod filtering;
+#[cfg(feature = "std")]
+pub mod filters;
 pub mod flow;
 #[cfg(feature = "std")]
 pub mod flows;

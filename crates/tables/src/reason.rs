@@ -79,6 +79,7 @@ reasons! {
     FlowClosing = 41, "flow-closing", "TCP FIN, RST or SYN of a connection, or a packet after its FIN or RST";
     FlowUnwatched = 42, "flow-unwatched", "nobody has looked at Linux's rules for seconds: towpath has died or is stopped";
     Mapped = 43, "mapped", "a port with mappings (towpath nat) is on the packet's way, and it is one that is translated in Linux (an ICMP error, …)";
+    Filtered = 44, "filtered", "dropped, not handed to Linux: the operator has a filter for it (towpath filter)";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 11;
+pub const LAYOUT_VERSION: u32 = 12;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -57,6 +57,10 @@ pub struct Config {
     pub mappings: W32,
     /// Reserved, zero
     pub reserved: [W32; 2],
+    /// Per family: the operator's filters in force, see `filtering::in_force`; 0 if there are none
+    pub filters: [W32; 2],
+    /// Reserved, zero
+    pub rest: [W32; 14],
     /// IPv4 addresses of this host, as a bitmap over a hash of the address (`local_filter_bit`). A clear bit proves
     /// that a source is not one of ours; a set bit sends the packet to the exact check.
     pub local_filter: [W64; LOCAL_FILTER_BITS as usize / 64],
@@ -64,7 +68,7 @@ pub struct Config {
     /// from its `tunnel_bucket` on.
     pub tunnels: [W32; TUNNEL_BUCKETS],
 }
-const _: () = assert!(size_of::<Config>() == 64 + 512 + 512);
+const _: () = assert!(size_of::<Config>() == 128 + 512 + 512);
 
 /// Places in `Config::tunnels`.
 pub const TUNNEL_BUCKETS: usize = 128;
@@ -221,12 +225,15 @@ pub struct Root {
     pub direct: [W32; 65536],
     /// Leaf of the default route; 0 if there is none
     pub default: W32,
-    /// 0, or 1 + the family this root serves
+    /// 0, or 1 + the family this root serves, or `FILTER_ROOT` + the family whose filters it leads to
     pub family: W32,
     /// Reserved, zero
     pub reserved: [W32; 14],
 }
 const _: () = assert!(size_of::<Root>() == 65536 * 4 + 64);
+
+/// See `Root::family`.
+pub const FILTER_ROOT: u32 = 3;
 
 /// Words of a line.
 pub const LINE_WORDS: usize = 16;
@@ -546,6 +553,68 @@ const _: () = assert!(size_of::<MappingCounters>() == 64);
 /// The counters of one CPU, by mapping.
 pub type CpuMappings = [MappingCounters; MAPPINGS];
 
+/// Filters at most.
+pub const FILTERS: usize = 1 << 20;
+/// Filters that a packet is compared with at most.
+pub const FILTER_STEPS: usize = 32;
+
+/// `Filter::state`
+pub mod filter_state {
+    /// The record is in use
+    pub const USED: u32 = 1 << 0;
+    /// What it matches passes; without this bit it is dropped
+    pub const PASS: u32 = 1 << 1;
+}
+
+/// What the operator has dropped, or passed in spite of another filter. Found by the source (`Root::family`), and there is a
+/// half in force and one that can be written: index `2 * number + half`. Number 0 is never used.
+#[repr(C, align(64))]
+pub struct Filter {
+    /// `filter_state`
+    pub state: W32,
+    /// Index of the filter that decides if this one does not match, or 0
+    pub next: W32,
+    /// Index of the interface that the frame must come in by, or 0
+    pub ifindex: W32,
+    /// Reserved, zero
+    pub reserved: W32,
+    /// What `filtering::Subject::transport` must be
+    pub transport: W64,
+    /// The bits of it that count
+    pub transport_mask: W64,
+    /// What the destination must be, as on the wire; IPv4 in the first half of the first word
+    pub destination: [W64; 2],
+    /// The bits of it that count
+    pub destination_mask: [W64; 2],
+}
+const _: () = assert!(size_of::<Filter>() == 64);
+
+/// The rest of a filter, for a daemon that adopts the tables; engines do not read it.
+#[repr(C)]
+pub struct FilterKey {
+    /// First source address, as `Filter::destination`
+    pub source: [W64; 2],
+    /// Length of the source prefix in bits 0..8, of the destination's in bits 8..16, and 1 + the family in bits 16..24
+    pub lengths: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 3],
+}
+const _: () = assert!(size_of::<FilterKey>() == 32);
+
+/// Filters that are counted in one record.
+pub const FILTERS_COUNTED: usize = 4;
+
+/// Counters of some filters on one CPU, written by that CPU only. Index in the table: `number / FILTERS_COUNTED * CPUs + cpu`,
+/// so that filters can become more.
+#[repr(C, align(64))]
+pub struct FilterCounters {
+    /// Packets that a filter decided over, by `number % FILTERS_COUNTED`
+    pub packets: [W64; FILTERS_COUNTED],
+    /// Their bytes, from the Ethernet header on
+    pub bytes: [W64; FILTERS_COUNTED],
+}
+const _: () = assert!(size_of::<FilterCounters>() == 64);
+
 /// Counters of one port on one CPU, written by that CPU only. Index in the table: `cpu * port slots + slot`.
 #[repr(C, align(64))]
 pub struct PortStats {
@@ -602,11 +671,17 @@ pub enum TableId {
     Mappings = 11,
     /// `MappingCounters`
     MappingStats = 12,
+    /// `Filter`; with one record there have never been any
+    Filters = 13,
+    /// `FilterKey`, as many as filters
+    FilterKeys = 14,
+    /// `FilterCounters`
+    FilterStats = 15,
 }
 
 impl TableId {
     /// Every table.
-    pub const ALL: [TableId; 13] = [
+    pub const ALL: [TableId; 16] = [
         TableId::Config,
         TableId::Ports,
         TableId::Vlans,
@@ -620,6 +695,9 @@ impl TableId {
         TableId::FlowLines,
         TableId::Mappings,
         TableId::MappingStats,
+        TableId::Filters,
+        TableId::FilterKeys,
+        TableId::FilterStats,
     ];
 
     /// Name of the BPF map and of its pin.
@@ -638,6 +716,9 @@ impl TableId {
             TableId::FlowLines => "flow_lines",
             TableId::Mappings => "mappings",
             TableId::MappingStats => "mapping_stats",
+            TableId::Filters => "filters",
+            TableId::FilterKeys => "filter_keys",
+            TableId::FilterStats => "filter_stats",
         }
     }
 
@@ -657,6 +738,9 @@ impl TableId {
             TableId::FlowLines => ".bss.flow_lines",
             TableId::Mappings => ".bss.mappings",
             TableId::MappingStats => ".bss.mapping_stats",
+            TableId::Filters => ".bss.filters",
+            TableId::FilterKeys => ".bss.filter_keys",
+            TableId::FilterStats => ".bss.filter_stats",
         }
     }
 
@@ -687,6 +771,9 @@ impl TableId {
             TableId::FlowLines => size_of::<FlowLine>(),
             TableId::Mappings => size_of::<MappingSet>(),
             TableId::MappingStats => size_of::<MappingCounters>(),
+            TableId::Filters => size_of::<Filter>(),
+            TableId::FilterKeys => size_of::<FilterKey>(),
+            TableId::FilterStats => size_of::<FilterCounters>(),
         }
     }
 }

@@ -8,6 +8,8 @@ use crate::adopt::{AdoptError, scan};
 use crate::backing::{Backing, GrowError, View};
 use crate::brake::Brake;
 use crate::filter::local_filter_bit;
+use crate::filtering::{InForce, in_force};
+use crate::filters::{self, FilterError, Filters, Plan};
 use crate::flow::{Connection, Tuple};
 use crate::flows::{self, FlowTotals, FlowView, Flows, Full};
 use crate::grace::Grace;
@@ -110,6 +112,13 @@ pub struct PortTotals {
     pub exceptions: [u64; REASONS],
 }
 
+impl PortTotals {
+    /// Packets handed to Linux, for any reason.
+    pub fn handed_over(&self) -> u64 {
+        self.exceptions.iter().sum::<u64>() - self.exceptions[Reason::Filtered as usize]
+    }
+}
+
 /// How full a table is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TableUsage {
@@ -169,6 +178,9 @@ pub struct TableWriter<B, G> {
     /// Slots of tunnels
     tunnels: BTreeSet<u32>,
     flows: Flows,
+    /// Roots of filters, by family and half
+    filter_roots: [[Option<u32>; 2]; 2],
+    filter_count: usize,
 }
 
 impl<B: Backing, G: Grace> TableWriter<B, G> {
@@ -212,6 +224,9 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         // counts as free from now on.
         writer.store.wait();
         writer.flows.begin(&writer.store.mem.view());
+        let (of_filters, roots): (Vec<u32>, Vec<u32>) =
+            roots.into_iter().partition(|root| writer.view().roots()[*root as usize].family.load() >= FILTER_ROOT);
+        writer.adopt_filters(&of_filters)?;
         for root in roots {
             let family = writer.view().roots()[root as usize].family.load();
             writer.routes.insert(root, new_routes(root, if family == 1 { Family::V4 } else { Family::V6 }));
@@ -240,6 +255,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             words: None,
             tunnels: BTreeSet::new(),
             flows: Flows::default(),
+            filter_roots: [[None; 2]; 2],
+            filter_count: 0,
         }
     }
 
@@ -352,6 +369,132 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// The mappings in force, by number.
     pub fn mappings(&self) -> BTreeMap<u32, MappingValue> {
         mappings::read(&self.view())
+    }
+
+    // ---- filters
+
+    /// Puts these filters into force in place of all others: at once, for every packet. Nothing changes if they cannot be.
+    pub fn set_filters(&mut self, all: &Filters) -> Result<(), FilterError> {
+        let plan = Plan::new(all)?;
+        let before = self.filters().unwrap_or_default();
+        self.make_filter_room(all)?;
+        // Until then somebody may look at the half that was in force before this one.
+        self.store.wait();
+        let half = self.filter_half().map_or(0, |half| 1 - half);
+        self.write_filters(&plan, half);
+        let words = [Family::V4, Family::V6].map(|family| {
+            let root = self.filter_roots[family as usize][half as usize]?;
+            all.keys().any(|value| value.family() == family).then_some(InForce { root, half }.word())
+        });
+        self.publish_filters(&plan, half)?;
+        let known: BTreeSet<u32> = before.values().map(|decision| decision.number).collect();
+        for number in all.values().map(|decision| decision.number).filter(|number| !known.contains(number)) {
+            filters::counters(&self.view(), number).flatten().for_each(|counter| counter.store(0));
+        }
+        let config = self.view().config();
+        words.into_iter().zip(&config.filters).for_each(|(word, place)| order::publish(place, word.unwrap_or(0)));
+        self.filter_count = all.len();
+        Ok(())
+    }
+
+    /// The filters in force; None if what is there are none.
+    pub fn filters(&self) -> Option<Filters> {
+        filters::read(&self.view())
+    }
+
+    fn filter_half(&self) -> Option<u32> {
+        let config = self.view().config();
+        [Family::V4, Family::V6].into_iter().find_map(|family| in_force(config, family)).map(|force| force.half)
+    }
+
+    /// Room for filters, their counters, and both roots of each family that has some.
+    fn make_filter_room(&mut self, all: &Filters) -> Result<(), FilterError> {
+        let Some(most) = all.values().map(|decision| decision.number).max() else { return Ok(()) };
+        let numbers = (most as usize + 1).next_power_of_two().max(64);
+        let cpus = filters::cpus(&self.view());
+        for family in [Family::V4, Family::V6] {
+            let has = all.keys().any(|value| value.family() == family);
+            for half in (0..2).filter(|_| has) {
+                if self.filter_roots[family as usize][half].is_none() {
+                    let root = self.take(&[TableId::Roots], |store, room| store.roots.take(room))?;
+                    order::publish(&self.view().roots()[root as usize].family, FILTER_ROOT + family as u32);
+                    self.filter_roots[family as usize][half] = Some(root);
+                }
+            }
+        }
+        self.grow_to(TableId::FilterStats, numbers / FILTERS_COUNTED * cpus)?;
+        self.grow_to(TableId::FilterKeys, 2 * numbers)?;
+        Ok(self.grow_to(TableId::Filters, 2 * numbers)?)
+    }
+
+    /// Writes a half that nobody looks at.
+    fn write_filters(&mut self, plan: &Plan, half: u32) {
+        let view = self.view();
+        for record in view.filters().iter().skip(half as usize).step_by(2) {
+            record.state.store(0);
+        }
+        for placed in &plan.filters {
+            let at = filters::index(placed.decision.number, half);
+            let (record, key) = (&view.filters()[at as usize], &view.filter_keys()[at as usize]);
+            placed.value.write(placed.decision, filters::index(placed.next, half), record, key);
+        }
+    }
+
+    /// Has sources lead to the filters of a half that nobody looks at.
+    fn publish_filters(&mut self, plan: &Plan, half: u32) -> Result<(), FilterError> {
+        for family in [Family::V4, Family::V6] {
+            let Some(root) = self.filter_roots[family as usize][half as usize] else { continue };
+            let mut routes = new_routes(root, family);
+            for (block, number) in &plan.firsts {
+                let Some(leaf) = Leaf::nexthop(filters::index(*number, half)) else { continue };
+                let entry = Entry { leaf, shadow: false };
+                match (&mut routes, block.first) {
+                    (Routes::V4(rib), IpAddr::V4(first)) => {
+                        Prefix::new(first.octets(), block.len).map(|prefix| rib.set(prefix, entry));
+                    }
+                    (Routes::V6(rib), IpAddr::V6(first)) => {
+                        Prefix::new(first.octets(), block.len).map(|prefix| rib.set(prefix, entry));
+                    }
+                    _ => {}
+                }
+            }
+            self.store.begin();
+            let needed = routes!(&routes, rib => rib.required()) + self.store.used(TableId::Nodes).unwrap_or(0);
+            self.grow_to(TableId::Nodes, needed + 1 + NODE_REACH)?;
+            routes!(&mut routes, rib => rib.publish(&mut self.store));
+            if let Some(error) = self.store.outcome().1.pop() {
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes filters over, and writes them anew.
+    fn adopt_filters(&mut self, roots: &[u32]) -> Result<(), AdoptError> {
+        let damaged = |what: &str| AdoptError::Damaged(format!("filters: {what}"));
+        for family in [Family::V4, Family::V6] {
+            let of_family =
+                |root: &&u32| self.view().roots()[**root as usize].family.load() == FILTER_ROOT + family as u32;
+            let mut of_family = roots.iter().filter(of_family).copied().collect::<Vec<_>>();
+            let force = in_force(self.view().config(), family);
+            if force.is_some_and(|force| !of_family.contains(&force.root) || Some(force.half) != self.filter_half()) {
+                return Err(damaged("they are found by another table"));
+            }
+            // The one in force has its half; the other one, if there is one, the other.
+            let first = force.map_or(0, |force| force.half as usize);
+            of_family.sort_by_key(|root| force.is_none_or(|force| force.root != *root));
+            if of_family.len() > 2 {
+                return Err(damaged("more than two tables"));
+            }
+            for (root, half) in of_family.into_iter().zip([first, 1 - first]) {
+                self.filter_roots[family as usize][half] = Some(root);
+            }
+        }
+        let all = self.filters().ok_or_else(|| damaged("a record is none"))?;
+        if roots.is_empty() {
+            return Ok(());
+        }
+        self.set_filters(&all).map_err(|error| damaged(&error.to_string()))
     }
 
     // ---- ports
@@ -728,6 +871,8 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
                 TableId::FlowLines => (2 * self.flows.count()).div_ceil(FLOW_PLACES),
                 TableId::Mappings => usize::from(view.config().mappings.load() != 0),
                 TableId::MappingStats => self.mappings().len() * (elements / MAPPINGS),
+                TableId::Filters | TableId::FilterKeys => 2 * self.filter_count,
+                TableId::FilterStats => self.filter_count.div_ceil(FILTERS_COUNTED) * filters::cpus(&view),
                 TableId::Ports => self.ports().count(),
                 TableId::Stats => self.ports().count() * (elements / view.ports().len().max(1)),
                 _ => self.store.used(table).unwrap_or(0),

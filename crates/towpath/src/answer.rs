@@ -70,7 +70,8 @@ impl Daemon {
             Request::Flows { after } => control::answer(Ok(self.flows_page(after))),
             Request::Explain(packet) => control::answer(self.explain(&packet)),
             Request::NatList => control::answer(Ok(self.mappings())),
-            Request::NatAdd(_) | Request::NatDel(_) | Request::Trace(_) => {
+            Request::FilterList { after } => control::answer(Ok(self.filters_page(after))),
+            Request::NatAdd(_) | Request::NatDel(_) | Request::FilterChange(_) | Request::Trace(_) => {
                 control::answer::<()>(Err(anyhow::anyhow!("not now")))
             }
             Request::Destinations { addresses } => control::answer(self.destinations(&addresses)),
@@ -131,6 +132,7 @@ impl Daemon {
                 .flat_map(|workers| workers.report(|ifindex| self.interface(ifindex)))
                 .collect(),
             flows: self.flow_summary(),
+            filters: self.fpm.traffic_filters().len() as u64,
             notices: self.notices(),
         })
     }
@@ -147,6 +149,7 @@ impl Daemon {
             .chain(cannot)
             .chain(full)
             .chain(self.captures.notice())
+            .chain(self.filter_notice())
             .chain(flows)
             .collect()
     }
@@ -382,7 +385,7 @@ impl Daemon {
             rx_bytes: state.totals.rx_bytes,
             tx_packets: state.totals.tx_packets,
             tx_bytes: state.totals.tx_bytes,
-            exceptions: state.totals.exceptions.iter().sum(),
+            exceptions: state.totals.handed_over(),
         };
         report::Stats { ports: self.fpm.ports().map(of).collect() }
     }
@@ -482,6 +485,10 @@ impl Names for Daemon {
 
     fn policies(&self) -> Vec<&Policy> {
         self.fpm.policies().filter(|policy| !self.fpm.is_filtered(policy)).collect()
+    }
+
+    fn filter(&self, number: u32) -> Option<String> {
+        self.filter_numbered(number)
     }
 
     fn filters(&self) -> Vec<&Policy> {

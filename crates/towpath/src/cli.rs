@@ -62,6 +62,9 @@ pub enum Command {
     /// Translate addresses at a port, without connection tracking
     #[command(subcommand)]
     Nat(Nat),
+    /// Drop unwanted packets where they come in, before the fast path, Linux or tcpdump sees them
+    #[command(subcommand)]
+    Filter(crate::filter::Filter),
     /// Run the cache manager alone: read Linux's state and send it to a `towpath fpm`
     Cm(Cm),
     /// Run the fast path manager alone: as `up`, with Linux's state from a `towpath cm`

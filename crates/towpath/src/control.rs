@@ -3,6 +3,7 @@
 
 use crate::cli::{NatMapping, Protocol};
 use crate::clients;
+use crate::filter::Changes;
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -13,8 +14,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-/// Longest request in bytes: a trace with the longest filter fits.
-const REQUEST_LIMIT: u64 = 32_768;
+/// Longest request in bytes: as many filters at once as there may be.
+const REQUEST_LIMIT: u64 = 64 << 20;
 /// Most addresses in one question: what they take fits the limit, and answering holds nobody up.
 pub const DESTINATIONS: usize = 256;
 /// Clients served at once; more are turned away.
@@ -66,6 +67,13 @@ pub enum Request {
     /// Tell packets from now on: `report::TraceBegun`, then `report::TraceLine` for each, until the client has had enough and
     /// sends no more, or hangs up
     Trace(Wanted),
+    /// Changes the filters; answered with `true` when it is in force
+    FilterChange(Changes),
+    /// `report::Filters`: a page of them
+    FilterList {
+        /// `next` of the page before; none for the first
+        after: Option<usize>,
+    },
     /// Take the fast path off and exit; answered with `true` before
     Stop,
 }

@@ -529,6 +529,9 @@ impl Daemon {
                 Ok(Event::Request(request @ (Request::NatAdd(_) | Request::NatDel(_)), reply)) => {
                     let _ = reply.send(self.change_mapping(&request));
                 }
+                Ok(Event::Request(Request::FilterChange(changes), reply)) => {
+                    let _ = reply.send(self.change_filters(&changes));
+                }
                 Ok(Event::Request(request, reply)) => {
                     let _ = reply.send(self.answer(request));
                 }

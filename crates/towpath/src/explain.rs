@@ -7,6 +7,7 @@ use crate::report::{Explanation, Step, Verdict};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::{Policy, Scope, Tunnel};
+use towpath_pipeline::filters;
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
 use towpath_pipeline::{Candidate, Entry, Frame, Parsed, Refusal, SlotSet, Stop, Tables, parse, rewrite, route};
@@ -33,6 +34,8 @@ pub trait Names {
     fn neighbour(&self, ifindex: u32, address: IpAddr) -> Option<String>;
     /// Settings of Linux that stand in the way
     fn policies(&self) -> Vec<&Policy>;
+    /// The operator's filter of a number
+    fn filter(&self, number: u32) -> Option<String>;
     /// Captures that take what their filters match before anything else
     fn filters(&self) -> Vec<&Policy>;
     /// A setting of an interface alone that the fast path does not repeat
@@ -146,6 +149,13 @@ impl<'a> Walk<'a> {
             let detail = format!("{} is not served", self.names.interface(self.ingress.device));
             return self.left_to_linux(Reason::PortNotReady, Some(detail));
         };
+        if let Some(index) = filters::decide(&frame, &tables, self.ingress.device) {
+            let filter = self.names.filter(filters::number(index));
+            self.step("filter", filter.clone().unwrap_or_default());
+            if tables.filter(index).is_some_and(|filter| filter.drops()) {
+                return self.dropped(filter);
+            }
+        }
         let parsed = match parse(&frame, &tables, &mut entry) {
             Ok(parsed) => parsed,
             Err(Stop::Exception(reason)) => {
@@ -429,6 +439,12 @@ impl<'a> Walk<'a> {
         let strict = policies.iter().any(|policy| policy.flows.is_none());
         let deciding = policies.into_iter().filter(|policy| strict == policy.flows.is_none());
         deciding.map(|policy| policy.detail.clone()).collect()
+    }
+
+    fn dropped(self, detail: Option<String>) -> Explained {
+        let reason = Reason::Filtered;
+        let verdict = Verdict::Dropped { reason: reason.name().into(), text: reason.text().into(), detail };
+        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Err(reason) }
     }
 
     fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explained {

@@ -10,6 +10,7 @@ mod control;
 mod daemon;
 mod doctor;
 mod explain;
+mod filter;
 mod flows;
 mod follow;
 mod frame;
@@ -113,6 +114,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Top(top) => top::run(&top),
         Command::Trace(wanted) => trace::run(&wanted),
         Command::Nat(what) => nat::run(&what),
+        Command::Filter(what) => filter::run(&what),
         Command::Check(output) => check::run(output),
         Command::Doctor(doctor) => doctor::run(&doctor),
         Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),

@@ -51,6 +51,11 @@ fn prefix(text: &str) -> Result<Prefix> {
     if text.parse::<SocketAddr>().is_ok() {
         bail!("{text} is of a port: say which with --protocol tcp or --protocol udp");
     }
+    plain_prefix(text)
+}
+
+/// As `prefix`, where ports are told otherwise.
+pub fn plain_prefix(text: &str) -> Result<Prefix> {
     let invalid = || format!("{text:?} is no address and no prefix");
     let (address, len) = text.split_once('/').unzip();
     let address: IpAddr = address.unwrap_or(text).parse().with_context(invalid)?;

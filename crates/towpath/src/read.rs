@@ -330,6 +330,7 @@ pub fn verdict_text(verdict: &Verdict) -> String {
         Verdict::Fast { port, destination, source } => {
             format!("fast path: out {port} to {destination} from {source}")
         }
+        Verdict::Dropped { reason, text, detail } => format!("dropped: {reason}: {text}: {}", or_dash(detail)),
         Verdict::Linux { reason, text, detail: Some(detail) } => format!("Linux: {reason}: {text}: {detail}"),
         Verdict::Linux { reason, text, detail: None } => format!("Linux: {reason}: {text}"),
     }

@@ -42,6 +42,9 @@ pub struct Status {
     /// Connections that Linux hands over
     #[serde(default)]
     pub flows: FlowSummary,
+    /// Filters of the operator's
+    #[serde(default)]
+    pub filters: u64,
     /// What the operator should know
     pub notices: Vec<String>,
 }
@@ -502,6 +505,39 @@ pub struct MappingWay {
     pub dropped: u64,
 }
 
+/// `towpath filter list`, a page of it
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Filters {
+    /// In order of their sources
+    pub filters: Vec<Filter>,
+    /// Present if there are more
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<usize>,
+}
+
+/// A filter of the operator's.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Filter {
+    /// `drop` or `pass`
+    pub action: String,
+    /// Source prefix
+    pub from: String,
+    /// Destination prefix, or null for any
+    pub to: Option<String>,
+    /// Protocol's name or number, or null for any
+    pub protocol: Option<String>,
+    /// Source port, or null
+    pub sport: Option<u16>,
+    /// Destination port, or null
+    pub dport: Option<u16>,
+    /// Port by which packets come in, or null for any
+    pub port: Option<String>,
+    /// Packets that it has decided over
+    pub packets: u64,
+    /// Their bytes, from the Ethernet header on
+    pub bytes: u64,
+}
+
 /// `towpath show flows`, a page of them
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Flows {
@@ -642,6 +678,15 @@ pub enum Verdict {
         destination: String,
         /// Source MAC address it leaves with
         source: String,
+    },
+    /// A filter drops it
+    Dropped {
+        /// Short name of the reason
+        reason: String,
+        /// The reason in words
+        text: String,
+        /// The filter
+        detail: Option<String>,
     },
     /// It is handed to Linux
     Linux {

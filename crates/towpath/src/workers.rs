@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use towpath_engine::{Engine, GraceMethod, Tables, possible_cpus};
 use towpath_fptun::{Entry, Fptun, Kind, Packet, Sender};
+use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
 use towpath_tables::grace;
@@ -276,7 +277,8 @@ impl Workers {
             for (stats, _) in stats.zip(&ports).filter(|(_, is_port)| **is_port) {
                 report.rx_packets += stats.rx_packets.load();
                 report.tx_packets += stats.tx_packets.load();
-                report.exceptions += stats.exceptions.iter().map(|count| count.load()).sum::<u64>();
+                let all = stats.exceptions.iter().map(|count| count.load()).sum::<u64>();
+                report.exceptions += all - stats.exceptions[Reason::Filtered as usize].load();
                 report.tx_lost += stats.tx_lost.load();
                 report.exceptions_lost += stats.exceptions_lost.load();
             }

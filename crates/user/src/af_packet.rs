@@ -141,6 +141,10 @@ impl PortDriver for PacketPort {
     fn start(&mut self, _pool: &mut Pool) {}
 
     fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
+        self.receive_unless(pool, frames, &|_| false);
+    }
+
+    fn receive_unless(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>, drops: &dyn Fn(&[u8]) -> bool) {
         for _ in 0..BATCH {
             let Some(mut buffer) = pool.take() else { return };
             let Some(seen) = self.blocks.next() else { return pool.give(buffer) };
@@ -149,6 +153,9 @@ impl PortDriver for PacketPort {
                 continue;
             }
             pool.give(buffer);
+            if drops(seen.bytes) {
+                continue;
+            }
             self.passed.frames += 1;
             self.passed.lost += u64::from(!(seen.whole && pass(&seen, &self.twin)));
         }

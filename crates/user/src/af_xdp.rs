@@ -292,6 +292,11 @@ impl PortDriver for XdpPort {
         self.kick();
     }
 
+    /// By the program, before frames come here.
+    fn filtered(&self) -> bool {
+        true
+    }
+
     /// While frames wait to be sent, or the kernel is short of buffers, there is something to do now and then.
     fn readable<'d>(&'d self, fds: &mut Vec<BorrowedFd<'d>>) -> bool {
         fds.push(self.socket.as_fd());
@@ -334,6 +339,10 @@ impl PortDriver for XdpQueues {
         let (before, first) = self.queues.split_at_mut(self.next);
         first.iter_mut().chain(before).for_each(|queue| queue.receive(pool, frames));
         self.next = (self.next + 1) % self.queues.len().max(1);
+    }
+
+    fn filtered(&self) -> bool {
+        self.queues.iter().all(PortDriver::filtered)
     }
 
     fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {

@@ -13,6 +13,11 @@ pub trait PortDriver: Send {
     /// Appends frames that have arrived to `frames`, which is empty and has room for `BATCH`.
     fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
 
+    /// As `receive`; what the port would hand to Linux itself (`passed`) is dropped instead where `drops` says so.
+    fn receive_unless(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>, _drops: &dyn Fn(&[u8]) -> bool) {
+        self.receive(pool, frames);
+    }
+
     /// Sends frames in their order and takes those that it sends out of `frames`; what remains found no room.
     fn transmit(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>);
 
@@ -20,6 +25,11 @@ pub trait PortDriver: Send {
     /// interface. Returns how many could not be.
     fn deliver(&mut self, _frames: &[Buffer]) -> Option<usize> {
         None
+    }
+
+    /// Whether the operator's filters have been looked at for the frames that it receives.
+    fn filtered(&self) -> bool {
+        false
     }
 
     /// What it has handed to Linux itself since it was last asked: frames that are several packets in one.

@@ -65,6 +65,14 @@ impl PortDriver for Twinned {
         Some(frames.iter().filter(|frame| !self.twin.send_frame(frame)).count())
     }
 
+    fn receive_unless(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>, drops: &dyn Fn(&[u8]) -> bool) {
+        self.wire.receive_unless(pool, frames, drops);
+    }
+
+    fn filtered(&self) -> bool {
+        self.wire.filtered()
+    }
+
     fn passed(&mut self) -> Passed {
         self.wire.passed()
     }

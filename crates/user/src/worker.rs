@@ -5,6 +5,7 @@ use crate::exchange::Exchange;
 use crate::pool::{Area, Buffer, Pool};
 use std::sync::Arc;
 use towpath_pipeline::batch::{Ways, process_batch};
+use towpath_pipeline::filters::{self, Bytes};
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::{SlotSet, Tables, count_exceptions, count_exceptions_lost, count_tx_lost};
 use towpath_tables::Reason;
@@ -224,7 +225,9 @@ impl Sorter {
     fn serve<T: Tables>(&mut self, tables: &T, place: usize) -> usize {
         let Self { pool, ports, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
-        port.driver.receive(pool, batch);
+        let (ifindex, filters) = (port.ifindex, filters::are_there(tables));
+        let drops = |bytes: &[u8]| filters && filters::drops(&Bytes(bytes), tables, ifindex);
+        port.driver.receive_unless(pool, batch, &drops);
         let (received, passed) = (batch.len(), port.driver.passed());
         if passed.frames != 0 {
             count_exceptions(tables, port.slot, Reason::PartialChecksum, passed.frames);
@@ -232,7 +235,7 @@ impl Sorter {
         }
         if received != 0 {
             let entered = (port.ifindex, port.slot);
-            let ways = forward(tables, entered.0, batch);
+            let ways = forward(tables, entered.0, batch, !port.driver.filtered());
             self.sort_out(tables, &ways);
             let Self { pool, linux, ports, exceptions, .. } = self;
             if !exceptions.is_empty() {
@@ -258,9 +261,16 @@ impl Sorter {
             return std::mem::swap(batch, out);
         }
         for (frame, slot) in batch.drain(..).zip(ways.0) {
-            if slot == Ways::LINUX {
-                self.exceptions.push(frame);
-                continue;
+            match slot {
+                Ways::LINUX => {
+                    self.exceptions.push(frame);
+                    continue;
+                }
+                Ways::NOWHERE => {
+                    pool.give(frame);
+                    continue;
+                }
+                _ => {}
             }
             let way = self.ways.get(slot as usize).copied().unwrap_or(Way::None);
             let refused = match (way, &mut *exchange) {
@@ -318,9 +328,9 @@ fn copy(pool: &mut Pool, frame: &Buffer) -> Option<Buffer> {
     Some(buffer)
 }
 
-/// Takes a batch that came in by an interface along the whole path.
+/// Takes a batch that came in by an interface along the whole path; `filter` as for `process_batch`.
 #[inline]
-fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
+fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer], filter: bool) -> Ways {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     if is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("bmi1")
@@ -329,16 +339,16 @@ fn forward<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
         && is_x86_feature_detected!("popcnt")
     {
         // SAFETY: this processor has what the function was compiled for.
-        return unsafe { forward_v3(tables, ifindex, batch) };
+        return unsafe { forward_v3(tables, ifindex, batch, filter) };
     }
-    process_batch(tables, ifindex, batch)
+    process_batch(tables, ifindex, batch, filter)
 }
 
 /// The same, compiled for the instructions that nearly all processors have (x86-64-v3).
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-fn forward_v3<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer]) -> Ways {
-    process_batch(tables, ifindex, batch)
+fn forward_v3<T: Tables>(tables: &T, ifindex: u32, batch: &mut [Buffer], filter: bool) -> Ways {
+    process_batch(tables, ifindex, batch, filter)
 }
 
 /// Sends what a port has to send.

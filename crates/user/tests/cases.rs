@@ -74,6 +74,7 @@ fn by_pipeline(world: World, frames: &[&[u8]]) -> (World, Outcome) {
         let mut packet = Packet::new(frame, 256);
         match process(&mut packet, &world.slices(), INGRESS) {
             Verdict::Forward(slot) => outcome.sent.entry(slot).or_default().push(packet.bytes().to_vec()),
+            Verdict::Drop => {}
             Verdict::Exception(_) | Verdict::NotAPort => outcome.exceptions.push(packet.bytes().to_vec()),
         }
     }
@@ -97,6 +98,7 @@ fn expected(case: &Case) -> (World, Outcome) {
         Expect::Forward { frame, device, .. } => {
             Outcome { sent: [(*device, vec![frame.clone()])].into(), ..Outcome::default() }
         }
+        Expect::Drop(_) => Outcome::default(),
         _ => Outcome { exceptions: vec![case.frame.clone()], ..Outcome::default() },
     };
     (world, outcome)

@@ -7,6 +7,7 @@ mod accept;
 mod beside;
 mod captured;
 mod constant;
+mod filters;
 mod frame;
 mod maps;
 mod nat;
@@ -15,7 +16,7 @@ mod trace;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use frame::XdpFrame;
 use maps::{MAPS, Maps};
-use towpath_pipeline::{Entry, Frame, Verdict, parse, process};
+use towpath_pipeline::{Entry, Frame, Verdict, parse, process_unfiltered};
 use towpath_tables::record::SOCKET_FRAME;
 use towpath_tables::trace::Outcome;
 
@@ -25,9 +26,12 @@ use towpath_tables::trace::Outcome;
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
     unsafe {
+        if filters::dropped(ctx) {
+            return xdp_action::XDP_DROP;
+        }
         match captured::captured(ctx) {
             Some(_) => xdp_action::XDP_PASS,
-            None => action(process(&mut XdpFrame::new(ctx), &MAPS, (*ctx).ingress_ifindex)),
+            None => action(process_unfiltered(&mut XdpFrame::new(ctx), &MAPS, (*ctx).ingress_ifindex)),
         }
     }
 }
@@ -38,6 +42,10 @@ fn towpath(ctx: *mut xdp_md) -> u32 {
 #[unsafe(link_section = "xdp.frags")]
 fn towpath_user(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
+    if unsafe { filters::dropped(ctx) } {
+        return xdp_action::XDP_DROP;
+    }
+    // SAFETY: as above.
     if unsafe { captured::captured(ctx) }.is_some() {
         return xdp_action::XDP_PASS;
     }
@@ -46,7 +54,7 @@ fn towpath_user(ctx: *mut xdp_md) -> u32 {
     if is_for_socket(&frame, ifindex, queue) {
         xdp_action::XDP_REDIRECT
     } else {
-        action(process(&mut frame, &MAPS, ifindex))
+        action(process_unfiltered(&mut frame, &MAPS, ifindex))
     }
 }
 
@@ -56,6 +64,11 @@ fn towpath_user(ctx: *mut xdp_md) -> u32 {
 fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     trace::towpath_trace_begin(ctx);
     // SAFETY: the kernel calls the program with a valid context.
+    if unsafe { filters::dropped(ctx) } {
+        trace::towpath_trace_end(Outcome::from(Verdict::Drop).word());
+        return xdp_action::XDP_DROP;
+    }
+    // SAFETY: as above.
     if let Some(outcome) = unsafe { captured::captured(ctx) } {
         trace::towpath_trace_end(outcome);
         return xdp_action::XDP_PASS;
@@ -65,7 +78,7 @@ fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     let (action, outcome) = if is_for_socket(&frame, ifindex, queue) {
         (xdp_action::XDP_REDIRECT, Outcome::Worker)
     } else {
-        let verdict = process(&mut frame, &MAPS, ifindex);
+        let verdict = process_unfiltered(&mut frame, &MAPS, ifindex);
         (action(verdict), verdict.into())
     };
     trace::towpath_trace_end(outcome.word());
@@ -91,6 +104,7 @@ fn action(verdict: Verdict) -> u32 {
         // The receiver was named by `Maps::transmitter`.
         Verdict::Forward(_) => xdp_action::XDP_REDIRECT,
         Verdict::Exception(_) | Verdict::NotAPort => xdp_action::XDP_PASS,
+        Verdict::Drop => xdp_action::XDP_DROP,
     }
 }
 

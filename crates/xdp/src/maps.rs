@@ -12,8 +12,8 @@ use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::mapping::{self, Service, Way, Words};
 use towpath_tables::record::{
-    Config, CpuMappings, CpuStats, Family, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line, MAPPINGS, MappingSet,
-    NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId, VlanTable,
+    Config, CpuMappings, CpuStats, Family, Filter, FilterCounters, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line,
+    MAPPINGS, MappingSet, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 use towpath_tables::{Reason, opaque};
@@ -55,6 +55,8 @@ tables! {
     FLOW_LINES = FlowLines: ".bss.flow_lines";
     MAPPING_SETS = Mappings: ".bss.mappings";
     MAPPING_STATS = MappingStats: ".bss.mapping_stats";
+    FILTERS = Filters: ".bss.filters";
+    FILTER_STATS = FilterStats: ".bss.filter_stats";
 }
 
 /// A record of a table; the length is the one that is put there when the program is loaded.
@@ -333,6 +335,17 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
             0 => None,
             found => Some(Found(found as u32)),
         }
+    }
+
+    #[inline(always)]
+    fn filter(&self, index: u32) -> Option<&Filter> {
+        record!(FILTERS[index]: Filter, Filters)
+    }
+
+    #[inline(always)]
+    fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
+        let cpus = constant!(const TableId::Stats.length_mark()) / PORT_SLOTS as usize;
+        record!(FILTER_STATS[line.wrapping_mul(cpus as u32).wrapping_add(cpu)]: FilterCounters, FilterStats)
     }
 
     #[inline(always)]

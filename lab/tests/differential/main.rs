@@ -137,6 +137,40 @@ fn towpath_agrees_with_linux_about_vlans() -> Result<()> {
     if vlans_supported() { towpath_agrees(&TAGGED, &[], frames()).map(drop) } else { Ok(()) }
 }
 
+/// Rules of nftables at a device's ingress, the first that matches decides, and the same as filters.
+const FILTERS: [[&str; 2]; 6] = [
+    ["ip saddr 198.19.64.0/21 accept", "--from 198.19.64.0/21 --pass"],
+    ["ip saddr 198.19.64.0/19 drop", "--from 198.19.64.0/19"],
+    ["ip saddr 198.19.128.0/18 ip daddr 198.18.0.0/16 drop", "--from 198.19.128.0/18 --to 198.18.0.0/16"],
+    ["ip saddr 198.19.0.0/16 meta l4proto esp drop", "--from 198.19.0.0/16 --protocol esp"],
+    ["ip6 saddr 2001:db8:f02::/48 meta l4proto udp drop", "--from 2001:db8:f02::/48 --protocol udp"],
+    ["ip6 saddr 2001:db8:f00::/47 meta l4proto icmpv6 drop", "--from 2001:db8:f00::/47 --protocol icmp"],
+];
+
+/// What filters drop is what plain Linux drops by the same rules; what they let pass is as without.
+#[test]
+fn filters_agree_with_nftables() -> Result<()> {
+    let mut pair = Pair::new("diff-filters", ["linux", "towpath"], &PLAIN)?;
+    let rules: Vec<&str> = FILTERS.iter().map(|[rule, _]| *rule).collect();
+    let (hook, devices) = ("type filter hook ingress devices = {", PORT_NAMES.join(", "));
+    let rules = format!("chain in {{ {hook} {devices} }} priority 0\n{}\n}}", rules.join("\n"));
+    pair.routers[0].node.sh(&format!("nft -f - <<'END'\ntable netdev filters {{\n{rules}\n}}\nEND"))?;
+    let node = pair.routers[1].node.clone();
+    let towpath = Towpath::up(&node, &PORT_NAMES)?;
+    let lines: String = FILTERS.iter().map(|[_, filter]| format!("add {filter}\n")).collect();
+    let binary = towpath_lab::towpath_binary()?;
+    node.sh(&format!("{} filter apply - <<'END'\n{lines}END", binary.display()))?;
+    pair.routers[1].settle()?;
+    agree(&mut pair, frames() / 5, &PLAIN)?;
+    let (fast, dropped) = (fast(&towpath)?, exceptions(&towpath, "filtered")?);
+    eprintln!("lab: {fast} by the fast path, {dropped} dropped");
+    assert!(fast >= pair.plain_forwarded && dropped > frames() / 100, "{fast} fast, {dropped} dropped");
+    let list = towpath.json(&["filter", "list"])?;
+    let used = list["filters"].as_array().context("no filters")?.iter().filter(|row| row["packets"] != 0).count();
+    assert_eq!(used, FILTERS.len(), "{list}");
+    Ok(())
+}
+
 #[test]
 fn workers_agree_with_linux() -> Result<()> {
     workers_agree(&PLAIN, "0")

@@ -1,6 +1,7 @@
 //! The table of cases of the packet path. Each is a router, a frame, and everything that must become of them; the
 //! native build and the BPF object are both held against it.
 
+mod filters;
 mod flows;
 pub mod frames;
 mod nat;
@@ -15,7 +16,7 @@ use towpath_tables::record::port_flags::{
     BESIDE, FORWARD_V4, FORWARD_V6, PARTIAL_CSUM, PRESENT, READY, REDIRECTS, ROUTE_LOCALNET, RP_LOOSE, RP_STRICT,
     SINGLE_BUFFER,
 };
-use towpath_tables::record::tunnel_bucket;
+use towpath_tables::record::{FILTERS_COUNTED, tunnel_bucket};
 use towpath_tables::{REASONS, Reason};
 use world::*;
 
@@ -24,6 +25,8 @@ use world::*;
 pub enum Expect {
     /// Left alone, counted nowhere
     NotAPort,
+    /// Dropped by a filter, counted on the port in the slot
+    Drop(u32),
     /// Left alone, counted on the port in the slot
     Exception(u32, Reason),
     /// Forwarded
@@ -59,6 +62,8 @@ pub struct Case {
     pub flow: Option<Effect>,
     /// What mappings count
     pub mapped: Vec<nat::Mapped>,
+    /// The filter that decides over it, if one does: its number, and the length that it counts
+    pub filtered: Option<(u32, usize)>,
 }
 
 /// Which way a packet passes a tunnel.
@@ -85,6 +90,11 @@ impl Case {
         if let Some(effect) = self.flow {
             effect.apply(world);
         }
+        if let Some((number, len)) = self.filtered {
+            let (line, place) = (number as usize / FILTERS_COUNTED, number as usize % FILTERS_COUNTED);
+            world.filter_stats()[line].packets[place].store(1);
+            world.filter_stats()[line].bytes[place].store(len as u64);
+        }
         for (number, way, len) in &self.mapped {
             let counters = &world.mapping_stats()[*number as usize];
             counters.packets[*way as usize].store(1);
@@ -106,6 +116,7 @@ impl Expect {
     fn apply(&self, world: &World, frame_len: usize) {
         match self {
             Expect::NotAPort => {}
+            Expect::Drop(slot) => world.stats(*slot).exceptions[Reason::Filtered as usize].store(1),
             Expect::Exception(slot, reason) => world.stats(*slot).exceptions[*reason as usize].store(1),
             Expect::Forward { frame, from, to, hop, .. } => {
                 world.stats(*from).rx_packets.store(1);
@@ -137,6 +148,7 @@ pub fn all() -> Vec<Case> {
     cases.tunnels();
     cases.flows();
     cases.mappings();
+    cases.filters();
     cases.0
 }
 
@@ -202,6 +214,7 @@ impl Cases {
             tunnels: Vec::new(),
             flow: None,
             mapped: Vec::new(),
+            filtered: None,
         });
     }
 

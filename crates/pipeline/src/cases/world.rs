@@ -3,13 +3,16 @@
 use crate::SlotSet;
 use crate::slices::Slices;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use towpath_tables::clock;
 use towpath_tables::filter::local_filter_bit;
-use towpath_tables::lpm::{Leaf, Word};
+use towpath_tables::filtering::InForce;
+use towpath_tables::filters::{Action, Decision, FilterValue};
+use towpath_tables::lpm::{self, Leaf, Word};
 use towpath_tables::record::{
-    Config, Flow, FlowLine, Group, LINE_WORDS, Line, MAPPINGS, MappingCounters, MappingSet, NO_VLANS, NODE_HEAD,
-    Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats, Root, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD,
-    WIDE_RUNS, Wide, mac_word,
+    Config, FILTER_ROOT, Filter, FilterCounters, FilterKey, Flow, FlowLine, Group, LINE_WORDS, Line, MAPPINGS,
+    MappingCounters, MappingSet, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats, Root,
+    TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
     port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
 use towpath_tables::tunnel;
@@ -65,6 +68,10 @@ pub const GROUP: u32 = 1;
 
 const NEXTHOPS: usize = HOP_REASON as usize + REASONS;
 const NODES: usize = 512;
+/// Room for filters of both halves
+const FILTERS: usize = 32;
+/// The first root of filters; the one for IPv6 follows
+const FILTERS_ROOT: u32 = 3;
 
 /// The tables, as vectors.
 pub struct World {
@@ -80,6 +87,9 @@ pub struct World {
     flow_lines: Vec<FlowLine>,
     mapping_sets: Vec<MappingSet>,
     mapping_stats: Vec<MappingCounters>,
+    filters: Vec<Filter>,
+    filter_keys: Vec<FilterKey>,
+    filter_stats: Vec<FilterCounters>,
     routes: BTreeMap<(u32, Vec<u8>), [u32; 256]>,
 }
 
@@ -116,7 +126,7 @@ impl World {
             config: zeroed(1),
             ports: zeroed(PORT_SLOTS as usize),
             vlans: zeroed(2),
-            roots: zeroed(3),
+            roots: zeroed(5),
             nodes: zeroed(NODES),
             nexthops: zeroed(NEXTHOPS),
             groups: zeroed(2),
@@ -125,6 +135,9 @@ impl World {
             flow_lines: zeroed(4),
             mapping_sets: zeroed(2),
             mapping_stats: zeroed(MAPPINGS),
+            filters: zeroed(FILTERS),
+            filter_keys: zeroed(FILTERS),
+            filter_stats: zeroed(FILTERS),
             routes: BTreeMap::new(),
         };
         for (slot, lower, vlan) in [
@@ -222,6 +235,33 @@ impl World {
     /// Counters of mappings, by number
     pub fn mapping_stats(&self) -> &[MappingCounters] {
         &self.mapping_stats
+    }
+
+    /// Counters of filters
+    pub fn filter_stats(&self) -> &[FilterCounters] {
+        &self.filter_stats
+    }
+
+    /// Adds a filter, for sources of whole bytes, at least two. Shorter prefixes must come first, and of one prefix the filter
+    /// that decides last.
+    pub fn filter(&mut self, value: FilterValue, action: Action) {
+        let family = value.family();
+        let root = FILTERS_ROOT + family as u32;
+        let number = (1..).find(|number| self.filters[2 * *number as usize].state.load() == 0).expect("room");
+        let bytes = match value.source.first {
+            IpAddr::V4(first) => first.octets().to_vec(),
+            IpAddr::V6(first) => first.octets().to_vec(),
+        };
+        let source = &bytes[..usize::from(value.source.len) / 8];
+        let next = match value.source.first {
+            IpAddr::V4(first) => lpm::lookup(&self.slices(), root, &first.octets()),
+            IpAddr::V6(first) => lpm::lookup(&self.slices(), root, &first.octets()),
+        };
+        let (at, next) = (2 * number as usize, next.expect("a root").0);
+        value.write(Decision { number, action }, next, &self.filters[at], &self.filter_keys[at]);
+        self.roots[root as usize].family.store(FILTER_ROOT + family as u32);
+        self.route(root, source, hop(2 * number));
+        self.config().filters[family as usize].store(InForce { root, half: 0 }.word());
     }
 
     /// Makes a port and the next hops by it known to have mappings.
@@ -393,6 +433,8 @@ impl World {
             flow_lines: &self.flow_lines,
             mapping_sets: &self.mapping_sets,
             mapping_stats: &self.mapping_stats,
+            filters: &self.filters,
+            filter_stats: &self.filter_stats,
             cpu: 0,
             transmitters: SlotSet::ALL,
         }
@@ -414,6 +456,9 @@ impl World {
             TableId::FlowLines => bytes(&self.flow_lines),
             TableId::Mappings => bytes(&self.mapping_sets),
             TableId::MappingStats => bytes(&self.mapping_stats),
+            TableId::Filters => bytes(&self.filters),
+            TableId::FilterKeys => &[],
+            TableId::FilterStats => bytes(&self.filter_stats),
         }
     }
 
