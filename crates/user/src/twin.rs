@@ -50,7 +50,11 @@ impl PortDriver for Twinned {
     }
 
     fn receive(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>) {
-        self.wire.receive(pool, frames);
+        self.receive_unless(pool, frames, &|_| false);
+    }
+
+    fn receive_unless(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>, drops: &dyn Fn(&[u8]) -> bool) {
+        self.wire.receive_unless(pool, frames, drops);
         self.turn = self.turn.wrapping_add(1);
         if frames.is_empty() || self.turn.is_multiple_of(TURNS) {
             self.pass(pool);
@@ -63,10 +67,6 @@ impl PortDriver for Twinned {
 
     fn deliver(&mut self, frames: &[Buffer]) -> Option<usize> {
         Some(frames.iter().filter(|frame| !self.twin.send_frame(frame)).count())
-    }
-
-    fn receive_unless(&mut self, pool: &mut Pool, frames: &mut Vec<Buffer>, drops: &dyn Fn(&[u8]) -> bool) {
-        self.wire.receive_unless(pool, frames, drops);
     }
 
     fn filtered(&self) -> bool {

@@ -124,6 +124,17 @@ fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<
     })?;
     assert_eq!((got.bytes.len(), got.partial_checksum), (8542, true));
     assert_eq!(rig.port.passed(), Passed { frames: 1, lost: 0 });
+    // The operator's filters are asked before Linux gets it.
+    send(8500, 1000)?;
+    wait_for(LIMIT, "the frame to be filtered", || {
+        let (mut frames, asked) = (Vec::new(), std::cell::Cell::new(0));
+        rig.port.receive_unless(&mut rig.pool, &mut frames, &|bytes| {
+            asked.set(bytes.len());
+            true
+        });
+        (asked.get() == 8542).then_some(())
+    })?;
+    assert_eq!(rig.port.passed(), Passed::default());
     // A twin that is down does not take it.
     rig.router.run(["ip", "link", "set", "lan0", "down"])?;
     send(8500, 1000)?;
