@@ -21,8 +21,6 @@ use towpath_wire::transport::{Ports, protocol};
 
 /// IPv6 extension headers that are looked behind; what is behind more has a protocol that is not known.
 const EXTENSIONS: usize = 6;
-/// IPv6 authentication header
-const AUTHENTICATION: u8 = 51;
 /// No frame with an IP header begins its transport header behind this.
 const OFFSET: u32 = 0x3fff;
 
@@ -198,11 +196,7 @@ fn transport6<F: Frame>(frame: &F, offset: usize, header: &Ipv6) -> u64 {
         if protocol == protocol::FRAGMENT && u16::from_be_bytes([high, low]) & !7 != 0 {
             return if is_extension(next) { 0 } else { of_protocol(next) };
         }
-        let len = match protocol {
-            protocol::FRAGMENT => 8,
-            AUTHENTICATION => (usize::from(len) + 2) * 4,
-            _ => (usize::from(len) + 1) * 8,
-        };
+        let len = if protocol == protocol::FRAGMENT { 8 } else { (usize::from(len) + 1) * 8 };
         // What follows is looked at once, however it was come to.
         at = (F::forget((at + len) as u32) & OFFSET) as usize;
         protocol = F::forget(next.into()) as u8;
@@ -210,10 +204,8 @@ fn transport6<F: Frame>(frame: &F, offset: usize, header: &Ipv6) -> u64 {
     0
 }
 
+/// What is authenticated (AH) is taken for a protocol of its own there, as in IPv4.
 #[inline(always)]
 fn is_extension(protocol: u8) -> bool {
-    matches!(
-        protocol,
-        protocol::HOP_BY_HOP | protocol::ROUTING | protocol::FRAGMENT | AUTHENTICATION | protocol::DESTINATION_OPTIONS
-    )
+    matches!(protocol, protocol::HOP_BY_HOP | protocol::ROUTING | protocol::FRAGMENT | protocol::DESTINATION_OPTIONS)
 }

@@ -120,7 +120,7 @@ const PROTOCOLS: [(&str, u8); 8] =
 /// Those that begin with ports
 const WITH_PORTS: [u8; 5] = [6, 17, 33, 132, 136];
 /// Headers of IPv6 that others follow
-const EXTENSIONS: [u8; 5] = [0, 43, 44, 51, 60];
+const EXTENSIONS: [u8; 4] = [0, 43, 44, 60];
 
 /// `towpath filter …`
 pub fn run(filter: &Filter) -> Result<()> {

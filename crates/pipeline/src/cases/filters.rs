@@ -247,8 +247,12 @@ impl Cases {
         let option: (u8, &[u8]) = (60, &[0, 1, 4, 0, 0, 0, 0]);
         let authentication: (u8, &[u8]) = (51, &[1, 0, 0, 0, 0, 0, 9, 0, 0, 0, 1]);
         self.dropped("IPv6, port behind an extension", 1, drop(&[port(true)]), arrive(&behind(&[option])));
-        let several = behind(&[option, authentication, option, (43, &[0, 4, 0, 0, 0, 0, 0]), option]);
+        let several = behind(&[option, option, (43, &[0, 4, 0, 0, 0, 0, 0]), option]);
         self.dropped("IPv6, port behind several extensions", 1, drop(&[port(true)]), arrive(&several));
+        let authenticated = behind(&[option, authentication]);
+        self.let_pass("IPv6, port behind authentication", None, drop(&[port(true)]), &authenticated);
+        let by_number = FilterValue { protocol: Some(51), ..from(true, 64) };
+        self.dropped("IPv6, authenticated", 1, drop(&[by_number]), arrive(&authenticated));
         self.let_pass("IPv6, port behind too many extensions", None, drop(&[port(true)]), &behind(&[option; 6]));
         let long = with(plain6(), |packet| packet[4] = 3);
         self.dropped("IPv6, longer than the frame", 1, drop(&[from(true, 64)]), arrive(&long));
