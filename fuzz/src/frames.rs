@@ -76,6 +76,10 @@ fn forward(world: &World, bytes: &[u8], first: usize, beside: Beside) {
             assert_eq!(packet.bytes(), bytes, "{reason:?}: Linux gets the frame as it came");
             assert_eq!(more, (1, 0), "{reason:?}");
         }
+        Verdict::Drop => {
+            assert_eq!(packet.bytes(), bytes, "nothing is written before a frame is dropped");
+            assert_eq!(more, (1, 0), "it is counted");
+        }
         Verdict::Forward(device) => {
             assert!(device < PORT_SLOTS, "device {device}");
             assert_eq!(more, (0, 1), "{:02x?}", packet.bytes());
