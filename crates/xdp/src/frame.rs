@@ -154,8 +154,8 @@ const REASON_SHIFT: u32 = 16;
 /// What both answer: a slot, or a reason from here on
 const REFUSED: u32 = PORT_SLOTS;
 
-/// From an answer. A compiler sees what a function can answer, and may leave unset what other answers would need; a verifier
-/// does not, and goes that way too. So no answer is judged before it is opaque.
+/// From an answer. The kernel verifies such functions by themselves and takes every number for possible; so that the compiler
+/// does the same, no answer is judged before it is opaque.
 #[inline(always)]
 fn result(answer: u32) -> Result<u32, Reason> {
     let answer = opaque(answer as usize) as u32;
