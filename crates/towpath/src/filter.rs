@@ -162,8 +162,9 @@ fn changes(text: &str) -> Result<Vec<Change>> {
         let change = matches.and_then(|matches| Line::from_arg_matches(&matches)).map(|line| line.change);
         let change = change.map_err(|error| {
             let text = error.to_string();
-            let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-            anyhow::anyhow!("line {number}: {first}")
+            // Usage and hints come behind an empty line.
+            let fault: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+            anyhow::anyhow!("line {number}: {}", fault.join(" ").trim_start_matches("error: "))
         })?;
         if let Change::Add(rule) | Change::Del(rule) = &change {
             rule.value(0).with_context(|| format!("line {number}"))?;

@@ -5,7 +5,6 @@ use crate::frame::XdpFrame;
 use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use towpath_pipeline::filters;
-use towpath_tables::record::TableId;
 
 /// Whether the frame is to be dropped; it is counted then. Until there is a filter for the first time the table has room for
 /// one record, which no filter has: then a verifier takes out all of this.
@@ -14,7 +13,9 @@ use towpath_tables::record::TableId;
 /// `ctx` is the context that the kernel called the program with.
 #[inline(always)]
 pub unsafe fn dropped(ctx: *mut xdp_md) -> bool {
-    constant!(const TableId::Filters.length_mark()) > 1 && filters::are_there(&FAR_MAPS) && drops(ctx) != 0
+    constant!(const towpath_tables::record::TableId::Filters.length_mark()) > 1
+        && filters::are_there(&FAR_MAPS)
+        && drops(ctx) != 0
 }
 
 #[inline(never)]
