@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream};
-use serde_json::Value;
+use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+use serde_json::{Value, json};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::Stdio;
@@ -108,6 +108,7 @@ fn dropped_is_before_linux_and_said_everywhere() {
     let seen = socket.receive_matching(Duration::from_millis(1), from_left).expect("received");
     assert!(seen.is_none(), "a capture sees {:02x?}", seen.map(|frame| frame.bytes));
     drop(socket);
+    eventually("the capture is over", || (net.json(&["status"])["policies"] == json!([])).then_some(()));
     let status = net.json(&["status"]);
     assert_eq!(status["filters"], 1);
     assert!(status["notices"].to_string().contains("drop packets before Linux or tcpdump"), "{status}");
