@@ -122,7 +122,9 @@ impl Trial {
             self.await_no_policies()?;
         }
         let (before, fast) = (std::mem::take(&mut self.ways), self.fast()?);
-        self.burst(&mut Random::new(step.bytes().fold(7, |sum, byte| sum * 31 + u64::from(byte))))?;
+        self.burst(&mut Random::new(
+            step.bytes().fold(7, |sum: u64, byte| sum.wrapping_mul(31).wrapping_add(byte.into())),
+        ))?;
         self.sums.fast += self.fast()? - fast;
         self.sums.beside += beside.len();
         for (key, way) in beside {
