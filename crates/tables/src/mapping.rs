@@ -160,7 +160,9 @@ pub fn find(
             let differs =
                 u64::from(mapping.kind.load() ^ kind | other) | high.load() ^ first[0] | low.load() ^ first[1];
             let is_other = opaque(((differs | differs.wrapping_neg()) >> 63) as usize);
-            found |= (number + 1) * (1 - is_other);
+            // A guess may fit at both places: the first is it.
+            let is_first = opaque((found == 0) as usize);
+            found |= (number + 1) * (1 - is_other) * is_first;
         }
         if found != 0 {
             let is_guess = is_service as u32 & u32::from(service.known() != u32::MAX);
@@ -199,6 +201,11 @@ impl MappingSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backing::{HeapBacking, initial_elements};
+    use crate::grace::NoReaders;
+    use crate::mappings::{MappingValue, Ports, words};
+    use crate::writer::TableWriter;
+    use std::net::IpAddr;
 
     #[test]
     fn masks_have_as_many_bits_as_the_prefix() {
@@ -206,6 +213,34 @@ mod tests {
             let bytes = mask(len).map(u64::to_ne_bytes).concat();
             let bits = u128::from_be_bytes(bytes.try_into().unwrap());
             assert_eq!(bits, u128::MAX.checked_shl(128 - len).unwrap_or(0), "{len}");
+        }
+    }
+
+    /// What leads to the first mapping of an address and another of its mappings may stand at the two places of one guess.
+    #[test]
+    fn a_guess_is_a_mapping_of_the_address() {
+        let mut writer = TableWriter::create(HeapBacking::new(initial_elements(1)), NoReaders).expect("tables");
+        for net in 0..100 {
+            let end = |side: u8, host: u8| IpAddr::from([side, net, 0, host]);
+            let all = (0..MAPPINGS as u16).map(|number| {
+                // Numbers with bits in common are of different addresses.
+                let host = (number.wrapping_mul(40_503) >> 9) as u8;
+                let ports = Some(Ports { protocol: 6, numbers: [number, 2000 + number] });
+                (
+                    u32::from(number),
+                    MappingValue { slot: 3, inside: end(10, host), outside: end(20, host), len: 32, ports },
+                )
+            });
+            writer.set_mappings(&all.collect()).expect("room");
+            let (view, all) = (writer.view(), writer.mappings());
+            let index = in_force(view.config()).expect("a set");
+            for (way, side, host) in (0..128).flat_map(|host| [(Way::Out, 10, host), (Way::In, 20, host)]) {
+                let (set, address) = (&view.mapping_sets()[index as usize], end(side, host));
+                let found = find(set, index, 3, way, Family::V4, words(address), Service::UNKNOWN).expect("a guess");
+                let mapping = &all[&(found.mapping() as u32)];
+                let of_way = [mapping.inside, mapping.outside][way as usize];
+                assert!(found.is_guess() && of_way == address, "{address}: {mapping:?}");
+            }
         }
     }
 }
