@@ -26,11 +26,8 @@ use towpath_tables::trace::Outcome;
 fn towpath(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
     unsafe {
-        if filters::dropped(ctx) {
-            return xdp_action::XDP_DROP;
-        }
-        match captured::captured(ctx) {
-            Some(_) => xdp_action::XDP_PASS,
+        match beforehand(ctx) {
+            Some((action, _)) => action,
             None => action(process_unfiltered(&mut XdpFrame::new(ctx), &MAPS, (*ctx).ingress_ifindex)),
         }
     }
@@ -42,12 +39,8 @@ fn towpath(ctx: *mut xdp_md) -> u32 {
 #[unsafe(link_section = "xdp.frags")]
 fn towpath_user(ctx: *mut xdp_md) -> u32 {
     // SAFETY: the kernel calls the program with a valid context.
-    if unsafe { filters::dropped(ctx) } {
-        return xdp_action::XDP_DROP;
-    }
-    // SAFETY: as above.
-    if unsafe { captured::captured(ctx) }.is_some() {
-        return xdp_action::XDP_PASS;
+    if let Some((action, _)) = unsafe { beforehand(ctx) } {
+        return action;
     }
     // SAFETY: as above.
     let (mut frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
@@ -64,14 +57,9 @@ fn towpath_user(ctx: *mut xdp_md) -> u32 {
 fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     trace::towpath_trace_begin(ctx);
     // SAFETY: the kernel calls the program with a valid context.
-    if unsafe { filters::dropped(ctx) } {
-        trace::towpath_trace_end(Outcome::from(Verdict::Drop).word());
-        return xdp_action::XDP_DROP;
-    }
-    // SAFETY: as above.
-    if let Some(outcome) = unsafe { captured::captured(ctx) } {
+    if let Some((action, outcome)) = unsafe { beforehand(ctx) } {
         trace::towpath_trace_end(outcome);
-        return xdp_action::XDP_PASS;
+        return action;
     }
     // SAFETY: as above.
     let (mut frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
@@ -83,6 +71,20 @@ fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     };
     trace::towpath_trace_end(outcome.word());
     action
+}
+
+/// What is decided before the packet path, and how a trace tells it (`Outcome::word`): by filters, then for captures.
+///
+/// # Safety
+/// `ctx` is the context that the kernel called the program with.
+#[inline(always)]
+unsafe fn beforehand(ctx: *mut xdp_md) -> Option<(u32, u32)> {
+    // SAFETY: the caller's promise.
+    if unsafe { filters::dropped(ctx) } {
+        return Some((xdp_action::XDP_DROP, Outcome::from(Verdict::Drop).word()));
+    }
+    // SAFETY: as above.
+    unsafe { captured::captured(ctx) }.map(|outcome| (xdp_action::XDP_PASS, outcome))
 }
 
 /// Whether the frame goes to the socket of this queue, which is then named for the verdict XDP_REDIRECT. Only what is
