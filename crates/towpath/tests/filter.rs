@@ -2,13 +2,13 @@
 
 mod common;
 
-use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+use common::{Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, at, datagrams, eventually};
 use serde_json::{Value, json};
 use std::io::Write;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::process::Stdio;
 use std::time::Duration;
-use towpath_lab::{Frame, Node};
+use towpath_lab::Frame;
 
 const ENGINES: [&[&str]; 2] = [&["--engine", "xdp", "eth0", "eth1"], &["--engine", "user", "eth0", "eth1"]];
 
@@ -37,16 +37,6 @@ fn packets(net: &Net, from: &str) -> u64 {
     let all = list(net);
     let row = all.iter().find(|row| row["from"] == from).unwrap_or_else(|| panic!("{from} in {all:?}"));
     row["packets"].as_u64().expect("a count")
-}
-
-fn at(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse::<IpAddr>().expect("an address"), port)
-}
-
-fn datagrams(node: &Node, address: &str, port: u16) -> UdpSocket {
-    let socket = node.enter(|| UdpSocket::bind(at(address, port))).expect("in the node").expect("bound");
-    socket.set_read_timeout(Some(DEADLINE)).expect("set");
-    socket
 }
 
 /// Sends a datagram and one that nobody drops behind it: whether the first came, too.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, eventually};
+use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, at, datagrams, eventually};
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -33,16 +33,6 @@ fn list(net: &Net) -> Vec<Value> {
 fn counted(net: &Net, number: usize) -> [u64; 2] {
     let all = list(net);
     ["out", "in"].map(|way| all[number][way]["packets"].as_u64().expect("a count"))
-}
-
-fn at(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse::<IpAddr>().expect("an address"), port)
-}
-
-fn datagrams(node: &Node, address: &str, port: u16) -> UdpSocket {
-    let socket = node.enter(|| UdpSocket::bind(at(address, port))).expect("in the node").expect("bound");
-    socket.set_read_timeout(Some(DEADLINE)).expect("set");
-    socket
 }
 
 /// Sends a datagram and has it answered: by whom it seemed to come, and by whom the answer.

@@ -5,7 +5,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +26,17 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 /// Waits until `condition` gives something.
 pub fn eventually<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
     wait_for(DEADLINE, what, condition).expect("in time")
+}
+
+pub fn at(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse::<IpAddr>().expect("an address"), port)
+}
+
+/// A socket for datagrams that waits for each as long as anything is waited for.
+pub fn datagrams(node: &Node, address: &str, port: u16) -> UdpSocket {
+    let socket = node.enter(|| UdpSocket::bind(at(address, port))).expect("in the node").expect("bound");
+    socket.set_read_timeout(Some(DEADLINE)).expect("set");
+    socket
 }
 
 /// The words of a command line.
