@@ -11,6 +11,7 @@ use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
 use towpath_tables::backing::PerTable;
 use towpath_tables::mapping::Way;
+use towpath_tables::mix;
 use towpath_tables::record::{TableId, port_flags};
 use towpath_tables::trace::Wanted;
 
@@ -337,19 +338,11 @@ fn every_translation_in_the_kernel() {
     println!("{} cases", cases.len());
 }
 
-/// xorshift64* (Vigna 2016): short, and the same everywhere.
-struct Random(u64);
+struct Random(mix::Random);
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
     fn below(&mut self, limit: usize) -> usize {
-        (self.next() >> 33) as usize % limit.max(1)
+        self.0.below(limit.max(1) as u32) as usize
     }
 
     /// A frame that has something in common with one of the cases.
@@ -359,7 +352,7 @@ impl Random {
             // The headers are where it matters.
             let at = self.below(frame.len().min(80));
             frame[at] = match self.below(3) {
-                0 => self.next() as u8,
+                0 => self.0.bits() as u8,
                 1 => frame[at] ^ 1 << self.below(8),
                 _ => cases[self.below(cases.len())].frame.get(at).copied().unwrap_or(0),
             };
@@ -429,7 +422,7 @@ fn random_frames_in_the_kernel_and_natively() {
     let seed = std::env::var("TOWPATH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x7077_7061_7468);
     let frames: usize = std::env::var("TOWPATH_FRAMES").ok().and_then(|n| n.parse().ok()).unwrap_or(70_000);
     println!("seed {seed} (TOWPATH_SEED), {frames} frames (TOWPATH_FRAMES)");
-    let mut random = Random(seed);
+    let mut random = Random(mix::Random(seed));
     let cases = cases::all();
     let mut program = Program::load();
     let with_more = [

@@ -9,32 +9,21 @@ use towpath_tables::Reason;
 use towpath_tables::backing::{HeapBacking, initial_elements};
 use towpath_tables::filters::{Action, Block, Decision, FilterValue, Filters, Packet, decide, totals};
 use towpath_tables::grace::NoReaders;
+use towpath_tables::mix;
 use towpath_tables::record::FILTER_STEPS;
 use towpath_tables::writer::{TableWriter, port_totals};
 
 const INTERFACES: [u32; 2] = [1, 2];
 
-/// xorshift64* (Vigna 2016)
-struct Random(u64);
+struct Random(mix::Random);
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
+    fn chance(&mut self, percent: u32) -> bool {
+        self.0.below(100) < percent
     }
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
+        from[self.0.below(from.len() as u32) as usize]
     }
 
     /// Few different ones, so that filters meet packets and each other.
@@ -99,7 +88,7 @@ fn frame(packet: &Packet) -> Vec<u8> {
 fn tables_decide_as_going_through_all_filters_does() {
     let seed = std::env::var("TOWPATH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x0066_696c_7465_7273);
     println!("seed {seed} (TOWPATH_SEED)");
-    let mut random = Random(seed);
+    let mut random = Random(mix::Random(seed));
     let mut writer = TableWriter::create(HeapBacking::new(initial_elements(2)), NoReaders).expect("tables");
     for ifindex in INTERFACES {
         writer.alloc_port(ifindex).expect("a slot");
