@@ -111,8 +111,7 @@ impl Tables for Mapped<'_> {
     #[inline(always)]
     fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
         self.counters?;
-        let cpus = self.view.stats().len() / self.view.ports().len().max(1);
-        self.view.filter_stats().get(line as usize * cpus + cpu as usize)
+        self.view.filter_stats().get(line as usize * self.view.cpus() + cpu as usize)
     }
     #[inline(always)]
     fn mapping_set(&self, index: u32) -> Option<&MappingSet> {

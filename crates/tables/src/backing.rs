@@ -162,6 +162,12 @@ impl<'a> View<'a> {
         self.tables[table as usize].elements
     }
 
+    /// Counters there are of each thing.
+    #[inline(always)]
+    pub fn cpus(&self) -> usize {
+        self.stats().len() / self.ports().len().max(1)
+    }
+
     /// The region's configuration.
     #[inline(always)]
     pub fn config(&self) -> &'a Config {

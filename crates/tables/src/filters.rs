@@ -299,7 +299,7 @@ pub(crate) const fn index(number: u32, half: u32) -> u32 {
 /// The filters in force; None if what is there are none.
 pub fn read(view: &View<'_>) -> Option<Filters> {
     let mut all = Filters::new();
-    for family in [Family::V4, Family::V6] {
+    for family in Family::ALL {
         let Some(force) = in_force(view.config(), family) else { continue };
         let records = view.filters().iter().zip(view.filter_keys()).skip(force.half as usize).step_by(2);
         for (number, (record, key)) in (0..).zip(records) {
@@ -317,14 +317,9 @@ pub fn read(view: &View<'_>) -> Option<Filters> {
 
 /// The counters of a filter, CPU by CPU.
 pub(crate) fn counters<'a>(view: &View<'a>, number: u32) -> impl Iterator<Item = [&'a crate::word::W64; 2]> + use<'a> {
-    let (cpus, place) = (cpus(view), number as usize % FILTERS_COUNTED);
+    let (cpus, place) = (view.cpus(), number as usize % FILTERS_COUNTED);
     let lines = view.filter_stats().iter().skip(number as usize / FILTERS_COUNTED * cpus).take(cpus);
     lines.map(move |line| [&line.packets[place], &line.bytes[place]])
-}
-
-/// Counters there are of each thing.
-pub(crate) fn cpus(view: &View<'_>) -> usize {
-    view.stats().len() / view.ports().len().max(1)
 }
 
 /// What a filter has decided over.

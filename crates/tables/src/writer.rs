@@ -382,7 +382,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         self.store.wait();
         let half = self.filter_half().map_or(0, |half| 1 - half);
         self.write_filters(&plan, half);
-        let words = [Family::V4, Family::V6].map(|family| {
+        let words = Family::ALL.map(|family| {
             let root = self.filter_roots[family as usize][half as usize]?;
             all.keys().any(|value| value.family() == family).then_some(InForce { root, half }.word())
         });
@@ -404,15 +404,15 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     fn filter_half(&self) -> Option<u32> {
         let config = self.view().config();
-        [Family::V4, Family::V6].into_iter().find_map(|family| in_force(config, family)).map(|force| force.half)
+        Family::ALL.into_iter().find_map(|family| in_force(config, family)).map(|force| force.half)
     }
 
     /// Room for filters, their counters, and both roots of each family that has some.
     fn make_filter_room(&mut self, all: &Filters) -> Result<(), FilterError> {
         let Some(most) = all.values().map(|decision| decision.number).max() else { return Ok(()) };
         let numbers = (most as usize + 1).next_power_of_two().max(64);
-        let cpus = filters::cpus(&self.view());
-        for family in [Family::V4, Family::V6] {
+        let cpus = self.view().cpus();
+        for family in Family::ALL {
             let has = all.keys().any(|value| value.family() == family);
             for half in (0..2).filter(|_| has) {
                 if self.filter_roots[family as usize][half].is_none() {
@@ -442,7 +442,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Has sources lead to the filters of a half that nobody looks at.
     fn publish_filters(&mut self, plan: &Plan, half: u32) -> Result<(), FilterError> {
-        for family in [Family::V4, Family::V6] {
+        for family in Family::ALL {
             let Some(root) = self.filter_roots[family as usize][half as usize] else { continue };
             let mut routes = new_routes(root, family);
             for (block, number) in &plan.firsts {
@@ -472,7 +472,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// Takes filters over, and writes them anew.
     fn adopt_filters(&mut self, roots: &[u32]) -> Result<(), AdoptError> {
         let damaged = |what: &str| AdoptError::Damaged(format!("filters: {what}"));
-        for family in [Family::V4, Family::V6] {
+        for family in Family::ALL {
             let of_family =
                 |root: &&u32| self.view().roots()[**root as usize].family.load() == FILTER_ROOT + family as u32;
             let mut of_family = roots.iter().filter(of_family).copied().collect::<Vec<_>>();
@@ -872,7 +872,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
                 TableId::Mappings => usize::from(view.config().mappings.load() != 0),
                 TableId::MappingStats => self.mappings().len() * (elements / MAPPINGS),
                 TableId::Filters | TableId::FilterKeys => 2 * self.filter_count,
-                TableId::FilterStats => self.filter_count.div_ceil(FILTERS_COUNTED) * filters::cpus(&view),
+                TableId::FilterStats => self.filter_count.div_ceil(FILTERS_COUNTED) * view.cpus(),
                 TableId::Ports => self.ports().count(),
                 TableId::Stats => self.ports().count() * (elements / view.ports().len().max(1)),
                 _ => self.store.used(table).unwrap_or(0),
