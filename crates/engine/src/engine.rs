@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use towpath_filter::Capture;
 use towpath_tables::backing::{Backing, GrowError, PerTable, RawTables};
 use towpath_tables::brake::Brake;
@@ -32,6 +33,9 @@ pub struct Options {
     pub sockets: bool,
     /// There may be flows: what Linux transmits can be looked at, see `Engine::watch_transmitted`
     pub flows: bool,
+    /// How long the programs go on after the last heartbeat (`ConfigTable::beat`); None: for good. Then all packets are
+    /// Linux's until the next one
+    pub patience: Option<Duration>,
 }
 
 impl Options {

@@ -14,8 +14,9 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use towpath_filter::{Capture, translate};
-use towpath_tables::mark::{CAPTURED, Function, Number, traced};
+use towpath_tables::mark::{CAPTURED, Function, Number, PATIENCE, traced};
 use towpath_tables::record::TableId;
 
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
@@ -87,6 +88,7 @@ impl Program {
         let linked = Linked::with(pins, traces)?;
         let mut code = linked.code(name)?;
         let accept = options.flows.then(|| linked.load_tc(&tc::ACCEPT)).transpose()?;
+        set_patience(&mut code.instructions, options.patience);
         code.set_captures(captures)?;
         code.set_traces(traces)?;
         let name = if captures.is_empty() { name } else { NAME_CAPTURE };
@@ -300,6 +302,16 @@ fn set_places(code: &mut [bpf_insn], places: Option<&Places>) {
                 }
                 None => (code[at].code, code[at].imm) = (SET, 0),
             }
+        }
+    }
+}
+
+/// Puts how long the program goes on by itself where its mark is.
+fn set_patience(code: &mut [bpf_insn], patience: Option<Duration>) {
+    let nanoseconds = patience.map_or(0, |patience| patience.as_nanos() as u64);
+    for at in 0..code.len() {
+        if constant(&code[at..]) == Some(PATIENCE) {
+            (code[at].imm, code[at + 1].imm) = (nanoseconds as i32, (nanoseconds >> 32) as i32);
         }
     }
 }

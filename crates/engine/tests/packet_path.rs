@@ -4,12 +4,15 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
 use towpath_engine::{Engine, Options, Site, Trace};
 use towpath_pipeline::cases::translate::{Translation, translations};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
 use towpath_pipeline::{Verdict, process};
+use towpath_tables::Reason;
 use towpath_tables::backing::PerTable;
+use towpath_tables::clock;
 use towpath_tables::mapping::Way;
 use towpath_tables::mix;
 use towpath_tables::record::{TableId, port_flags};
@@ -141,13 +144,17 @@ impl Drop for Program {
 
 impl Program {
     fn load() -> Self {
+        Self::load_with(Options::default())
+    }
+
+    fn load_with(options: Options) -> Self {
         pin_to_first_cpu();
         // SAFETY: gives this thread a network namespace of its own, and changes nothing else.
         assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "{}", std::io::Error::last_os_error());
         let world = World::new();
         let len = |id: TableId| world.table(id).len();
         let sizes = TableId::ALL.map(|id| (len(id) / id.element_size()).max(1));
-        let engine = Site::prepare(Options::default()).and_then(|site| site.create(&PerTable(sizes)));
+        let engine = Site::prepare(options).and_then(|site| site.create(&PerTable(sizes)));
         let engine = engine.expect("an engine");
         let pinned = |name: &str| {
             let path = engine.shown().join(format!("{name}_new")).into_os_string().into_vec();
@@ -282,6 +289,24 @@ fn verifier_figures() {
     assert!(facts.verified_instructions > 1000, "the verifier says how much it did");
     // Linux gives up at a million. A start waits for it.
     assert!(facts.verified_instructions < 250_000, "a quarter of the verifier's patience");
+}
+
+#[test]
+fn what_nobody_attends_to_for_too_long_is_linux_s() {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let mut program = Program::load_with(Options { patience: Some(PATIENCE), ..Options::default() });
+    let verified = program.engine.program().expect("facts").verified_instructions;
+    println!("{verified} instructions verified");
+    assert!(verified < 250_000, "a quarter of the verifier's patience");
+    let forwarded = |case: &Case| case.beside.is_none() && matches!(case.expect, Expect::Forward { .. });
+    let case = cases::all().into_iter().find(forwarded).expect("a case");
+    check(&mut program, &case).expect("it is forwarded while somebody is there");
+    let world = case.router();
+    world.config().heartbeat.store(clock::now() - PATIENCE.as_nanos() as u64 - 1);
+    program.configure(&world);
+    world.stats(INGRESS).exceptions[Reason::Unattended as usize].store(1);
+    assert_eq!(program.run(&case.frame), (XDP_PASS, case.frame));
+    assert_eq!(program.difference(&world), None);
 }
 
 #[test]

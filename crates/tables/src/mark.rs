@@ -41,6 +41,10 @@ pub const fn traced(trace: u32) -> u32 {
     MAGIC & 0x7fff_ff00 | 0xe0 | trace
 }
 
+/// As `Number::mark`, for how long the program goes on when nobody looks at Linux any more (`Config::heartbeat`): nanoseconds,
+/// or 0 if for good.
+pub const PATIENCE: u64 = (MAGIC as u64) << 32 | 1 << 17;
+
 impl Function {
     /// Every function.
     pub const ALL: [Self; 2] = [Self::CastToKernCtx, Self::RdonlyCast];

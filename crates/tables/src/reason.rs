@@ -80,6 +80,7 @@ reasons! {
     FlowUnwatched = 42, "flow-unwatched", "nobody has looked at Linux's rules for seconds: towpath has died or is stopped";
     Mapped = 43, "mapped", "a port with mappings (towpath nat) is on the packet's way, and it is one that is translated in Linux (an ICMP error, …)";
     Filtered = 44, "filtered", "dropped, not handed to Linux: the operator has a filter for it (towpath filter)";
+    Unattended = 45, "unattended", "nobody has looked at Linux's settings for longer than --detach-after allows: towpath has died or is stopped";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

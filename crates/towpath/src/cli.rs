@@ -112,12 +112,19 @@ pub struct Serve {
     /// Room for so many connections that Linux hands over; more stay in Linux, and are counted. 0: none is taken
     #[arg(long, value_name = "NUMBER", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=MAX_FLOWS))]
     pub max_flows: u32,
+    /// Leave all packets to Linux when nobody has looked at Linux's settings for so many seconds, since towpath has died or is
+    /// stopped, until one is there again; default: go on by what was last known. The time is asked for with every packet,
+    /// which costs some 60 instructions. A port with a wire receives nothing once towpath has died, with or without this
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(DETACH_AFTER))]
+    pub detach_after: Option<u32>,
     /// Serve OpenMetrics by HTTP at this address of the network namespace, path /metrics (as --metrics=127.0.0.1:9475, which is
     /// where --metrics alone has it)
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, require_equals = true, default_missing_value = metrics::DEFAULT)]
     pub metrics: Option<SocketAddr>,
 }
 
+/// Settings are looked at once a second, and a machine may be busy.
+const DETACH_AFTER: std::ops::RangeInclusive<i64> = 3..=86_400;
 const MAX_FLOWS: i64 = towpath_tables::backing::MAX_FLOWS as i64;
 
 /// Settings kept in a file

@@ -17,7 +17,7 @@ use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
 use crate::trace::{self, Traces};
-use crate::wires::LARGEST_MTU;
+use crate::wires::{LARGEST_MTU, PortArgument};
 use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_cm::FlowMode;
-use towpath_engine::{Engine, Mode, Options, PortRequest, Site, TransmitWatch};
+use towpath_engine::{Engine, Mode, Notice, Options, PortRequest, Site, TransmitWatch};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
 use towpath_fpm::Fpm;
@@ -184,8 +184,9 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     };
     let flows = flows::Wanted::new(mode, serve.max_flows);
     let user = serve.engine == cli::Engine::User;
-    let options =
-        Options { mode: if serve.generic { Mode::Generic } else { Mode::Native }, sockets: user, flows: flows.any() };
+    let mode = if serve.generic { Mode::Generic } else { Mode::Native };
+    let patience = serve.detach_after.map(|seconds| Duration::from_secs(seconds.into()));
+    let options = Options { mode, sockets: user, flows: flows.any(), patience };
     let site = Site::prepare(options)?;
     let endpoint = serve.metrics.map(Endpoint::open).transpose()?;
     let interfaces = interfaces::all()?;
@@ -196,6 +197,8 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         towpath_fptun::remove()?;
     }
     let mut facts = Facts::new(options.mode);
+    let wired = serve.ports.iter().filter(|port| serve.detach_after.is_some() && port.wire.is_some());
+    wired.for_each(|port| facts.notice(&of_no_use(port)));
     let (events, inbox) = sync_channel(INBOX);
     let sentry = Sentry::default();
     let watch = sentry.clone();
@@ -261,6 +264,12 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     daemon.open_control(events, endpoint)?;
     daemon.announce();
     Ok(Some(daemon))
+}
+
+/// What `--detach-after` cannot do for a port with a wire.
+fn of_no_use(port: &PortArgument) -> Notice {
+    let text = "--detach-after is of no use for it: it has a wire, by which nothing comes in once towpath has died";
+    Notice { port: port.name.clone(), text: text.into(), undo: None }
 }
 
 /// Follows whether ports can transmit what is redirected to them. Where the kernel announces nothing, those that cannot

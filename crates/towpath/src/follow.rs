@@ -242,6 +242,7 @@ impl Daemon {
                 Progress::Nothing | Progress::Done(_) => break,
             }
         }
+        self.sentry.in_line(!self.lost);
         self.log_shortages();
         self.log_policies();
     }

@@ -82,7 +82,7 @@ fn check_usage(cli: &Cli, sources: Option<&str>) {
         Some(Serve { generic: true, engine: Engine::User, .. }) => {
             fail("--engine user needs native XDP, so --generic does not go with it")
         }
-        Some(Serve { ports, engine, .. }) => {
+        Some(Serve { ports, engine, detach_after, .. }) => {
             let of_wire = |port: &&wires::PortArgument| port.wire.is_some();
             if let Some(port) = ports.iter().find(of_wire).filter(|_| *engine != Engine::User) {
                 fail(&format!("{}=… has a wire of its own: that goes with --engine user", port.name))
@@ -91,6 +91,12 @@ fn check_usage(cli: &Cli, sources: Option<&str>) {
             let twice = (1..ports.len()).find(|at| ports[..*at].iter().any(|port| port.name == *name(at)));
             if let Some(at) = twice.filter(|_| ports.iter().any(|port| port.wire.is_some())) {
                 fail(&format!("port {} was named twice", name(&at)))
+            }
+            if detach_after.is_some() && !ports.is_empty() && ports.iter().all(|port| port.wire.is_some()) {
+                fail(
+                    "--detach-after cannot help where all ports have wires: those are the workers', and Linux receives nothing \
+                     by them once towpath has died; leave it out",
+                )
             }
         }
         None => {}

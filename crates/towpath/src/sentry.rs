@@ -48,7 +48,8 @@ impl<T> Clone for Sentry<T> {
 
 impl<T> Default for Sentry<T> {
     fn default() -> Self {
-        let post = Post { waiting: Vec::new(), unsettled: Vec::new(), taken: 0, heartbeat: 0, tables: None };
+        let post =
+            Post { waiting: Vec::new(), unsettled: Vec::new(), taken: 0, heartbeat: 0, tables: None, in_line: false };
         Self(Arc::new(Shared { post: Mutex::new(post), changed: Condvar::new() }))
     }
 }
@@ -69,6 +70,8 @@ struct Post<T> {
     heartbeat: u64,
     /// What is watched over
     tables: Option<T>,
+    /// It says what Linux says, and not what a former daemon knew
+    in_line: bool,
 }
 
 struct Unsettled {
@@ -104,6 +107,13 @@ impl<T: Guarded> Sentry<T> {
     pub fn heartbeat(&self, at: u64) {
         let mut post = self.lock();
         post.heartbeat = at;
+        post.beat();
+    }
+
+    /// Whether the tables are in line with Linux: while they are, they are told of heartbeats.
+    pub fn in_line(&self, is: bool) {
+        let mut post = self.lock();
+        post.in_line = is;
         post.beat();
     }
 
@@ -170,9 +180,10 @@ impl<T: Guarded> Post<T> {
         self.unsettled.iter().filter_map(|alarm| alarm.due).min()
     }
 
-    /// Lets connections pass for some time more, if all alarms are heeded.
+    /// Lets connections pass, and the programs go on, for some time more, if all alarms are heeded.
     fn beat(&self) {
-        if let Some(tables) = self.tables.as_ref().filter(|_| self.unsettled.is_empty()) {
+        let holds = self.in_line && self.unsettled.is_empty();
+        if let Some(tables) = self.tables.as_ref().filter(|_| holds) {
             tables.beat(self.heartbeat);
         }
     }
@@ -284,6 +295,9 @@ mod tests {
         let beat = || tables.0.view().config().heartbeat.load();
         sentry.heartbeat(5);
         sentry.guard(tables.clone());
+        assert_eq!(beat(), 0, "what the tables say is not known to be true yet");
+        sentry.in_line(true);
+        assert_eq!(beat(), 5);
         sentry.heartbeat(6);
         assert_eq!(beat(), 6);
         sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc));
@@ -291,6 +305,12 @@ mod tests {
         assert_eq!((beat(), sentry.take().len()), (6, 1), "it is about that alarm, too");
         sentry.settle();
         assert_eq!(beat(), 7);
+        // Another cache manager looks at Linux already, and has not described all of it yet.
+        sentry.in_line(false);
+        sentry.heartbeat(8);
+        assert_eq!(beat(), 7);
+        sentry.in_line(true);
+        assert_eq!(beat(), 8);
     }
 
     #[test]

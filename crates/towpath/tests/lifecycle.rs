@@ -227,3 +227,55 @@ fn a_port_whose_peer_cannot_receive_what_is_redirected_is_left_to_linux() {
     net.flows(100);
     stream.finish_complete();
 }
+
+/// What the fast path does when it is left alone for longer than allowed: nothing, and Linux forwards, until it is not alone
+/// any more.
+fn gives_up(up: &[&str], lossless: bool) {
+    let net = Net::new();
+    let clean = net.traces();
+    let mut daemon = net.up(up);
+    let stream = Stream::start(&net, RIGHT);
+    net.flows(100);
+    for signal in [libc::SIGKILL, libc::SIGSTOP] {
+        let before = net.forwarded_by_linux();
+        if signal == libc::SIGKILL {
+            daemon.signal(signal);
+        } else {
+            daemon.send(signal)
+        }
+        eventually("Linux forwards", || (net.forwarded_by_linux() >= before + 200).then_some(()));
+        if signal == libc::SIGKILL {
+            daemon = net.up(up);
+            assert_eq!(net.json(&["status"])["adopted"], true);
+        } else {
+            daemon.send(libc::SIGCONT);
+        }
+        net.flows(200);
+        assert!(net.exceptions("unattended") >= 200);
+    }
+    // A machine that is busy may keep the daemon from looking for as long.
+    eventually("it is fast again", || {
+        let before = net.forwarded_by_linux();
+        net.flows(200);
+        (net.forwarded_by_linux() < before + 100).then_some(())
+    });
+    if lossless {
+        stream.finish_complete()
+    } else {
+        drop(stream.finish())
+    }
+    assert!(net.towpath(&["down"]).status.success());
+    daemon.wait();
+    assert_eq!(net.traces(), clean);
+}
+
+#[test]
+fn a_fast_path_that_is_left_alone_too_long_gives_up_if_asked_to() {
+    gives_up(&["--detach-after", "3", "eth0", "eth1"], true);
+}
+
+/// What is lost is what lay in the rings of workers that were killed or stopped.
+#[test]
+fn so_it_does_after_workers() {
+    gives_up(&["--detach-after", "3", "--engine", "user", "eth0", "eth1"], false);
+}

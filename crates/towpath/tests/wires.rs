@@ -249,16 +249,31 @@ fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
 }
 
 #[test]
+fn a_wire_ends_with_the_daemon_and_detach_after_says_so() {
+    let net = net();
+    let mut daemon = net.up(&["--detach-after", "3", "--engine", "user", "lan0=tap:tap0", "eth1"]);
+    connect_left(&net);
+    let status = net.json(&["status"]);
+    let notices = status["notices"].as_array().expect("notices").iter().filter_map(|notice| notice.as_str());
+    let of_no_use: Vec<_> = notices.filter(|notice| notice.contains("--detach-after is of no use")).collect();
+    assert!(matches!(of_no_use.as_slice(), [notice] if notice.starts_with("lan0: ")), "{status}");
+    daemon.signal(libc::SIGKILL);
+    assert!(net.ip("link show lan0").contains("NO-CARRIER"));
+    assert!(!net.ping(&net.left, RIGHT) && !net.ping(&net.left, "192.0.2.1"), "nobody takes what left sends");
+}
+
+#[test]
 fn wires_that_cannot_be_are_refused_and_nothing_changes() {
     let net = net();
     net.ip("tuntap add dev big0 mode tap");
     net.ip("link set big0 mtu 9000");
     let [failure, usage] = [1, 2];
-    let cases: [(&[&str], i32, &[&str]); 10] = [
+    let cases: [(&[&str], i32, &[&str]); 11] = [
         (&["--engine", "user", "lan0=ring:0", "eth1"], usage, &["no wire \"ring\"", "tap:NAME"]),
         (&["--engine", "user", "lan0=tap", "eth1"], usage, &["tap:tap1"]),
         (&["lan0=tap:tap0", "eth1"], usage, &["lan0=", "--engine user"]),
         (&["--engine", "user", "lan0=tap:tap0", "lan0"], usage, &["lan0 was named twice"]),
+        (&["--detach-after=9", "--engine=user", "lan0=tap:tap0"], usage, &["--detach-after", "all ports have wires"]),
         (&["--engine", "user", "lan1=tap:tap0", "eth1"], failure, &["ip tuntap add dev lan1 mode tap", "lan0"]),
         (&["--engine", "user", "lan0=tap:lan0", "eth1"], failure, &["lan0 cannot be its own wire"]),
         (&["--engine", "user", "eth1=tap:tap0"], failure, &["eth1 cannot stand for a wire", "it is no TAP"]),

@@ -4,6 +4,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, asm_goto_with_outputs))]
 
 mod accept;
+mod attended;
 mod beside;
 mod captured;
 mod constant;
@@ -73,7 +74,8 @@ fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     action
 }
 
-/// What is decided before the packet path, and how a trace tells it (`Outcome::word`): by filters, then for captures.
+/// What is decided before the packet path, and how a trace tells it (`Outcome::word`): by filters, then since nobody looks at
+/// Linux any more, then for captures.
 ///
 /// # Safety
 /// `ctx` is the context that the kernel called the program with.
@@ -84,7 +86,8 @@ unsafe fn beforehand(ctx: *mut xdp_md) -> Option<(u32, u32)> {
         return Some((xdp_action::XDP_DROP, Outcome::from(Verdict::Drop).word()));
     }
     // SAFETY: as above.
-    unsafe { captured::captured(ctx) }.map(|outcome| (xdp_action::XDP_PASS, outcome))
+    let linuxs = unsafe { attended::unattended((*ctx).ingress_ifindex).or_else(|| captured::captured(ctx)) };
+    linuxs.map(|outcome| (xdp_action::XDP_PASS, outcome))
 }
 
 /// Whether the frame goes to the socket of this queue, which is then named for the verdict XDP_REDIRECT. Only what is
