@@ -2,6 +2,8 @@
 //! whose programs go on meanwhile, and take its place without loss.
 
 mod common;
+#[path = "upgrade/killed.rs"]
+mod killed;
 
 use common::{Net, RIGHT, RIGHT6, Stream, bpf};
 use std::ffi::CString;

@@ -86,6 +86,13 @@ impl Net {
         self.connect(&self.right, "eth1", "198.51.100", "2001:db8:2");
     }
 
+    /// One more host, behind one more port of the router's.
+    pub fn add_host(&self, name: &str, port: &str, v4: &str, v6: &str) -> Node {
+        let host = self.lab.node(name).expect("a node");
+        self.connect(&host, port, v4, v6);
+        host
+    }
+
     fn connect(&self, host: &Node, port: &str, v4: &str, v6: &str) {
         self.lab.link((&self.router, port), (host, "up0")).expect("a link");
         self.address(host, port, v4, v6);
@@ -172,11 +179,18 @@ impl Net {
         self.up_with(ports, &[])
     }
 
+    /// Starts the daemon.
+    pub fn start_up(&self, ports: &[&str]) -> Daemon {
+        let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
+        command.arg("up").args(ports);
+        self.start(command)
+    }
+
     /// As `up`, with environment variables.
     pub fn up_with(&self, ports: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
         command.arg("up").args(ports).envs(environment.iter().copied());
-        let mut daemon = Daemon(self.router.start(command).expect("started"));
+        let mut daemon = self.start(command);
         daemon.await_log("ready: ");
         daemon
     }
@@ -447,7 +461,7 @@ impl Stream {
 
 /// Makes room for what comes while the receiver waits for a processor: a frame that was redirected counts as a page, of
 /// which the default holds not fifty.
-fn enlarge_buffer(socket: &UdpSocket) {
+pub fn enlarge_buffer(socket: &UdpSocket) {
     let bytes: libc::c_int = 64 << 20;
     // SAFETY: the option is an integer, which outlives the call; the socket is open.
     let result = unsafe {
@@ -471,20 +485,26 @@ fn dropped(socket: &UdpSocket) -> u32 {
     info[SK_MEMINFO_DROPS]
 }
 
-/// Sends numbers until told to stop, then the end mark. A sender that had to wait for a processor does not make up for
-/// it: a burst may overflow a ring, which says nothing about the router.
-fn send_paced(socket: &UdpSocket, stop: &AtomicBool, sent: &AtomicU64) {
+/// Sends numbers until told to stop, at most one each millisecond. A sender that had to wait for a processor does not make up
+/// for it: a burst may overflow a ring, which says nothing about the router.
+pub fn paced(stop: &AtomicBool, sent: &AtomicU64, mut send: impl FnMut(u64)) {
     let mut due = Instant::now();
     let mut number = 0u64;
     while !stop.load(Ordering::Relaxed) {
-        socket.send(&number.to_be_bytes()).expect("sent");
+        send(number);
         number += 1;
         sent.store(number, Ordering::Relaxed);
         due = (due + Duration::from_millis(1)).max(Instant::now());
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
+}
+
+/// Sends numbers until told to stop, then the end mark.
+fn send_paced(socket: &UdpSocket, stop: &AtomicBool, sent: &AtomicU64) {
+    let send = |number: u64| assert_eq!(socket.send(&number.to_be_bytes()).expect("sent"), 8);
+    paced(stop, sent, send);
     std::thread::sleep(Duration::from_millis(50));
-    socket.send(&u64::MAX.to_be_bytes()).expect("sent");
+    send(u64::MAX);
 }
 
 /// Receives until the end mark, or silence; gives which numbers came.
