@@ -8,6 +8,7 @@ pub mod cost;
 pub mod dpdk;
 pub mod ethtool;
 pub mod exceptions;
+pub mod filter;
 pub mod findings;
 pub mod groups;
 pub mod instructions;

@@ -6,8 +6,8 @@ use clap::Parser;
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
 use towpath_bench::{
-    capture, cost, exceptions, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls, sync, tcp,
-    user,
+    capture, cost, exceptions, filter, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls,
+    sync, tcp, user,
 };
 use towpath_report::Report;
 
@@ -43,6 +43,8 @@ enum Section {
     Capture,
     /// What a packet costs that is left to Linux
     Left,
+    /// What a packet costs that `towpath filter` drops
+    Filter,
     /// What a group of next hops costs over one next hop
     Groups,
     /// What the metrics endpoint costs packets
@@ -86,6 +88,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Left) {
         left::run(&mut findings, &mut report, arguments.rounds)?;
+    }
+    if wanted(Section::Filter) {
+        filter::run(&mut findings, &mut report, arguments.rounds)?;
     }
     if wanted(Section::Groups) {
         groups::run(&mut findings, &mut report, arguments.rounds)?;

@@ -63,6 +63,8 @@ impl Contender {
 pub struct Arrangement {
     /// The router's namespace
     pub router: Node,
+    /// Whether nothing of what is sent is to arrive
+    pub drops: bool,
     sink: Object,
     entries: Vec<Entry>,
     _towpath: Option<Process>,
@@ -152,7 +154,8 @@ impl Arrangement {
             process.wait_for_output(Duration::from_secs(120), "ready")?;
             anyhow::Ok(process)
         });
-        let mut arrangement = Arrangement { router, sink, entries, _towpath: towpath.transpose()?, _lab: lab };
+        let mut arrangement =
+            Arrangement { router, drops: false, sink, entries, _towpath: towpath.transpose()?, _lab: lab };
         // With one processor there is nothing to bind to, and all is counted together.
         let processors = std::thread::available_parallelism()?.get();
         for entry in arrangement.entries.iter_mut().filter(|_| processors > 1) {
@@ -178,6 +181,16 @@ impl Arrangement {
     /// What every source sends from now on: one packet to each destination in turn, over and over.
     pub fn set_destinations(&mut self, destinations: &[IpAddr], stamped: bool) -> Result<()> {
         self.entries.iter_mut().try_for_each(|entry| entry.set_destinations(destinations, stamped))
+    }
+
+    /// What every source sends from now on: one packet from each address in turn, over and over, to one destination.
+    pub fn set_sources(&mut self, sources: &[Ipv4Addr], destination: Ipv4Addr) -> Result<()> {
+        let template = source::to(PORT_MAC, destination);
+        let variations: Vec<_> = sources.iter().map(|from| source::variation(&template, (*from).into())).collect();
+        self.entries.iter_mut().try_for_each(|entry| {
+            entry.length = FRAME;
+            entry.object.set_source(&template, 4 | source::SOURCES, false, &variations)
+        })
     }
 
     /// What every source sends from now on: this IPv4 packet, in a frame of this VLAN.
@@ -343,7 +356,7 @@ impl Arrangement {
             return Ok(None);
         }
         let arrived = self.sink.seen(0)? - seen;
-        let wanted = if entry.contender == Contender::Drop { 0 } else { processed };
+        let wanted = if self.drops || entry.contender == Contender::Drop { 0 } else { processed };
         if arrived.abs_diff(wanted) > processed / 50 + 512 {
             bail!("{}: the router took {processed} packets and {arrived} arrived", entry.contender.name());
         }

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// Frames are this long, without FCS.
 pub const FRAME: usize = 60;
+/// Beside an address family: the source address is what varies (IPv4 only), as the program's `SOURCES`.
+pub const SOURCES: u32 = 1 << 9;
 const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 2;
 
 /// First 64 bytes of every frame; the destination address is written over it.
@@ -37,6 +39,13 @@ pub fn template(destination_mac: [u8; 6], source: IpAddr) -> [u8; 64] {
     // arbitrary: nothing on the way verifies it.
     frame[udp..udp + 6].copy_from_slice(&[0, 9, 0, 9, 0, (frame_length(source) - udp) as u8]);
     frame[udp + 6..udp + 8].copy_from_slice(&[0x5a, 0x5a]);
+    frame
+}
+
+/// The template (IPv4) of frames whose sources vary, to a destination: checksums are the same either way.
+pub fn to(destination_mac: [u8; 6], destination: Ipv4Addr) -> [u8; 64] {
+    let mut frame = template(destination_mac, destination.into());
+    frame.copy_within(26..30, 30);
     frame
 }
 

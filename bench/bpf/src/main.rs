@@ -20,7 +20,7 @@ pub struct Source {
     pub template: [u32; 16],
     /// Number of variations less one (a power of two less one)
     pub mask: u32,
-    /// 4 or 6, plus `STAMPED`; 0: the template is all there is to the frame
+    /// 4 or 6, plus `STAMPED` and `SOURCES`; 0: the template is all there is to the frame
     pub family: u32,
     /// Packets sent
     pub sent: u64,
@@ -42,6 +42,8 @@ static PORTS: DevMap = DevMap::with_max_entries(1024, 0);
 const STAMP: usize = 42;
 /// The time of sending goes into the payload (IPv4 only).
 const STAMPED: u32 = 1 << 8;
+/// It is the source address that varies (IPv4 only).
+const SOURCES: u32 = 1 << 9;
 
 /// Writes the next frame of the sequence over whatever the frame held and sends it out.
 #[xdp]
@@ -105,7 +107,8 @@ fn send(ctx: &XdpContext) -> u32 {
             }
             words.add(15).write_unaligned((*source).template[15]);
         } else if (*source).family & 0xff == 4 {
-            (frame.add(30) as *mut u32).write_unaligned((*variation).0[0] as u32);
+            let address = if (*source).family & SOURCES == 0 { 30 } else { 26 };
+            (frame.add(address) as *mut u32).write_unaligned((*variation).0[0] as u32);
             (frame.add(24) as *mut u16).write_unaligned(((*variation).0[0] >> 32) as u16);
             (frame.add(40) as *mut u16).write_unaligned(((*variation).0[0] >> 48) as u16);
         } else {
