@@ -308,6 +308,11 @@ impl Generator {
             17 => header[4..6].copy_from_slice(&(length as u16).to_be_bytes()),
             _ => {}
         }
+        // Ports that filters ask for
+        if matches!(protocol, 6 | 17) && self.random.percent(30) {
+            let (port, at) = (self.random.pick(&[53u16, 443]), self.random.pick(&[0, 2]));
+            header[at..at + 2].copy_from_slice(&port.to_be_bytes());
+        }
         if protocol == 6 && length >= 20 {
             bytes[12] = 0x50;
         }

@@ -137,14 +137,36 @@ fn towpath_agrees_with_linux_about_vlans() -> Result<()> {
     if vlans_supported() { towpath_agrees(&TAGGED, &[], frames()).map(drop) } else { Ok(()) }
 }
 
+/// Of IPv4 no fragment but the first. Without it nftables takes for ports what stands at their place in later ones
+/// (nft_payload_fast_eval, net/netfilter/nf_tables_core.c, Linux 6.18).
+macro_rules! first {
+    () => {
+        "ip frag-off & 0x1fff == 0"
+    };
+}
+
 /// Rules of nftables at a device's ingress, the first that matches decides, and the same as filters.
-const FILTERS: [[&str; 2]; 6] = [
+const FILTERS: [[&str; 2]; 10] = [
     ["ip saddr 198.19.64.0/21 accept", "--from 198.19.64.0/21 --pass"],
     ["ip saddr 198.19.64.0/19 drop", "--from 198.19.64.0/19"],
     ["ip saddr 198.19.128.0/18 ip daddr 198.18.0.0/16 drop", "--from 198.19.128.0/18 --to 198.18.0.0/16"],
     ["ip saddr 198.19.0.0/16 meta l4proto esp drop", "--from 198.19.0.0/16 --protocol esp"],
     ["ip6 saddr 2001:db8:f02::/48 meta l4proto udp drop", "--from 2001:db8:f02::/48 --protocol udp"],
     ["ip6 saddr 2001:db8:f00::/47 meta l4proto icmpv6 drop", "--from 2001:db8:f00::/47 --protocol icmp"],
+    ["iifname eth2 ip saddr 198.19.0.0/18 drop", "--port eth2 --from 198.19.0.0/18"],
+    [
+        concat!("ip saddr 198.19.128.0/18 ", first!(), " udp dport 53 drop"),
+        "--from 198.19.128.0/18 --protocol udp --dport 53",
+    ],
+    [
+        concat!("ip saddr 198.19.0.0/18 ", first!(), " tcp sport 443 drop"),
+        "--from 198.19.0.0/18 --protocol tcp --sport 443",
+    ],
+    [
+        "ip6 saddr 2001:db8:f01::/48 exthdr frag missing tcp dport 443 drop
+         ip6 saddr 2001:db8:f01::/48 frag frag-off 0 tcp dport 443 drop",
+        "--from 2001:db8:f01::/48 --protocol tcp --dport 443",
+    ],
 ];
 
 /// What filters drop is what plain Linux drops by the same rules; what they let pass is as without.
@@ -152,9 +174,17 @@ const FILTERS: [[&str; 2]; 6] = [
 fn filters_agree_with_nftables() -> Result<()> {
     let mut pair = Pair::new("diff-filters", ["linux", "towpath"], &PLAIN)?;
     let rules: Vec<&str> = FILTERS.iter().map(|[rule, _]| *rule).collect();
-    let (hook, devices) = ("type filter hook ingress devices = {", PORT_NAMES.join(", "));
-    let rules = format!("chain in {{ {hook} {devices} }} priority 0\n{}\n}}", rules.join("\n"));
-    pair.routers[0].node.sh(&format!("nft -f - <<'END'\ntable netdev filters {{\n{rules}\n}}\nEND"))?;
+    let (rules, devices) = (rules.join("\n"), PORT_NAMES.join(", "));
+    // At the ingress nftables does not look behind a second tag.
+    let hooks = [
+        ("netdev", format!("ingress devices = {{ {devices} }} priority 0")),
+        ("inet", "prerouting priority raw".to_owned()),
+    ];
+    for (family, hook) in hooks {
+        pair.routers[0].node.sh(&format!(
+            "nft -f - <<'END'\ntable {family} filters {{ chain in {{ type filter hook {hook}\n{rules}\n}}\n}}\nEND"
+        ))?;
+    }
     let node = pair.routers[1].node.clone();
     let towpath = Towpath::up(&node, &PORT_NAMES)?;
     let lines: String = FILTERS.iter().map(|[_, filter]| format!("add {filter}\n")).collect();
@@ -412,8 +442,8 @@ fn firewalls_agree(options: &[&str], marks: bool) -> Result<()> {
         "lab: {stages} rule sets, {sent} packets, {received} came out, {fast} by the fast path, with {fast_stages} of them; {moot} moot"
     );
     assert!(received * 3 > sent, "only {received} of {sent} came out");
-    // On an idle machine 13 to 26 % go fast in a short run, which has few rule sets; fewer the busier it is.
-    assert!(fast_stages * 10 > stages && fast * 25 > received, "too few by the fast path");
+    // On an idle machine 13 to 26 % go fast in a short run, which has few rule sets; on a very busy one 2 % were seen.
+    assert!(fast_stages * 20 > stages && fast * 100 > received, "too few by the fast path");
     Ok(())
 }
 
