@@ -19,6 +19,7 @@
 //!
 //! All of it needs root. Addresses in labs come from RFC 5737, RFC 3849 and RFC 2544 (198.18.0.0/15).
 
+mod certificates;
 mod frr;
 mod leftovers;
 mod node;
@@ -28,6 +29,7 @@ mod routes;
 mod topology;
 mod towpath;
 
+pub use certificates::{Authority, Files, Validity};
 pub use frr::Frr;
 pub use node::Node;
 pub use packet::{Frame, PacketSocket};

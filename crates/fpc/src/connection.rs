@@ -1,14 +1,18 @@
-//! A connection between CM and FPM over a UNIX stream socket: frames with sequence numbers, gathered into large
-//! writes. A sender blocks while the socket is full, so a slow receiver slows the sender instead of losing messages.
+//! A connection between CM and FPM over a stream: frames with sequence numbers, gathered into large writes. A sender
+//! blocks while the stream is full, so a slow receiver slows the sender instead of losing messages.
 
 use crate::codec::{self, DecodeError, EncodeError, Frame, HEADER, Hello, MAGIC, Packet, VERSION};
 use crate::message::{Feedback, Message, Sink, SinkError};
+use crate::stream::Stream;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 /// Bytes gathered before they are written without being asked to.
 const BATCH: usize = 64 * 1024;
+/// The other end has so long to say hello.
+const HELLO: Duration = Duration::from_secs(5);
 
 /// Why a connection cannot be opened, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,9 @@ pub enum ConnectionError {
         /// Its version
         theirs: u16,
     },
+    /// The other end does not say hello
+    #[error("FPC: the other end did not say hello within {} s", HELLO.as_secs())]
+    Silent,
     /// The other end is no FPC speaker
     #[error("FPC: the other end did not open with an FPC hello")]
     NotFpc,
@@ -54,12 +61,16 @@ impl Connection {
     }
 
     /// Opens the protocol on a connected socket: both ends say hello, and part with a reason if they do not match.
-    pub fn open(stream: UnixStream) -> Result<Self, ConnectionError> {
+    pub fn open(stream: impl Into<Stream>) -> Result<Self, ConnectionError> {
+        let stream = stream.into();
         let mut sender = Sender { stream: stream.try_clone()?, buffer: Vec::new(), sequence: 0 };
         let mut receiver = Receiver { stream, buffer: Vec::new(), start: 0 };
         sender.push(Packet::Hello(Hello { magic: MAGIC, version: VERSION }), false)?;
         sender.flush_frames()?;
-        match greeting(&mut receiver) {
+        receiver.stream.set_read_timeout(Some(HELLO))?;
+        let greeted = greeting(&mut receiver);
+        receiver.stream.set_read_timeout(None)?;
+        match greeted {
             Ok(()) => Ok(Self { sender, receiver }),
             Err(error) => {
                 sender.bye(&error.to_string());
@@ -73,8 +84,11 @@ impl Connection {
 /// taken for a length to wait for.
 fn greeting(receiver: &mut Receiver) -> Result<(), ConnectionError> {
     while receiver.pending().len() < HEADER + 4 {
-        if !receiver.fill()? {
-            return Err(ConnectionError::CutOff);
+        match receiver.fill() {
+            Ok(true) => {}
+            Ok(false) => return Err(ConnectionError::CutOff),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ConnectionError::Silent),
+            Err(error) => return Err(error.into()),
         }
     }
     if receiver.pending().get(..2) != Some(&[0, 1])
@@ -94,7 +108,7 @@ fn greeting(receiver: &mut Receiver) -> Result<(), ConnectionError> {
 
 /// The sending half.
 pub struct Sender {
-    stream: UnixStream,
+    stream: Stream,
     buffer: Vec<u8>,
     sequence: u32,
 }
@@ -129,11 +143,11 @@ impl Sender {
         let said = self.push(Packet::Bye(reason.to_owned()), false).and_then(|_| self.flush_frames());
         // The other end may be gone already, which is what is wanted.
         drop(said);
-        drop(self.stream.shutdown(std::net::Shutdown::Write));
+        self.stream.part();
     }
 
-    /// A handle that ends both halves from another thread (`shutdown`).
-    pub fn handle(&self) -> io::Result<UnixStream> {
+    /// Another handle on the stream.
+    pub fn handle(&self) -> io::Result<Stream> {
         self.stream.try_clone()
     }
 }
@@ -150,7 +164,7 @@ impl Sink for Sender {
 
 /// The receiving half.
 pub struct Receiver {
-    stream: UnixStream,
+    stream: Stream,
     buffer: Vec<u8>,
     start: usize,
 }
@@ -259,7 +273,7 @@ mod tests {
         codec::encode(&Frame { sequence: 0, report: false, packet }, &mut hello).unwrap();
         right.write_all(&hello).unwrap();
         assert!(matches!(ours.join().unwrap(), ConnectionError::Version { theirs } if theirs == VERSION + 1));
-        let mut receiver = Receiver { stream: right, buffer: Vec::new(), start: 0 };
+        let mut receiver = Receiver { stream: right.into(), buffer: Vec::new(), start: 0 };
         assert!(matches!(receiver.next().unwrap().unwrap().packet, Packet::Hello(_)));
         let theirs = format!("version {}", VERSION + 1);
         assert!(matches!(receiver.next(), Err(ConnectionError::Refused(reason)) if reason.contains(&theirs)));
@@ -274,8 +288,8 @@ mod tests {
 
     #[test]
     fn a_cut_frame_is_an_error() {
-        let (mut cm, fpm) = pair();
-        (&fpm.sender.stream).write_all(&[0, 16, 0, 0, 0]).unwrap();
+        let (mut cm, mut fpm) = pair();
+        fpm.sender.stream.write_all(&[0, 16, 0, 0, 0]).unwrap();
         drop(fpm);
         assert!(matches!(cm.receiver.next(), Err(ConnectionError::CutOff)));
     }

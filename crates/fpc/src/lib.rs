@@ -5,6 +5,8 @@
 pub mod codec;
 pub mod connection;
 pub mod message;
+pub mod stream;
+pub mod tls;
 
 pub use connection::{Connection, ConnectionError, Receiver, Sender};
 pub use message::*;
