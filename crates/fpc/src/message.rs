@@ -52,6 +52,38 @@ pub enum Message {
     Heartbeat(u64),
 }
 
+impl Message {
+    /// Has each number of an interface in it be another; 0, which is none, stays.
+    pub fn renumber(&mut self, mut number: impl FnMut(u32) -> u32) {
+        let mut change = |ifindex: &mut u32| {
+            if *ifindex != 0 {
+                *ifindex = number(*ifindex);
+            }
+        };
+        match self {
+            Self::Port(port) => {
+                change(&mut port.ifindex);
+                change(&mut port.master);
+                match &mut port.kind {
+                    PortKind::Vlan { lower, .. } => change(lower),
+                    PortKind::Tunnel(tunnel) => change(&mut tunnel.link),
+                    PortKind::Ethernet | PortKind::Virtual | PortKind::Loopback | PortKind::Other => {}
+                }
+            }
+            Self::PortDelete(ifindex) => change(ifindex),
+            Self::Address(address) | Self::AddressDelete(address) => change(&mut address.ifindex),
+            Self::Neighbour(Neighbour { key, .. }) | Self::NeighbourDelete(key) => change(&mut key.ifindex),
+            Self::Route(Route { via: Via::Hops(hops), .. }) => hops.iter_mut().for_each(|hop| change(&mut hop.ifindex)),
+            Self::Nexthop(NexthopObject { kind: NexthopObjectKind::Hop(hop), .. }) => change(&mut hop.ifindex),
+            Self::Policy(policy) => policy.scope.renumber(&mut change),
+            Self::Alarm(alarm) => alarm.policies.iter_mut().for_each(|policy| policy.scope.renumber(&mut change)),
+            Self::SnapshotBegin(_) | Self::SnapshotEnd(_) | Self::FamilySettings(_) => {}
+            Self::Route(_) | Self::RouteDelete(_) | Self::Nexthop(_) | Self::NexthopDelete(_) => {}
+            Self::Flow(_) | Self::FlowDelete(_) | Self::AlarmOver(_) | Self::Heartbeat(_) => {}
+        }
+    }
+}
+
 /// One message from FPM back to CM.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Feedback {
@@ -395,6 +427,21 @@ pub enum Scope {
 }
 
 impl Scope {
+    /// The interface that it is about; None if it is about all.
+    pub fn interface(&self) -> Option<u32> {
+        match self {
+            Self::Ingress(ifindex, _) | Self::Egress(ifindex, _) => Some(*ifindex),
+            Self::Family(_) | Self::Local(_) => None,
+        }
+    }
+
+    fn renumber(&mut self, mut change: impl FnMut(&mut u32)) {
+        match self {
+            Self::Ingress(ifindex, _) | Self::Egress(ifindex, _) => change(ifindex),
+            Self::Family(_) | Self::Local(_) => {}
+        }
+    }
+
     /// Whether there are packets of the family in it.
     pub fn concerns(&self, family: Family) -> bool {
         match self {

@@ -29,6 +29,8 @@ pub struct Facts {
     since: u64,
     /// The tables were taken over from an earlier daemon
     pub adopted: bool,
+    /// What Linux says comes from another host
+    pub remote: bool,
     notices: Vec<String>,
 }
 
@@ -36,7 +38,7 @@ impl Facts {
     /// Of a daemon that starts now.
     pub fn new(mode: Mode) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        Self { mode, since, adopted: false, notices: Vec::new() }
+        Self { mode, since, adopted: false, remote: false, notices: Vec::new() }
     }
 
     /// Whether frames can be redirected to a port. In generic mode the stack sends them, by any device.
@@ -111,6 +113,7 @@ impl Daemon {
             namespace: self.instance.inode,
             since: self.facts.since,
             adopted: self.facts.adopted,
+            remote: self.facts.remote,
             in_sync: self.is_in_sync(),
             resyncs: self.resyncs,
             ports: self.ports(),

@@ -30,6 +30,11 @@ const DEAD: u32 = 1;
 pub fn run(output: Output) -> Result<()> {
     let mut client = connect()?;
     let status: report::Status = client.ask(&Request::Status)?;
+    if status.remote {
+        bail!(
+            "the tables hold what Linux says on the cache manager's host, and this one's Linux cannot be compared with them"
+        );
+    }
     if !status.in_sync {
         bail!("the fast path is not in sync with Linux; see `towpath status`, and try again when it is");
     }

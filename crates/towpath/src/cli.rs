@@ -1,11 +1,14 @@
 //! The command line: what may be asked for, and its help.
 
+use crate::daemon::Origin;
+use crate::link::Remote;
 use crate::metrics;
 use crate::wires::PortArgument;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use towpath_cm::FlowMode;
+use towpath_fpc::tls::{Identity, Name};
 
 /// A fast path beside the Linux network stack.
 ///
@@ -379,6 +382,43 @@ pub struct Cm {
     /// Socket of the `towpath fpm` to send to; default: the one of this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
+    /// Send to the `towpath fpm --listen` of another host, by TLS. Connections are then not handed over
+    #[arg(long = "connect", value_name = "ADDR:PORT", conflicts_with_all = ["socket", "flows"], requires_all = Tls::NAMES)]
+    pub far: Option<SocketAddr>,
+    /// For --connect
+    #[command(flatten)]
+    pub tls: Tls,
+}
+
+/// Who the two ends of a connection between hosts are
+#[derive(Args, Clone)]
+pub struct Tls {
+    /// This host's certificate in PEM, and those that lead from it to the authority's
+    #[arg(long, value_name = "FILE", requires = "far")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its private key in PEM, which not everybody may read
+    #[arg(long, value_name = "FILE", requires = "far")]
+    pub tls_key: Option<PathBuf>,
+    /// The certificate, in PEM, of the authority that signs both hosts' certificates
+    #[arg(long, value_name = "FILE", requires = "far")]
+    pub tls_authority: Option<PathBuf>,
+    /// The name or address that the other host's certificate has to be for
+    #[arg(long, value_name = "NAME", requires = "far")]
+    pub tls_peer: Option<Name>,
+}
+
+impl Tls {
+    const NAMES: [&str; 4] = ["tls_certificate", "tls_key", "tls_authority", "tls_peer"];
+
+    /// All of it, or nothing.
+    pub fn identity(&self) -> Option<Identity> {
+        Some(Identity {
+            certificate: self.tls_certificate.clone()?,
+            key: self.tls_key.clone()?,
+            authority: self.tls_authority.clone()?,
+            peer: self.tls_peer.clone()?,
+        })
+    }
 }
 
 /// `towpath fpm`
@@ -393,6 +433,27 @@ pub struct Fpm {
     /// Socket to listen on for the `towpath cm`; default: in this namespace's instance
     #[arg(long)]
     pub socket: Option<PathBuf>,
+    /// Listen for the `towpath cm --connect` of another host, by TLS. Interfaces of both hosts go by their names, and what
+    /// comes in here and is not forwarded fast has to be handed to that host
+    #[arg(long = "listen", value_name = "ADDR:PORT", conflicts_with_all = ["socket", "max_flows"], requires = "ports",
+        requires_all = Tls::NAMES)]
+    pub far: Option<SocketAddr>,
+    /// For --listen
+    #[command(flatten)]
+    pub tls: Tls,
+}
+
+impl Fpm {
+    /// Where it is told Linux's state.
+    pub fn origin(&self) -> Origin {
+        match self.far.zip(self.tls.identity()) {
+            Some((address, identity)) => {
+                let ports = self.serve.ports.iter().map(|port| port.name.clone()).collect();
+                Origin::Remote(Remote { address, identity, ports })
+            }
+            None => Origin::Socket(self.socket.clone()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -464,6 +525,34 @@ mod tests {
         assert_eq!(up(&["--metrics=[::1]:1", "eth0"]), Ok((Some("[::1]:1".into()), 1)));
         let message = up(&["--metrics=localhost"]).expect_err("no address");
         assert!(message.contains("localhost") && message.contains("--metrics"), "{message}");
+    }
+
+    #[test]
+    fn another_host_is_reached_by_tls_or_not_at_all() {
+        const TLS: [&str; 8] =
+            ["--tls-certificate", "c", "--tls-key", "k", "--tls-authority", "a", "--tls-peer", "peer.example"];
+        let parse =
+            |words: &[&str]| Cli::try_parse_from([&["towpath"], words].concat()).map_err(|error| error.to_string());
+        let good = parse(&[&["fpm", "--listen", "[::]:7676", "eth0"], &TLS[..]].concat());
+        let Ok(Cli { command: Command::Fpm(fpm), .. }) = good else { panic!("does not parse") };
+        let Origin::Remote(remote) = fpm.origin() else { panic!("by TLS") };
+        assert_eq!((remote.address.to_string(), remote.ports), ("[::]:7676".into(), vec!["eth0".into()]));
+        assert!(parse(&[&["cm", "--connect", "192.0.2.1:7676"], &TLS[..]].concat()).is_ok());
+        for (words, why) in [
+            (&["fpm", "--listen", "192.0.2.1:7676", "eth0"][..], "--tls-certificate"),
+            (&["cm", "--connect", "192.0.2.1:7676"], "--tls-peer"),
+            (&[&["fpm", "--listen", "192.0.2.1:7676"], &TLS[..]].concat(), "PORTS"),
+            (&[&["fpm", "eth0"], &TLS[..]].concat(), "--listen"),
+            (&[&["cm"], &TLS[..]].concat(), "--connect"),
+            (&[&["cm", "--connect", "192.0.2.1:7676"], &TLS[..6], &["--tls-peer", "a b"]].concat(), "neither the name"),
+            (&[&["cm", "--connect", "192.0.2.1:7676", "--flows", "none"], &TLS[..]].concat(), "--flows"),
+            (&[&["cm", "--connect", "192.0.2.1:7676", "--socket", "s"], &TLS[..]].concat(), "--socket"),
+            (&[&["fpm", "--listen", "192.0.2.1:7676", "eth0", "--max-flows", "1"], &TLS[..]].concat(), "--max-flows"),
+            (&[&["cm", "--connect", "fpm.example"], &TLS[..]].concat(), "fpm.example"),
+        ] {
+            let message = parse(words).map(drop).expect_err("wrong");
+            assert!(message.contains(why), "{words:?}: {why:?} is missing in {message}");
+        }
     }
 
     #[test]

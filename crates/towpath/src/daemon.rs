@@ -10,6 +10,7 @@ use crate::flows::{self, Flows};
 use crate::follow::{Keeper, Told};
 use crate::instance::Instance;
 use crate::interfaces;
+use crate::link::Remote;
 use crate::metrics::Endpoint;
 use crate::notify::Manager;
 use crate::ports::Wanted;
@@ -142,6 +143,8 @@ pub enum Origin {
     InProcess(FlowMode),
     /// One that connects to this socket, or to the instance's own
     Socket(Option<PathBuf>),
+    /// One on another host
+    Remote(Remote),
 }
 
 /// `towpath up`, and `towpath fpm`: serves until told to stop.
@@ -181,6 +184,8 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     let mode = match &origin {
         Origin::InProcess(mode) => Some(*mode),
         Origin::Socket(_) => None,
+        // What another host's Linux accepts is not seen here.
+        Origin::Remote(_) => Some(FlowMode::None),
     };
     let flows = flows::Wanted::new(mode, serve.max_flows);
     let user = serve.engine == cli::Engine::User;
@@ -199,6 +204,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     let mut facts = Facts::new(options.mode);
     let wired = serve.ports.iter().filter(|port| serve.detach_after.is_some() && port.wire.is_some());
     wired.for_each(|port| facts.notice(&of_no_use(port)));
+    facts.remote = matches!(origin, Origin::Remote(_));
     let (events, inbox) = sync_channel(INBOX);
     let sentry = Sentry::default();
     let watch = sentry.clone();
@@ -207,6 +213,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     thread("signals", move || while stop.send(Event::Stop(termination.wait())).is_ok() {})?;
     let source = match origin {
         Origin::Socket(path) => Source::Socket(path.unwrap_or_else(|| instance.fpc_socket())),
+        Origin::Remote(remote) => Source::Remote(remote),
         Origin::InProcess(_) => Source::InProcess(towpath_cm::Options {
             serve: wanted.names(),
             flows: flows.mode.unwrap_or_default(),
@@ -420,6 +427,10 @@ impl Daemon {
     fn attach(&mut self) -> Result<()> {
         self.wanted.choose(self.fpm.interfaces(), &self.engine);
         self.wanted.check(self.fpm.interfaces())?;
+        let told = |ifindex: &u32| self.fpm.interfaces().any(|port| port.ifindex == *ifindex);
+        if let Some(absent) = self.wanted.indices().into_iter().find(|ifindex| !told(ifindex)) {
+            bail!("the cache manager has told nothing of {}", self.interface(absent));
+        }
         let wanted = self.wanted.indices();
         for notice in self.engine.announce(&self.wanted.with_driver())? {
             self.facts.notice(&notice);

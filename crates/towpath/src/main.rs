@@ -17,6 +17,7 @@ mod frame;
 mod generate;
 mod instance;
 mod interfaces;
+mod link;
 mod log;
 mod metrics;
 mod nat;
@@ -32,6 +33,7 @@ mod source;
 mod text;
 mod top;
 mod trace;
+mod twins;
 mod wires;
 mod words;
 mod workers;
@@ -125,7 +127,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Doctor(doctor) => doctor::run(&doctor),
         Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),
-        Command::Fpm(fpm) => daemon::run(&fpm.serve, daemon::Origin::Socket(fpm.socket)),
+        Command::Fpm(fpm) => daemon::run(&fpm.serve, fpm.origin()),
         Command::Cm(cm) => remote::run_cm(&cm),
         Command::Generate { folder } => generate::run(&folder),
     }

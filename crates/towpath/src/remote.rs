@@ -7,6 +7,7 @@ use crate::flows::Keeper;
 use crate::instance::Instance;
 use crate::source::thread;
 use anyhow::{Context, Result};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,11 +16,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use towpath_cm::{Cm, CmError, FlowMode, FpcSink};
 use towpath_fpc::codec::Packet;
+use towpath_fpc::tls::Identity;
 use towpath_fpc::{Alarm, Connection, ConnectionError, Feedback, Message, Sender};
 use towpath_hitflags::{Netlink, Refresh};
 
 /// Between two tries to reach the `towpath fpm`.
 const RETRY: Duration = Duration::from_millis(500);
+/// For TCP to connect.
+const CONNECT: Duration = Duration::from_secs(5);
 /// Batches that may wait for the socket.
 const BATCHES: usize = 8;
 /// Batches that may have been sent and not been acknowledged.
@@ -27,6 +31,13 @@ const WINDOW: usize = 8;
 
 /// Serves one `towpath fpm` after another until the process is ended.
 pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
+    match cli.far.zip(cli.tls.identity()) {
+        Some((address, identity)) => serve_far(address, &identity),
+        None => serve_near(cli),
+    }
+}
+
+fn serve_near(cli: &crate::cli::Cm) -> Result<()> {
     let path = match &cli.socket {
         Some(path) => path.clone(),
         None => Instance::current()?.fpc_socket(),
@@ -49,6 +60,35 @@ pub fn run_cm(cli: &crate::cli::Cm) -> Result<()> {
         }
         std::thread::sleep(RETRY);
     }
+}
+
+/// Whatever keeps it from another host may pass: a link, a certificate that is over, another release.
+fn serve_far(address: SocketAddr, identity: &Identity) -> Result<()> {
+    identity.check()?;
+    let mut told = None;
+    loop {
+        match connect(address, identity) {
+            Ok(connection) => {
+                told = None;
+                tracing::info!("connected to {address}");
+                serve(connection, FlowMode::None)?;
+                tracing::warn!("the fast path manager has left");
+            }
+            Err(error) => {
+                let why = error.to_string();
+                if told.as_ref() != Some(&why) {
+                    tracing::warn!("waiting for a towpath fpm at {address}: {why}");
+                }
+                told = Some(why);
+            }
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+fn connect(address: SocketAddr, identity: &Identity) -> Result<Connection> {
+    let tcp = TcpStream::connect_timeout(&address, CONNECT)?;
+    Ok(Connection::open(identity.connect(tcp)?)?)
 }
 
 fn is_absent(error: &std::io::Error) -> bool {

@@ -19,6 +19,9 @@ pub struct Status {
     pub since: u64,
     /// The tables were taken over from an earlier daemon
     pub adopted: bool,
+    /// The tables hold what Linux says on another host
+    #[serde(default)]
+    pub remote: bool,
     /// The tables hold all that Linux has told
     pub in_sync: bool,
     /// How often all of Linux's state was described anew: notifications were lost, or another cache manager came

@@ -1,8 +1,10 @@
-//! Where Linux's state comes from: a CM in a thread of this process, or one that connects over a socket. Either way
-//! batches of messages arrive in the daemon's inbox.
+//! Where Linux's state comes from: a CM in a thread of this process, one that connects over a socket, or one on another host
+//! (`link`). Either way batches of messages arrive in the daemon's inbox.
 
 use crate::daemon::Event;
+use crate::link::{self, Remote};
 use crate::sentry::Sentry;
+use crate::twins::Numbers;
 use anyhow::{Context, Result};
 use std::fs::Permissions;
 use std::os::fd::AsFd;
@@ -10,10 +12,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Alarm, Connection, Message, Sender};
+use towpath_fpc::{Alarm, Connection, ConnectionError, Message, Sender};
 
 /// Frames of a socket that are worked on at once.
 const BATCH: usize = 512;
@@ -80,6 +82,8 @@ pub enum Source {
     InProcess(towpath_cm::Options),
     /// A CM that connects here
     Socket(PathBuf),
+    /// A CM on another host
+    Remote(Remote),
 }
 
 /// A source at work. It ends with the process, or when this is dropped.
@@ -90,23 +94,58 @@ pub struct Running {
     pub peer: Option<Peer>,
 }
 
+impl Running {
+    /// One at the other end of a socket.
+    pub fn of_peer(peer: Peer) -> Self {
+        Self { _stop: None, peer: Some(peer) }
+    }
+}
+
 /// The way back to a CM at the other end of a socket, while there is one.
 #[derive(Clone, Default)]
-pub struct Peer(Arc<Mutex<Option<Sender>>>);
+pub struct Peer(Arc<Mutex<Option<Back>>>);
+
+struct Back {
+    sender: Sender,
+    /// The other host's numbers of interfaces, if it is another
+    numbers: Option<Numbers>,
+}
+
+impl Back {
+    fn send(&mut self, packet: Packet) -> Result<(), ConnectionError> {
+        let packet = match &self.numbers {
+            Some(numbers) => numbers.outbound(packet),
+            None => packet,
+        };
+        self.sender.push(packet, false)?;
+        self.sender.flush_frames()
+    }
+}
 
 impl Peer {
     /// Sends FPM's word to the CM, if there is one.
     pub fn send(&self, packet: Packet) {
-        let mut peer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = peer.as_mut().map(|sender| sender.push(packet, false).and_then(|_| sender.flush_frames()));
-        if let Some(Err(error)) = sent {
+        let mut peer = self.lock();
+        if let Some(Err(error)) = peer.as_mut().map(|back| back.send(packet)) {
             tracing::warn!("cannot answer the cache manager: {error}");
             *peer = None;
         }
     }
 
-    fn set(&self, sender: Option<Sender>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sender;
+    /// Tells the CM, if there is one, why the session ends.
+    pub fn bye(&self, why: &str) {
+        let back = self.lock().take();
+        if let Some(mut back) = back {
+            back.sender.bye(why);
+        }
+    }
+
+    fn set(&self, back: Option<Back>) {
+        *self.lock() = back;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Back>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,6 +155,7 @@ impl Source {
         match self {
             Source::InProcess(options) => start_cm(options, inbound),
             Source::Socket(path) => listen(&path, inbound),
+            Source::Remote(remote) => link::listen(&remote, &inbound),
         }
     }
 }
@@ -144,10 +184,10 @@ fn listen(path: &Path, inbound: Inbound) -> Result<Running> {
     std::fs::set_permissions(path, Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", path.display()))?;
     let peer = Peer::default();
-    let running = Running { _stop: None, peer: Some(peer.clone()) };
+    let running = Running::of_peer(peer.clone());
     thread("fpc", move || {
         for stream in listener.incoming() {
-            let end = stream.context("no connection").and_then(|stream| receive(stream, &inbound, &peer));
+            let end = stream.context("no connection").and_then(|stream| meet(stream, &inbound, &peer));
             peer.set(None);
             match end {
                 Ok(()) => tracing::warn!("the cache manager has left; the fast path keeps its last state"),
@@ -161,12 +201,26 @@ fn listen(path: &Path, inbound: Inbound) -> Result<Running> {
     Ok(running)
 }
 
-/// Reads whatever comes, at once, for the sake of alarms. The CM sends so little that is not acknowledged that it may
-/// wait here.
-fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
-    let Connection { sender, mut receiver } = Connection::open(stream)?;
+fn meet(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
+    let connection = Connection::open(stream)?;
     tracing::info!("a cache manager has connected");
-    peer.set(Some(sender));
+    receive(connection, None, inbound, peer, |message, all| {
+        all.push(message);
+        Ok(())
+    })
+}
+
+/// Reads whatever comes, at once, for the sake of alarms. The CM sends so little that is not acknowledged that it may
+/// wait here. `interpret` adds what a message means on this host.
+pub fn receive(
+    connection: Connection,
+    numbers: Option<Numbers>,
+    inbound: &Inbound,
+    peer: &Peer,
+    mut interpret: impl FnMut(Message, &mut Vec<Message>) -> Result<()>,
+) -> Result<()> {
+    let Connection { sender, mut receiver } = connection;
+    peer.set(Some(Back { sender, numbers }));
     let (queue, waiting) = channel();
     // The queue ends with the work in here, and with the queue the thread.
     std::thread::scope(move |scope| {
@@ -176,15 +230,20 @@ fn receive(stream: UnixStream, inbound: &Inbound, peer: &Peer) -> Result<()> {
             if frames.is_empty() {
                 return Ok(());
             }
-            let mut messages = Vec::with_capacity(frames.len());
+            let mut all = Vec::with_capacity(frames.len());
             let mut acknowledge = Vec::new();
             for frame in frames {
                 acknowledge.extend(frame.report.then_some(frame.sequence));
-                match frame.packet {
-                    Packet::Message(Message::Alarm(alarm)) => inbound.alarm(alarm),
-                    Packet::Message(Message::Heartbeat(at)) => inbound.sentry.heartbeat(at),
-                    Packet::Message(message) => messages.push(message),
-                    _ => {}
+                if let Packet::Message(message) = frame.packet {
+                    interpret(message, &mut all)?;
+                }
+            }
+            let mut messages = Vec::with_capacity(all.len());
+            for message in all {
+                match message {
+                    Message::Alarm(alarm) => inbound.alarm(alarm),
+                    Message::Heartbeat(at) => inbound.sentry.heartbeat(at),
+                    message => messages.push(message),
                 }
             }
             let events = std::iter::once(Event::Messages(messages));

@@ -67,6 +67,56 @@ impl Net {
         net
     }
 
+    /// As `new`, but what Linux decides, it decides on another host, which is given too. Ports of the same name and MAC address
+    /// are one port: the router hands whatever comes in by one to the other, as it is.
+    ///
+    ///     left -- eth0 [router] eth1 -- right
+    ///               |  |     |  |
+    ///              c0  ctl  c1          ctl: 198.18.0.1 of the router's, 198.18.0.2 of the other's
+    ///               |  |     |
+    ///             eth0 ctl eth1
+    ///               [decider]   192.0.2.1, 198.51.100.1, ...
+    pub fn apart() -> (Self, Node) {
+        let lab = Lab::new("towpath").expect("a lab");
+        let node = |name| lab.node(name).expect("a node");
+        let net = Self { router: node("router"), left: node("left"), right: node("right"), lab };
+        let decider = net.lab.node("decider").expect("a node");
+        decider.forward().expect("forwarding");
+        net.router.sh("sysctl -q net.ipv6.conf.default.disable_ipv6=1").expect("no packets of its own");
+        let link = |a, b| net.lab.link(a, b).expect("a link");
+        link((&net.router, "ctl"), (&decider, "ctl"));
+        for (node, address) in [(&net.router, "198.18.0.1/30"), (&decider, "198.18.0.2/30")] {
+            node.run(["ip", "address", "add", address, "dev", "ctl"]).expect("an address");
+        }
+        for (host, port, cable) in [(&net.left, "eth0", "c0"), (&net.right, "eth1", "c1")] {
+            link((&net.router, cable), (&decider, port));
+            link((&net.router, port), (host, "up0"));
+            net.take_address(&decider, port);
+            for (from, to) in [(port, cable), (cable, port)] {
+                net.exec(&format!("tc qdisc add dev {from} clsact"));
+                let all = "ingress protocol all u32 match u32 0 0 action mirred egress redirect dev";
+                net.exec(&format!("tc filter add dev {from} {all} {to}"));
+            }
+        }
+        net.address_of(&decider, &net.left, "eth0", "192.0.2", "2001:db8:1");
+        net.address_of(&decider, &net.right, "eth1", "198.51.100", "2001:db8:2");
+        for (from, to) in [(&net.left, RIGHT), (&net.right, LEFT), (&net.left, RIGHT6), (&net.right, LEFT6)] {
+            eventually("the hosts reach each other through Linux", || net.ping(from, to).then_some(()));
+        }
+        (net, decider)
+    }
+
+    /// Gives the router's port the MAC address that the other host's has.
+    pub fn take_address(&self, decider: &Node, port: &str) {
+        let mac = decider.mac(port).expect("a MAC address").map(|byte| format!("{byte:02x}")).join(":");
+        self.ip(&format!("link set {port} address {mac}"));
+    }
+
+    /// The lab's own folder.
+    pub fn folder(&self) -> &std::path::Path {
+        self.lab.folder()
+    }
+
     /// A packet socket at each host.
     pub fn packet_sockets(&self) -> [PacketSocket; 2] {
         [&self.left, &self.right].map(|host| host.packet_socket("up0").expect("a packet socket"))
@@ -116,7 +166,11 @@ impl Net {
     }
 
     fn address(&self, host: &Node, port: &str, v4: &str, v6: &str) {
-        for (node, device, number) in [(&self.router, port, 1), (host, "up0", 2)] {
+        self.address_of(&self.router, host, port, v4, v6);
+    }
+
+    fn address_of(&self, router: &Node, host: &Node, port: &str, v4: &str, v6: &str) {
+        for (node, device, number) in [(router, port, 1), (host, "up0", 2)] {
             node.sh(&format!("ip address add {v4}.{number}/24 dev {device}")).expect("an address");
             node.sh(&format!("ip address add {v6}::{number}/64 dev {device} nodad")).expect("an address");
         }
@@ -203,11 +257,7 @@ impl Net {
     /// `towpath` in the router's network with these capabilities only (as setpriv writes them), and with the mounts of
     /// the machine, which `ip netns exec` would hide and not everyone may look for elsewhere.
     pub fn with_only(&self, capabilities: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.router.netns()));
-        command.args(["setpriv", "--inh-caps=-all", &format!("--bounding-set={capabilities}")]);
-        command.arg(env!("CARGO_BIN_EXE_towpath")).args(arguments);
-        command
+        with_only(&self.router, capabilities, arguments)
     }
 
     /// Attaches an XDP program of another party that passes everything; it goes with the descriptor.
@@ -278,6 +328,15 @@ impl Net {
     }
 }
 
+/// As `Net::with_only`, in any node's network.
+pub fn with_only(node: &Node, capabilities: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{}", node.netns()));
+    command.args(["setpriv", "--inh-caps=-all", &format!("--bounding-set={capabilities}")]);
+    command.arg(env!("CARGO_BIN_EXE_towpath")).args(arguments);
+    command
+}
+
 impl Drop for Net {
     fn drop(&mut self) {
         let _ = self.towpath(&["down"]);
@@ -298,6 +357,11 @@ pub fn bpf(command: i32, attribute: &mut [u32]) -> OwnedFd {
 pub struct Daemon(Process);
 
 impl Daemon {
+    /// One that was started by hand.
+    pub fn of(process: Process) -> Self {
+        Self(process)
+    }
+
     pub fn pid(&self) -> u32 {
         self.0.pid()
     }
