@@ -65,11 +65,13 @@ pub struct Options {
     pub serve: Option<Vec<String>>,
     /// Which connections Linux hands over; the watchers must be made for the same
     pub flows: FlowMode,
+    /// Nothing is changed in Linux: connections are told although their windows are still checked. For predictions only
+    pub observe: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { receive_buffer: 128 << 20, serve: None, flows: FlowMode::default() }
+        Self { receive_buffer: 128 << 20, serve: None, flows: FlowMode::default(), observe: false }
     }
 }
 
@@ -127,7 +129,7 @@ impl Cm {
         }
         Ok(Self {
             ports: Ports::new(options.serve.clone()),
-            flows: Mirror::new(options.flows, options.receive_buffer),
+            flows: Mirror::new(options.flows, options.observe, options.receive_buffer),
             options,
             epoll,
             port_listener,

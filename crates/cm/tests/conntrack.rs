@@ -73,9 +73,12 @@ impl Net {
 
     /// A CM in the router with the watcher of nftables, which has told its first connections.
     fn cm(&self, mode: &str, receive_buffer: Option<usize>) -> Result<Running> {
-        let flows: FlowMode = mode.parse()?;
         let receive_buffer = receive_buffer.unwrap_or(Options::default().receive_buffer);
-        let options = Options { flows, receive_buffer, ..Options::default() };
+        self.cm_with(Options { flows: mode.parse()?, receive_buffer, ..Options::default() })
+    }
+
+    fn cm_with(&self, options: Options) -> Result<Running> {
+        let flows = options.flows;
         let watchers = move || vec![Box::new(Nftables::new(flows).expect("nftables")) as Box<dyn Watcher>];
         let cm = self.router.enter(|| Running::with(options, watchers))?;
         wait_for(LIMIT, "first connections", || {
@@ -211,6 +214,27 @@ fn masqueraded_connections_of_both_families_are_told_and_end() -> Result<()> {
     expect(&cm, "conntrack -F", &[])?;
     ensure!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     Ok(())
+}
+
+#[test]
+fn who_only_observes_leaves_windows_checked() -> Result<()> {
+    let net = Net::new("ctobserve")?;
+    net.nft(MASQUERADE)?;
+    let cm = net.cm_with(Options { flows: FlowMode::Established, observe: true, ..Options::default() })?;
+    let listener = net.listener(SERVERS[0])?;
+    let tcp = net.tcp(SERVERS[0], &listener)?;
+    let told = tcp_connection(&tcp)?;
+    expect(&cm, "the connection", &[told])?;
+    let entry = entry(&net.router, &told)?.context("no entry")?;
+    ensure!(entry.tcp == Some(Tcp { state: ESTABLISHED, liberal: false }), "{entry:?}");
+    // What a dump shows stays, too.
+    let older = Net::new("ctolder")?;
+    older.nft(MASQUERADE)?;
+    older.router.sysctl("net.netfilter.nf_conntrack_events", "1")?;
+    let listener = older.listener(SERVERS[0])?;
+    let tcp = older.tcp(SERVERS[0], &listener)?;
+    let cm = older.cm_with(Options { flows: FlowMode::Established, observe: true, ..Options::default() })?;
+    expect(&cm, "one that was there before", &[tcp_connection(&tcp)?])
 }
 
 #[test]

@@ -31,6 +31,8 @@ pub struct Options {
     pub mode: Mode,
     /// Frames go to sockets of the user engine where there are some
     pub sockets: bool,
+    /// It is only found out what would be forwarded: everything is Linux's. Not with sockets
+    pub shadow: bool,
     /// There may be flows: what Linux transmits can be looked at, see `Engine::watch_transmitted`
     pub flows: bool,
     /// How long the programs go on after the last heartbeat (`ConfigTable::beat`); None: for good. Then all packets are

@@ -14,21 +14,22 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use towpath_filter::{Capture, translate};
-use towpath_tables::mark::{CAPTURED, Function, Number, PATIENCE, traced};
+use towpath_tables::mark::{CAPTURED, Function, Number, PATIENCE, SHADOW, traced};
 use towpath_tables::record::TableId;
 
 /// Names of the programs in the object: the one for ports of the XDP engine, and for those of the user engine.
 const NAME: &str = "towpath";
 const NAME_USER: &str = "towpath_user";
+/// What each is called in the kernel while it forwards nothing.
+const NAME_SHADOW: &str = "towpath_shadow";
 /// The one for ports of both while somebody traces, and with which names of functions begin that only it calls.
 const NAME_TRACED: &str = "towpath_traced";
 const TRACE_FUNCTIONS: &str = "towpath_trace";
 /// What either is called in the kernel while captures are in it.
 pub(crate) const NAME_CAPTURE: &str = "towpath_capture";
 /// Of every program that runs on ports
-pub(crate) const NAMES: [&str; 4] = [NAME, NAME_USER, NAME_TRACED, NAME_CAPTURE];
+pub(crate) const NAMES: [&str; 5] = [NAME, NAME_USER, NAME_SHADOW, NAME_TRACED, NAME_CAPTURE];
 /// BPF_LD | BPF_IMM | BPF_DW: loads 64 bits, which this instruction and the next one hold.
 const LOAD_64: u8 = 0x18;
 /// BPF_JMP | BPF_CALL: calls the helper function with the number in `imm`, or, with BPF_PSEUDO_KFUNC_CALL for source
@@ -88,10 +89,16 @@ impl Program {
         let linked = Linked::with(pins, traces)?;
         let mut code = linked.code(name)?;
         let accept = options.flows.then(|| linked.load_tc(&tc::ACCEPT)).transpose()?;
-        set_patience(&mut code.instructions, options.patience);
+        let patience = options.patience.map_or(0, |patience| patience.as_nanos() as u64);
+        set_number(&mut code.instructions, PATIENCE, patience);
+        set_number(&mut code.instructions, SHADOW, options.shadow.into());
         code.set_captures(captures)?;
         code.set_traces(traces)?;
-        let name = if captures.is_empty() { name } else { NAME_CAPTURE };
+        let name = match options.shadow {
+            _ if !captures.is_empty() => NAME_CAPTURE,
+            true => NAME_SHADOW,
+            false => name,
+        };
         let load = |places: Option<&Places>| {
             let mut code = code.clone();
             set_places(&mut code.instructions, places);
@@ -306,12 +313,11 @@ fn set_places(code: &mut [bpf_insn], places: Option<&Places>) {
     }
 }
 
-/// Puts how long the program goes on by itself where its mark is.
-fn set_patience(code: &mut [bpf_insn], patience: Option<Duration>) {
-    let nanoseconds = patience.map_or(0, |patience| patience.as_nanos() as u64);
+/// Puts a number where its mark is.
+fn set_number(code: &mut [bpf_insn], mark: u64, number: u64) {
     for at in 0..code.len() {
-        if constant(&code[at..]) == Some(PATIENCE) {
-            (code[at].imm, code[at + 1].imm) = (nanoseconds as i32, (nanoseconds >> 32) as i32);
+        if constant(&code[at..]) == Some(mark) {
+            (code[at].imm, code[at + 1].imm) = (number as i32, (number >> 32) as i32);
         }
     }
 }

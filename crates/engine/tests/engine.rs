@@ -542,7 +542,7 @@ fn what_captures_match_goes_to_linux_and_is_counted() -> Result {
     Ok(rig.on_router(|| engine.teardown())?)
 }
 
-const WITH_FLOWS: Options = Options { mode: Mode::Native, sockets: false, flows: true, patience: None };
+const WITH_FLOWS: Options = Options { mode: Mode::Native, sockets: false, shadow: false, flows: true, patience: None };
 
 /// An engine with the connection of the rig's frame as a flow, and rules that let only flows pass.
 fn with_flow(rig: &Rig, source_port: u16) -> Result<Engine> {

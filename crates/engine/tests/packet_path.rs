@@ -275,6 +275,26 @@ fn every_case_in_the_kernel() {
 }
 
 #[test]
+fn a_shadow_counts_every_case_and_touches_none() {
+    let mut program = Program::load_with(Options { shadow: true, ..Options::default() });
+    let cases: Vec<_> = cases::all().into_iter().filter(|case| case.beside.is_none()).collect();
+    let check = |case: &Case| {
+        let world = case.router();
+        program.configure(&world);
+        case.apply(&world);
+        let action = if let Expect::Drop(_) = case.expect { XDP_DROP } else { XDP_PASS };
+        if program.run(&case.frame) != (action, case.frame.clone()) {
+            return Some(format!("{}: not passed as it came", case.name));
+        }
+        program.difference(&world).map(|table| format!("{}: table {table} is not what it would be", case.name))
+    };
+    let wrong: Vec<_> = cases.iter().filter_map(check).collect();
+    assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    let trace = Trace { filter: None, wanted: Wanted::Everything, rate: 1 };
+    program.engine.set_trace(0, Some(trace)).expect("loaded with a trace");
+}
+
+#[test]
 fn verifier_figures() {
     let program = Program::load();
     let facts = program.engine.program().expect("facts");

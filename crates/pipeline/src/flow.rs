@@ -226,7 +226,9 @@ fn write<L: Link, N: Translated<WORDS>, const WORDS: usize, F: Frame>(
     leaving: Leaving,
 ) -> Result<(), Reason> {
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
-    fit(frame, parsed, size_of::<L>())?;
+    if !fit(frame, parsed, size_of::<L>())? {
+        return Ok(());
+    }
     translate::<N, WORDS, F>(frame, size_of::<L>(), leaving)?;
     frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)?.decrement();
     *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;

@@ -89,6 +89,11 @@ pub trait Frame: Sized {
     /// Moves the frame's beginning: removes `by` bytes, or adds as many if `by` is negative. Bytes removed come back
     /// as they were when they are added again. False if it could not be done; then nothing changed.
     fn move_head(&mut self, by: i32) -> bool;
+    /// It is only found out what would become of the frame: it stays as it is, and Linux has it whatever the verdict.
+    #[inline(always)]
+    fn is_shadow(&self) -> bool {
+        false
+    }
     /// Cuts `by` bytes off the end. False if it could not be done; then nothing changed.
     fn trim(&mut self, by: u32) -> bool;
     /// The number itself. An engine whose code is verified may make the verifier forget what it knows

@@ -319,7 +319,9 @@ fn write<L: Link, N: Addressed, F: Frame, T: Tables>(
     header.follow(change);
     header.decrement();
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
-    fit(frame, parsed, size_of::<L>())?;
+    if !fit(frame, parsed, size_of::<L>())? {
+        return Ok(());
+    }
     let at = size_of::<L>() + size_of::<N>();
     if let Some(Covered { place, zero_is_none }) = Covered::of::<N>(header.protocol()) {
         let mut change = change;

@@ -31,17 +31,22 @@ pub(crate) fn rewrite_packet<N: Network, F: Frame>(frame: &mut F, parsed: &Parse
 #[inline(always)]
 fn write<L: Link, N: Network, F: Frame>(frame: &mut F, parsed: &Parsed, hop: &Hop) -> Result<(), Reason> {
     let link = hop.link::<L>(N::ETHERTYPE).ok_or(Reason::TableBusy)?;
-    fit(frame, parsed, size_of::<L>())?;
+    if !fit(frame, parsed, size_of::<L>())? {
+        return Ok(());
+    }
     let header = frame.get_mut::<N>(size_of::<L>()).ok_or(Reason::Internal)?;
     header.decrement();
     *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
     Ok(())
 }
 
-/// Makes room for `len` bytes in place of what is before the packet, and removes what pads it. On failure the frame is as
-/// before.
+/// Makes room for `len` bytes in place of what is before the packet, and removes what pads it; false if the frame is to stay
+/// as it is. On failure it is as before, too.
 #[inline(always)]
-pub(crate) fn fit<F: Frame>(frame: &mut F, parsed: &Parsed, len: usize) -> Result<(), Reason> {
+pub(crate) fn fit<F: Frame>(frame: &mut F, parsed: &Parsed, len: usize) -> Result<bool, Reason> {
+    if frame.is_shadow() {
+        return Ok(false);
+    }
     let by = parsed.offset as i32 - len as i32;
     if by != 0 && !frame.move_head(by) {
         return Err(Reason::Internal);
@@ -51,7 +56,7 @@ pub(crate) fn fit<F: Frame>(frame: &mut F, parsed: &Parsed, len: usize) -> Resul
         frame.move_head(-by);
         return Err(Reason::Internal);
     }
-    Ok(())
+    Ok(true)
 }
 
 impl Parsed {

@@ -312,7 +312,9 @@ fn write_headers<L: Link, G: towpath_wire::View, N: Network, F: Frame>(
 ) -> Result<(), Reason> {
     let (ip_at, gre_at) = (size_of::<L>(), size_of::<L>() + size_of::<Ipv4>());
     let inner_at = gre_at + size_of::<G>();
-    fit(frame, parsed, inner_at)?;
+    if !fit(frame, parsed, inner_at)? {
+        return Ok(());
+    }
     frame.get_mut::<N>(inner_at).ok_or(Reason::Internal)?.decrement();
     *frame.get_mut::<G>(gre_at).ok_or(Reason::Internal)? = gre;
     *frame.get_mut::<Ipv4>(ip_at).ok_or(Reason::Internal)? = *ip;

@@ -45,6 +45,9 @@ pub const fn traced(trace: u32) -> u32 {
 /// or 0 if for good.
 pub const PATIENCE: u64 = (MAGIC as u64) << 32 | 1 << 17;
 
+/// As `Number::mark`, for a number that is not 0 if nothing is to be forwarded (`towpath up --shadow`).
+pub const SHADOW: u64 = (MAGIC as u64) << 32 | 1 << 18;
+
 impl Function {
     /// Every function.
     pub const ALL: [Self; 2] = [Self::CastToKernCtx, Self::RdonlyCast];

@@ -26,6 +26,8 @@ const FLOW_PAGE: u32 = 1024;
 /// What is known of the daemon itself.
 pub struct Facts {
     mode: Mode,
+    /// Nothing is forwarded
+    pub shadow: bool,
     since: u64,
     /// The tables were taken over from an earlier daemon
     pub adopted: bool,
@@ -36,9 +38,9 @@ pub struct Facts {
 
 impl Facts {
     /// Of a daemon that starts now.
-    pub fn new(mode: Mode) -> Self {
+    pub fn new(mode: Mode, shadow: bool) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        Self { mode, since, adopted: false, remote: false, notices: Vec::new() }
+        Self { mode, shadow, since, adopted: false, remote: false, notices: Vec::new() }
     }
 
     /// Whether frames can be redirected to a port. In generic mode the stack sends them, by any device.
@@ -95,7 +97,8 @@ impl Daemon {
     /// How much there is.
     pub fn extent(&self) -> String {
         let (ports, routes) = (self.wanted.indices().len(), self.route_counts());
-        format!("{ports} ports, {} routes", routes.ipv4 + routes.ipv6)
+        let shadow = if self.facts.shadow { " (shadow: nothing is forwarded)" } else { "" };
+        format!("{ports} ports, {} routes{shadow}", routes.ipv4 + routes.ipv6)
     }
 
     fn status(&self) -> Result<report::Status> {
@@ -114,6 +117,7 @@ impl Daemon {
             since: self.facts.since,
             adopted: self.facts.adopted,
             remote: self.facts.remote,
+            shadow: self.facts.shadow,
             in_sync: self.is_in_sync(),
             resyncs: self.resyncs,
             ports: self.ports(),
@@ -390,7 +394,7 @@ impl Daemon {
             tx_bytes: state.totals.tx_bytes,
             exceptions: state.totals.handed_over(),
         };
-        report::Stats { ports: self.fpm.ports().map(of).collect() }
+        report::Stats { shadow: self.facts.shadow, ports: self.fpm.ports().map(of).collect() }
     }
 
     fn explain(&self, packet: &Packet) -> Result<report::Explanation> {

@@ -112,6 +112,11 @@ pub struct Serve {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value_t = false, action = clap::ArgAction::Set)]
     pub generic: bool,
+    /// Forward nothing: find out what would go fast and why the rest would not, while Linux carries all of it as before. Counts,
+    /// rates, `explain` and `trace` say what would be
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value_t = false, action = clap::ArgAction::Set)]
+    pub shadow: bool,
     /// Room for so many connections that Linux hands over; more stay in Linux, and are counted. 0: none is taken
     #[arg(long, value_name = "NUMBER", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=MAX_FLOWS))]
     pub max_flows: u32,

@@ -191,7 +191,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     let user = serve.engine == cli::Engine::User;
     let mode = if serve.generic { Mode::Generic } else { Mode::Native };
     let patience = serve.detach_after.map(|seconds| Duration::from_secs(seconds.into()));
-    let options = Options { mode, sockets: user, flows: flows.any(), patience };
+    let options = Options { mode, sockets: user, shadow: serve.shadow, flows: flows.any(), patience };
     let site = Site::prepare(options)?;
     let endpoint = serve.metrics.map(Endpoint::open).transpose()?;
     let interfaces = interfaces::all()?;
@@ -201,7 +201,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     if !user {
         towpath_fptun::remove()?;
     }
-    let mut facts = Facts::new(options.mode);
+    let mut facts = Facts::new(options.mode, options.shadow);
     let wired = serve.ports.iter().filter(|port| serve.detach_after.is_some() && port.wire.is_some());
     wired.for_each(|port| facts.notice(&of_no_use(port)));
     facts.remote = matches!(origin, Origin::Remote(_));
@@ -217,6 +217,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         Origin::InProcess(_) => Source::InProcess(towpath_cm::Options {
             serve: wanted.names(),
             flows: flows.mode.unwrap_or_default(),
+            observe: options.shadow,
             ..towpath_cm::Options::default()
         }),
     };
@@ -225,7 +226,8 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         Some(peer) => Keeper::Remote(peer.clone()),
         None => Keeper::Local(Netlink::open()?),
     };
-    let connections = match (flows.any(), &source.peer) {
+    // Of a shadow's connections Linux itself sees every packet.
+    let connections = match (flows.any() && !options.shadow, &source.peer) {
         (false, _) => flows::Keeper::Nobody,
         (true, Some(peer)) => flows::Keeper::Remote(peer.clone()),
         (true, None) => flows::Keeper::local()?,

@@ -84,6 +84,9 @@ fn check_usage(cli: &Cli, sources: Option<&str>) {
         Some(Serve { generic: true, engine: Engine::User, .. }) => {
             fail("--engine user needs native XDP, so --generic does not go with it")
         }
+        Some(Serve { shadow: true, engine: Engine::User, .. }) => {
+            fail("--shadow is the XDP program's, which has all packets before Linux: it does not go with --engine user")
+        }
         Some(Serve { ports, engine, detach_after, .. }) => {
             let of_wire = |port: &&wires::PortArgument| port.wire.is_some();
             if let Some(port) = ports.iter().find(of_wire).filter(|_| *engine != Engine::User) {

@@ -90,6 +90,7 @@ impl Answers {
             gauge("start_time", "When the daemon started, since 1970-01-01 UTC", one(status.since))
                 .in_unit(Unit::Seconds),
             gauge("in_sync", "1 if the tables hold all that Linux has told", one(status.in_sync.into())),
+            gauge("shadow", "1 if nothing is forwarded, and counters are predictions", one(status.shadow.into())),
             counter("resyncs", "How often all of Linux's state was read again", one(status.resyncs)),
             gauge(
                 "routes",

@@ -112,8 +112,9 @@ fn status_text(status: &report::Status) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let sync = if status.in_sync { "in sync with Linux" } else { "NOT in sync with Linux (resync under way)" };
     let adopted = if status.adopted { ", tables taken over from an earlier daemon" } else { "" };
+    let shadow = shadow(status.shadow);
     let mut text = format!(
-        "engine {}, pid {}, network namespace {}, up for {}{adopted}\n{sync}: {} IPv4 and {} IPv6 routes\n",
+        "{shadow}engine {}, pid {}, network namespace {}, up for {}{adopted}\n{sync}: {} IPv4 and {} IPv6 routes\n",
         status.engine,
         status.pid,
         status.namespace,
@@ -280,6 +281,11 @@ fn exceptions_text(exceptions: &report::Exceptions) -> String {
     table(&["port", ">packets", "reason", "meaning"], &exceptions.exceptions.iter().map(row).collect::<Vec<_>>())
 }
 
+/// The line that says what counters mean.
+fn shadow(on: bool) -> &'static str {
+    if on { "SHADOW: nothing is forwarded; what is counted as such would be, and Linux has it all\n" } else { "" }
+}
+
 fn stats_text(stats: &report::Stats) -> String {
     let rows: Vec<_> = stats
         .ports
@@ -289,7 +295,8 @@ fn stats_text(stats: &report::Stats) -> String {
             std::iter::once(p.port.clone()).chain(counts.iter().map(u64::to_string)).collect()
         })
         .collect();
-    table(&["port", ">rx packets", ">rx bytes", ">tx packets", ">tx bytes", ">exceptions"], &rows)
+    let heads = ["port", ">rx packets", ">rx bytes", ">tx packets", ">tx bytes", ">exceptions"];
+    shadow(stats.shadow).to_owned() + &table(&heads, &rows)
 }
 
 fn flows_text(flows: &report::Flows) -> String {

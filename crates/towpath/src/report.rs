@@ -22,6 +22,9 @@ pub struct Status {
     /// The tables hold what Linux says on another host
     #[serde(default)]
     pub remote: bool,
+    /// Nothing is forwarded: what is counted as such would be
+    #[serde(default)]
+    pub shadow: bool,
     /// The tables hold all that Linux has told
     pub in_sync: bool,
     /// How often all of Linux's state was described anew: notifications were lost, or another cache manager came
@@ -271,6 +274,9 @@ pub struct Difference {
 pub struct Top {
     /// Its length
     pub seconds: f64,
+    /// Nothing is forwarded: these are the rates that would be
+    #[serde(default)]
+    pub shadow: bool,
     /// The tables hold all that Linux has told
     pub in_sync: bool,
     /// Settings of Linux that keep traffic in Linux
@@ -432,6 +438,9 @@ pub struct Exception {
 /// `towpath show stats`
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Stats {
+    /// Nothing is forwarded: the counters say what would be
+    #[serde(default)]
+    pub shadow: bool,
     /// In order of ports
     pub ports: Vec<PortStats>,
 }

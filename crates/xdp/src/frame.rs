@@ -1,6 +1,7 @@
 //! A frame in an XDP context.
 
 use crate::beside;
+use crate::constant::constant;
 use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
@@ -14,6 +15,12 @@ use towpath_wire::View;
 /// it less room (the least is mlx5's, 1472 bytes; drivers/net/ethernet/mellanox/mlx5/core/en/params.c, Linux 6.1). Asking
 /// the kernel costs a call, which with the mitigations for speculative returns is a fifth of the packet's way.
 const FIRST_BUFFER: usize = 1024;
+
+/// Whether nothing is to be forwarded. A verifier takes out what is then not done.
+#[inline(always)]
+pub fn is_shadow() -> bool {
+    constant!(const towpath_tables::mark::SHADOW) != 0
+}
 
 /// The frame that the program runs for. `start` and `end` enclose its first buffer; they are read again whenever the
 /// kernel has moved it.
@@ -84,6 +91,11 @@ impl Frame for XdpFrame {
         let done = unsafe { bpf_xdp_adjust_head(self.ctx, by) } == 0;
         self.reload();
         done
+    }
+
+    #[inline(always)]
+    fn is_shadow(&self) -> bool {
+        is_shadow()
     }
 
     #[inline(always)]

@@ -15,7 +15,7 @@ mod nat;
 mod trace;
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use frame::XdpFrame;
+use frame::{XdpFrame, is_shadow};
 use maps::{MAPS, Maps};
 use towpath_pipeline::{Entry, Frame, Verdict, parse, process_unfiltered};
 use towpath_tables::record::SOCKET_FRAME;
@@ -107,8 +107,8 @@ fn is_for_socket(frame: &XdpFrame, ifindex: u32, queue: u32) -> bool {
 fn action(verdict: Verdict) -> u32 {
     match verdict {
         // The receiver was named by `Maps::transmitter`.
-        Verdict::Forward(_) => xdp_action::XDP_REDIRECT,
-        Verdict::Exception(_) | Verdict::NotAPort => xdp_action::XDP_PASS,
+        Verdict::Forward(_) if !is_shadow() => xdp_action::XDP_REDIRECT,
+        Verdict::Forward(_) | Verdict::Exception(_) | Verdict::NotAPort => xdp_action::XDP_PASS,
         Verdict::Drop => xdp_action::XDP_DROP,
     }
 }

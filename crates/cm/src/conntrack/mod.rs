@@ -62,6 +62,7 @@ struct Known {
 /// The mirror of a network namespace's connections. It works while there are rules that connections may pass.
 pub struct Mirror {
     mode: FlowMode,
+    observe: bool,
     receive_buffer: usize,
     generations: BTreeSet<u32>,
     session: Option<Session>,
@@ -75,6 +76,8 @@ pub struct Mirror {
 
 /// What lasts while connection tracking is being read.
 struct Session {
+    /// Windows stay checked
+    observe: bool,
     listener: Channel,
     dumper: Channel,
     toucher: Channel,
@@ -94,10 +97,19 @@ struct Session {
 }
 
 impl Mirror {
-    /// One that has not begun.
-    pub fn new(mode: FlowMode, receive_buffer: usize) -> Self {
-        let generations = BTreeSet::new();
-        Self { mode, receive_buffer, generations, session: None, opened: false, retry: None, said: false, malformed: 0 }
+    /// One that has not begun. `observe`: no entry is changed, see `Options::observe`.
+    pub fn new(mode: FlowMode, observe: bool, receive_buffer: usize) -> Self {
+        Self {
+            mode,
+            observe,
+            receive_buffer,
+            generations: BTreeSet::new(),
+            session: None,
+            opened: false,
+            retry: None,
+            said: false,
+            malformed: 0,
+        }
     }
 
     /// Connections may pass rules of these generations: none, or others than before.
@@ -181,6 +193,7 @@ impl Mirror {
 
     fn open(&mut self) -> Result<(), CmError> {
         self.session = Some(Session {
+            observe: self.observe,
             // Before anything is read: what happens from now on is told.
             listener: listener(self.receive_buffer)?,
             dumper: Channel::requester(NETLINK_NETFILTER)?,
@@ -251,7 +264,7 @@ impl Session {
         for asked in &mut self.asked {
             asked.remove(&original);
         }
-        match judge(&entry, mode, self.is_chosen(&original)) {
+        match self.judge(&entry, mode, self.is_chosen(&original)) {
             _ if gone => self.forget(&original, out),
             Verdict::Yes => self.tell(&entry, out),
             Verdict::No => self.forget(&original, out),
@@ -266,7 +279,7 @@ impl Session {
     fn shown(&mut self, entry: &Entry, mode: FlowMode, out: &mut Vec<Message>) {
         let original = entry.connection.original;
         let (known, chosen) = (self.known.contains_key(&original), self.is_chosen(&original));
-        match judge(entry, mode, chosen) {
+        match self.judge(entry, mode, chosen) {
             Verdict::No if !known => return,
             Verdict::Yes if known => return self.tell(entry, out),
             _ => {}
@@ -279,6 +292,14 @@ impl Session {
         let asked = self.asked[1].contains(&original);
         if self.asked[0].insert(original) && !asked {
             self.touch.push_back((original, original.is_tcp()));
+        }
+    }
+
+    /// As `judge`; whoever changes nothing does not mind windows that are checked.
+    fn judge(&self, entry: &Entry, mode: FlowMode, handed: bool) -> Verdict {
+        match judge(entry, mode, handed) {
+            Verdict::Ask if self.observe && entry.tcp.is_some() => Verdict::Yes,
+            verdict => verdict,
         }
     }
 
@@ -376,7 +397,7 @@ impl Session {
         let mut requests = Vec::new();
         for (original, tcp) in self.touch.drain(..self.touch.len().min(count)) {
             let mut body = entry::named(&original);
-            if tcp {
+            if tcp && !self.observe {
                 body.extend(entry::liberal());
             }
             self.toucher.put(NEW, NLM_F_REQUEST, &body, &mut requests);

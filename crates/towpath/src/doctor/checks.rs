@@ -34,6 +34,7 @@ checks! {
     XdpFeatures, "xdp-features", "kernels that tell what each device can do with XDP also redirect frames of several buffers";
     Conntrack, "conntrack", "connections that Linux has accepted go fast where rules are in the way; they come from connection tracking";
     Flowtable, "flowtable", "--flows flowtable takes the connections that a rule puts into a flowtable; --flows established does without";
+    Shadow, "shadow", "an instance in the shadow (--shadow) only counts what would be forwarded";
     Ports, "ports", "packets are forwarded between ports";
     PortKind, "port-kind", "a program runs only where a driver hands packets over";
     PortState, "port-state", "packets pass only by a port that is up, has a carrier and is its own master";

@@ -46,6 +46,7 @@ fn examine(named: &[String], status: Option<&report::Status>) -> Result<Doctor> 
     let asked = if named.is_empty() { &served } else { named };
     let ports = ports(&all, asked);
     findings.extend(none(&ports));
+    findings.extend(status.and_then(shadow));
     findings.extend(ports.iter().flat_map(|port| port::look(port)));
     findings.extend(self::settings(&all, &ports, flows));
     findings.extend(machine::user_engine());
@@ -69,6 +70,12 @@ fn ports<'a>(all: &'a PortIndex, names: &[String]) -> Vec<&'a Port> {
         [] => all.iter().filter(|port| unservable(port.kind).is_none() && port.master == 0).collect(),
         names => names.iter().filter_map(|name| all.by_name(name)).collect(),
     }
+}
+
+fn shadow(status: &report::Status) -> Option<Finding> {
+    let finding = finding(Check::Shadow, "settings", State::Slower, "nothing is forwarded");
+    let again = format!("towpath down && towpath up {}", served(status).join(" "));
+    status.shadow.then(|| finding.with(again))
 }
 
 fn none(ports: &[&Port]) -> Option<Finding> {

@@ -65,7 +65,8 @@ fn summary(top: &Top) -> String {
         0 => String::new(),
         _ => format!("; connections: {} fast, {} waiting, {} closing", flows.fast, flows.waiting, flows.closing),
     };
-    format!("{sync}; {} settings keep traffic in Linux{connections}", top.policies)
+    let shadow = if top.shadow { "SHADOW, nothing is forwarded: these are predictions; " } else { "" };
+    format!("{shadow}{sync}; {} settings keep traffic in Linux{connections}", top.policies)
 }
 
 const PORT_HEADS: [&str; 7] = ["port", ">in/s", ">in bit/s", ">out/s", ">out bit/s", ">to Linux/s", ">fast"];

@@ -38,6 +38,7 @@ impl Reading {
         };
         Top {
             seconds,
+            shadow: self.status.shadow,
             in_sync: self.status.in_sync,
             policies: self.status.policies.len() as u64,
             ports: self.stats.ports.iter().map(port).collect(),
@@ -83,7 +84,7 @@ mod tests {
 
     fn reading(at: Instant, rx: u64, exceptions: u64) -> Reading {
         let status = serde_json::from_value(serde_json::json!({
-            "engine": "xdp", "pid": 1, "namespace": 1, "since": 0, "adopted": false, "in_sync": true, "ports": [],
+            "engine": "xdp", "pid": 1, "namespace": 1, "since": 0, "adopted": false, "shadow": false, "in_sync": true, "ports": [],
             "policies": [], "routes": {"ipv4": 0, "ipv6": 0}, "tables": [], "memory_bytes": 0, "program": null, "notices": []
         }));
         let port = "eth0".to_owned();
@@ -97,6 +98,7 @@ mod tests {
             at,
             status: status.unwrap(),
             stats: Stats {
+                shadow: false,
                 ports: vec![PortStats {
                     port: port.clone(),
                     rx_packets: rx,
