@@ -4,6 +4,7 @@
 pub mod beside;
 pub mod bpf;
 pub mod capture;
+pub mod connections;
 pub mod cost;
 pub mod dpdk;
 pub mod ethtool;

@@ -6,8 +6,8 @@ use clap::Parser;
 use std::path::PathBuf;
 use towpath_bench::findings::Findings;
 use towpath_bench::{
-    capture, cost, exceptions, filter, findings, groups, instructions, latency, left, nat, scrape, sockets, stalls,
-    sync, tcp, user,
+    capture, connections, cost, exceptions, filter, findings, groups, instructions, latency, left, nat, scrape,
+    sockets, stalls, sync, tcp, user,
 };
 use towpath_report::Report;
 
@@ -39,6 +39,8 @@ enum Section {
     Cost,
     /// Nanoseconds a packet of masqueraded connections
     Nat,
+    /// Many connections: how soon they are known, memory, what it costs to look at them
+    Connections,
     /// What a capture that matches nothing costs the rest
     Capture,
     /// What a packet costs that is left to Linux
@@ -82,6 +84,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Nat) {
         nat::run(&mut findings, &mut report, arguments.rounds, &arguments.connections)?;
+    }
+    if wanted(Section::Connections) {
+        connections::run(&mut findings, &mut report, &[1 << 20, 1 << 21])?;
     }
     if wanted(Section::Capture) {
         capture::run(&mut findings, &mut report, arguments.rounds)?;

@@ -288,18 +288,20 @@ fn differences(router: &Node) -> Result<usize> {
 }
 
 /// Anonymous resident memory of a process; the tables are counted apart.
-fn memory_of(pid: u32) -> Result<u64> {
+pub(crate) fn memory_of(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
     Ok(line.split_whitespace().nth(1).context("RssAnon")?.parse::<u64>()? * 1024)
 }
 
-fn table_memory(router: &Node) -> Result<u64> {
+/// Memory of the tables, as `status` says it.
+pub(crate) fn table_memory(router: &Node) -> Result<u64> {
     let status: serde_json::Value = serde_json::from_str(&router.run([&towpath_binary()?, "status", "--json"])?)?;
     status["memory_bytes"].as_u64().context("status shows no memory")
 }
 
-fn idle_share(pid: u32) -> Result<f64> {
+/// The share of a core that a process takes in the next ten seconds.
+pub(crate) fn idle_share(pid: u32) -> Result<f64> {
     let time = || -> Result<u64> {
         let mut sum = 0;
         for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {

@@ -1,0 +1,123 @@
+//! Many connections: how fast those that conntrack gets are known, the memory they take, and what it costs to look at all of
+//! them again and again.
+
+use crate::findings::{Aim, Findings};
+use crate::nat::wait_for_connections;
+use crate::path::{Arrangement, Contender, OUT, towpath_binary};
+use crate::sync::{idle_share, memory_of, table_memory};
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use std::io::Write as _;
+use std::net::Ipv4Addr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use towpath_lab::Node;
+use towpath_report::Report;
+
+/// Connections a second that conntrack gets
+const RATE: f64 = 100_000.0;
+const TICK: Duration = Duration::from_millis(10);
+
+#[derive(Serialize)]
+struct Found {
+    connections: usize,
+    a_second: f64,
+    known_after_ms: f64,
+    losses: usize,
+    memory_bytes: u64,
+    share_of_a_core: f64,
+}
+
+/// Runs the section, with each of these numbers of connections.
+pub fn run(findings: &mut Findings, report: &mut Report, sizes: &[usize]) -> Result<()> {
+    println!("connections that conntrack gets, {RATE:.0} a second");
+    report.section("Many connections").text(
+        "conntrack is given established connections at a fixed rate; then Towpath has nothing to do but to look at all of \
+         them every other second. Its memory is that of the daemon and of the tables.",
+    );
+    for connections in sizes {
+        match measure(*connections)? {
+            Some(found) => judge(findings, report, found),
+            None => println!("{connections}: left out, this kernel keeps fewer (net.netfilter.nf_conntrack_max)"),
+        }
+    }
+    Ok(())
+}
+
+fn measure(connections: usize) -> Result<Option<Found>> {
+    let arrangement = Arrangement::new("connections", &[Contender::Linux], 1)?;
+    let (router, port) = (&arrangement.router, arrangement.ports()[0].to_owned());
+    let room: usize = router.sysctl_get("net.netfilter.nf_conntrack_max")?.trim().parse()?;
+    if room < connections + connections / 8 {
+        return Ok(None);
+    }
+    router.sh("nft add table ip t; nft 'add chain ip t c { type filter hook forward priority 0; }'; nft add rule ip t c ct state established accept")?;
+    let command =
+        [&towpath_binary()?, "up", "--flows", "established", "--max-flows", &connections.to_string(), &port, OUT];
+    let mut towpath = router.spawn(command)?;
+    towpath.wait_for_output(Duration::from_secs(120), "ready")?;
+    let a_second = connect(router, connections as u32)?;
+    let end = Instant::now();
+    wait_for_connections(router, connections)?;
+    let known_after_ms = end.elapsed().as_secs_f64() * 1e3;
+    let losses = towpath.log().matches("notifications of connections were lost").count();
+    let found = Found {
+        connections,
+        a_second,
+        known_after_ms,
+        losses,
+        memory_bytes: memory_of(towpath.pid())? + table_memory(router)?,
+        share_of_a_core: idle_share(towpath.pid())?,
+    };
+    towpath.stop(Duration::from_secs(30))?;
+    Ok(Some(found))
+}
+
+/// Has conntrack know so many connections, at a fixed rate; those that it took in a second.
+fn connect(router: &Node, count: u32) -> Result<f64> {
+    let mut child =
+        router.command("conntrack").args(["-R", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut input = std::io::BufWriter::new(child.stdin.take().context("a pipe")?);
+    let (begin, mut done) = (Instant::now(), 0);
+    while done < count {
+        let due = ((begin.elapsed().as_secs_f64() * RATE) as u32).min(count);
+        for number in done..due {
+            let destination = Ipv4Addr::from_bits(10 << 24 | number);
+            writeln!(
+                input,
+                "-I -p udp -s 198.51.100.2 -d {destination} --sport 9 --dport 9 -t 3600 -u SEEN_REPLY,ASSURED"
+            )?;
+        }
+        input.flush()?;
+        done = due;
+        std::thread::sleep(TICK);
+    }
+    drop(input);
+    ensure!(child.wait()?.success(), "conntrack did not take all connections");
+    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
+}
+
+fn judge(findings: &mut Findings, report: &mut Report, found: Found) {
+    let (name, memory) = (format!("{} connections", found.connections), found.memory_bytes >> 20);
+    let line = format!(
+        "{name} at {:.0} a second: all known {:.0} ms after the last, notifications lost {} times; {memory} MiB; {:.2} % of a \
+         core while nothing happens.",
+        found.a_second,
+        found.known_after_ms,
+        found.losses,
+        found.share_of_a_core * 100.0
+    );
+    println!("  {line}");
+    report.text(&line);
+    findings.goal(format!("{name}: times that notifications were lost"), found.losses as f64, Aim::AtMost(0.0));
+    if found.connections >= 2_000_000 {
+        findings.goal(format!("{name}: memory, MiB"), memory as f64, Aim::AtMost(1024.0));
+    } else {
+        findings.goal(
+            format!("{name}: percent of a core to look at all"),
+            found.share_of_a_core * 100.0,
+            Aim::AtMost(2.0),
+        );
+    }
+    findings.keep(&name, found);
+}
