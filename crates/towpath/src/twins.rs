@@ -150,8 +150,8 @@ impl Interpreter {
     /// When everything has to be described anew.
     pub fn take(&mut self, mut message: Message, all: &mut Vec<Message>) -> Result<()> {
         match &mut message {
-            // These go by that host's clock, and only connections do: what Linux has accepted there cannot be seen here.
-            Message::Heartbeat(_) | Message::Flow(_) | Message::FlowDelete(_) => return Ok(()),
+            // What Linux has accepted there cannot be seen here.
+            Message::Flow(_) | Message::FlowDelete(_) => return Ok(()),
             Message::SnapshotBegin(Snapshot::Flows) | Message::SnapshotEnd(Snapshot::Flows) => return Ok(()),
             Message::Port(port) => {
                 self.learn(port)?;
@@ -177,6 +177,8 @@ impl Interpreter {
                 };
                 id.number = number;
             }
+            // It says when by that host's clock. By this one's it is known only when that is told.
+            Message::Heartbeat(at) => *at = clock::now(),
             _ => {}
         }
         let numbers = self.numbers.lock();

@@ -48,8 +48,12 @@ impl Hosts {
     }
 
     fn start_fpm(&self) -> Daemon {
+        self.start_fpm_with(&[])
+    }
+
+    fn start_fpm_with(&self, more: &[&str]) -> Daemon {
         let files = self.files("fpm", FPM, Validity::Now);
-        let arguments = [&["fpm", "--listen", ADDRESS, "eth0", "eth1"], &*options(&files, CM)].concat();
+        let arguments = [&["fpm", "--listen", ADDRESS, "eth0", "eth1"], &*options(&files, CM), more].concat();
         self.net.start(with_only(&self.net.router, "-all,+bpf,+net_admin,+perfmon", &arguments))
     }
 
@@ -240,6 +244,39 @@ fn the_loss_of_the_link_is_survived() {
     assert!(net.forwarded() >= before + 250, "{before} before, {} after, {sent} sent", net.forwarded());
     eventually("everything is described again", || hosts.in_sync().then_some(()));
     net.flows(100);
+    stream.finish_complete();
+}
+
+#[test]
+fn without_the_link_linux_decides_again_if_that_is_asked_for() {
+    let hosts = Hosts::new();
+    let net = &hosts.net;
+    let mut fpm = hosts.start_fpm_with(&["--detach-after", "3"]);
+    let mut cm = hosts.start_cm();
+    fpm.await_log("ready: 2 ports, ");
+    let stream = Stream::start(net, RIGHT);
+    net.flows(100);
+    for round in 0..2 {
+        match round {
+            0 => hosts.ip("link set ctl down"),
+            _ => drop(cm.signal(libc::SIGKILL)),
+        }
+        eventually("packets are left to Linux", || (net.exceptions("unattended") > 0).then_some(()));
+        eventually("none is forwarded", || {
+            let before = net.forwarded();
+            stream.advance(50);
+            (net.forwarded() == before).then_some(())
+        });
+        let unattended = net.exceptions("unattended");
+        stream.advance(100);
+        assert!(net.exceptions("unattended") >= unattended + 90);
+        match round {
+            0 => hosts.ip("link set ctl up"),
+            _ => cm = hosts.start_cm(),
+        }
+        net.flows(200);
+        eventually("everything is described again", || hosts.in_sync().then_some(()));
+    }
     stream.finish_complete();
 }
 
