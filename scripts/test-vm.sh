@@ -47,6 +47,7 @@ check tables_that_have_fallen_behind_linux_are_found_out
 towpath_fptun
 tap
 filters
+filter what_is_matched_is_dropped_and_nothing_else
 random
 END
 }
