@@ -37,5 +37,5 @@ pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};
 pub use require::{Requirement, compiles, may_lock_memory, release, requirements};
-pub use trace::{Ring, Seen, Trace};
+pub use trace::{Frames, Ring, Seen, Trace};
 pub use transmit::{PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};

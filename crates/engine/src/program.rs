@@ -5,7 +5,7 @@ use crate::engine::Options;
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::tc::{self, Hook};
-use crate::trace::{self, Traces};
+use crate::trace::{self, Frames, Traces};
 use aya_obj::Object;
 use aya_obj::btf::BtfFeatures;
 use aya_obj::generated::{bpf_func_info, bpf_insn};
@@ -14,7 +14,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use towpath_filter::{Capture, translate};
+use towpath_filter::{Capture, one_in, translate};
 use towpath_tables::mark::{CAPTURED, Function, Number, PATIENCE, SHADOW, traced};
 use towpath_tables::record::TableId;
 
@@ -213,10 +213,11 @@ impl Code<'_> {
     /// The same for each trace's.
     fn set_traces(&mut self, traces: &Traces) -> Result<()> {
         for (number, trace) in traces.running().iter().enumerate() {
-            let answer = match trace.as_ref().map(|trace| &trace.filter) {
+            let answer = match trace.as_ref().map(|trace| &trace.frames) {
                 None => Answer::Always(false),
-                Some(None) => Answer::Always(true),
-                Some(Some(filter)) => Answer::of(&[Capture { filter: filter.clone(), only: None }])?,
+                Some(Frames::All) => Answer::Always(true),
+                Some(Frames::Matching(filter)) => Answer::of(&[Capture { filter: filter.clone(), only: None }])?,
+                Some(Frames::OneIn(number)) => one_in(*number).map(Answer::Function).map_err(Error::Captures)?,
             };
             self.set_filter(traced(number as u32), answer);
         }

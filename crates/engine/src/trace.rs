@@ -5,6 +5,7 @@ use crate::sys::{self, MapSpec};
 use aya::maps::{Map, MapData, RingBuf};
 use aya_obj::generated::bpf_map_type;
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,12 +21,23 @@ pub(crate) const MAPS: [&str; 3] = ["trace_ring", "trace_gates", "trace_packet"]
 /// What a trace is to tell.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Trace {
-    /// Of frames that this matches as they arrive; None: of all
-    pub filter: Option<Filter>,
+    /// Of which frames
+    pub frames: Frames,
     /// Of those, the ones that this becomes of
     pub wanted: Wanted,
     /// So many a second at most, and at once
     pub rate: u32,
+}
+
+/// Which frames a trace looks at as they arrive.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Frames {
+    /// All
+    All,
+    /// Those that this matches
+    Matching(Filter),
+    /// One in so many, drawn at random
+    OneIn(NonZeroU32),
 }
 
 /// What passed a trace's gate.

@@ -2,10 +2,11 @@
 //! the native build. Needs CAP_BPF and CAP_NET_ADMIN; no interface but loopback is used.
 
 use std::ffi::{CStr, CString};
+use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
-use towpath_engine::{Engine, Options, Site, Trace};
+use towpath_engine::{Engine, Frames, Options, Site, Trace};
 use towpath_pipeline::cases::translate::{Translation, translations};
 use towpath_pipeline::cases::{self, Case, Expect, frames, world::INGRESS, world::World};
 use towpath_pipeline::packet::Packet;
@@ -290,7 +291,7 @@ fn a_shadow_counts_every_case_and_touches_none() {
     };
     let wrong: Vec<_> = cases.iter().filter_map(check).collect();
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
-    let trace = Trace { filter: None, wanted: Wanted::Everything, rate: 1 };
+    let trace = Trace { frames: Frames::All, wanted: Wanted::Everything, rate: 1 };
     program.engine.set_trace(0, Some(trace)).expect("loaded with a trace");
 }
 
@@ -332,9 +333,11 @@ fn what_nobody_attends_to_for_too_long_is_linux_s() {
 #[test]
 fn traces_pass_the_verifier() {
     let program = Program::load();
-    let trace = Trace { filter: None, wanted: Wanted::Everything, rate: 1 };
-    program.engine.set_trace(0, Some(trace)).expect("loaded with a trace");
-    println!("{} instructions verified", program.engine.program().expect("facts").verified_instructions);
+    for frames in [Frames::All, Frames::OneIn(NonZeroU32::MAX)] {
+        let trace = Trace { frames, wanted: Wanted::Everything, rate: 1 };
+        program.engine.set_trace(0, Some(trace)).expect("loaded with a trace");
+        println!("{} instructions verified", program.engine.program().expect("facts").verified_instructions);
+    }
     program.engine.set_trace(0, None).expect("loaded without");
 }
 

@@ -11,10 +11,12 @@
 
 mod assemble;
 mod decode;
+mod sample;
 mod survive;
 mod translate;
 
 pub use decode::{Unsupported, instruction};
+pub use sample::one_in;
 pub use translate::{Capture, TooLong, translate};
 
 use decode::Op;

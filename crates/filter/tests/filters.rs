@@ -5,7 +5,7 @@ mod support;
 
 use support::{Classic, Xdp, compiled, forwarded, udp4, udp6};
 use towpath_filter::{
-    Capture, Filter, Layer, MAX_FILTERS, MAX_INSTRUCTIONS, TooLong, Unsupported, instruction, translate,
+    Capture, Filter, Layer, MAX_FILTERS, MAX_INSTRUCTIONS, TooLong, Unsupported, instruction, one_in, translate,
 };
 
 fn everywhere(filter: Filter) -> Capture {
@@ -295,5 +295,20 @@ fn what_cannot_be_run_is_refused_with_its_place() {
     ];
     for (code, at) in malformed {
         assert_eq!(refused(&code), Unsupported::Malformed(at), "{code:x?}");
+    }
+}
+
+#[test]
+fn a_sample_is_drawn_at_random() {
+    for number in [1, 4, 100] {
+        const FRAMES: u32 = 20_000;
+        let sample = one_in(number.try_into().expect("not zero")).expect("short");
+        let xdp = Xdp::load(&sample).expect("the verifier takes it");
+        let frame = udp4(1, 2, 0);
+        let drawn: u32 = (0..FRAMES).map(|_| xdp.answer(&frame)).sum();
+        let wanted = FRAMES / number;
+        // Six standard deviations, for which chance takes longer than any machine lasts.
+        let off = 6.0 * f64::from(wanted).sqrt() * (1.0 - 1.0 / f64::from(number)).sqrt();
+        assert!((f64::from(drawn) - f64::from(wanted)).abs() <= off, "1 in {number}: {drawn} of {FRAMES}");
     }
 }

@@ -461,15 +461,26 @@ fn does(value: Option<NexthopValue>) -> (Option<[u8; 6]>, Option<Reason>) {
     }
 }
 
+impl Daemon {
+    /// The prefix of the route that Linux has for a destination, with the route's kind if that is none to other hosts.
+    pub fn prefix(&self, destination: IpAddr) -> Option<String> {
+        self.deciding_route(destination).as_ref().map(words::prefix)
+    }
+
+    fn deciding_route(&self, destination: IpAddr) -> Option<Route> {
+        let prefixes = self.fpm.explain(destination).prefixes;
+        let deciding = prefixes.iter().find(|matched| matched.decides).or(prefixes.first())?;
+        deciding.routes.first().cloned()
+    }
+}
+
 impl Names for Daemon {
     fn interface(&self, ifindex: u32) -> String {
         self.interface_by_index(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone())
     }
 
     fn route(&self, destination: IpAddr) -> Option<String> {
-        let prefixes = self.fpm.explain(destination).prefixes;
-        let deciding = prefixes.iter().find(|matched| matched.decides).or(prefixes.first())?;
-        let route = deciding.routes.first()?;
+        let route = &self.deciding_route(destination)?;
         let row = self.route_row(route);
         let hops = row.via.iter().map(|hop| {
             let gateway = hop.gateway.as_ref().map_or(String::new(), |gateway| format!(" via {gateway}"));

@@ -55,7 +55,7 @@ pub enum Command {
     /// 0 if nothing stops the fast path: what only makes it slower, or keeps part of the traffic in Linux, does not count.
     /// Where no ports are named and none are served, those that no fast path could serve count only if all are such.
     Doctor(Doctor),
-    /// Watch rates: packets and bits by port, what goes to Linux and why; live on a terminal until q is pressed
+    /// Watch rates: by port, what goes to Linux and why, and prefixes; live on a terminal until q is pressed
     Top(Top),
     /// Show packets as they arrive, what becomes of each, and why
     ///
@@ -214,6 +214,10 @@ pub struct Top {
     /// Print a line of JSON for each interval, as described in docs/json.md; implies --batch
     #[arg(long)]
     pub json: bool,
+    /// Tell the prefixes that most packets go to, too: estimates, from a sample drawn at random. Meanwhile the ports run the
+    /// program for `towpath trace`, which draws it
+    #[arg(short, long)]
+    pub prefixes: bool,
 }
 
 /// A time that can be waited for between two looks.

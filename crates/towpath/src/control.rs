@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -89,6 +90,8 @@ pub struct Wanted {
     pub reason: Option<String>,
     /// So many a second at most
     pub rate: u32,
+    /// Only one frame in so many, drawn at random, whatever the filter, and told in brief (`report::TraceLine::Drawn`)
+    pub one_in: Option<NonZeroU32>,
 }
 
 /// A packet to explain.

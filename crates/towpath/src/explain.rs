@@ -87,6 +87,8 @@ pub struct Explained {
     pub explanation: Explanation,
     /// Slot of the device that sends the frame, or why it is Linux's
     pub result: Result<u32, Reason>,
+    /// For what the route was looked up last, if it was
+    pub destination: Option<IpAddr>,
 }
 
 /// Says what becomes of the packet.
@@ -108,7 +110,7 @@ pub fn explain_frame(
     names: &dyn Names,
 ) -> Explained {
     let tables = Mapped { view, counters: None, transmitters: SlotSet::ALL };
-    Walk { subject, ingress, view, tables, names, steps: Vec::new() }.run(frame)
+    Walk { subject, ingress, view, tables, names, steps: Vec::new(), destination: None }.run(frame)
 }
 
 struct Walk<'a> {
@@ -118,6 +120,8 @@ struct Walk<'a> {
     tables: Mapped<'a>,
     names: &'a dyn Names,
     steps: Vec<Step>,
+    /// For what the route was looked up last
+    destination: Option<IpAddr>,
 }
 
 /// The next hop that the tables name for the destination.
@@ -230,7 +234,7 @@ impl<'a> Walk<'a> {
         let bytes = frame.bytes();
         let (destination, source) = (mac(bytes.get(..6)), mac(bytes.get(6..12)));
         let verdict = Verdict::Fast { port: self.names.interface(out), destination, source };
-        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Ok(device) }
+        self.ended(verdict, Ok(device))
     }
 
     /// What comes in or leaves by a port with mappings.
@@ -342,6 +346,7 @@ impl<'a> Walk<'a> {
 
     /// What the tables say about a destination, for the words only: `route` looks it up itself.
     fn look_up(&mut self, port: &Port, destination: IpAddr) -> Option<Target> {
+        self.destination = Some(destination);
         let root = port.root.get(self.family() as usize)?.load();
         let word = match destination {
             IpAddr::V4(address) => lpm::lookup(&self.tables, root, &address.octets()),
@@ -444,12 +449,17 @@ impl<'a> Walk<'a> {
     fn dropped(self, detail: Option<String>) -> Explained {
         let reason = Reason::Filtered;
         let verdict = Verdict::Dropped { reason: reason.name().into(), text: reason.text().into(), detail };
-        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Err(reason) }
+        self.ended(verdict, Err(reason))
+    }
+
+    fn ended(self, verdict: Verdict, result: Result<u32, Reason>) -> Explained {
+        let explanation = Explanation { steps: self.steps, verdict };
+        Explained { explanation, result, destination: self.destination }
     }
 
     fn left_to_linux(self, reason: Reason, detail: Option<String>) -> Explained {
         let verdict = Verdict::Linux { reason: reason.name().into(), text: reason.text().into(), detail };
-        Explained { explanation: Explanation { steps: self.steps, verdict }, result: Err(reason) }
+        self.ended(verdict, Err(reason))
     }
 }
 

@@ -287,6 +287,36 @@ pub struct Top {
     pub exceptions: Vec<TopException>,
     /// Connections that Linux hands over
     pub flows: FlowSummary,
+    /// Where packets go, from a sample; None: not asked for
+    pub prefixes: Option<TopPrefixes>,
+}
+
+/// Estimates from a sample of the packets that came in.
+#[derive(Serialize, Deserialize, Debug, PartialEq)]
+pub struct TopPrefixes {
+    /// One packet in so many was drawn
+    pub one_in: u32,
+    /// Packets that were looked at
+    pub seen: u64,
+    /// Drawn besides, and not looked at since they were too many
+    pub missed: u64,
+    /// The busiest first
+    pub busiest: Vec<TopPrefix>,
+}
+
+/// Rates of a prefix, a second: estimates.
+#[derive(Serialize, Deserialize, Debug, PartialEq)]
+pub struct TopPrefix {
+    /// As in `Drawn`
+    pub prefix: Option<String>,
+    /// Packets to it that came in
+    pub packets: f64,
+    /// Their bits, Ethernet header included
+    pub bits: f64,
+    /// Of these packets the share that was forwarded fast
+    pub fast: f64,
+    /// Packets of the sample that this is said from
+    pub seen: u64,
 }
 
 /// Rates of a port, a second.
@@ -600,6 +630,8 @@ pub struct FlowDirection {
 pub enum TraceLine {
     /// A packet
     Packet(Box<TracedPacket>),
+    /// A packet, in brief
+    Drawn(Drawn),
     /// The last line
     End {
         /// Packets that the trace was for
@@ -607,6 +639,19 @@ pub enum TraceLine {
         /// Of those, the ones that were more than it tells at once
         missed: u64,
     },
+}
+
+/// A packet of a sample.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+pub struct Drawn {
+    /// The prefix of the route that it takes, and before it the route's kind if it leads to no other host; None: there is none
+    pub prefix: Option<String>,
+    /// It took the fast path
+    pub fast: bool,
+    /// Length of the frame in bytes
+    pub length: u32,
+    /// Packets drawn before this one that were not told, since that would have been too many
+    pub missed: u64,
 }
 
 /// A packet that a trace saw.

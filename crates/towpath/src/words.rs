@@ -156,8 +156,13 @@ fn policy_source(source: PolicySource) -> &'static str {
 pub fn route(route: &Route) -> String {
     let key = route.key;
     let metric = if key.priority == 0 { String::new() } else { format!(", metric {}", key.priority) };
+    format!("{} of table {}{metric}, protocol {}", prefix(route), table(key.table), protocol(route.protocol))
+}
+
+/// A route's prefix, with the route's kind if that is none to other hosts.
+pub fn prefix(route: &Route) -> String {
     let kind = if route.kind == 1 { String::new() } else { format!("{} ", route_kind(route.kind)) };
-    format!("{kind}{} of table {}{metric}, protocol {}", key.prefix, table(key.table), protocol(route.protocol))
+    format!("{kind}{}", route.key.prefix)
 }
 
 /// Whether connections pass.

@@ -1,17 +1,22 @@
 //! `towpath top`: rates, live on a terminal or in batches for scripts.
 
 mod rates;
+mod sample;
 mod view;
 
 use crate::cli;
 use crate::control::{Client, Request};
 use crate::read::{connect, write_out};
-use crate::report::Top;
+use crate::report::{Top, TopPrefixes};
 use crate::text::table;
 use anyhow::Result;
 use rates::{Reading, rate};
+use sample::Sampler;
 use std::io::IsTerminal;
 use std::time::Duration;
+
+/// How long packets are counted before a sample of them is drawn.
+const FIRST_LOOK: Duration = Duration::from_millis(200);
 
 /// Shows rates until told to stop, or as often as asked.
 pub fn run(wanted: &cli::Top) -> Result<()> {
@@ -19,20 +24,30 @@ pub fn run(wanted: &cli::Top) -> Result<()> {
     if wanted.batch || wanted.json || wanted.count.is_some() || !std::io::stdout().is_terminal() {
         return batch(wanted, interval);
     }
-    view::run(interval)
+    view::run(interval, wanted.prefixes)
 }
 
 /// One block for each interval: an error of the daemon's ends it.
 fn batch(wanted: &cli::Top, interval: Duration) -> Result<()> {
     let mut client = connect()?;
     let mut before = read(&mut client)?;
+    let mut sampler = wanted.prefixes.then(Sampler::default);
+    if let Some(sampler) = &mut sampler {
+        std::thread::sleep(FIRST_LOOK);
+        let now = read(&mut client)?;
+        sampler.begin(&now.since(&before))?.iter().for_each(|note| eprintln!("note: {note}"));
+        before = read(&mut client)?;
+    }
     for number in 0.. {
         if wanted.count.is_some_and(|count| number >= count) {
             break;
         }
         std::thread::sleep(interval);
         let now = read(&mut client)?;
-        let top = now.since(&before);
+        let mut top = now.since(&before);
+        if let Some(sampler) = &mut sampler {
+            sampler.add(&mut top)?;
+        }
         before = now;
         let separator = if number == 0 { "" } else { "\n" };
         write_out(&match wanted.json {
@@ -54,7 +69,19 @@ fn text(top: &Top) -> String {
         true => String::new(),
         false => format!("\n{}", table(&EXCEPTION_HEADS, &exception_rows(top))),
     };
-    format!("{}\n{ports}{exceptions}", summary(top))
+    let prefixes = top.prefixes.as_ref().map_or(String::new(), |prefixes| {
+        format!("\n{}\n{}", sample(prefixes), table(&PREFIX_HEADS, &prefix_rows(prefixes)))
+    });
+    format!("{}\n{ports}{exceptions}{prefixes}", summary(top))
+}
+
+/// What the numbers of prefixes rest on.
+fn sample(prefixes: &TopPrefixes) -> String {
+    let missed = match prefixes.missed {
+        0 => String::new(),
+        missed => format!(", {missed} more left out"),
+    };
+    format!("busiest prefixes, estimated: 1 packet in {} was drawn, {} seen{missed}", prefixes.one_in, prefixes.seen)
 }
 
 /// What is so of the whole instance.
@@ -72,6 +99,8 @@ fn summary(top: &Top) -> String {
 const PORT_HEADS: [&str; 7] = ["port", ">in/s", ">in bit/s", ">out/s", ">out bit/s", ">to Linux/s", ">fast"];
 const EXCEPTION_HEADS: [&str; 4] = ["port", ">to Linux/s", "reason", "meaning"];
 
+const PREFIX_HEADS: [&str; 5] = ["prefix", ">~in/s", ">~in bit/s", ">fast", ">seen"];
+
 fn port_rows(top: &Top) -> Vec<Vec<String>> {
     let row = |port: &crate::report::TopPort| {
         let rates = [port.rx_packets, port.rx_bits, port.tx_packets, port.tx_bits, port.exceptions].map(rate);
@@ -84,4 +113,13 @@ fn port_rows(top: &Top) -> Vec<Vec<String>> {
 fn exception_rows(top: &Top) -> Vec<Vec<String>> {
     let row = |e: &crate::report::TopException| vec![e.port.clone(), rate(e.packets), e.reason.clone(), e.text.clone()];
     top.exceptions.iter().map(row).collect()
+}
+
+fn prefix_rows(prefixes: &TopPrefixes) -> Vec<Vec<String>> {
+    let row = |prefix: &crate::report::TopPrefix| {
+        let name = prefix.prefix.clone().unwrap_or_else(|| "no route".into());
+        let fast = format!("{:.0} %", prefix.fast * 100.0);
+        vec![name, rate(prefix.packets), rate(prefix.bits), fast, prefix.seen.to_string()]
+    };
+    prefixes.busiest.iter().map(row).collect()
 }

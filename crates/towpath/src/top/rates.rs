@@ -44,6 +44,7 @@ impl Reading {
             ports: self.stats.ports.iter().map(port).collect(),
             exceptions: self.exceptions_since(before, rate),
             flows: self.status.flows.clone(),
+            prefixes: None,
         }
     }
 

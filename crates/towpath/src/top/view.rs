@@ -1,7 +1,8 @@
 //! The live view. It ends on q, Escape, Ctrl-C or a signal, and leaves the terminal as it was.
 
 use super::rates::Reading;
-use super::{EXCEPTION_HEADS, PORT_HEADS, exception_rows, port_rows, read, summary};
+use super::sample::Sampler;
+use super::{EXCEPTION_HEADS, PORT_HEADS, PREFIX_HEADS, exception_rows, port_rows, prefix_rows, read, sample, summary};
 use crate::read::connect;
 use crate::report::Top;
 use crate::signals::Termination;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 const KEYS: Duration = Duration::from_millis(100);
 
 /// Runs it until it is ended.
-pub fn run(interval: Duration) -> Result<()> {
+pub fn run(interval: Duration, prefixes: bool) -> Result<()> {
     // Said where it can be read.
     drop(connect()?);
     let termination = Termination::block()?;
@@ -31,19 +32,25 @@ pub fn run(interval: Duration) -> Result<()> {
         told.store(true, Ordering::Relaxed);
     })?;
     let mut terminal = ratatui::try_init().context("cannot draw on this terminal")?;
-    let result = show(&mut terminal, interval, &ended);
+    let sampler = prefixes.then(Sampler::default);
+    let result = show(&mut terminal, interval, sampler, &ended);
     ratatui::restore();
     result
 }
 
-fn show(terminal: &mut DefaultTerminal, interval: Duration, ended: &AtomicBool) -> Result<()> {
+fn show(
+    terminal: &mut DefaultTerminal,
+    interval: Duration,
+    mut sampler: Option<Sampler>,
+    ended: &AtomicBool,
+) -> Result<()> {
     let mut last: Option<Reading> = None;
     let mut shown = Err(anyhow::anyhow!("reading …"));
     while !ended.load(Ordering::Relaxed) {
         let begin = Instant::now();
         match connect().and_then(|mut client| read(&mut client)) {
             Ok(now) => {
-                shown = last.as_ref().map_or(shown, |before| Ok(now.since(before)));
+                shown = last.as_ref().map_or(shown, |before| rates(&now, before, sampler.as_mut()));
                 last = Some(now);
             }
             // A daemon that is started anew is shown again.
@@ -65,6 +72,12 @@ fn show(terminal: &mut DefaultTerminal, interval: Duration, ended: &AtomicBool) 
     Ok(())
 }
 
+fn rates(now: &Reading, before: &Reading, sampler: Option<&mut Sampler>) -> Result<Top> {
+    let mut top = now.since(before);
+    sampler.map_or(Ok(()), |sampler| sampler.add(&mut top))?;
+    Ok(top)
+}
+
 fn is_end(event: &Event) -> bool {
     let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = event else { return false };
     match code {
@@ -75,9 +88,10 @@ fn is_end(event: &Event) -> bool {
 }
 
 fn draw(frame: &mut Frame, shown: &Result<Top>) {
-    let ports = shown.as_ref().map_or(0, |top| top.ports.len() as u16);
-    let heights = [Constraint::Length(2), Constraint::Length(ports + 2), Constraint::Fill(1), Constraint::Length(1)];
-    let [head, middle, rest, foot] = Layout::vertical(heights).areas(frame.area());
+    let (ports, prefixes) = shown.as_ref().map_or((0, 0), |top| (top.ports.len() as u16, prefix_lines(top)));
+    let lengths = [2, ports + 2, prefixes].map(Constraint::Length);
+    let [head, middle, sampled, rest, foot] =
+        Layout::vertical(lengths.into_iter().chain([Constraint::Fill(1), Constraint::Length(1)])).areas(frame.area());
     frame.render_widget(Paragraph::new("q quits").dim(), foot);
     let top = match shown {
         Ok(top) => top,
@@ -87,6 +101,16 @@ fn draw(frame: &mut Frame, shown: &Result<Top>) {
     frame.render_widget(Paragraph::new(summary(top)).style(style.bold()), head);
     frame.render_widget(table(&PORT_HEADS, port_rows(top)), middle);
     frame.render_widget(table(&EXCEPTION_HEADS, exception_rows(top)), rest);
+    if let Some(prefixes) = &top.prefixes {
+        let [title, rows] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(sampled);
+        frame.render_widget(Paragraph::new(sample(prefixes)).bold(), title);
+        frame.render_widget(table(&PREFIX_HEADS, prefix_rows(prefixes)), rows);
+    }
+}
+
+/// Lines that the prefixes take, with those above and below them.
+fn prefix_lines(top: &Top) -> u16 {
+    top.prefixes.as_ref().map_or(0, |prefixes| prefixes.busiest.len() as u16 + 3)
 }
 
 /// As `text::table`: heads that begin with `>` are of columns aligned to the right.

@@ -48,6 +48,7 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
                     leave.shutdown(Shutdown::Write)?;
                 }
             }
+            TraceLine::Drawn(_) => {}
             TraceLine::End { matched, missed } => {
                 if trace.output.json {
                     write_out(&json(&line)?)?;
@@ -70,7 +71,7 @@ fn wanted(trace: &cli::Trace) -> Result<Wanted> {
     if let Some(code) = &filter {
         expression::filter(code.clone())?;
     }
-    Ok(Wanted { filter, exceptions: trace.exceptions, reason, rate: trace.rate })
+    Ok(Wanted { filter, exceptions: trace.exceptions, reason, rate: trace.rate, one_in: None })
 }
 
 /// The name of a reason, if it is one.

@@ -6,7 +6,7 @@ use super::expression;
 use crate::control::{self, Wanted};
 use crate::daemon::{Daemon, Event};
 use crate::explain::{Explained, HEADROOM, Ingress, Names, Subject, explain_frame};
-use crate::report::{Became, TraceBegun, TraceLine, TracedPacket, Verdict};
+use crate::report::{Became, Drawn, TraceBegun, TraceLine, TracedPacket, Verdict};
 use crate::source::thread;
 use crate::words;
 use anyhow::{Context, Result, bail};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use towpath_engine::{Ring, Trace};
+use towpath_engine::{Frames, Ring, Trace};
 use towpath_fpc::{PortKind, Tunnel};
 use towpath_pipeline::{Beside, packet};
 use towpath_tables::clock;
@@ -43,6 +43,8 @@ struct Running {
     /// Its client
     client: u64,
     wanted: Gated,
+    /// Packets are told in brief
+    brief: bool,
     lines: SyncSender<String>,
     /// Packets that the client was too slow for
     missed: u64,
@@ -111,7 +113,11 @@ impl Daemon {
         let free = self.traces.running.iter().position(Option::is_none);
         let number = free.with_context(|| format!("{TRACES} traces run already; more are not run at once"))?;
         let trace = Trace {
-            filter: wanted.filter.map(expression::filter).transpose()?,
+            frames: match (wanted.one_in, wanted.filter) {
+                (Some(number), _) => Frames::OneIn(number),
+                (None, Some(filter)) => Frames::Matching(expression::filter(filter)?),
+                (None, None) => Frames::All,
+            },
             wanted: gated(wanted.exceptions, wanted.reason.as_deref())?,
             rate: wanted.rate,
         };
@@ -121,7 +127,8 @@ impl Daemon {
             self.engine.set_trace(number, None)?;
             return Err(error);
         }
-        self.traces.running[number] = Some(Running { client, wanted: gated, lines, missed: 0 });
+        let brief = wanted.one_in.is_some();
+        self.traces.running[number] = Some(Running { client, wanted: gated, brief, lines, missed: 0 });
         Ok(TraceBegun { notes: self.unseen() })
     }
 
@@ -158,14 +165,19 @@ impl Daemon {
     /// Tells the traces of packets.
     pub fn tell_traces(&mut self, packets: &[Traced]) {
         let seen = std::array::from_fn::<_, TRACES, _>(|number| self.engine.traced(number).unwrap_or_default());
+        let brief = self.traces.running.iter().flatten().any(|running| running.brief);
         for traced in packets {
             let Some(told) = self.explain_traced(traced) else { continue };
+            let prefix = told.destination.filter(|_| brief).and_then(|destination| self.prefix(destination));
             for (number, running) in self.traces.running.iter_mut().enumerate() {
                 let Some(running) = running.as_mut().filter(|_| traced.traces >> number & 1 != 0) else { continue };
                 if told.is_for(running.wanted) {
-                    let packet = TracedPacket { missed: seen[number].missed + running.missed, ..told.packet.clone() };
-                    let line = control::answer(Ok(TraceLine::Packet(Box::new(packet))));
-                    running.missed += u64::from(running.lines.try_send(line).is_err());
+                    let missed = seen[number].missed + running.missed;
+                    let line = match running.brief {
+                        true => TraceLine::Drawn(told.in_brief(prefix.clone(), missed)),
+                        false => TraceLine::Packet(Box::new(TracedPacket { missed, ..told.packet.clone() })),
+                    };
+                    running.missed += u64::from(running.lines.try_send(control::answer(Ok(line))).is_err());
                 }
             }
         }
@@ -187,6 +199,7 @@ impl Daemon {
         Some(Told {
             outcome,
             result: explained.result,
+            destination: explained.destination.or(subject.map(|subject| subject.tuple.destination)),
             packet: TracedPacket {
                 time_ns: offset.saturating_sub(clock::exact().saturating_sub(traced.time)),
                 port: self.interface(traced.ifindex),
@@ -266,18 +279,28 @@ impl Daemon {
 struct Told {
     outcome: Outcome,
     result: Result<u32, Reason>,
+    /// Where it goes, if it is an IP packet
+    destination: Option<IpAddr>,
     packet: TracedPacket,
 }
 
 impl Told {
-    /// What a worker does is only known here; of others the program has told what they are wanted for.
-    fn is_for(&self, wanted: Gated) -> bool {
-        let outcome = match (self.outcome, self.result) {
+    /// What a worker does is only known here.
+    fn became(&self) -> Outcome {
+        match (self.outcome, self.result) {
             (Outcome::Worker, Ok(slot)) => Outcome::Forward(slot),
             (Outcome::Worker, Err(reason)) => Outcome::Exception(reason),
             (outcome, _) => outcome,
-        };
-        Gated::takes(wanted.word(), outcome.word())
+        }
+    }
+
+    /// Of packets that are no worker's the program has told what they are wanted for.
+    fn is_for(&self, wanted: Gated) -> bool {
+        Gated::takes(wanted.word(), self.became().word())
+    }
+
+    fn in_brief(&self, prefix: Option<String>, missed: u64) -> Drawn {
+        Drawn { prefix, fast: matches!(self.became(), Outcome::Forward(_)), length: self.packet.length, missed }
     }
 }
 

@@ -10,7 +10,7 @@ use super::change_config;
 use crate::common::{Net, enlarge_buffer, eventually, paced};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Scope, sleep};
 use std::time::{Duration, Instant, SystemTime};
 use towpath_lab::{Node, RouteSocket};
@@ -235,7 +235,7 @@ fn daemons_that_are_killed_at_random_moments_lose_and_misroute_nothing() {
     let (traffic, stop) = (Traffic::new(), AtomicBool::new(false));
     let mut adopted = 0;
     let routes = Mutex::new(routes);
-    let hold = || -> MutexGuard<'_, Routes> { routes.lock().expect("routes") };
+    let hold = || -> MutexGuard<'_, Routes> { routes.lock().unwrap_or_else(PoisonError::into_inner) };
     std::thread::scope(|scope| {
         let _ends = (Ends(&stop), Ends(&traffic.stop));
         traffic.start(scope, &net.left, hosts, &hold().targets);
