@@ -166,7 +166,7 @@ impl Churn {
     fn set(&mut self, place: usize) -> Result<()> {
         let Route { prefix: (address, length), hops, changed, .. } = self.routes[place];
         let leaf = self.hops[hops[usize::from(changed)] as usize];
-        self.writer.route_set(memory::root(address), address, length, Entry { leaf, shadow: false })?;
+        self.writer.route_set(memory::root(address), address, length, Entry { leaf, level: 0 })?;
         Ok(())
     }
 

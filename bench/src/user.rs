@@ -216,7 +216,7 @@ fn tables(all: &[(IpAddr, u8)]) -> Result<HeapBacking> {
     let mut random = Random(3);
     for (address, length) in all {
         let leaf = hops[random.below(memory::NEXTHOPS) as usize];
-        writer.route_set(memory::root(*address), *address, *length, Entry { leaf, shadow: false })?;
+        writer.route_set(memory::root(*address), *address, *length, Entry { leaf, level: 0 })?;
     }
     writer.reserve()?;
     let full = writer.publish().full;

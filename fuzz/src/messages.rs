@@ -193,6 +193,7 @@ fn policies() -> Vec<Message> {
         detail: "a chain".into(),
         filter,
         flows,
+        rules: None,
     };
     vec![
         Message::Policy(policy(Scope::Ingress(1, Some(Family::V4)), None, Some(3))),

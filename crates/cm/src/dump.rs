@@ -10,8 +10,6 @@ use std::time::Instant;
 use towpath_fpc::{Address, NeighbourKey, RouteKey, Snapshot};
 use towpath_tables::record::Family;
 
-const TABLE_MAIN: u8 = 254;
-const TABLE_LOCAL: u8 = 255;
 /// Passes after which a dump is taken for complete although objects were deleted during each. A pass misses at most
 /// as many objects as were deleted during it, and hardly ever the same ones.
 const MAX_PASSES: u32 = 8;
@@ -29,7 +27,7 @@ pub enum Class {
     Neighbours(Family),
     /// Nexthop objects
     Nexthops,
-    /// Routes of the tables local and main
+    /// Routes of all tables
     Routes(Family),
 }
 
@@ -67,7 +65,7 @@ impl Class {
             Class::Addresses(family) => [Request::Addresses(family)].into(),
             Class::Neighbours(family) => [Request::Neighbours(family)].into(),
             Class::Nexthops => [Request::Nexthops].into(),
-            Class::Routes(family) => [Request::Routes(family, TABLE_LOCAL), Request::Routes(family, TABLE_MAIN)].into(),
+            Class::Routes(family) => [Request::Routes(family)].into(),
         }
     }
 }

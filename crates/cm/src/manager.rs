@@ -23,8 +23,6 @@ use towpath_fpc::{Message, PolicySource};
 use towpath_tables::clock;
 use towpath_tables::record::Family;
 
-const TABLE_MAIN: u32 = 254;
-const TABLE_LOCAL: u32 = 255;
 /// Messages handed over at once.
 const BATCH: usize = 512;
 /// Notifications read before watchers and dumps get their turn again: work for about a quarter of a millisecond, so that
@@ -638,9 +636,6 @@ impl Cm {
     fn route_notified(&mut self, message: &Incoming<'_>) -> Result<(), CmError> {
         let Some(route) = decode::route::parse(message.payload)? else { return Ok(()) };
         let key = route.route.key;
-        if key.table != TABLE_MAIN && key.table != TABLE_LOCAL {
-            return Ok(());
-        }
         let gone = message.kind == rtm::DELROUTE;
         // Replacing an IPv6 multipath route removes its siblings.
         self.touch(Key::Route(key), gone || message.flags & NLM_F_REPLACE != 0);

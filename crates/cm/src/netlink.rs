@@ -178,8 +178,8 @@ pub enum Request {
     Addresses(Family),
     /// Neighbours
     Neighbours(Family),
-    /// Routes of one table
-    Routes(Family, u8),
+    /// Routes of all tables
+    Routes(Family),
     /// Nexthop objects
     Nexthops,
     /// Settings per interface
@@ -192,13 +192,13 @@ impl Request {
             Request::Links => rtm::GETLINK,
             Request::Addresses(_) => rtm::GETADDR,
             Request::Neighbours(_) => rtm::GETNEIGH,
-            Request::Routes(..) => rtm::GETROUTE,
+            Request::Routes(_) => rtm::GETROUTE,
             Request::Nexthops => rtm::GETNEXTHOP,
             Request::Netconf(_) => rtm::GETNETCONF,
         }
     }
 
-    /// The fixed header of the request: family first, then zero but for the table and (links) a filter attribute.
+    /// The fixed header of the request: family first, then zero but for (links) a filter attribute.
     fn payload(self) -> Vec<u8> {
         const IFLA_EXT_MASK: u16 = 29;
         const RTEXT_FILTER_SKIP_STATS: u32 = 8;
@@ -217,11 +217,7 @@ impl Request {
             }
             Request::Addresses(family) => header(family_number(family), 8),
             Request::Neighbours(family) => header(family_number(family), 12),
-            Request::Routes(family, table) => {
-                let mut payload = header(family_number(family), 12);
-                payload[4] = table;
-                payload
-            }
+            Request::Routes(family) => header(family_number(family), 12),
             Request::Nexthops => header(0, 8),
             Request::Netconf(family) => header(family_number(family), 4),
         }

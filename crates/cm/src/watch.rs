@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 use towpath_filter::Filter;
-use towpath_fpc::{PolicySource, Port, Scope};
+use towpath_fpc::{PolicySource, Port, Rule, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -56,12 +56,14 @@ pub struct Finding {
     pub filter: Option<Filter>,
     /// See `Policy`
     pub flows: Option<u32>,
+    /// See `Policy`
+    pub rules: Option<Vec<Rule>>,
 }
 
 impl Finding {
     /// A finding of any scope.
     pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into(), filter: None, flows: None }
+        Self { scope, reason, detail: detail.into(), filter: None, flows: None, rules: None }
     }
 
     /// The same, but that connections which Linux handed over may pass it, by the rules of this generation.

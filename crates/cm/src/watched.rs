@@ -84,8 +84,15 @@ impl Watched {
 
     fn tell(&mut self, findings: Vec<Finding>) -> Found {
         let source = self.watcher.source();
-        let policy =
-            |Finding { scope, reason, detail, filter, flows }| Policy { source, scope, reason, detail, filter, flows };
+        let policy = |Finding { scope, reason, detail, filter, flows, rules }| Policy {
+            source,
+            scope,
+            reason,
+            detail,
+            filter,
+            flows,
+            rules,
+        };
         let mut set: Vec<_> = findings.into_iter().map(policy).collect();
         set.sort_unstable();
         set.dedup();

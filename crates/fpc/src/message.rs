@@ -411,6 +411,37 @@ pub struct Policy {
     /// Packets of connections that Linux handed over may pass it, once Linux itself accepted one of their direction under
     /// the rules of this generation: the number changes whenever the rules do. None: nothing passes
     pub flows: Option<u32>,
+    /// All policy routing rules of the family, in the order in which Linux tries them, if they are known: the policy touches
+    /// nothing any more once they are repeated
+    pub rules: Option<Vec<Rule>>,
+}
+
+/// A policy routing rule (`ip rule`). Where Linux asks for more than is here, the action is `Unknown`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Rule {
+    /// The lowest goes first
+    pub priority: u32,
+    /// Name of the interface that packets come in by; None: any
+    pub iif: Option<String>,
+    /// Where they come from
+    pub from: Option<Prefix>,
+    /// Where they go to
+    pub to: Option<Prefix>,
+    /// What to do with them
+    pub action: RuleAction,
+}
+
+/// What a rule does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum RuleAction {
+    /// Look up in this table
+    Lookup(u32),
+    /// The same, but a route to a prefix of at most so many bits counts for none (`suppress_prefixlength`)
+    LookupBeyond(u32, u8),
+    /// Look up in the table of the VRF that the packet belongs to, if there is one
+    Vrf,
+    /// Nothing that is known: all packets that may be meant are Linux's
+    Unknown,
 }
 
 /// What a policy touches. An interface stands for its VLAN sub-interfaces too: their packets pass it, tagged.

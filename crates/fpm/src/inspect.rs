@@ -145,9 +145,9 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.addresses.keys()
     }
 
-    /// Policies in force, each once.
+    /// Policies in force, each once. Rules that the tables repeat are none.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        self.state.policies().collect::<BTreeSet<_>>().into_iter()
+        self.state.policies().filter(|policy| !self.state.is_applied(policy)).collect::<BTreeSet<_>>().into_iter()
     }
 
     /// Next hops in the tables.
@@ -188,7 +188,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         let matched = |len| {
             let prefix = Prefix::new(address, len)?;
             let routes = self.routes_for(prefix);
-            let (choice, shadow) = self.state.choose(prefix)?;
+            let (choice, level) = self.state.choose(prefix)?;
             let exception = match choice {
                 Choice::Exception(reason) => Some(reason),
                 Choice::Via(id) => match self.state.vias.get(id).map(|via| self.state.resolve(via)) {
@@ -196,17 +196,19 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
                     _ => None,
                 },
             };
-            let decides = found.is_some_and(|found| found.prefix_len == len && found.shadow == shadow);
+            let decides = found.is_some_and(|found| found.prefix_len == len && found.level == level);
             Some(Matched { prefix, routes, decides, exception })
         };
         (0..=longest).rev().filter_map(matched).collect()
     }
 
-    /// What the tables do with packets to an address: the next hops, and what each of them does; none without a route.
+    /// What the tables do with packets to an address that come in by no port and from no particular address: the next hops,
+    /// and what each of them does; none without a route, or where no packet is looked up by such rules.
     /// A leaf in use names records that stay as they are while the writer looks.
     pub fn leads_to(&self, address: IpAddr) -> Vec<(NexthopIdentity, Option<NexthopValue>)> {
         let tables = &self.mirror.tables;
-        let found = tables.lookup(MAIN_ROOT[family_of(address) as usize], address).ok().flatten();
+        let root = self.mirror.rooms.own(&self.state, family_of(address));
+        let found = root.and_then(|root| tables.lookup(root, address).ok().flatten());
         let shares = found.map(|found| self.shares(found.leaf)).unwrap_or_default();
         let named = |(index, _)| {
             let identity = NexthopIdentity::read(tables.view().nexthop_keys().get(index as usize)?)?;

@@ -4,6 +4,7 @@
 use crate::Transmit;
 use crate::mappings::Mapping;
 use crate::missing::Missing;
+use crate::rooms::{NOWHERE, Rooms};
 use crate::state::{Changes, Choice, Resolved, State, family_of};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -58,6 +59,7 @@ pub(crate) struct Mirror<B, G> {
     /// Slots of ports that have gone, to be freed once nothing leads there
     gone: Vec<u32>,
     pub missing: Missing,
+    pub rooms: Rooms,
 }
 
 /// Progress of putting in all routes.
@@ -107,17 +109,31 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             prefixes: VecDeque::new(),
             gone: Vec::new(),
             missing: Missing::default(),
+            rooms: Rooms::default(),
         }
     }
 
     /// Makes the tables say what the state says: first everything but routes, at once; then routes, as long as
     /// `go_on` says so. None if there is more to do, which the next call does.
     pub fn sync(&mut self, state: &mut State, mut go_on: impl FnMut() -> bool) -> Option<Published> {
+        let mut published = self.bring_in_line(state, &mut go_on)?;
+        while self.rooms.publish() {
+            // Ports may be led to them now.
+            state.rules_changed();
+            let more = self.bring_in_line(state, &mut go_on)?;
+            published = Published { words: published.words + more.words, nodes: published.nodes + more.nodes, ..more };
+        }
+        Some(published)
+    }
+
+    fn bring_in_line(&mut self, state: &mut State, go_on: &mut impl FnMut() -> bool) -> Option<Published> {
         if self.is_new() {
             state.drop_stale_mappings();
+            self.leave_adopted_rooms();
         }
         let mut changes = state.take_changes();
         if !changes.is_empty() || self.is_new() {
+            self.follow_rules(state, &mut changes);
             let gone = self.place_ports(state, &mut changes);
             self.gone.extend(gone);
             self.update_nexthops(state, &changes);
@@ -132,7 +148,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             self.prefixes.extend(changes.prefixes);
             self.rescan(state, &rescan);
         }
-        if !self.fill(state, &mut go_on) {
+        if !self.fill(state, go_on) || !self.fill_rooms(state, go_on) {
             return None;
         }
         while let Some(prefix) = self.prefixes.pop_front() {
@@ -143,7 +159,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         }
         // No route leads any more to what nobody uses now.
         self.reap(state);
-        let published = self.tables.publish_while(go_on)?;
+        self.free_rooms();
+        let published = self.tables.publish_while(&mut *go_on)?;
         self.missing.settle(&published.full);
         std::mem::take(&mut self.gone).into_iter().for_each(|slot| self.tables.free_port(slot));
         Some(published)
@@ -159,7 +176,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     /// Nothing was put into the tables yet.
-    fn is_new(&self) -> bool {
+    pub(crate) fn is_new(&self) -> bool {
         self.filled == Filled::UpTo(Family::V4, None)
     }
 
@@ -261,11 +278,15 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     fn set_port(&mut self, state: &State, chain: &[&Port], children: Option<&BTreeMap<u16, u32>>) {
         let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
         let vlans = self.set_vlans(port.ifindex, children);
+        let ways = Family::ALL.map(|family| self.rooms.way(state, port.ifindex, family));
         let value = PortValue {
             flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
-            root: MAIN_ROOT,
-            ingress_policy: Family::ALL.map(|family| ingress_policy(state, chain, family)),
+            root: ways.map(|way| way.unwrap_or(NOWHERE)),
+            ingress_policy: Family::ALL.map(|family| match ways[family as usize] {
+                Some(_) => ingress_policy(state, chain, family),
+                None => Some(Obstacle::new(Reason::PolicyRule)),
+            }),
             vlans,
             vlan: match port.kind {
                 PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),
@@ -601,9 +622,8 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let under = self.hold(state, glean(key.ifindex), family).and_then(Leaf::nexthop);
         let leaf = self.hold(state, own, family).and_then(Leaf::nexthop);
         if let (Some(under), Some(leaf)) = (under, leaf) {
-            let set = self.tables.host_set(MAIN_ROOT[family as usize], key.address, under, leaf);
-            if let Err(error) = set {
-                tracing::error!(%error, "host entry of a neighbour");
+            for root in self.roots(family) {
+                self.place_host(root, key.address, under, leaf);
             }
             self.hosts.insert(key, under);
         } else {
@@ -614,10 +634,31 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         }
     }
 
+    fn place_host(&mut self, root: u32, address: IpAddr, under: Leaf, leaf: Leaf) {
+        if let Err(error) = self.tables.host_set(root, address, under, leaf) {
+            tracing::error!(%error, "host entry of a neighbour");
+        }
+    }
+
+    /// Sets the host entries that there are in another root.
+    pub(crate) fn place_hosts(&mut self, root: u32, family: Family) {
+        let of_family = self.hosts.iter().filter(|(key, _)| family_of(key.address) == family);
+        let leaf = |key| Leaf::nexthop(self.nexthops.get(&host(key))?.index);
+        let hosts: Vec<_> = of_family.filter_map(|(key, under)| Some((key.address, *under, leaf(key)?))).collect();
+        hosts.into_iter().for_each(|(address, under, leaf)| self.place_host(root, address, under, leaf));
+    }
+
+    /// All roots of a family.
+    fn roots(&self, family: Family) -> Vec<u32> {
+        self.rooms.of(family).map(|(root, _)| root).chain([MAIN_ROOT[family as usize]]).collect()
+    }
+
     fn remove_host(&mut self, state: &State, key: NeighbourKey, under: Leaf) {
         let family = family_of(key.address);
-        if let Err(error) = self.tables.host_remove(MAIN_ROOT[family as usize], key.address, under) {
-            tracing::error!(%error, "host entry of a neighbour");
+        for root in self.roots(family) {
+            if let Err(error) = self.tables.host_remove(root, key.address, under) {
+                tracing::error!(%error, "host entry of a neighbour");
+            }
         }
         self.hosts.remove(&key);
         self.release(state, glean(key.ifindex), family);
@@ -672,11 +713,19 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn update_route(&mut self, state: &State, prefix: Prefix) {
-        let (root, address, len) = (MAIN_ROOT[prefix.family() as usize], prefix.address(), prefix.prefix_len());
+        let family = prefix.family();
         self.missing.prefixes.remove(&prefix);
-        let done = match state.choose(prefix) {
+        self.update_route_in(state, MAIN_ROOT[family as usize], prefix, state.choose(prefix));
+        let rooms: Vec<_> = self.rooms.of(family).map(|(root, steps)| (root, state.choose_by(steps, prefix))).collect();
+        rooms.into_iter().for_each(|(root, choice)| self.update_route_in(state, root, prefix, choice));
+    }
+
+    /// Has a root say what decides over a prefix there.
+    pub(crate) fn update_route_in(&mut self, state: &State, root: u32, prefix: Prefix, choice: Option<(Choice, u8)>) {
+        let (address, len) = (prefix.address(), prefix.prefix_len());
+        let done = match choice {
             None => self.tables.route_remove(root, address, len),
-            Some((choice, shadow)) => {
+            Some((choice, level)) => {
                 let leaf = match choice {
                     Choice::Exception(reason) => {
                         let leaf = self.special(state, reason);
@@ -687,7 +736,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
                     }
                     Choice::Via(id) => self.land(state, id),
                 };
-                self.tables.route_set(root, address, len, Entry { leaf, shadow })
+                self.tables.route_set(root, address, len, Entry { leaf, level })
             }
         };
         if let Err(error) = done {

@@ -16,25 +16,34 @@ pub(crate) mod kind {
     pub const MULTICAST: u8 = 5;
 }
 
-/// The tables that Linux consults without rules, in that order.
+/// The tables that Linux consults without rules, in this order.
+pub(crate) const LOCAL: u32 = 255;
+pub(crate) const MAIN: u32 = 254;
+pub(crate) const DEFAULT: u32 = 253;
+const USUAL: [u32; 3] = [LOCAL, MAIN, DEFAULT];
+
+/// A number for each table: those that are consulted without rules come first, in their order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-#[repr(u8)]
-pub(crate) enum Rank {
-    Local,
-    Main,
-    Default,
-}
+struct Rank(u32);
 
 impl Rank {
-    const ALL: [(Rank, u32); 3] = [(Rank::Local, 255), (Rank::Main, 254), (Rank::Default, 253)];
+    const FIRST: Rank = Rank(0);
+    const LAST: Rank = Rank(u32::MAX);
 
-    /// The rank of a table; None for tables that only rules lead to (which are a policy of their own).
-    pub fn of(table: u32) -> Option<Self> {
-        Self::ALL.iter().find(|(_, number)| *number == table).map(|(rank, _)| *rank)
+    fn of(table: u32) -> Self {
+        match USUAL.iter().position(|usual| *usual == table) {
+            Some(at) => Self(at as u32),
+            None if table < DEFAULT => Self(table + USUAL.len() as u32),
+            None => Self(table),
+        }
     }
 
-    pub fn table(self) -> u32 {
-        Self::ALL[self as usize].1
+    fn table(self) -> u32 {
+        match USUAL.get(self.0 as usize) {
+            Some(table) => *table,
+            None if self.0 <= LOCAL => self.0 - USUAL.len() as u32,
+            None => self.0,
+        }
     }
 }
 
@@ -48,7 +57,7 @@ struct Key<const BYTES: usize> {
     priority: u32,
 }
 
-const _: () = assert!(size_of::<Key<4>>() == 12 && size_of::<Key<16>>() == 24);
+const _: () = assert!(size_of::<Key<4>>() == 16 && size_of::<Key<16>>() == 28);
 
 /// One route, without its key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,9 +103,15 @@ impl<const BYTES: usize> Fib<BYTES>
 where
     [u8; BYTES]: Octets,
 {
-    fn candidates(&self, address: [u8; BYTES], len: u8) -> impl Iterator<Item = (RouteKey, Candidate)> {
-        let first = Key { address, len, rank: Rank::Local, tos: 0, priority: 0 };
-        let last = Key { rank: Rank::Default, tos: u8::MAX, priority: u32::MAX, ..first };
+    /// Routes for a prefix in the tables of these ranks.
+    fn candidates(
+        &self,
+        address: [u8; BYTES],
+        len: u8,
+        (first, last): (Rank, Rank),
+    ) -> impl Iterator<Item = (RouteKey, Candidate)> {
+        let first = Key { address, len, rank: first, tos: 0, priority: 0 };
+        let last = Key { rank: last, tos: u8::MAX, priority: u32::MAX, ..first };
         self.0.range(first..=last).filter_map(|(key, candidate)| Some((key.name()?, *candidate)))
     }
 
@@ -104,10 +119,10 @@ where
         let octets = |prefix: Prefix| <[u8; BYTES]>::of(prefix.address());
         let from = match start {
             Bound::Included(first) => octets(first).map(|address| {
-                Bound::Included(Key { address, len: first.prefix_len(), rank: Rank::Local, tos: 0, priority: 0 })
+                Bound::Included(Key { address, len: first.prefix_len(), rank: Rank::FIRST, tos: 0, priority: 0 })
             }),
             Bound::Excluded(last) => octets(last).map(|address| {
-                let (len, rank) = (last.prefix_len(), Rank::Default);
+                let (len, rank) = (last.prefix_len(), Rank::LAST);
                 Bound::Excluded(Key { address, len, rank, tos: u8::MAX, priority: u32::MAX })
             }),
             Bound::Unbounded => None,
@@ -145,14 +160,14 @@ pub(crate) struct Routes {
 
 /// Calls `$do` with the map and key of the family of a route's prefix.
 macro_rules! with_key {
-    ($self:ident, $name:expr, $rank:expr, ($map:ident, $key:ident) => $do:expr) => {
+    ($self:ident, $name:expr, ($map:ident, $key:ident) => $do:expr) => {
         match $name.prefix.address() {
             IpAddr::V4(address) => {
                 let $map = &mut $self.v4.0;
                 let $key = Key {
                     address: address.octets(),
                     len: $name.prefix.prefix_len(),
-                    rank: $rank,
+                    rank: Rank::of($name.table),
                     tos: $name.tos,
                     priority: $name.priority,
                 };
@@ -163,7 +178,7 @@ macro_rules! with_key {
                 let $key = Key {
                     address: address.octets(),
                     len: $name.prefix.prefix_len(),
-                    rank: $rank,
+                    rank: Rank::of($name.table),
                     tos: $name.tos,
                     priority: $name.priority,
                 };
@@ -175,19 +190,28 @@ macro_rules! with_key {
 
 impl Routes {
     /// Sets a route; returns the one it replaces.
-    pub fn set(&mut self, name: RouteKey, rank: Rank, candidate: Candidate) -> Option<Candidate> {
-        with_key!(self, name, rank, (map, key) => map.insert(key, candidate))
+    pub fn set(&mut self, name: RouteKey, candidate: Candidate) -> Option<Candidate> {
+        with_key!(self, name, (map, key) => map.insert(key, candidate))
     }
 
-    pub fn remove(&mut self, name: RouteKey, rank: Rank) -> Option<Candidate> {
-        with_key!(self, name, rank, (map, key) => map.remove(&key))
+    pub fn remove(&mut self, name: RouteKey) -> Option<Candidate> {
+        with_key!(self, name, (map, key) => map.remove(&key))
     }
 
-    /// Routes for exactly this prefix, the first choice first.
+    /// Routes for exactly this prefix in any table, the first choice without rules first.
     pub fn candidates(&self, prefix: Prefix) -> Box<dyn Iterator<Item = (RouteKey, Candidate)> + '_> {
+        self.within(prefix, (Rank::FIRST, Rank::LAST))
+    }
+
+    /// Routes for exactly this prefix in a table, the first choice first.
+    pub fn candidates_in(&self, table: u32, prefix: Prefix) -> Box<dyn Iterator<Item = (RouteKey, Candidate)> + '_> {
+        self.within(prefix, (Rank::of(table), Rank::of(table)))
+    }
+
+    fn within(&self, prefix: Prefix, ranks: (Rank, Rank)) -> Box<dyn Iterator<Item = (RouteKey, Candidate)> + '_> {
         match prefix.address() {
-            IpAddr::V4(address) => Box::new(self.v4.candidates(address.octets(), prefix.prefix_len())),
-            IpAddr::V6(address) => Box::new(self.v6.candidates(address.octets(), prefix.prefix_len())),
+            IpAddr::V4(address) => Box::new(self.v4.candidates(address.octets(), prefix.prefix_len(), ranks)),
+            IpAddr::V6(address) => Box::new(self.v6.candidates(address.octets(), prefix.prefix_len(), ranks)),
         }
     }
 

@@ -4,7 +4,8 @@
 use crate::Transmit;
 use crate::filters::FilterRefused;
 use crate::mappings::{self, Mapping, MappingError};
-use crate::routes::{Candidate, Rank, Routes, kind};
+use crate::routes::{Candidate, DEFAULT, LOCAL, MAIN, Routes, kind};
+use crate::rules::{Step, Steps};
 use crate::snapshot::{Generations, Marked};
 use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -29,6 +30,8 @@ pub(crate) struct Changes {
     /// Policies of a family, own addresses, hash policy
     pub config: bool,
     pub mappings: bool,
+    /// Rules, or what they came to
+    pub rules: bool,
 }
 
 impl Changes {
@@ -40,6 +43,7 @@ impl Changes {
             && self.vias.is_empty()
             && !self.config
             && !self.mappings
+            && !self.rules
     }
 }
 
@@ -76,6 +80,8 @@ pub(crate) struct State {
     deaf: bool,
     /// IPv4 prefixes from which Linux may refuse packets whatever rp_filter says: those with routes that are not unicast
     refused_sources: BTreeSet<Prefix>,
+    /// Per family: the rules that the tables repeat, if they are not the usual ones
+    applied: [Option<Vec<Rule>>; 2],
     changes: Changes,
     /// See `take_freed`
     freed: bool,
@@ -354,7 +360,6 @@ impl State {
     }
 
     fn set_route(&mut self, route: Route) {
-        let Some(rank) = Rank::of(route.key.table) else { return };
         let family = route.key.prefix.family();
         let candidate = Candidate {
             via: self.vias.hold(ViaKey::new(family, &route.via, route.mtu)),
@@ -363,7 +368,7 @@ impl State {
             unsupported: route.unsupported,
             generation: self.generations.current(Snapshot::Routes(family)),
         };
-        let old = self.routes.set(route.key, rank, candidate);
+        let old = self.routes.set(route.key, candidate);
         if let Some(old) = old {
             self.vias.release(old.via);
         }
@@ -374,8 +379,7 @@ impl State {
     }
 
     fn remove_route(&mut self, key: RouteKey) {
-        let Some(rank) = Rank::of(key.table) else { return };
-        if let Some(old) = self.routes.remove(key, rank) {
+        if let Some(old) = self.routes.remove(key) {
             self.vias.release(old.via);
             self.route_changed(key);
         }
@@ -383,7 +387,12 @@ impl State {
 
     fn route_changed(&mut self, key: RouteKey) {
         if key.prefix.family() == Family::V4 {
-            let refused = self.routes.candidates(key.prefix).any(|(_, candidate)| candidate.kind != kind::UNICAST);
+            // Of a table that only rules lead to, a look-up that fails refuses nobody.
+            let refuses = |(key, candidate): (RouteKey, Candidate)| {
+                candidate.kind != kind::UNICAST
+                    && ([LOCAL, MAIN, DEFAULT].contains(&key.table) || candidate.kind <= kind::MULTICAST)
+            };
+            let refused = self.routes.candidates(key.prefix).any(refuses);
             self.changes.config |= if refused {
                 self.refused_sources.insert(key.prefix)
             } else {
@@ -474,7 +483,10 @@ impl State {
 
     fn policy_changed(&mut self, scope: Scope) {
         match scope {
-            Scope::Family(_) => self.changes.config = true,
+            Scope::Family(_) => {
+                self.changes.config = true;
+                self.changes.rules = true;
+            }
             Scope::Local(_) => {
                 let tunnels: Vec<_> = self.tunnels().collect();
                 self.changes.ports.extend(tunnels);
@@ -524,8 +536,14 @@ impl State {
             ttl: own.ttl,
             tos: own.tos,
             link: own.link,
-            policy: self.policy(|scope| matches!(scope, Scope::Local(Family::V4))).map(|obstacle| obstacle.reason),
+            policy: self.tunnel_policy(),
         })
+    }
+
+    /// Why packets of tunnels are exceptions. Those to the other end are looked up as packets of this host: by other rules.
+    fn tunnel_policy(&self) -> Option<Reason> {
+        let policy = self.policy(|scope| matches!(scope, Scope::Local(Family::V4))).map(|obstacle| obstacle.reason);
+        policy.or((self.rules_of(Family::V4) != Some(None)).then_some(Reason::PolicyRule))
     }
 
     /// The given interfaces and all VLAN sub-interfaces over them; and all tunnels, since what one may be depends on the
@@ -574,7 +592,36 @@ impl State {
 
     /// What the policies that `applies` picks come to.
     pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
-        sum(self.policies().filter(|policy| applies(&policy.scope)).map(|policy| self.obstacle(policy)))
+        let touching = self.policies().filter(|policy| applies(&policy.scope) && !self.is_applied(policy));
+        sum(touching.map(|policy| self.obstacle(policy)))
+    }
+
+    /// Whether a policy touches nothing, since the tables repeat its rules.
+    pub fn is_applied(&self, policy: &Policy) -> bool {
+        let Scope::Family(family) = policy.scope else { return false };
+        policy.rules.is_some() && policy.rules == self.applied[family as usize]
+    }
+
+    /// The rules of a family, if they are not the usual ones and are known; None while there are two descriptions.
+    pub fn rules_of(&self, family: Family) -> Option<Option<&Vec<Rule>>> {
+        let told = self.policies.keys().filter(|policy| policy.scope == Scope::Family(family));
+        let mut told = told.filter_map(|policy| policy.rules.as_ref());
+        match (told.next(), told.next()) {
+            (first, None) => Some(first),
+            _ => None,
+        }
+    }
+
+    /// Notes that the tables repeat these rules; false if that is known.
+    pub fn set_applied(&mut self, family: Family, rules: Option<Vec<Rule>>) -> bool {
+        let changed = self.applied[family as usize] != rules;
+        self.applied[family as usize] = rules;
+        changed
+    }
+
+    /// Has the rules worked in again.
+    pub fn rules_changed(&mut self) {
+        self.changes.rules = true;
     }
 
     /// The same for the policies for all packets of a port in a direction.
@@ -686,41 +733,52 @@ impl State {
         objects.contains(&id) || members.iter().any(|(member, _)| objects.contains(member))
     }
 
-    /// What decides over a prefix, and whether it does so over everything beneath it (table local). None if there is
-    /// no route.
-    pub fn choose(&self, prefix: Prefix) -> Option<(Choice, bool)> {
-        let exception = |reason| Some((Choice::Exception(reason), false));
-        let main = || self.routes.candidates(prefix).filter(|(key, _)| key.table == Rank::Main.table());
-        let mut candidates = self.routes.candidates(prefix);
-        let (first, candidate) = candidates.next()?;
-        match Rank::of(first.table)? {
-            // Nothing in table local is forwarded.
-            Rank::Local => {
-                return Some((
-                    Choice::Exception(kind_reason(candidate.kind).unwrap_or(Reason::UnsupportedRoute)),
-                    true,
-                ));
-            }
-            // Linux comes here only if table main has no answer at all.
-            Rank::Default => return exception(Reason::UnsupportedRoute),
-            Rank::Main if main().any(|(key, _)| key.tos != 0) => return exception(Reason::UnsupportedRoute),
-            Rank::Main => {}
+    /// What decides over a prefix without rules, and its level: everything beneath it of a lower one (table local before
+    /// main) is hidden. None if there is no route.
+    pub fn choose(&self, prefix: Prefix) -> Option<(Choice, u8)> {
+        let of = |table, level| Some((self.choose_of(table, prefix)?, level));
+        // Linux comes to table default only if main has no answer at all.
+        let last = || self.routes.candidates_in(DEFAULT, prefix).next();
+        let default = || last().map(|_| (Choice::Exception(Reason::UnsupportedRoute), 0));
+        of(LOCAL, 1).or_else(|| of(MAIN, 0)).or_else(default)
+    }
+
+    /// The same where these steps are taken.
+    pub fn choose_by(&self, steps: &Steps, prefix: Prefix) -> Option<(Choice, u8)> {
+        let by = |step: &Step| match step {
+            Step::Refuse(whole) => (*whole == prefix).then_some(Choice::Exception(Reason::PolicyRule)),
+            Step::Table(_, Some(beyond)) if prefix.prefix_len() <= *beyond => None,
+            Step::Table(table, _) => self.choose_of(*table, prefix),
+        };
+        steps.iter().zip((0..steps.len() as u8).rev()).find_map(|(step, level)| Some((by(step)?, level)))
+    }
+
+    /// What decides over a prefix in a table.
+    fn choose_of(&self, table: u32, prefix: Prefix) -> Option<Choice> {
+        let candidates = || self.routes.candidates_in(table, prefix);
+        let (_, first) = candidates().next()?;
+        // Nothing in table local is forwarded.
+        if table == LOCAL {
+            return Some(Choice::Exception(kind_reason(first.kind).unwrap_or(Reason::UnsupportedRoute)));
         }
-        for (_, candidate) in main() {
+        if candidates().any(|(key, _)| key.tos != 0) {
+            return Some(Choice::Exception(Reason::UnsupportedRoute));
+        }
+        for (_, candidate) in candidates() {
             if candidate.unsupported {
-                return exception(Reason::UnsupportedRoute);
+                return Some(Choice::Exception(Reason::UnsupportedRoute));
             }
             if let Some(reason) = kind_reason(candidate.kind) {
-                return exception(reason);
+                return Some(Choice::Exception(reason));
             }
             let via = self.vias.get(candidate.via)?;
             if !matches!(self.resolve(via), Resolved::Hops(hops) if hops.iter().all(|(_, live)| !live)) {
-                return Some((Choice::Via(candidate.via), false));
+                return Some(Choice::Via(candidate.via));
             }
         }
         // All are dead. Linux goes on with a shorter prefix; here the first stands, and its next hops say that they are
         // down, so that a link that fails changes next hops instead of all its routes.
-        Some((Choice::Via(candidate.via), false))
+        Some(Choice::Via(first.via))
     }
 }
 

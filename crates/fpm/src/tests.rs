@@ -5,6 +5,7 @@ mod crash;
 mod flows;
 mod model;
 mod reference;
+mod rules;
 
 use super::*;
 use reference::Outcome;
@@ -91,14 +92,19 @@ fn policy(scope: Scope, reason: Reason) -> Message {
         detail: "test".into(),
         filter: None,
         flows: None,
+        rules: None,
     })
 }
 
 /// Where the published tables send packets to an address, and how many of a group's buckets go each way.
 fn shares(view: &View, address: IpAddr) -> BTreeMap<Outcome, usize> {
+    shares_in(view, MAIN_ROOT[usize::from(address.is_ipv6())], address)
+}
+
+fn shares_in(view: &View, root: u32, address: IpAddr) -> BTreeMap<Outcome, usize> {
     let word = match address {
-        IpAddr::V4(address) => lpm::lookup(view, MAIN_ROOT[0], &address.octets()),
-        IpAddr::V6(address) => lpm::lookup(view, MAIN_ROOT[1], &address.octets()),
+        IpAddr::V4(address) => lpm::lookup(view, root, &address.octets()),
+        IpAddr::V6(address) => lpm::lookup(view, root, &address.octets()),
     };
     let indices: Vec<u32> = match word.unwrap().kind() {
         Kind::None => return [(Outcome::Exception(Reason::NoRoute), 1)].into(),
@@ -726,7 +732,7 @@ fn ip_filter() -> Filter {
 
 fn capture(scope: Scope) -> Policy {
     let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()), flows: None }
+    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()), flows: None, rules: None }
 }
 
 /// Why IPv4 packets that come in by a port are exceptions.
@@ -778,6 +784,7 @@ fn connections_pass_where_every_policy_in_the_way_lets_them() {
         detail: "rules".into(),
         filter: None,
         flows,
+        rules: None,
     };
     let words = |fixture: &Fixture| {
         let view = fixture.fpm.tables().view();
@@ -818,7 +825,15 @@ fn connections_pass_where_every_policy_in_the_way_lets_them() {
 }
 
 fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {
-    let policy = Policy { source: PolicySource::Tc, scope, reason, detail: "test".into(), filter: None, flows: None };
+    let policy = Policy {
+        source: PolicySource::Tc,
+        scope,
+        reason,
+        detail: "test".into(),
+        filter: None,
+        flows: None,
+        rules: None,
+    };
     Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies: vec![policy] })
 }
 

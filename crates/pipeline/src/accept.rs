@@ -11,7 +11,7 @@ use crate::{Entry, Tables};
 use towpath_tables::flow::{Key, acceptance, is_open};
 use towpath_tables::lpm::Kind;
 use towpath_tables::opaque;
-use towpath_tables::record::PORT_SLOTS;
+use towpath_tables::record::{BY_SOURCE, PORT_SLOTS};
 use towpath_wire::View;
 use towpath_wire::ethernet::{self, Tag};
 use towpath_wire::ipv4::Ipv4;
@@ -106,7 +106,12 @@ fn accept_key<const WORDS: usize, N: Network, S: Sent, T: Tables>(
 #[inline(always)]
 fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, from: u32, to: u32) -> Option<bool> {
     let link = packet.link()?;
-    let word = header.lookup(tables, tables.port(from)?.root[N::FAMILY as usize].load()).ok()?;
+    let root = tables.port(from)?.root[N::FAMILY as usize].load();
+    // What it came from may be translated by now: nobody can say by which rule it was routed.
+    if root & BY_SOURCE != 0 {
+        return None;
+    }
+    let word = header.lookup(tables, root).ok()?;
     let goes_there =
         |index| tables.nexthop(index).and_then(Hop::begin).is_some_and(|hop| hop.port == to && hop.is_at(link));
     Some(match word.kind() {

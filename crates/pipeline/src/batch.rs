@@ -5,6 +5,7 @@ use crate::cache::prefetch;
 use crate::ingress::{parse_link, parse_packet};
 use crate::network::Network;
 use crate::rewrite::rewrite_packet;
+use crate::roots::root_for;
 use crate::route::Last;
 use crate::stats::Tally;
 use crate::{Entry, Frame, Parsed, Stop, Tables, count_exception, filters};
@@ -126,8 +127,9 @@ fn add_job<'t, N: Header<BYTES>, const BYTES: usize, F: Frame, T: Tables>(
     jobs: &mut Jobs<'t, BYTES>,
 ) -> Result<(), Stop> {
     let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
-    let to = frame.get::<N>(offset).ok_or(Reason::Truncated)?.destination();
-    let root = entry.port.root[N::FAMILY as usize].load();
+    let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
+    let to = header.destination();
+    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
     let walk = Walk::new(tables, root, &to);
     jobs.push(Job { place, entry, parsed, to, root, walk });
     Ok(())

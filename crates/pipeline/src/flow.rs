@@ -9,6 +9,7 @@
 
 use crate::network::{Network, Part};
 use crate::rewrite::fit;
+use crate::roots::root_for;
 use crate::route::{check_packet, find_hop};
 use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
 use core::mem::offset_of;
@@ -207,7 +208,7 @@ fn route<'t, N: Translated<WORDS>, const WORDS: usize, F: Frame, T: Tables>(
     let mut header = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     header.set_destination(leaving);
     header.check_scopes(entry.flags)?;
-    let root = entry.port.root[N::FAMILY as usize].load();
+    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let hop = find_hop(frame, tables, &header, parsed, word)?;
     hop.check()?;

@@ -23,6 +23,7 @@ pub mod nat;
 mod network;
 mod partial;
 mod rewrite;
+pub mod roots;
 mod route;
 #[cfg(any(test, feature = "std"))]
 pub mod slices;
@@ -51,7 +52,8 @@ use towpath_tables::flow::{self as flows, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, LpmRead};
 use towpath_tables::mapping::{self, Way, Words};
 use towpath_tables::record::{
-    Config, CpuMappings, CpuStats, Family, Filter, FilterCounters, Group, MappingSet, Nexthop, Port, VlanTable,
+    Config, CpuMappings, CpuStats, Family, Filter, FilterCounters, Group, MappingSet, Nexthop, Port, SourceList,
+    VlanTable,
 };
 use towpath_tables::trace::Outcome;
 use towpath_wire::View;
@@ -194,6 +196,8 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn filter(&self, index: u32) -> Option<&Filter>;
     /// Counters of some of them that only this CPU or worker writes, by their number over `FILTERS_COUNTED`
     fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters>;
+    /// A list of roots by source
+    fn sources(&self, index: u32) -> Option<&SourceList>;
     /// A set of mappings
     fn mapping_set(&self, index: u32) -> Option<&MappingSet>;
     /// Counters of mappings that only this CPU or worker writes

@@ -8,7 +8,7 @@ use towpath_tables::flow::FlowRead;
 use towpath_tables::lpm::LpmRead;
 use towpath_tables::record::{
     Config, CpuMappings, CpuStats, Filter, FilterCounters, Flow, FlowLine, Group, Line, MappingSet, Nexthop, Port,
-    VlanTable, port_flags,
+    SourceList, VlanTable, port_flags,
 };
 
 /// Mapped tables, and what their reader may do.
@@ -112,6 +112,10 @@ impl Tables for Mapped<'_> {
     fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
         self.counters?;
         self.view.filter_stats().get(line as usize * self.view.cpus() + cpu as usize)
+    }
+    #[inline(always)]
+    fn sources(&self, index: u32) -> Option<&SourceList> {
+        self.view.sources().get(index as usize)
     }
     #[inline(always)]
     fn mapping_set(&self, index: u32) -> Option<&MappingSet> {

@@ -9,6 +9,7 @@
 
 use crate::network::{Network, Part};
 use crate::rewrite::fit;
+use crate::roots::root_for;
 use crate::route::{check_packet, find_index};
 use crate::{Candidate, Entry, Frame, Hop, Parsed, Tables, count_forward, partial};
 use towpath_tables::Reason;
@@ -228,7 +229,7 @@ fn choose_hop<N: Addressed, F: Frame, T: Tables>(
     let mut header = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     exchange_found(tables, &mut header, inward, Way::In)?;
     header.check_scopes(entry.flags)?;
-    let root = entry.port.root[N::FAMILY as usize].load();
+    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let index = find_index(frame, tables, &header, &parsed, word)?;
     let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;

@@ -36,8 +36,10 @@ pub trait Network: View {
     fn packet_len(&self, available: usize) -> Result<usize, Reason>;
     /// Checks what can be said of the addresses without a table.
     fn check_scopes(&self, flags: u32) -> Result<(), Reason>;
-    /// Checks the source against the tables.
-    fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason>;
+    /// Checks the source against the tables, for a packet that is to leave by the port in slot `out`.
+    fn check_source<T: Tables>(&self, tables: &T, entry: &Entry, out: u32) -> Result<(), Reason>;
+    /// The source as on the wire; IPv4 in the first half of the first word
+    fn source_words(&self) -> [u64; 2];
     /// The route to the destination
     fn lookup<T: Tables>(&self, tables: &T, root: u32) -> Result<lpm::Word, lpm::Internal>;
     /// Whether Linux may send a redirect for a packet that leaves by the port that it entered by
@@ -109,8 +111,13 @@ impl Network for Ipv4 {
     }
 
     #[inline(always)]
-    fn check_source<T: Tables>(&self, tables: &T, entry: &Entry) -> Result<(), Reason> {
-        source::check(tables, entry, self.source)
+    fn check_source<T: Tables>(&self, tables: &T, entry: &Entry, out: u32) -> Result<(), Reason> {
+        source::check(tables, entry, self, out)
+    }
+
+    #[inline(always)]
+    fn source_words(&self) -> [u64; 2] {
+        words4(self.source)
     }
 
     #[inline(always)]
@@ -170,6 +177,12 @@ impl Network for Ipv4 {
     }
 }
 
+/// An IPv4 address in the first half of the first of two words.
+#[inline(always)]
+pub(crate) fn words4([a, b, c, d]: [u8; 4]) -> [u64; 2] {
+    [u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0]), 0]
+}
+
 /// 1.0.0.0 to 223.255.255.255 without 127.0.0.0/8: nothing special about it.
 #[inline(always)]
 fn is_plain([first, ..]: [u8; 4]) -> bool {
@@ -225,8 +238,13 @@ impl Network for Ipv6 {
 
     /// Linux has no reverse path filter for IPv6 outside netfilter, and forwards packets with a source of its own.
     #[inline(always)]
-    fn check_source<T: Tables>(&self, _tables: &T, _entry: &Entry) -> Result<(), Reason> {
+    fn check_source<T: Tables>(&self, _tables: &T, _entry: &Entry, _out: u32) -> Result<(), Reason> {
         Ok(())
+    }
+
+    #[inline(always)]
+    fn source_words(&self) -> [u64; 2] {
+        zerocopy::transmute!(self.source)
     }
 
     #[inline(always)]

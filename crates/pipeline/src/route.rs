@@ -1,6 +1,7 @@
 //! Second stage: is the source acceptable, where does the packet go, and may it.
 
 use crate::network::Network;
+use crate::roots::root_for;
 use crate::{Entry, Frame, Parsed, Tables, hash};
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Word};
@@ -182,7 +183,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     parsed: &Parsed,
 ) -> Result<Hop<'t>, Refusal> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
-    let root = entry.port.root[N::FAMILY as usize].load();
+    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let hop = find_hop(frame, tables, header, parsed, word)?;
     hop.check()?;
@@ -236,7 +237,7 @@ pub(crate) fn check_packet<N: Network, T: Tables>(
     parsed: &Parsed,
     hop: &Hop,
 ) -> Result<(), Reason> {
-    header.check_source(tables, entry)?;
+    header.check_source(tables, entry, hop.port)?;
     if header.hops_left() <= 1 {
         return Err(Reason::TtlExpired);
     }

@@ -8,7 +8,7 @@ use towpath_tables::lpm::LpmRead;
 use towpath_tables::order;
 use towpath_tables::record::{
     Config, CpuMappings, CpuStats, Filter, FilterCounters, Flow, FlowLine, Group, Line, MappingCounters, MappingSet,
-    Nexthop, Port, PortStats, Root, VlanTable, port_flags,
+    Nexthop, Port, PortStats, Root, SourceList, VlanTable, port_flags,
 };
 
 /// The tables that the packet path reads, and the counters of all CPUs.
@@ -20,6 +20,8 @@ pub struct Slices<'t> {
     pub ports: &'t [Port],
     /// Sub-interfaces
     pub vlans: &'t [VlanTable],
+    /// Lists of roots by source
+    pub sources: &'t [SourceList],
     /// Route tables
     pub roots: &'t [Root],
     /// Their nodes' lines
@@ -133,6 +135,10 @@ impl Tables for Slices<'_> {
     fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
         let cpus = self.stats.len() / self.ports.len().max(1);
         self.filter_stats.get(line as usize * cpus + cpu as usize)
+    }
+    #[inline(always)]
+    fn sources(&self, index: u32) -> Option<&SourceList> {
+        self.sources.get(index as usize)
     }
     #[inline(always)]
     fn mapping_set(&self, index: u32) -> Option<&MappingSet> {

@@ -1,24 +1,29 @@
 //! Whether Linux accepts an IPv4 source on a port (6.1, net/ipv4/fib_frontend.c, fib_validate_source).
 
+use crate::network::words4;
+use crate::roots::root_for;
 use crate::{Tables, ingress::Entry};
+use towpath_tables::Reason;
 use towpath_tables::filter::local_filter_bit;
 use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::order;
 use towpath_tables::record::{GROUP_BUCKETS, Nexthop, NexthopKind, port_flags};
-use towpath_tables::{Reason, record::Family};
+use towpath_wire::ipv4::Ipv4;
 
 /// Buckets of a group that are looked at for the port: members with a smaller share may be missed, and their packets
 /// take the slow way.
 const SAMPLES: usize = 16;
 
 #[inline(always)]
-pub fn check<T: Tables>(tables: &T, entry: &Entry, source: [u8; 4]) -> Result<(), Reason> {
+pub fn check<T: Tables>(tables: &T, entry: &Entry, header: &Ipv4, out: u32) -> Result<(), Reason> {
     let filtered = entry.flags & (port_flags::RP_STRICT | port_flags::RP_LOOSE) != 0;
-    if !filtered && !is_suspect(tables, source)? {
+    if !filtered && !is_suspect(tables, header.source)? {
         return Ok(());
     }
-    let root = entry.port.root[Family::V4 as usize].load();
-    let word = tables.lookup4(root, &source).map_err(|_| Reason::Internal)?;
+    // Linux looks up a packet that comes back: in by the port by which this one is to leave, and from its destination.
+    let port = tables.port(out).ok_or(Reason::Internal)?;
+    let root = root_for::<Ipv4, T>(tables, port, words4(header.destination))?;
+    let word = tables.lookup4(root, &header.source).map_err(|_| Reason::Internal)?;
     check_route(tables, entry, word, filtered)
 }
 

@@ -114,7 +114,8 @@ fn look_through<'t, F: Frame, T: Tables>(
     }
     let from = find(tables, outer, flags, key)?;
     from.ready()?;
-    outer.check_source(tables, entry)?;
+    // Where rules would ask for the interface, tunnels are not ready: any port's routes are the same.
+    outer.check_source(tables, entry, entry.slot)?;
     let inner = match gre.protocol.get() {
         ethernet::IPV4 => ingress::parse_packet::<Ipv4, F, _>(frame, tables, &from, offset, end),
         ethernet::IPV6 => ingress::parse_packet::<Ipv6, F, _>(frame, tables, &from, offset, end),

@@ -13,7 +13,7 @@ use towpath_tables::writer::{MAIN_ROOT, TableWriter};
 const LOOKUPS: usize = 1 << 20;
 
 fn entry(n: u32) -> Entry {
-    Entry { leaf: Leaf::nexthop(2 + n % 64).expect("small and not zero"), shadow: false }
+    Entry { leaf: Leaf::nexthop(2 + n % 64).expect("small and not zero"), level: 0 }
 }
 
 /// Nanoseconds for one look-up: independent ones, and each waiting for the one before.

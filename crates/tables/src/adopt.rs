@@ -91,6 +91,13 @@ pub(crate) fn scan(view: &View<'_>) -> Result<InUse, AdoptError> {
             vlans if (vlans as usize) < view.vlans().len() => scan.used.vlans.push(vlans),
             vlans => return damaged(format!("port {slot} has VLAN table {vlans}, which is not there")),
         }
+        let lists = port.root.iter().map(|root| root.load()).filter(|root| ifindex != 0 && root & BY_SOURCE != 0);
+        for list in lists.map(|root| root & !BY_SOURCE) {
+            if list as usize >= view.sources().len() {
+                return damaged(format!("port {slot} has source list {list}, which is not there"));
+            }
+            scan.used.sources.push(list);
+        }
     }
     Ok(scan.used)
 }

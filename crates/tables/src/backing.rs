@@ -9,7 +9,7 @@ use crate::lpm::LpmRead;
 use crate::order;
 use crate::record::{
     Config, FLOW_PLACES, Filter, FilterCounters, FilterKey, Flow, FlowLine, Group, Line, MAPPINGS, MappingCounters,
-    MappingSet, Nexthop, NexthopKey, Port, PortStats, Root, TableId, VlanTable,
+    MappingSet, Nexthop, NexthopKey, Port, PortStats, Root, SourceList, TableId, VlanTable,
 };
 
 /// Alignment of every table: one cache line, which no record exceeds.
@@ -52,6 +52,7 @@ pub const fn initial_elements(cpus: usize) -> PerTable {
         .with(TableId::Ports, PORTS)
         .with(TableId::Vlans, 16)
         .with(TableId::Roots, 2)
+        .with(TableId::Sources, 4)
         .with(TableId::Nodes, 1 << 14)
         .with(TableId::Nexthops, 1024)
         .with(TableId::NexthopKeys, 1024)
@@ -194,6 +195,8 @@ impl<'a> View<'a> {
         flows: Flow = Flows;
         /// Their index
         flow_lines: FlowLine = FlowLines;
+        /// Lists of roots by source
+        sources: SourceList = Sources;
         /// Sets of mappings
         mapping_sets: MappingSet = Mappings;
         /// Their counters

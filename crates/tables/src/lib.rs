@@ -42,6 +42,8 @@ pub mod record;
 #[cfg(feature = "std")]
 pub mod rib;
 #[cfg(feature = "std")]
+pub mod sources;
+#[cfg(feature = "std")]
 pub mod store;
 pub mod trace;
 #[cfg(feature = "std")]

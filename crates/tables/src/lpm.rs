@@ -9,8 +9,8 @@ const GROUP: u32 = 1 << 30;
 const WIDE: u32 = 1 << 30;
 const PACKED: u32 = 1 << 29;
 
-/// Indices of next hops and groups are below this.
-pub const INDEX_LIMIT: u32 = 1 << 30;
+/// Indices of next hops and groups are below this. The bits between it and `GROUP` are the writer's, for a route's level.
+pub const INDEX_LIMIT: u32 = 1 << 26;
 /// Indices of nodes are below this.
 pub const NODE_LIMIT: u32 = 1 << 29;
 
@@ -135,7 +135,7 @@ impl Leaf {
     /// No leaf is less than this.
     pub const MIN: Leaf = Leaf(1);
     /// No leaf is greater than this.
-    pub const MAX: Leaf = Leaf(!NODE);
+    pub const MAX: Leaf = Leaf(GROUP | (INDEX_LIMIT - 1));
 
     /// The leaf that names a next hop; None if there can be no such next hop (0, or `INDEX_LIMIT` and more).
     pub const fn nexthop(index: u32) -> Option<Leaf> {

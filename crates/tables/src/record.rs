@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 12;
+pub const LAYOUT_VERSION: u32 = 13;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -139,7 +139,8 @@ pub struct Port {
     pub flags: W32,
     /// MAC address, see `mac_word`
     pub mac: W64,
-    /// Per family: root of the routes to look up in (index into `Roots`)
+    /// Per family: root of the routes to look up in (index into `Roots`); with `BY_SOURCE`, the index into `Sources` of the
+    /// list that chooses the root
     pub root: [W32; 2],
     /// Per family: the policy word (`Obstacle`) for packets that enter here
     pub ingress_policy: [W32; 2],
@@ -209,6 +210,37 @@ pub const fn destination_word(first: u64) -> u64 {
 
 /// `Port::vlans` of a port without VLAN sub-interfaces.
 pub const NO_VLANS: u32 = u32::MAX;
+
+/// In `Port::root`: what it names is a list of roots by source.
+pub const BY_SOURCE: u32 = 1 << 31;
+/// Source prefixes in a list at most.
+pub const SOURCES: usize = 8;
+
+/// Which root to look a packet up in, by its source: rules of `ip rule` with `from`. Immutable while a port leads to it.
+#[repr(C, align(64))]
+pub struct SourceList {
+    /// The shortest prefixes first: the last one that has the source chooses. What is not in use matches nothing
+    pub prefixes: [SourcePrefix; SOURCES],
+    /// For sources in none of them
+    pub root: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 15],
+}
+const _: () = assert!(size_of::<SourceList>() == SOURCES * 64 + 64);
+
+/// A prefix of sources. Addresses as on the wire; IPv4 in the first half of the first word.
+#[repr(C, align(64))]
+pub struct SourcePrefix {
+    /// Its first address
+    pub address: [W64; 2],
+    /// The bits that decide
+    pub mask: [W64; 2],
+    /// The root for them
+    pub root: W32,
+    /// Reserved, zero
+    pub reserved: [W32; 7],
+}
+const _: () = assert!(size_of::<SourcePrefix>() == 64);
 
 /// For each VLAN identifier 1 + the slot of the sub-interface's port, or 0.
 #[repr(C)]
@@ -677,11 +709,13 @@ pub enum TableId {
     FilterKeys = 14,
     /// `FilterCounters`
     FilterStats = 15,
+    /// `SourceList`
+    Sources = 16,
 }
 
 impl TableId {
     /// Every table.
-    pub const ALL: [TableId; 16] = [
+    pub const ALL: [TableId; 17] = [
         TableId::Config,
         TableId::Ports,
         TableId::Vlans,
@@ -698,6 +732,7 @@ impl TableId {
         TableId::Filters,
         TableId::FilterKeys,
         TableId::FilterStats,
+        TableId::Sources,
     ];
 
     /// Name of the BPF map and of its pin.
@@ -719,6 +754,7 @@ impl TableId {
             TableId::Filters => "filters",
             TableId::FilterKeys => "filter_keys",
             TableId::FilterStats => "filter_stats",
+            TableId::Sources => "sources",
         }
     }
 
@@ -741,6 +777,7 @@ impl TableId {
             TableId::Filters => ".bss.filters",
             TableId::FilterKeys => ".bss.filter_keys",
             TableId::FilterStats => ".bss.filter_stats",
+            TableId::Sources => ".bss.sources",
         }
     }
 
@@ -774,6 +811,7 @@ impl TableId {
             TableId::Filters => size_of::<Filter>(),
             TableId::FilterKeys => size_of::<FilterKey>(),
             TableId::FilterStats => size_of::<FilterCounters>(),
+            TableId::Sources => size_of::<SourceList>(),
         }
     }
 }

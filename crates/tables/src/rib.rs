@@ -1,14 +1,14 @@
 //! The writer's own trie of routes, 16 bits and then 8 at a time, and how what changed in it is published: 16 bits at a
 //! time, as one wide node or as nodes of eight bits, whichever the words there ask for.
 //!
-//! Which route decides is Linux's rule: a route that *shadows* (table local) wins over every route that does not,
-//! whatever the lengths; among equals the longest wins. A *host* (resolved neighbour) stands in for the deciding leaf
+//! Which route decides is Linux's rule: a route of a table that is consulted earlier (its *level* is higher) wins over every
+//! route of lower levels, whatever the lengths; among equals the longest wins. A *host* (resolved neighbour) stands in for the deciding leaf
 //! of its address, and only for the leaf it names.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::grace::Grace;
-use crate::lpm::{Leaf, Word};
+use crate::lpm::{INDEX_LIMIT, Leaf, Word};
 use crate::store::{Memory, Published, Store, TABLE_FULL, WideRuns, Words, footprint, wide_footprint, wide_runs};
 
 /// A prefix of an address of `BYTES` bytes; bits beyond its length are zero.
@@ -52,8 +52,8 @@ impl<const BYTES: usize> Prefix<BYTES> {
 pub struct Entry {
     /// Next hop or group
     pub leaf: Leaf,
-    /// Hides every longer route beneath it that does not shadow itself (Linux: table local is consulted before main)
-    pub shadow: bool,
+    /// Hides every longer route beneath it of a lower level (Linux: table local is consulted before main); below `LEVELS`
+    pub level: u8,
 }
 
 /// What decides over an address.
@@ -63,39 +63,43 @@ pub struct Match {
     pub leaf: Leaf,
     /// Length of the prefix that decides; for a host that of the route it stands in for
     pub prefix_len: u8,
-    /// The route shadows
-    pub shadow: bool,
+    /// The route's level
+    pub level: u8,
     /// A host stands in for the route's leaf
     pub host: bool,
 }
 
-/// A leaf and whether it shadows, or nothing: what a prefix hands down to what lies beneath it.
+/// Levels of routes there can be.
+pub const LEVELS: usize = 16;
+
+/// A leaf and its level, or nothing: what a prefix hands down to what lies beneath it.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 struct Cover(u32);
 
 impl Cover {
     const NONE: Cover = Cover(0);
-    const SHADOW: u32 = 1 << 31;
+    const LEVEL: u32 = (LEVELS as u32 - 1) << Self::SHIFT;
+    const SHIFT: u32 = INDEX_LIMIT.ilog2();
 
     fn new(entry: Entry) -> Self {
-        Cover(entry.leaf.word().0 | if entry.shadow { Self::SHADOW } else { 0 })
+        Cover(entry.leaf.word().0 | u32::from(entry.level) << Self::SHIFT & Self::LEVEL)
     }
 
     fn entry(self) -> Option<Entry> {
-        Leaf::from_word(self.word()).map(|leaf| Entry { leaf, shadow: self.shadow() })
+        Leaf::from_word(self.word()).map(|leaf| Entry { leaf, level: self.level() })
     }
 
     fn word(self) -> Word {
-        Word(self.0 & !Self::SHADOW)
+        Word(self.0 & !Self::LEVEL)
     }
 
-    fn shadow(self) -> bool {
-        self.0 & Self::SHADOW != 0
+    fn level(self) -> u8 {
+        ((self.0 & Self::LEVEL) >> Self::SHIFT) as u8
     }
 
     /// What decides beneath a longer prefix with `longer`.
     fn under(self, longer: Cover) -> Cover {
-        if longer == Cover::NONE || (self.shadow() && !longer.shadow()) { self } else { longer }
+        if longer == Cover::NONE || self.level() > longer.level() { self } else { longer }
     }
 }
 
@@ -308,7 +312,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         let (cover, prefix_len) = best;
         let leaf = Leaf::from_word(cover.word())?;
         let host = self.hosts.get(&(*address, leaf));
-        Some(Match { leaf: *host.unwrap_or(&leaf), prefix_len, shadow: cover.shadow(), host: host.is_some() })
+        Some(Match { leaf: *host.unwrap_or(&leaf), prefix_len, level: cover.level(), host: host.is_some() })
     }
 
     /// Lines of nodes that publishing all this takes in empty tables.
@@ -614,10 +618,10 @@ impl<const BYTES: usize> Rib<BYTES> {
         self.short[1]
     }
 
-    /// What decides over a root slot by routes of at most 16 bits. A default route that does not shadow is left to
+    /// What decides over a root slot by routes of at most 16 bits. A default route of level 0 is left to
     /// `Root::default`.
     fn slot_cover(&self, slot: usize) -> Cover {
-        let default = Some(self.default_cover()).filter(|cover| cover.shadow()).unwrap_or(Cover::NONE);
+        let default = Some(self.default_cover()).filter(|cover| cover.level() > 0).unwrap_or(Cover::NONE);
         (1..=16).fold(default, |cover, len| cover.under(self.short[position(slot, 16, len)]))
     }
 
@@ -625,7 +629,7 @@ impl<const BYTES: usize> Rib<BYTES> {
         if old == new {
             return;
         }
-        if prefix.len > 0 || old.shadow() || new.shadow() {
+        if prefix.len > 0 || old.level() > 0 || new.level() > 0 {
             let first = Self::slot(&prefix.address);
             self.mark_slots(first..first + (SLOTS >> prefix.len));
         }

@@ -68,6 +68,8 @@ pub enum Piece {
     Vlans(u32),
     /// A root
     Root(u32),
+    /// A list of roots by source
+    Sources(u32),
 }
 
 /// Pieces in limbo beyond which waiting for a grace period is cheaper than growing.
@@ -86,6 +88,7 @@ pub struct Store<M, G> {
     pub(crate) groups: Slots,
     pub(crate) vlans: Slots,
     pub(crate) roots: Slots,
+    pub(crate) sources: Slots,
     /// Out of use once the next word is published
     leaving: Vec<Piece>,
     /// Out of use, but perhaps still looked at
@@ -105,6 +108,7 @@ pub(crate) struct InUse {
     pub groups: Vec<u32>,
     pub vlans: Vec<u32>,
     pub roots: Vec<u32>,
+    pub sources: Vec<u32>,
 }
 
 /// The 256 words of a node.
@@ -134,7 +138,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
 
     /// Memory in which exactly this is in use; None if pieces overlap.
     pub(crate) fn with_used(mem: M, grace: G, mut used: InUse) -> Option<Self> {
-        for list in [&mut used.nexthops, &mut used.groups, &mut used.vlans, &mut used.roots] {
+        for list in [&mut used.nexthops, &mut used.groups, &mut used.vlans, &mut used.roots, &mut used.sources] {
             list.sort_unstable();
             list.dedup();
         }
@@ -146,6 +150,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
             groups: Slots::with_used(0, used.groups),
             vlans: Slots::with_used(0, used.vlans),
             roots: Slots::with_used(0, used.roots),
+            sources: Slots::with_used(0, used.sources),
             leaving: Vec::new(),
             limbo: Vec::new(),
             full: Vec::new(),
@@ -172,6 +177,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
             TableId::Groups => self.groups.used(),
             TableId::Vlans => self.vlans.used(),
             TableId::Roots => self.roots.used(),
+            TableId::Sources => self.sources.used(),
             _ => return None,
         })
     }
@@ -221,6 +227,7 @@ impl<M: Memory, G: Grace> Store<M, G> {
             Piece::Group(index) => self.groups.give(index),
             Piece::Vlans(index) => self.vlans.give(index),
             Piece::Root(index) => self.roots.give(index),
+            Piece::Sources(index) => self.sources.give(index),
         }
     }
 

@@ -22,6 +22,7 @@ use crate::policy::Obstacle;
 use crate::reason::{REASONS, Reason};
 use crate::record::*;
 use crate::rib::{Entry, Match, Prefix, Rib};
+use crate::sources::{self, SourceRoots};
 use crate::store::{Memory, Piece, Store, TABLE_FULL};
 use crate::tunnel::{self, TunnelValue};
 
@@ -71,7 +72,7 @@ pub struct PortValue {
     pub flags: u32,
     /// MAC address
     pub mac: [u8; 6],
-    /// Per family: root of the routes to look up in
+    /// Per family: root of the routes to look up in, or with `BY_SOURCE` a list of them
     pub root: [u32; 2],
     /// Per family: why packets that enter here are exceptions, if they are
     pub ingress_policy: [Option<Obstacle>; 2],
@@ -211,7 +212,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     pub fn adopt(backing: B, grace: G) -> Result<Self, AdoptError> {
         let used = scan(&backing.view())?;
         let (nexthops, groups) = (used.nexthops.clone(), used.groups.clone());
-        let (roots, vlans) = (used.roots.clone(), used.vlans.clone());
+        let (roots, vlans, sources) = (used.roots.clone(), used.vlans.clone(), used.sources.clone());
         let store =
             Store::with_used(backing, grace, used).ok_or(AdoptError::Damaged("pieces of routes overlap".into()))?;
         let mut writer = Self::over(store);
@@ -233,6 +234,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         }
         writer.unclaimed_groups = groups;
         writer.leaving.extend(vlans.into_iter().map(Piece::Vlans));
+        writer.leaving.extend(sources.into_iter().map(Piece::Sources));
         for index in nexthops.into_iter().filter(|index| *index != TABLE_FULL.word().0) {
             match NexthopIdentity::read(&writer.view().nexthop_keys()[index as usize]) {
                 Some(identity) => writer.unclaimed_nexthops.entry(identity).or_default().push(index),
@@ -629,6 +631,26 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
     /// Frees a table that no port leads to any more; it is reused after the next publication.
     pub fn free_vlans(&mut self, vlans: u32) {
         self.leaving.push(Piece::Vlans(vlans));
+    }
+
+    // ---- roots by source
+
+    /// A list that chooses roots by source.
+    pub fn alloc_sources(&mut self, list: &SourceRoots) -> Result<u32, GrowError> {
+        let index = self.take(&[TableId::Sources], |store, room| store.sources.take(room))?;
+        sources::write(&self.view().sources()[index as usize], list);
+        Ok(index)
+    }
+
+    /// Frees a list that no port leads to any more; it is reused after the next publication.
+    pub fn free_sources(&mut self, list: u32) {
+        self.leaving.push(Piece::Sources(list));
+    }
+
+    /// Has packets of a family that come in by a port looked up in this root, or by this list (`BY_SOURCE`).
+    pub fn set_root(&mut self, slot: u32, family: Family, root: u32) {
+        order::publish(&self.view().ports()[slot as usize].root[family as usize], root);
+        self.find_way(slot);
     }
 
     // ---- next hops and groups

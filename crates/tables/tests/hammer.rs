@@ -41,7 +41,7 @@ fn readers_never_miss_a_route_or_see_a_torn_record() {
     let identity = |n| NexthopIdentity { ifindex: n, gateway: None, mtu: 0, reason: None };
     let hops: Vec<u32> = (0..40).map(|n| writer.alloc_nexthop(identity(n)).unwrap()).collect();
     hops.iter().for_each(|&hop| writer.set_nexthop(hop, &value(1)));
-    let entry = |len: u8| Entry { leaf: Leaf::nexthop(hops[usize::from(len)]).unwrap(), shadow: false };
+    let entry = |len: u8| Entry { leaf: Leaf::nexthop(hops[usize::from(len)]).unwrap(), level: 0 };
     writer.route_set(MAIN_ROOT[0], [10, 0, 0, 0].into(), 8, entry(8)).unwrap();
     writer.publish();
 

@@ -120,7 +120,7 @@ impl Form {
 
 /// 10.0.1.0/24 to this next hop, and beside it enough for a node of this form.
 fn routes(rib: &mut Rib<4>, nexthop: u32, form: Form) {
-    let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), shadow: false };
+    let entry = |n| Entry { leaf: Leaf::nexthop(n).unwrap(), level: 0 };
     rib.set(Prefix::new(PROBE, 24).unwrap(), entry(nexthop));
     for third in (3..9).filter(|_| form == Form::Long) {
         rib.set(Prefix::new([10, 0, 2 * third, 0], 24).unwrap(), entry(LARGE));

@@ -57,7 +57,7 @@ fn a_full_table_stays_within_its_budget() {
     let start = Instant::now();
     let mut writer = TableWriter::create(HeapBacking::new(initial_elements(2)), NoReaders).unwrap();
     let mut set = |root, address: IpAddr, len, n: usize| {
-        let entry = Entry { leaf: Leaf::nexthop(2 + n as u32 % 64).unwrap(), shadow: false };
+        let entry = Entry { leaf: Leaf::nexthop(2 + n as u32 % 64).unwrap(), level: 0 };
         assert_eq!(writer.route_set(root, address, len, entry), Ok(None));
     };
     v4.iter().enumerate().for_each(|(n, &(address, len))| set(MAIN_ROOT[0], address.into(), len, n));

@@ -31,7 +31,7 @@ fn forward(n: u8) -> NexthopValue {
 }
 
 fn to(leaf: Option<Leaf>) -> Entry {
-    Entry { leaf: leaf.unwrap(), shadow: false }
+    Entry { leaf: leaf.unwrap(), level: 0 }
 }
 
 fn address(text: &str) -> IpAddr {

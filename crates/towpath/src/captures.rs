@@ -145,7 +145,15 @@ mod tests {
 
     fn policy(scope: Scope, number: u32) -> Policy {
         let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-        Policy { source, scope, reason, detail: "the test".into(), filter: Some(filter(number)), flows: None }
+        Policy {
+            source,
+            scope,
+            reason,
+            detail: "the test".into(),
+            filter: Some(filter(number)),
+            flows: None,
+            rules: None,
+        }
     }
 
     fn enters(ifindex: u32, number: u32) -> Policy {

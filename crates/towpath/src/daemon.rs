@@ -372,6 +372,7 @@ fn captures_unknown() -> Alarm {
         detail: "the captures of a former daemon's time are looked for".into(),
         filter: None,
         flows: None,
+        rules: None,
     };
     Alarm { id: AlarmId { source, number: 0 }, policies: Family::ALL.map(policy).into() }
 }

@@ -10,6 +10,7 @@ use towpath_fpc::{Policy, Scope, Tunnel};
 use towpath_pipeline::filters;
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::packet;
+use towpath_pipeline::roots;
 use towpath_pipeline::{Candidate, Entry, Frame, Parsed, Refusal, SlotSet, Stop, Tables, parse, rewrite, route};
 use towpath_tables::backing::View;
 use towpath_tables::flow::Direction;
@@ -19,6 +20,8 @@ use towpath_tables::mapping::{Service, Way};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::NexthopIdentity;
 use towpath_tables::record::{Family, Port};
+use towpath_tables::sources;
+use towpath_tables::writer::MAIN_ROOT;
 use towpath_tables::{Reason, Tuple};
 
 /// Room before the frame, as drivers leave it.
@@ -347,12 +350,20 @@ impl<'a> Walk<'a> {
     /// What the tables say about a destination, for the words only: `route` looks it up itself.
     fn look_up(&mut self, port: &Port, destination: IpAddr) -> Option<Target> {
         self.destination = Some(destination);
-        let root = port.root.get(self.family() as usize)?.load();
+        let family = self.family();
+        let source = sources::words(self.packet.source);
+        let root = roots::choose(&self.tables, port.root[family as usize].load(), source).ok()?;
+        let by_rules = root != MAIN_ROOT[family as usize];
+        if by_rules {
+            let (from, name) = (self.packet.source, self.names.interface(port.ifindex.load()));
+            self.step("rules", format!("rules (ip rule) for packets from {from} in by {name}: root {root}"));
+        }
         let word = match destination {
             IpAddr::V4(address) => lpm::lookup(&self.tables, root, &address.octets()),
             IpAddr::V6(address) => lpm::lookup(&self.tables, root, &address.octets()),
         };
-        let known = self.names.route(destination).unwrap_or_else(|| "none known".into());
+        let known = self.names.route(destination).filter(|_| !by_rules);
+        let known = known.unwrap_or_else(|| if by_rules { "by rules" } else { "none known" }.into());
         let (leaf, target) = match word.ok()?.kind() {
             Kind::Nexthop(index) => (format!("next hop {index}"), self.target(index, destination)),
             Kind::Group(index) => (format!("group {index}, next hop by the flow's hash"), None),

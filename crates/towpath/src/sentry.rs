@@ -233,8 +233,15 @@ mod tests {
     }
 
     fn alarm(scope: Scope, reason: Reason) -> Alarm {
-        let policy =
-            Policy { source: PolicySource::Tc, scope, reason, detail: String::new(), filter: None, flows: None };
+        let policy = Policy {
+            source: PolicySource::Tc,
+            scope,
+            reason,
+            detail: String::new(),
+            filter: None,
+            flows: None,
+            rules: None,
+        };
         Alarm { id: AlarmId { source: PolicySource::Tc, number: 1 }, policies: vec![policy] }
     }
 

@@ -92,7 +92,8 @@ fn alarms(net: &Net) -> Vec<Packet> {
         (PolicySource::Ports, Scope::Ingress(port("eth0"), None), Reason::PortNotReady),
     ];
     let alarm = |(source, scope, reason)| {
-        let policy = Policy { source, scope, reason, detail: "the test".into(), filter: None, flows: None };
+        let policy =
+            Policy { source, scope, reason, detail: "the test".into(), filter: None, flows: None, rules: None };
         Packet::Message(Message::Alarm(Alarm { id: AlarmId { source, number: 1 }, policies: vec![policy] }))
     };
     policies.map(alarm).into()

@@ -172,12 +172,7 @@ fn serve(router: &Node, neighbours: &[&Node; 2]) -> Result<(towpath_engine::Engi
             let beyond = (port == "eth1").then_some((BEYOND, hop));
             for (address, hop) in [(ours, local), (theirs, hop)].into_iter().chain(beyond) {
                 let leaf = Leaf::nexthop(hop).context("a leaf")?;
-                writer.route_set(
-                    MAIN_ROOT[Family::V4 as usize],
-                    address.parse()?,
-                    32,
-                    Entry { leaf, shadow: false },
-                )?;
+                writer.route_set(MAIN_ROOT[Family::V4 as usize], address.parse()?, 32, Entry { leaf, level: 0 })?;
             }
             requests.push(PortRequest { ifindex, slot });
         }

@@ -13,7 +13,7 @@ use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::mapping::{self, Service, Way, Words};
 use towpath_tables::record::{
     Config, CpuMappings, CpuStats, Family, Filter, FilterCounters, Flow, FlowLine, Group, LINE_BYTES, LINE_WORDS, Line,
-    MAPPINGS, MappingSet, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, TableId, VlanTable,
+    MAPPINGS, MappingSet, NODE_REACH, Nexthop, PORT_SLOTS, Port, Root, SOCKET_QUEUES, SourceList, TableId, VlanTable,
 };
 use towpath_tables::word::W32;
 use towpath_tables::{Reason, opaque};
@@ -57,6 +57,7 @@ tables! {
     MAPPING_STATS = MappingStats: ".bss.mapping_stats";
     FILTERS = Filters: ".bss.filters";
     FILTER_STATS = FilterStats: ".bss.filter_stats";
+    SOURCES = Sources: ".bss.sources";
 }
 
 /// A record of a table; the length is the one that is put there when the program is loaded.
@@ -346,6 +347,11 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
     fn filter_stats(&self, line: u32, cpu: u32) -> Option<&FilterCounters> {
         let cpus = constant!(const TableId::Stats.length_mark()) / PORT_SLOTS as usize;
         record!(FILTER_STATS[line.wrapping_mul(cpus as u32).wrapping_add(cpu)]: FilterCounters, FilterStats)
+    }
+
+    #[inline(always)]
+    fn sources(&self, index: u32) -> Option<&SourceList> {
+        record!(SOURCES[index]: SourceList, Sources)
     }
 
     #[inline(always)]

@@ -98,6 +98,8 @@ pub struct Profile {
     pub send_redirects: bool,
     pub vlans: bool,
     pub tunnels: bool,
+    /// Rules and the tables that they lead to: what `ip` is to do
+    pub rules: &'static [&'static str],
 }
 
 pub const PORT_NAMES: [&str; PORTS] = ["eth0", "eth1", "eth2"];
@@ -237,6 +239,9 @@ fn configure(node: &Node, profile: &Profile) -> Result<()> {
     }
     for route in ROUTES {
         node.run(["ip", "route", "add"].into_iter().chain(route.split(' ')))?;
+    }
+    for command in profile.rules {
+        node.run(["ip"].into_iter().chain(command.split(' ')))?;
     }
     Ok(())
 }

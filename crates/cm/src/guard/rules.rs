@@ -1,16 +1,18 @@
-//! Policy routing rules. The fast path repeats what the kernel starts with: table local, then main, then (IPv4)
-//! default. The rule that a VRF brings (l3mdev) concerns enslaved interfaces only, which are no ports.
+//! Policy routing rules. Without others, Linux looks up table local, then main, then (IPv4) default. Others are told as far as
+//! the fast path can repeat them: by the interface that a packet comes in by, its source and destination. A rule that asks
+//! for anything else keeps what it still says of those, and leaves their packets to Linux.
 //!
-//! Sources: include/uapi/linux/fib_rules.h, net/core/fib_rules.c (Linux 6.1).
+//! Sources: include/uapi/linux/fib_rules.h, net/core/fib_rules.c, net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c (Linux 6.1).
 
 use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
-use super::{Finding, family_name};
+use super::{count, family_name};
 use crate::error::CmError;
-use crate::watch::{PortIndex, Watcher};
+use crate::watch::{Finding, PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use towpath_fpc::PolicySource;
+use towpath_fpc::{PolicySource, Prefix, Rule, RuleAction};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -22,12 +24,27 @@ const GROUPS: [u32; 2] = [8, 19];
 const MAIN: u32 = 254;
 const LOCAL: u32 = 255;
 const DEFAULT: u32 = 253;
+/// Rules of a family that are told one by one; more are left to Linux.
+const MOST: usize = 256;
+/// FR_ACT_*
 const TO_TABLE: u8 = 1;
-/// FRA_*: attributes that every rule has and that select nothing.
+const NOP: u8 = 3;
+/// FIB_RULE_*: flags of rules that do not change what they match; the second two say that an interface is not there
+const SOUND_FLAGS: u32 = PERMANENT | IIF_DETACHED | OIF_DETACHED;
+const PERMANENT: u32 = 1;
+const IIF_DETACHED: u32 = 8;
+const OIF_DETACHED: u32 = 16;
+/// The selectors are turned round
+const INVERT: u32 = 2;
+/// FRA_*
+const DST: u16 = 1;
+const SRC: u16 = 2;
+const IIFNAME: u16 = 3;
 const PRIORITY: u16 = 6;
 const SUPPRESS_IFGROUP: u16 = 13;
 const SUPPRESS_PREFIXLEN: u16 = 14;
 const TABLE: u16 = 15;
+const OIFNAME: u16 = 17;
 const PAD: u16 = 18;
 const L3MDEV: u16 = 19;
 const PROTOCOL: u16 = 21;
@@ -60,7 +77,7 @@ impl Rules {
         self.findings.clear();
         for family in Family::ALL {
             let rules = dump(&mut self.netlink, family)?;
-            self.findings.extend(judge(family, &rules).map(|d| Finding::family(family, Reason::PolicyRule, d)));
+            self.findings.extend(judge(family, rules));
         }
         self.read = true;
         Ok(())
@@ -90,79 +107,116 @@ impl Watcher for Rules {
     }
 }
 
-/// A rule, as far as it matters.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Rule {
-    /// Everything is looked up in the table
-    All(u32),
-    /// What belongs to a VRF is looked up in its table
-    L3mdev,
-    /// Anything else, with its priority
-    Other(u32),
-}
-
 fn dump(netlink: &mut Netlink, family: Family) -> Result<Vec<Rule>, CmError> {
     let mut header = [0; 12];
     header[0] = match family {
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
     } as u8;
-    match netlink.dump(&format!("{} rules", family_name(family)), GETRULE, &header, decode) {
+    match netlink.dump(&format!("{} rules", family_name(family)), GETRULE, &header, |message| decode(family, message)) {
         // A kernel without policy routing has no rules beside the usual look-up.
         Err(CmError::Kernel { source, .. })
             if matches!(source.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) =>
         {
-            Ok(vec![Rule::All(LOCAL), Rule::All(MAIN)])
+            Ok(vec![all(LOCAL), all(MAIN)])
         }
         result => result,
     }
 }
 
-/// fib_rule_hdr: family, dst_len, src_len, tos, table, two reserved bytes, action, flags; then attributes.
-fn decode(message: Message<'_>) -> Result<Option<Rule>, CmError> {
+/// The rule that looks up everything in a table.
+fn all(table: u32) -> Rule {
+    Rule { priority: 0, iif: None, from: None, to: None, action: RuleAction::Lookup(table) }
+}
+
+/// fib_rule_hdr: family, dst_len, src_len, tos, table, two reserved bytes, action, flags; then attributes. None also for
+/// rules that no forwarded packet matches, or that do nothing.
+fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError> {
     if message.kind != NEWRULE {
         return Ok(None);
     }
     let (header, attributes) =
         message.payload.split_first_chunk::<12>().ok_or_else(|| CmError::decode("rules", "shorter than its header"))?;
     let [_, dst_len, src_len, tos, table, _, _, action, flags @ ..] = *header;
+    let flags = u32::from_ne_bytes(flags);
     let attributes = attrs("rules", attributes)?;
     let number = |kind| find(&attributes, kind).and_then(ne32);
-    let unused = |kind| number(kind).is_none_or(|value| value == u32::MAX);
-    let plain = |also: u16| {
-        let known = [PRIORITY, SUPPRESS_IFGROUP, SUPPRESS_PREFIXLEN, TABLE, PAD, PROTOCOL, also];
-        (dst_len, src_len, tos, action, u32::from_ne_bytes(flags)) == (0, 0, 0, TO_TABLE, 0)
-            && unused(SUPPRESS_IFGROUP)
-            && unused(SUPPRESS_PREFIXLEN)
-            && attributes.iter().all(|(kind, _)| known.contains(kind))
+    let prefix = |kind, len: u8| match len {
+        0 => Ok(None),
+        _ => prefix(family, find(&attributes, kind).unwrap_or_default(), len).map(Some),
     };
-    let l3mdev = find(&attributes, L3MDEV).and_then(|v| v.first()).is_some_and(|v| *v == 1);
-    Ok(Some(if l3mdev && plain(L3MDEV) {
-        Rule::L3mdev
-    } else if plain(TABLE) {
-        Rule::All(number(TABLE).unwrap_or(table.into()))
-    } else {
-        Rule::Other(number(PRIORITY).unwrap_or(0))
-    }))
+    let is_vrf = find(&attributes, L3MDEV).and_then(|v| v.first()).is_some_and(|v| *v == 1);
+    let beyond = number(SUPPRESS_PREFIXLEN).filter(|len| *len != u32::MAX);
+    let known =
+        [DST, SRC, IIFNAME, PRIORITY, SUPPRESS_IFGROUP, SUPPRESS_PREFIXLEN, TABLE, OIFNAME, PAD, L3MDEV, PROTOCOL];
+    let sound = tos == 0
+        && flags & !SOUND_FLAGS == 0
+        && number(SUPPRESS_IFGROUP).is_none_or(|group| group == u32::MAX)
+        && attributes.iter().all(|(kind, _)| known.contains(kind));
+    let table = number(TABLE).unwrap_or(table.into());
+    let priority = number(PRIORITY).unwrap_or(0);
+    if flags & INVERT != 0 {
+        // It may be about anything.
+        return Ok(Some(Rule { priority, action: RuleAction::Unknown, ..all(table) }));
+    }
+    // Where a packet will leave is not known when it is forwarded: ip_route_input_slow, ip6_route_input.
+    if find(&attributes, OIFNAME).is_some() || action == NOP {
+        return Ok(None);
+    }
+    let action = match (sound && action == TO_TABLE, is_vrf, beyond.map(u8::try_from)) {
+        (true, true, None) => RuleAction::Vrf,
+        (true, false, None) => RuleAction::Lookup(table),
+        (true, false, Some(Ok(len))) => RuleAction::LookupBeyond(table, len),
+        _ => RuleAction::Unknown,
+    };
+    let (to, from) = (prefix(DST, dst_len)?, prefix(SRC, src_len)?);
+    Ok(Some(Rule { priority, iif: find(&attributes, IIFNAME).map(text), from, to, action }))
 }
 
-/// What the rules do beyond the usual, in words; rules come in the order in which the kernel tries them.
-fn judge(family: Family, rules: &[Rule]) -> Option<String> {
-    let family = family_name(family);
-    if let Some(Rule::Other(priority)) = rules.iter().find(|rule| matches!(rule, Rule::Other(_))) {
-        return Some(format!("{family} rule with priority {priority} (ip rule)"));
-    }
-    let tables: Vec<_> = rules
-        .iter()
-        .filter_map(|rule| match rule {
-            Rule::All(table) => Some(*table),
-            _ => None,
-        })
-        .collect();
-    if matches!(tables[..], [LOCAL, MAIN] | [LOCAL, MAIN, DEFAULT]) {
+fn prefix(family: Family, bytes: &[u8], len: u8) -> Result<Prefix, CmError> {
+    let address = match family {
+        Family::V4 => <[u8; 4]>::try_from(bytes).map(IpAddr::from),
+        Family::V6 => <[u8; 16]>::try_from(bytes).map(IpAddr::from),
+    };
+    address.ok().and_then(|address| Prefix::new(address, len)).ok_or_else(|| CmError::decode("rules", "bad prefix"))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
+}
+
+/// What the rules do beyond the usual; they come in the order in which the kernel tries them.
+fn judge(family: Family, rules: Vec<Rule>) -> Option<Finding> {
+    if is_usual(&rules) {
         return None;
     }
-    Some(format!("{family} rules look up tables {tables:?} instead of local, main, default (ip rule)"))
+    let others = rules.iter().filter(|rule| !is_plain(rule)).map(|rule| rule.priority).collect::<Vec<_>>();
+    let name = family_name(family);
+    let detail = match others[..] {
+        [] => format!("{name} rules look up other tables than local, main, default, in this order (ip rule)"),
+        [priority] => format!("{name} rule with priority {priority} (ip rule)"),
+        [first, ..] => {
+            format!("{}, the first with priority {first} (ip rule)", count(others.len(), &format!("{name} rule")))
+        }
+    };
+    let finding = Finding::family(family, Reason::PolicyRule, detail);
+    Some(Finding { rules: (rules.len() <= MOST).then_some(rules), ..finding })
+}
+
+/// Whether a rule is one of those that there are without any being added, wherever it stands.
+fn is_plain(rule: &Rule) -> bool {
+    let selects = rule.iif.is_some() || rule.from.is_some() || rule.to.is_some();
+    !selects && matches!(rule.action, RuleAction::Lookup(LOCAL | MAIN | DEFAULT) | RuleAction::Vrf)
+}
+
+fn is_usual(rules: &[Rule]) -> bool {
+    let table = |rule: &Rule| match rule.action {
+        RuleAction::Lookup(table) => Some(table),
+        // Ports belong to no VRF.
+        _ => None,
+    };
+    let tables: Vec<_> = rules.iter().filter_map(table).collect();
+    rules.iter().all(is_plain) && matches!(tables[..], [LOCAL, MAIN] | [LOCAL, MAIN, DEFAULT])
 }
 
 #[cfg(test)]
@@ -170,34 +224,41 @@ mod tests {
     use super::*;
 
     /// `ip rule` of a fresh namespace and after `ip rule add from 192.0.2.0/24 lookup 100`, as recorded on Linux 6.18.
-    const RECORDED: &[(&[u8], Rule)] = &include!("recorded/rules.in");
+    const RECORDED: &[(&[u8], (u32, Option<&str>, u32))] = &include!("recorded/rules.in");
 
     #[test]
     fn recorded_rules_are_understood() {
-        for (payload, expected) in RECORDED {
-            assert_eq!(decode(Message { kind: NEWRULE, payload }).unwrap(), Some(*expected));
+        for (payload, (priority, from, table)) in RECORDED {
+            let from = from.map(|from| Prefix::new(from.parse().unwrap(), 24).unwrap());
+            let family = if payload[0] == 2 { Family::V4 } else { Family::V6 };
+            let rule = decode(family, Message { kind: NEWRULE, payload }).unwrap();
+            assert_eq!(rule, Some(Rule { priority: *priority, from, ..all(*table) }));
             for length in 0..12 {
-                assert!(decode(Message { kind: NEWRULE, payload: &payload[..length] }).is_err());
+                assert!(decode(family, Message { kind: NEWRULE, payload: &payload[..length] }).is_err());
             }
         }
     }
 
     #[test]
-    fn only_the_usual_order_is_repeated() {
-        use Rule::{All, L3mdev, Other};
-        for usual in [&[All(LOCAL), All(MAIN)][..], &[All(LOCAL), L3mdev, All(MAIN), All(DEFAULT)]] {
-            assert_eq!(judge(Family::V4, usual), None, "{usual:?}");
+    fn only_the_usual_order_needs_no_word() {
+        let vrf = Rule { action: RuleAction::Vrf, ..all(0) };
+        for usual in [vec![all(LOCAL), all(MAIN)], vec![all(LOCAL), vrf.clone(), all(MAIN), all(DEFAULT)]] {
+            assert_eq!(judge(Family::V4, usual.clone()), None, "{usual:?}");
         }
-        let unusual: [&[Rule]; 6] = [
-            &[],
-            &[All(MAIN), All(LOCAL)],
-            &[All(LOCAL), All(100), All(MAIN)],
-            &[All(LOCAL), Other(5), All(MAIN), All(DEFAULT)],
-            &[All(MAIN), All(DEFAULT)],
-            &[All(LOCAL), All(MAIN), All(DEFAULT), All(7)],
+        let other = Rule { priority: 5, action: RuleAction::Unknown, ..all(0) };
+        let unusual = [
+            vec![],
+            vec![all(MAIN), all(LOCAL)],
+            vec![all(LOCAL), all(100), all(MAIN)],
+            vec![all(LOCAL), other, all(MAIN), all(DEFAULT)],
+            vec![all(LOCAL), Rule { iif: Some("eth0".into()), ..all(MAIN) }, all(MAIN)],
+            vec![all(MAIN), all(DEFAULT)],
+            vec![all(LOCAL), all(MAIN), all(DEFAULT), all(7)],
         ];
         for rules in unusual {
-            assert!(judge(Family::V4, rules).is_some(), "{rules:?}");
+            let finding = judge(Family::V4, rules.clone()).unwrap();
+            assert_eq!(finding.rules, Some(rules));
         }
+        assert_eq!(judge(Family::V4, vec![all(7); MOST + 1]).unwrap().rules, None);
     }
 }

@@ -117,6 +117,18 @@ fn object() -> impl Strategy<Value = NexthopObject> {
     (any::<u32>(), kind).prop_map(|(id, kind)| NexthopObject { id, kind })
 }
 
+fn rule() -> impl Strategy<Value = Rule> {
+    let prefix = || proptest::option::of(route_key().prop_map(|key| key.prefix));
+    let action = prop_oneof![
+        any::<u32>().prop_map(RuleAction::Lookup),
+        any::<(u32, u8)>().prop_map(|(table, len)| RuleAction::LookupBeyond(table, len)),
+        Just(RuleAction::Vrf),
+        Just(RuleAction::Unknown),
+    ];
+    (any::<u32>(), proptest::option::of(".{0,15}"), prefix(), prefix(), action)
+        .prop_map(|(priority, iif, from, to, action)| Rule { priority, iif, from, to, action })
+}
+
 fn policy() -> impl Strategy<Value = Policy> {
     let scope = prop_oneof![
         family().prop_map(Scope::Family),
@@ -130,8 +142,17 @@ fn policy() -> impl Strategy<Value = Policy> {
         Filter::new(layer, code).expect("a filter that can be run")
     });
     let reason = prop::sample::select(Reason::ALL);
-    (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>()).prop_map(
-        |(source, scope, reason, detail, filter, flows)| Policy { source, scope, reason, detail, filter, flows },
+    let rules = proptest::option::of(prop::collection::vec(rule(), 0..4));
+    (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>(), rules).prop_map(
+        |(source, scope, reason, detail, filter, flows, rules)| Policy {
+            source,
+            scope,
+            reason,
+            detail,
+            filter,
+            flows,
+            rules,
+        },
     )
 }
 

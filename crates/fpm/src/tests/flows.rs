@@ -45,6 +45,7 @@ fn rules(generation: Option<u32>) -> Policy {
         detail: "rules".into(),
         filter: None,
         flows: generation,
+        rules: None,
     }
 }
 

@@ -125,6 +125,7 @@ fn a_policy() -> impl Strategy<Value = Message> {
                 detail: String::new(),
                 filter: None,
                 flows: None,
+                rules: None,
             })
         },
     )

@@ -141,6 +141,7 @@ pub fn all() -> Vec<Case> {
     cases.ipv6_headers();
     cases.ipv6_addresses();
     cases.reverse_path();
+    cases.by_source();
     cases.routes();
     cases.groups();
     cases.partial_checksums();
@@ -724,6 +725,45 @@ impl Cases {
                 None => self.pass(format!("IPv6, from {text}"), nothing, packet, 0),
             }
         }
+    }
+
+    /// Root 2 for some IPv4 sources, root 3 for some of IPv6; for shorter prefixes, and for all others, nothing.
+    fn by_source(&mut self) {
+        let world = |w: &mut World| {
+            w.by_source(IN, 0, &[([192, 0, 0, 0].into(), 16, 7), ([192, 0, 2, 0].into(), 24, 2)]);
+            let own = address6(0, 0, 0).into();
+            w.by_source(IN, 1, &[(own, 32, 7), (own, 48, 3)]);
+            w.route(2, &[198, 51], hop(HOP_VLAN));
+            w.route(3, &[0x20, 1, 0xd, 0xb8, 0, 1], hop(HOP_VLAN));
+        };
+        for packet in [plain4(), plain6()] {
+            let frame = arrive(&packet);
+            let expect = Expect::Forward {
+                frame: forwarded(OUT_VLAN, &[(0x8100, 200)], &packet),
+                from: IN,
+                to: OUT_VLAN,
+                device: OUT,
+                hop: HOP_VLAN,
+            };
+            self.add("route for the source", world, frame, expect);
+        }
+        let other4 = with4(plain4(), |p| p[14] = 3);
+        let other6 = with(plain6(), |p| p[13] = 1);
+        for packet in [other4, other6] {
+            self.except("no route table for the source", world, arrive(&packet), Reason::Internal);
+        }
+        // The way back: in by the port out, from the destination.
+        let strict = |w: &mut World| {
+            let port = w.port(IN);
+            port.flags.store(port.flags.load() | RP_STRICT);
+            w.by_source(OUT, 0, &[([198, 51, 0, 0].into(), 16, 2)]);
+        };
+        self.except("no route back for the destination", strict, arrive(&plain4()), Reason::RpFilter);
+        let back = move |w: &mut World| {
+            strict(w);
+            w.route(2, &[192, 0], hop(HOP_BACK));
+        };
+        self.pass("a route back for the destination", back, plain4(), 0);
     }
 
     fn reverse_path(&mut self) {

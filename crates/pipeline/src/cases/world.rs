@@ -10,11 +10,12 @@ use towpath_tables::filtering::InForce;
 use towpath_tables::filters::{Action, Decision, FilterValue};
 use towpath_tables::lpm::{self, Leaf, Word};
 use towpath_tables::record::{
-    Config, FILTER_ROOT, Filter, FilterCounters, FilterKey, Flow, FlowLine, Group, LINE_WORDS, Line, MAPPINGS,
-    MappingCounters, MappingSet, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port, PortStats, Root,
-    TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
+    BY_SOURCE, Config, FILTER_ROOT, Filter, FilterCounters, FilterKey, Flow, FlowLine, Group, LINE_WORDS, Line,
+    MAPPINGS, MappingCounters, MappingSet, NO_VLANS, NODE_HEAD, Nexthop, NexthopKind, Node, PORT_SLOTS, Port,
+    PortStats, Root, SourceList, TableId, VlanTable, WIDE_FOURS, WIDE_HEAD, WIDE_RUNS, Wide, mac_word,
     port_flags::{FORWARD_V4, FORWARD_V6, PRESENT, READY, REDIRECTS, VLAN},
 };
+use towpath_tables::sources::{self, SourceRoots};
 use towpath_tables::tunnel;
 use towpath_tables::word::W32;
 use towpath_tables::{Obstacle, REASONS, Reason};
@@ -79,6 +80,7 @@ pub struct World {
     ports: Vec<Port>,
     vlans: Vec<VlanTable>,
     roots: Vec<Root>,
+    sources: Vec<SourceList>,
     nodes: Vec<Line>,
     nexthops: Vec<Nexthop>,
     groups: Vec<Group>,
@@ -127,6 +129,7 @@ impl World {
             ports: zeroed(PORT_SLOTS as usize),
             vlans: zeroed(2),
             roots: zeroed(5),
+            sources: zeroed(2),
             nodes: zeroed(NODES),
             nexthops: zeroed(NEXTHOPS),
             groups: zeroed(2),
@@ -355,6 +358,14 @@ impl World {
         word.store(word.load() | 1 << (bit % 64));
     }
 
+    /// Has packets that come in by a port looked up in roots by their source: address, length and root, short ones first.
+    pub fn by_source(&mut self, slot: u32, family: usize, prefixes: &[(IpAddr, u8, u32)]) {
+        let list = SourceRoots { prefixes: prefixes.to_vec(), other: 7 };
+        // A list for each family.
+        sources::write(&self.sources[family], &list);
+        self.port(slot).root[family].store(BY_SOURCE | family as u32);
+    }
+
     /// Sets the route that is taken where nothing longer matches.
     pub fn default_route(&self, root: u32, leaf: Leaf) {
         self.roots[root as usize].default.store(leaf.word().0);
@@ -425,6 +436,7 @@ impl World {
             ports: &self.ports,
             vlans: &self.vlans,
             roots: &self.roots,
+            sources: &self.sources,
             nodes: &self.nodes,
             nexthops: &self.nexthops,
             groups: &self.groups,
@@ -447,6 +459,7 @@ impl World {
             TableId::Ports => bytes(&self.ports),
             TableId::Vlans => bytes(&self.vlans),
             TableId::Roots => bytes(&self.roots),
+            TableId::Sources => bytes(&self.sources),
             TableId::Nodes => bytes(&self.nodes),
             TableId::Nexthops => bytes(&self.nexthops),
             TableId::NexthopKeys => &[],
