@@ -91,7 +91,8 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
                 port: chain[0],
                 slot,
                 ready: record.flags.load() & port_flags::READY != 0,
-                ingress_policy: families.map(|family| Some(self.state.ingress_policy(&chain, family)?.reason)),
+                ingress_policy: families
+                    .map(|family| Some(self.mirror.ingress_policy(&self.state, &chain, family)?.reason)),
                 egress_policy: families.map(|family| self.state.egress_policy(&chain, family)),
                 totals: self.mirror.tables.port_totals(slot),
             })

@@ -275,6 +275,14 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         children
     }
 
+    /// Why packets of a family that come in by a port are exceptions: also until there is a root for them.
+    pub fn ingress_policy(&self, state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
+        match self.rooms.way(state, chain[0].ifindex, family) {
+            Some(_) => ingress_policy(state, chain, family),
+            None => Some(Obstacle::new(Reason::PolicyRule)),
+        }
+    }
+
     fn set_port(&mut self, state: &State, chain: &[&Port], children: Option<&BTreeMap<u16, u32>>) {
         let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
         let vlans = self.set_vlans(port.ifindex, children);
@@ -283,10 +291,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
             root: ways.map(|way| way.unwrap_or(NOWHERE)),
-            ingress_policy: Family::ALL.map(|family| match ways[family as usize] {
-                Some(_) => ingress_policy(state, chain, family),
-                None => Some(Obstacle::new(Reason::PolicyRule)),
-            }),
+            ingress_policy: Family::ALL.map(|family| self.ingress_policy(state, chain, family)),
             vlans,
             vlan: match port.kind {
                 PortKind::Vlan { protocol, id, .. } => Some((protocol, id)),

@@ -747,10 +747,21 @@ impl State {
     pub fn choose_by(&self, steps: &Steps, prefix: Prefix) -> Option<(Choice, u8)> {
         let by = |step: &Step| match step {
             Step::Refuse(whole) => (*whole == prefix).then_some(Choice::Exception(Reason::PolicyRule)),
-            Step::Table(_, Some(beyond)) if prefix.prefix_len() <= *beyond => None,
+            Step::Table(table, Some(beyond)) if prefix.prefix_len() <= *beyond => {
+                self.choose_of(*table, prefix).filter(|choice| self.is_refusal(*choice))
+            }
             Step::Table(table, _) => self.choose_of(*table, prefix),
         };
         steps.iter().zip((0..steps.len() as u8).rev()).find_map(|(step, level)| Some((by(step)?, level)))
+    }
+
+    /// Whether a look-up that ends here may fail: such a route counts, however short (fib_rules_lookup suppresses only what was
+    /// found).
+    fn is_refusal(&self, choice: Choice) -> bool {
+        match choice {
+            Choice::Exception(_) => true,
+            Choice::Via(id) => self.vias.get(id).is_none_or(|via| matches!(self.resolve(via), Resolved::Exception(_))),
+        }
     }
 
     /// What decides over a prefix in a table.

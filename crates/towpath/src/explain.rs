@@ -351,11 +351,11 @@ impl<'a> Walk<'a> {
     fn look_up(&mut self, port: &Port, destination: IpAddr) -> Option<Target> {
         self.destination = Some(destination);
         let family = self.family();
-        let source = sources::words(self.packet.source);
+        let source = sources::words(self.subject.tuple.source);
         let root = roots::choose(&self.tables, port.root[family as usize].load(), source).ok()?;
         let by_rules = root != MAIN_ROOT[family as usize];
         if by_rules {
-            let (from, name) = (self.packet.source, self.names.interface(port.ifindex.load()));
+            let (from, name) = (self.subject.tuple.source, self.names.interface(port.ifindex.load()));
             self.step("rules", format!("rules (ip rule) for packets from {from} in by {name}: root {root}"));
         }
         let word = match destination {

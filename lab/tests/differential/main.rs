@@ -140,7 +140,7 @@ fn towpath_agrees(profile: &Profile, options: &[&str], frames: u64) -> Result<(T
     assert!(guessed == 0 || !tells(&towpath)?, "{guessed} checksums are taken to be left to a device");
     // Rules may leave packets to Linux that it forwards.
     let ruled = if profile.rules.is_empty() { 0 } else { exceptions(&towpath, "policy-rule")? };
-    assert!(ruled * 5 < fast, "{ruled} were left to rules");
+    assert!(ruled < fast, "{ruled} were left to rules");
     assert!(
         fast + guessed + ruled >= pair.plain_forwarded,
         "the fast path forwarded only {fast} of {}",
