@@ -91,12 +91,18 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
                 port: chain[0],
                 slot,
                 ready: record.flags.load() & port_flags::READY != 0,
-                ingress_policy: families
-                    .map(|family| Some(self.mirror.ingress_policy(&self.state, &chain, family)?.reason)),
+                ingress_policy: families.map(|family| self.ingress_reason(&chain, family)),
                 egress_policy: families.map(|family| self.state.egress_policy(&chain, family)),
                 totals: self.mirror.tables.port_totals(slot),
             })
         })
+    }
+
+    fn ingress_reason(&self, chain: &[&Port], family: Family) -> Option<Reason> {
+        match self.mirror.rooms.way(&self.state, chain[0].ifindex, family) {
+            Some(_) => Some(self.state.ingress_policy(chain, family)?.reason),
+            None => Some(Reason::PolicyRule),
+        }
     }
 
     /// Every interface Linux has, port or not.

@@ -276,7 +276,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     /// Why packets of a family that come in by a port are exceptions: also until there is a root for them.
-    pub fn ingress_policy(&self, state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
+    fn ingress_policy(&self, state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
         match self.rooms.way(state, chain[0].ifindex, family) {
             Some(_) => ingress_policy(state, chain, family),
             None => Some(Obstacle::new(Reason::PolicyRule)),
