@@ -431,6 +431,19 @@ pub struct Rule {
     pub action: RuleAction,
 }
 
+impl Rule {
+    /// Whether it may leave packets to Linux that it touches.
+    pub fn refuses(&self) -> bool {
+        self.to.is_some() || self.action == RuleAction::Unknown
+    }
+
+    /// Whether all packets are Linux's from here on.
+    pub fn refuses_all(&self) -> bool {
+        let selects = self.iif.is_some() || self.from.is_some() || self.to.is_some();
+        !selects && self.action == RuleAction::Unknown
+    }
+}
+
 /// What a rule does.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum RuleAction {

@@ -152,9 +152,11 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.addresses.keys()
     }
 
-    /// Policies in force, each once. Rules that the tables repeat are none.
+    /// Policies in force, each once. Rules that the tables repeat are none, unless some leave packets to Linux.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        self.state.policies().filter(|policy| !self.state.is_applied(policy)).collect::<BTreeSet<_>>().into_iter()
+        let refuses = |policy: &Policy| policy.rules.iter().flatten().any(Rule::refuses);
+        let in_force = self.state.policies().filter(|policy| !self.state.is_applied(policy) || refuses(policy));
+        in_force.collect::<BTreeSet<_>>().into_iter()
     }
 
     /// Next hops in the tables.

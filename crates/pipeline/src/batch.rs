@@ -129,7 +129,7 @@ fn add_job<'t, N: Header<BYTES>, const BYTES: usize, F: Frame, T: Tables>(
     let parsed = parse_packet::<N, F, T>(frame, tables, &entry, offset, frame.total_len())?;
     let header = frame.get::<N>(offset).ok_or(Reason::Truncated)?;
     let to = header.destination();
-    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
+    let root = root_for::<N, T>(tables, entry.port, || header.source_words())?;
     let walk = Walk::new(tables, root, &to);
     jobs.push(Job { place, entry, parsed, to, root, walk });
     Ok(())

@@ -208,7 +208,7 @@ fn route<'t, N: Translated<WORDS>, const WORDS: usize, F: Frame, T: Tables>(
     let mut header = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     header.set_destination(leaving);
     header.check_scopes(entry.flags)?;
-    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
+    let root = root_for::<N, T>(tables, entry.port, || header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let hop = find_hop(frame, tables, &header, parsed, word)?;
     hop.check()?;

@@ -182,6 +182,11 @@ pub trait Tables: LpmRead + FlowRead + Sized {
     fn lookup6(&self, root: u32, address: &[u8; 16]) -> Result<lpm::Word, lpm::Internal> {
         lpm::lookup(self, root, address)
     }
+    /// What a list of roots says for a source, see `roots`. An engine may make it a function of its own.
+    #[inline(always)]
+    fn root_by_source(&self, list: u32, source: [u64; 2]) -> Option<u32> {
+        roots::by_source(self, list, source)
+    }
     /// Whether a group leads back to the port in a slot. An engine may make it a function of its own.
     #[inline(always)]
     fn leads_back(&self, group: u32, slot: u32) -> Result<bool, Reason> {

@@ -229,7 +229,7 @@ fn choose_hop<N: Addressed, F: Frame, T: Tables>(
     let mut header = *frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
     exchange_found(tables, &mut header, inward, Way::In)?;
     header.check_scopes(entry.flags)?;
-    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
+    let root = root_for::<N, T>(tables, entry.port, || header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let index = find_index(frame, tables, &header, &parsed, word)?;
     let hop = Hop::begin(tables.nexthop(index).ok_or(Reason::Internal)?).ok_or(Reason::TableBusy)?;

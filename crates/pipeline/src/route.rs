@@ -183,7 +183,7 @@ fn route_packet<'t, N: Network, F: Frame, T: Tables>(
     parsed: &Parsed,
 ) -> Result<Hop<'t>, Refusal> {
     let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
-    let root = root_for::<N, T>(tables, entry.port, header.source_words())?;
+    let root = root_for::<N, T>(tables, entry.port, || header.source_words())?;
     let word = header.lookup(tables, root).map_err(|_| Reason::Internal)?;
     let hop = find_hop(frame, tables, header, parsed, word)?;
     hop.check()?;

@@ -352,7 +352,7 @@ impl<'a> Walk<'a> {
         self.destination = Some(destination);
         let family = self.family();
         let source = sources::words(self.subject.tuple.source);
-        let root = roots::choose(&self.tables, port.root[family as usize].load(), source).ok()?;
+        let root = roots::choose(&self.tables, port.root[family as usize].load(), || source).ok()?;
         let by_rules = root != MAIN_ROOT[family as usize];
         if by_rules {
             let (from, name) = (self.subject.tuple.source, self.names.interface(port.ifindex.load()));

@@ -157,7 +157,7 @@ const TROUBLES: &[Trouble] = &[
         set: "ip rule add from 192.0.2.0/24 lookup 100",
         about: "settings",
         check: "policy",
-        state: "stops",
+        state: "slower",
         found: "rules: ",
         remedy: "ip rule; ip -6 rule",
         unset: Some("ip rule del from 192.0.2.0/24 lookup 100"),

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::xdp_action::{XDP_PASS, XDP_REDIRECT};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_redirect_map};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{DevMap, XskMap};
-use towpath_pipeline::Tables;
+use towpath_pipeline::{Tables, roots};
 use towpath_tables::flow::{self, FlowRead, Found, Key};
 use towpath_tables::lpm::{self, FirstLine, Internal, LpmRead, Word};
 use towpath_tables::mapping::{self, Service, Way, Words};
@@ -152,6 +152,13 @@ fn lookup6(root: u32, high: u64, low: u64) -> u64 {
     // SAFETY: as in `Tables::lookup6`.
     let address: [u8; 16] = unsafe { core::mem::transmute([high, low]) };
     lpm::lookup(&MAPS, root, &address).map_or(INTERNAL, |word| word.0.into())
+}
+
+/// As `lookup4`, for `Tables::root_by_source`.
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn root_by_source(list: u32, first: u64, second: u64) -> u64 {
+    roots::by_source(&MAPS, list, [first, second]).map_or(INTERNAL, u64::from)
 }
 
 /// As `lookup4`, for `Tables::leads_back`: 0, 1, or 2 + a reason.
@@ -320,6 +327,12 @@ impl<const CALLS: bool> Tables for Maps<CALLS> {
         // SAFETY: both are sixteen bytes, of any value.
         let [high, low]: [u64; 2] = unsafe { core::mem::transmute(*address) };
         found(lookup6(root, high, low))
+    }
+
+    #[inline(always)]
+    fn root_by_source(&self, list: u32, source: [u64; 2]) -> Option<u32> {
+        let root = opaque(root_by_source(list, source[0], source[1]) as usize) as u64;
+        if root == INTERNAL { None } else { Some(root as u32) }
     }
 
     #[inline(always)]

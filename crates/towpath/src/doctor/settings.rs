@@ -7,7 +7,7 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
 use towpath_cm::{FlowMode, PortIndex, survey};
-use towpath_fpc::{Policy, PolicySource, Port, PortKind, Scope};
+use towpath_fpc::{Policy, PolicySource, Port, PortKind, Rule, Scope};
 use towpath_tables::record::Family;
 
 const SETTINGS: &str = "settings";
@@ -89,6 +89,9 @@ impl Look<'_> {
             Policy { flows: Some(_), .. } => (State::Slower, "; connections that Linux has accepted pass"),
             Policy { filter: Some(_), .. } => (State::Slower, "; only what its filter matches"),
             Policy { scope: Scope::Local(_), .. } => (State::Slower, ""),
+            Policy { rules: Some(rules), .. } if !rules.iter().any(Rule::refuses_all) => {
+                (State::Slower, "; repeated as far as they go by port and source")
+            }
             _ => (State::Stops, ""),
         };
         let names: Vec<_> = families.iter().map(|family| words::family(*family)).collect();
