@@ -53,7 +53,7 @@ fn described(tables: TableWriter<HeapBacking, NoReaders>) -> Manager {
 fn leads_to(manager: &Manager, address: IpAddr) -> Vec<String> {
     let ports: BTreeMap<u32, u32> = manager.tables().ports().collect();
     let ifindex = |wanted: u32| ports.iter().find(|(_, slot)| **slot == wanted).map(|(ifindex, _)| *ifindex);
-    let ways = manager.leads_to(address).into_iter().map(|(identity, value)| {
+    let ways = manager.leads_to(address).unwrap_or_default().into_iter().map(|(identity, value)| {
         let value = value.map(|value| (ifindex(value.port), ifindex(value.device), value.mtu, value.action));
         format!("{identity:?} {value:?}")
     });

@@ -212,18 +212,18 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     }
 
     /// What the tables do with packets to an address that come in by no port and from no particular address: the next hops,
-    /// and what each of them does; none without a route, or where no packet is looked up by such rules.
+    /// and what each of them does; none without a route. Where the tables do not have the rules for such packets: why.
     /// A leaf in use names records that stay as they are while the writer looks.
-    pub fn leads_to(&self, address: IpAddr) -> Vec<(NexthopIdentity, Option<NexthopValue>)> {
+    pub fn leads_to(&self, address: IpAddr) -> Result<Vec<(NexthopIdentity, Option<NexthopValue>)>, Reason> {
         let tables = &self.mirror.tables;
-        let root = self.mirror.rooms.own(&self.state, family_of(address));
-        let found = root.and_then(|root| tables.lookup(root, address).ok().flatten());
+        let root = self.mirror.rooms.own(&self.state, family_of(address)).ok_or(Reason::PolicyRule)?;
+        let found = tables.lookup(root, address).ok().flatten();
         let shares = found.map(|found| self.shares(found.leaf)).unwrap_or_default();
         let named = |(index, _)| {
             let identity = NexthopIdentity::read(tables.view().nexthop_keys().get(index as usize)?)?;
             Some((identity, tables.nexthop(index)))
         };
-        shares.into_iter().filter_map(named).collect()
+        Ok(shares.into_iter().filter_map(named).collect())
     }
 
     fn nexthops_of(&self, leaf: Leaf) -> Vec<(NexthopState, u32)> {

@@ -73,8 +73,12 @@ impl Rooms {
         full.map(|room| room.progress = Progress::Ready).count() > 0
     }
 
-    /// The root for packets that this host sends itself from no particular address; None if there is none.
+    /// The root for packets that this host sends itself from no particular address; None if there is none, or the rules of
+    /// the family are not repeated.
     pub fn own(&self, state: &State, family: Family) -> Option<u32> {
+        if state.has_unapplied_rules(family) {
+            return None;
+        }
         self.root(family, &rules::plan(family, state.rules_of(family)?, "lo")?.other)
     }
 

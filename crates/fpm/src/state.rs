@@ -602,6 +602,12 @@ impl State {
         policy.rules.is_some() && policy.rules == self.applied[family as usize]
     }
 
+    /// Whether there are rules of a family that the tables do not repeat (yet).
+    pub fn has_unapplied_rules(&self, family: Family) -> bool {
+        let of_rules = |policy: &&Policy| policy.reason == Reason::PolicyRule && policy.scope == Scope::Family(family);
+        self.policies().filter(of_rules).any(|policy| !self.is_applied(policy))
+    }
+
     /// The rules of a family, if they are not the usual ones and are known; None while there are two descriptions.
     pub fn rules_of(&self, family: Family) -> Option<Option<&Vec<Rule>>> {
         let told = self.policies.keys().filter(|policy| policy.scope == Scope::Family(family));

@@ -449,7 +449,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
             let mut routes = new_routes(root, family);
             for (block, number) in &plan.firsts {
                 let Some(leaf) = Leaf::nexthop(filters::index(*number, half)) else { continue };
-                let entry = Entry { leaf, shadow: false };
+                let entry = Entry { leaf, level: 0 };
                 match (&mut routes, block.first) {
                     (Routes::V4(rib), IpAddr::V4(first)) => {
                         Prefix::new(first.octets(), block.len).map(|prefix| rib.set(prefix, entry));

@@ -365,7 +365,10 @@ impl Daemon {
             let NexthopIdentity { ifindex, gateway, .. } = identity;
             report::Way { ifindex, gateway, lladdr, reason: reason.map(|reason| reason.name().into()) }
         };
-        let ways = |address: &IpAddr| self.fpm.leads_to(*address).into_iter().map(way).collect();
+        let ways = |address: &IpAddr| match self.fpm.leads_to(*address) {
+            Ok(ways) => ways.into_iter().map(way).collect(),
+            Err(reason) => vec![report::Way { reason: Some(reason.name().into()), ..report::Way::default() }],
+        };
         Ok(report::Destinations { destinations: addresses.iter().map(ways).collect() })
     }
 

@@ -8,7 +8,6 @@ use crate::interfaces;
 use crate::read::{all_pages, connect, json, write_out};
 use crate::report::{self, Check, Destinations, Difference, Way};
 use crate::text::table;
-use crate::words;
 use anyhow::{Result, bail};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,7 +16,6 @@ use towpath_cm::audit::{Linux, Neighbours};
 use towpath_engine::Interface;
 use towpath_fpc::{Hop, NeighbourKey, NexthopObjectKind, Prefix, Route, Via};
 use towpath_tables::Reason;
-use towpath_tables::record::Family;
 
 /// What differs is asked for again so often, in case that it has only just changed.
 const ATTEMPTS: usize = 5;
@@ -90,10 +88,6 @@ impl Audit {
     fn compare(&mut self, addresses: &[IpAddr], check: &mut Check) -> Result<Vec<IpAddr>> {
         let now = Now { neighbours: self.linux.neighbours()?, objects: self.linux.objects()? };
         let mut doubtful = Vec::new();
-        let (ruled, addresses) = self.ruled(addresses)?;
-        if ruled > 0 {
-            *check.left_to_linux.entry(Reason::PolicyRule.name().into()).or_default() += ruled;
-        }
         for addresses in addresses.chunks(DESTINATIONS) {
             let routes = self.linux.routes(addresses)?;
             let request = Request::Destinations { addresses: addresses.to_vec() };
@@ -110,17 +104,6 @@ impl Audit {
             }
         }
         Ok(doubtful)
-    }
-
-    /// How many are Linux's by policy routing: Linux answers by its rules, which the tables do not have; and the others.
-    fn ruled(&mut self, addresses: &[IpAddr]) -> Result<(u64, Vec<IpAddr>)> {
-        let status: report::Status = self.client.ask(&Request::Status)?;
-        let mut others = addresses.to_vec();
-        for policy in status.policies.iter().filter(|policy| policy.reason == Reason::PolicyRule.name()) {
-            let ipv6 = policy.family.as_deref().map(|family| family == words::family(Family::V6));
-            others.retain(|address| ipv6.is_some_and(|ipv6| ipv6 != address.is_ipv6()));
-        }
-        Ok(((addresses.len() - others.len()) as u64, others))
     }
 
     fn difference(&self, address: IpAddr, route: Option<&Route>, ways: &[Way], now: &Now) -> Difference {

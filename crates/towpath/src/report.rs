@@ -231,7 +231,7 @@ pub struct Destinations {
 }
 
 /// One of the ways that packets to an address take.
-#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 pub struct Way {
     /// Index of the interface that they leave by
     pub ifindex: u32,

@@ -71,3 +71,27 @@ fn a_port_without_the_program_is_found_out() {
     assert!(!same && about(&audit) == ["port eth1"], "{audit}");
     assert_eq!(audit["differences"][0]["linux"], "runs no XDP program");
 }
+
+#[test]
+fn where_rules_are_repeated_the_tables_are_compared() {
+    let net = Net::new();
+    let mut daemon = net.up(&["eth0", "eth1"]);
+    daemon.await_log("ready: 2 ports, ");
+    net.ip("route add 10.0.0.0/8 via 198.51.100.2");
+    net.ip("route add 203.0.113.0/24 via 198.51.100.2");
+    net.ip("rule add from 10.9.0.0/16 lookup 100");
+    net.ip("rule add to 203.0.113.0/24 lookup 100");
+    let counts = || {
+        let (audit, same) = check(&net);
+        assert!(same, "{audit}");
+        Some((audit["forwarded"].as_u64()?, audit["left_to_linux"]["policy-rule"].as_u64().unwrap_or(0)))
+    };
+    eventually("both ends of a rule's destinations to be left to Linux, and others not", || {
+        counts().filter(|(forwarded, ruled)| *forwarded >= 2 && *ruled == 2)
+    });
+    // More sources than the tables have room for.
+    for n in 0..9 {
+        net.ip(&format!("rule add from 10.{n}.0.0/16 lookup 100"));
+    }
+    eventually("all to be left to Linux", || counts().filter(|(forwarded, ruled)| *forwarded == 0 && *ruled > 2));
+}

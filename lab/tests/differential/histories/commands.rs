@@ -35,7 +35,7 @@ pub const PREFIXES: [&[&str]; 2] = [
 ];
 
 /// A table that no rule of the beginning leads to.
-const OTHER_TABLE: &str = " table 100";
+pub const OTHER_TABLE: &str = " table 100";
 const OBJECTS: usize = 5;
 const GROUPS: usize = 2;
 

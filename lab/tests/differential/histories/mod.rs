@@ -17,7 +17,7 @@ use crate::random::Random;
 use crate::router::{NEIGHBOURS_V4, PORT_NAMES, PORTS, Profile};
 use crate::{PLAIN, fast, number, seed};
 use anyhow::{Context, Result, bail, ensure};
-use commands::Commands;
+use commands::{Commands, OTHER_TABLE};
 use frames::DESTINATIONS;
 use ip::Ip;
 use kept::KEPT;
@@ -292,11 +292,19 @@ impl Trial {
         let mut single = Vec::new();
         for text in DESTINATIONS {
             let (route, _) = self.ip[0].run(&format!("route get fibmatch {text}"))?;
-            if route.matches("nexthop via").count() < 2 {
+            let by_rules = self.routes_by_rules(text)?;
+            if [route, by_rules].iter().all(|routes| routes.matches("nexthop via").count() < 2) {
                 single.push(text.parse()?);
             }
         }
         Ok(single)
+    }
+
+    /// Routes to a destination in the table that rules lead to, for some packets.
+    fn routes_by_rules(&self, destination: &str) -> Result<String> {
+        let family = if destination.contains(':') { "-6" } else { "-4" };
+        let ask = format!("ip {family} route show {OTHER_TABLE} match {destination} 2>&1 || true");
+        self.pair.routers[0].node.sh(&ask)
     }
 
     /// By which ports plain Linux sends markers that enter by this one.
