@@ -154,9 +154,16 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
 
     /// Policies in force, each once. Rules that the tables repeat are none, unless some leave packets to Linux.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        let refuses = |policy: &Policy| policy.rules.iter().flatten().any(Rule::refuses);
-        let in_force = self.state.policies().filter(|policy| !self.state.is_applied(policy) || refuses(policy));
+        let in_force =
+            self.state.policies().filter(|policy| !self.state.is_applied(policy) || self.leaves_some(policy));
         in_force.collect::<BTreeSet<_>>().into_iter()
+    }
+
+    /// Whether rules leave packets to Linux: by what they say, or because there is no room for all of a port's.
+    fn leaves_some(&self, policy: &Policy) -> bool {
+        let Scope::Family(family) = policy.scope else { return false };
+        let is_stopped = |ifindex: &u32| self.mirror.rooms.way(&self.state, *ifindex, family).is_none();
+        policy.rules.iter().flatten().any(Rule::refuses) || self.mirror.slots.keys().any(is_stopped)
     }
 
     /// Next hops in the tables.

@@ -93,5 +93,5 @@ fn where_rules_are_repeated_the_tables_are_compared() {
     for n in 0..9 {
         net.ip(&format!("rule add from 10.{n}.0.0/16 lookup 100"));
     }
-    eventually("all to be left to Linux", || counts().filter(|(forwarded, ruled)| *forwarded == 0 && *ruled > 2));
+    eventually("the others to be left to Linux", || counts().filter(|(_, ruled)| *ruled > 2));
 }

@@ -185,7 +185,8 @@ fn what_is_broken_is_found_and_gone_when_it_is_mended() {
         let is = |finding: &&&Value| finding["found"].as_str().unwrap().contains(found);
         let finding = found_now.iter().find(is).unwrap_or_else(|| panic!("{set}: {said:#}"));
         assert_eq!((&finding["state"], &finding["remedy"]), (&(*state).into(), &(*remedy).into()), "{set}");
-        assert!(!good && said["stopped"] == true, "{set}: {said:#}");
+        let stops = *state == "stops";
+        assert_eq!((good, &said["stopped"]), (!stops, &stops.into()), "{set}: {said:#}");
         run(unset.unwrap_or(remedy));
         let (said, good) = doctor(&net, &PORTS);
         assert!(good && trouble(&said, about, check).is_empty(), "{set}, mended: {said:#}");

@@ -125,8 +125,11 @@ fn what_is_not_repeated_stays_linuxs() {
     let many = (0..9).map(|n| lookup(None, Some(&format!("10.{n}.0.0/16")), 100));
     fixture.snapshot(POLICIES, [Message::Policy(rules(many))]);
     assert_eq!(enters(&fixture, 1), Some(Reason::PolicyRule));
+    assert_eq!(fixture.fpm.policies().count(), 1);
+    assert_eq!(fixture.fpm.leads_to(ip(VIA_2)).err(), Some(Reason::PolicyRule));
     fixture.snapshot(POLICIES, []);
     assert_eq!(enters(&fixture, 1), None);
+    assert_eq!(fixture.fpm.policies().count(), 0);
 }
 
 #[test]

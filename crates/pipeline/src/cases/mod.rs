@@ -736,7 +736,7 @@ impl Cases {
             w.route(2, &[198, 51], hop(HOP_VLAN));
             w.route(3, &[0x20, 1, 0xd, 0xb8, 0, 1], hop(HOP_VLAN));
         };
-        for packet in [plain4(), plain6()] {
+        for (family, packet) in [("IPv4", plain4()), ("IPv6", plain6())] {
             let frame = arrive(&packet);
             let expect = Expect::Forward {
                 frame: forwarded(OUT_VLAN, &[(0x8100, 200)], &packet),
@@ -745,12 +745,12 @@ impl Cases {
                 device: OUT,
                 hop: HOP_VLAN,
             };
-            self.add("route for the source", world, frame, expect);
+            self.add(format!("route for the {family} source"), world, frame, expect);
         }
         let other4 = with4(plain4(), |p| p[14] = 3);
         let other6 = with(plain6(), |p| p[13] = 1);
-        for packet in [other4, other6] {
-            self.except("no route table for the source", world, arrive(&packet), Reason::Internal);
+        for (family, packet) in [("IPv4", other4), ("IPv6", other6)] {
+            self.except(format!("no route table for the {family} source"), world, arrive(&packet), Reason::Internal);
         }
         // The way back: in by the port out, from the destination.
         let strict = |w: &mut World| {
