@@ -90,7 +90,7 @@ const RESETTING_DRIVERS: &[&str] = &[
 ];
 
 /// What a program costs those who send TCP by the other end of a veth.
-const LOCAL_TCP: &str = "the kernel takes TSO from a veth's other end while a program is attached, and packets whose checksum is \
+pub const LOCAL_TCP: &str = "the kernel takes TSO from a veth's other end while a program is attached, and packets whose checksum is \
      left to the veth are Linux's: TCP from containers and virtual machines there is slower than by Linux alone";
 
 /// What is going to be done to a port's device.

@@ -26,7 +26,7 @@ mod tc;
 mod trace;
 mod transmit;
 
-pub use attach::{Mode, Notice, announce};
+pub use attach::{LOCAL_TCP, Mode, Notice, announce};
 pub use bpffs::{is_mounted, netns_inode};
 pub use engine::{Engine, Left, Options, PortRequest, Site, Tables};
 pub use error::{Error, Result};
@@ -36,6 +36,6 @@ pub use interface::{Attached, Interface, queues};
 pub use netfpc::{PortFacts, Request};
 pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};
-pub use require::{Requirement, compiles, may_lock_memory, release, requirements};
+pub use require::{Requirement, compiles, may_lock_memory, may_open_raw_sockets, release, requirements};
 pub use trace::{Frames, Ring, Seen, Trace};
 pub use transmit::{PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};

@@ -67,7 +67,17 @@ pub fn requirements() -> Result<impl Iterator<Item = Requirement>> {
 /// Whether memory may be locked beyond the limit, as AF_XDP's buffers are.
 pub fn may_lock_memory() -> Result<bool> {
     const CAP_IPC_LOCK: u32 = 14;
-    Ok(effective(&thread_status()?) & (1 << CAP_IPC_LOCK) != 0)
+    has(CAP_IPC_LOCK)
+}
+
+/// Whether packet sockets and those of AF_XDP may be opened.
+pub fn may_open_raw_sockets() -> Result<bool> {
+    const CAP_NET_RAW: u32 = 13;
+    has(CAP_NET_RAW)
+}
+
+fn has(capability: u32) -> Result<bool> {
+    Ok(effective(&thread_status()?) & (1 << capability) != 0)
 }
 
 fn thread_status() -> Result<String> {

@@ -174,10 +174,14 @@ fn changes(text: &str) -> Result<Vec<Change>> {
     Ok(changes)
 }
 
-fn list(output: Output) -> Result<()> {
+/// All that are in force.
+pub fn all() -> Result<Vec<report::Filter>> {
     let ask = |after| Request::FilterList { after };
-    let filters = read::all_pages(ask, |page: report::Filters| (page.filters, page.next))?;
-    let all = report::Filters { filters, next: None };
+    read::all_pages(ask, |page: report::Filters| (page.filters, page.next))
+}
+
+fn list(output: Output) -> Result<()> {
+    let all = report::Filters { filters: all()?, next: None };
     read::write_out(&if output.json { read::json(&all)? } else { text(&all) })
 }
 

@@ -71,6 +71,11 @@ fn a_router_where_nothing_is_in_the_way_is_well_with_and_without_an_instance() {
     assert_eq!((&said["pid"], &said["flows"]), (&daemon.pid().into(), &"established".into()));
     assert_eq!(said["ports"], serde_json::json!(["eth0"]), "those that are served");
     let program = findings(&said).iter().find(|finding| finding["check"] == "native-xdp").expect("native-xdp");
+    for port in PORTS {
+        let cost = doctor(&net, &[port]).0;
+        let told = trouble(&cost, port, "attaching").iter().any(|it| it["found"].as_str().unwrap().contains("TSO"));
+        assert!(told, "served or not, what TCP of containers pays: {cost:#}");
+    }
     assert!(program["state"] == "well" && program["found"].as_str().unwrap().contains("program towpath"), "{program}");
 }
 
@@ -248,6 +253,26 @@ fn others_that_use_the_port_are_found() {
 }
 
 #[test]
+fn filters_in_force_are_told() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let told = || {
+        let said = doctor(&net, &[]).0;
+        trouble(&said, "settings", "filters")
+            .iter()
+            .map(|it| it["found"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert!(told().is_empty());
+    for source in ["203.0.113.0/24", "2001:db8:f::/48"] {
+        assert!(net.towpath(&["filter", "add", "--from", source]).status.success());
+    }
+    assert_eq!(told(), ["2 in force"]);
+    assert!(net.towpath(&["filter", "flush"]).status.success());
+    assert!(told().is_empty());
+}
+
+#[test]
 fn rules_that_connections_pass_make_it_slower_but_do_not_stop_it() {
     let net = Net::new();
     let _daemon = net.up(&["--flows", "established", "eth0", "eth1"]);
@@ -284,5 +309,7 @@ fn bad_input_and_missing_privileges_are_named() {
     let capability = trouble(&said, "process", "capability");
     assert_eq!(capability.len(), 1, "{said:#}");
     assert!(capability[0]["found"].as_str().unwrap().starts_with("CAP_PERFMON"), "{said:#}");
+    let raw = trouble(&said, "user engine", "raw-sockets");
+    assert!(raw.len() == 1 && raw[0]["found"].as_str().unwrap().contains("CAP_NET_RAW"), "{said:#}");
     assert_eq!(output.status.code(), Some(1));
 }

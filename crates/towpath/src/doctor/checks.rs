@@ -34,6 +34,7 @@ checks! {
     XdpFeatures, "xdp-features", "kernels that tell what each device can do with XDP also redirect frames of several buffers";
     Conntrack, "conntrack", "connections that Linux has accepted go fast where rules are in the way; they come from connection tracking";
     Flowtable, "flowtable", "--flows flowtable takes the connections that a rule puts into a flowtable; --flows established does without";
+    Filters, "filters", "what a filter of `towpath filter` matches is dropped, or passed on, before anything else; all packets pay for the look";
     Shadow, "shadow", "an instance in the shadow (--shadow) only counts what would be forwarded";
     Ports, "ports", "packets are forwarded between ports";
     PortKind, "port-kind", "a program runs only where a driver hands packets over";
@@ -52,6 +53,7 @@ checks! {
     Cores, "cores", "each worker of --engine user takes a core for itself";
     IsolatedCores, "isolated-cores", "on a core that Linux schedules nothing else on, a worker of --engine user is not interrupted";
     HugePages, "huge-pages", "buffers and tables of --engine user in huge pages cost fewer misses of the TLB";
+    RawSockets, "raw-sockets", "workers of --engine user take packets by AF_XDP or packet sockets, and tell Linux of special exceptions by one";
     LockedMemory, "locked-memory", "AF_XDP's buffers are locked memory";
     ZeroCopy, "zero-copy", "with it --engine user sends and receives by AF_XDP without copying; without, each frame is copied";
 }

@@ -10,6 +10,8 @@ use towpath_engine::{Error, Requirement};
 const KERNEL: &str = "kernel";
 const PROCESS: &str = "process";
 const USER: &str = "user engine";
+/// All that is needed with either engine.
+const GRANT: &str = "setcap cap_net_admin,cap_perfmon,cap_bpf,cap_net_raw+ep $(command -v towpath)";
 
 /// What holds for every port.
 pub fn look() -> Result<Vec<Finding>> {
@@ -24,7 +26,7 @@ pub fn look() -> Result<Vec<Finding>> {
 
 /// What holds for the workers of the user engine.
 pub fn user_engine() -> Vec<Finding> {
-    vec![cores(), isolated_cores(), huge_pages(), locked_memory()]
+    vec![cores(), isolated_cores(), huge_pages(), raw_sockets(), locked_memory()]
 }
 
 fn requirement(Requirement { what, met }: Requirement) -> Finding {
@@ -32,8 +34,9 @@ fn requirement(Requirement { what, met }: Requirement) -> Finding {
     let (check, about) = if privilege { (Check::Capability, PROCESS) } else { (Check::Feature, KERNEL) };
     match met {
         Ok(()) => finding(check, about, State::Well, what),
-        Err(error @ Error::Permission { .. }) => finding(check, about, State::Stops, format!("{what}: {error}"))
-            .with("setcap cap_net_admin,cap_perfmon,cap_bpf+ep $(command -v towpath)"),
+        Err(error @ Error::Permission { .. }) => {
+            finding(check, about, State::Stops, format!("{what}: {error}")).with(GRANT)
+        }
         Err(error) => finding(check, about, State::Stops, error.to_string()),
     }
 }
@@ -104,6 +107,16 @@ fn huge_pages() -> Finding {
         }
         Ok(_) => finding(Check::HugePages, USER, State::Well, "transparent ones are granted"),
         Err(error) => finding(Check::HugePages, USER, State::Slower, format!("no transparent ones: {PATH}: {error}")),
+    }
+}
+
+fn raw_sockets() -> Finding {
+    match towpath_engine::may_open_raw_sockets() {
+        Ok(true) => finding(Check::RawSockets, USER, State::Well, "may be opened (CAP_NET_RAW)"),
+        Ok(false) => {
+            finding(Check::RawSockets, USER, State::Slower, "without CAP_NET_RAW no worker starts").with(GRANT)
+        }
+        Err(error) => finding(Check::RawSockets, USER, State::Unknown, error.to_string()),
     }
 }
 

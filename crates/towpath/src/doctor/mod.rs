@@ -8,6 +8,7 @@ mod settings;
 
 use crate::cli;
 use crate::control::{Client, Request};
+use crate::filter;
 use crate::instance::Instance;
 use crate::interfaces;
 use crate::ports::unservable;
@@ -47,6 +48,7 @@ fn examine(named: &[String], status: Option<&report::Status>) -> Result<Doctor> 
     let ports = ports(&all, asked);
     findings.extend(none(&ports));
     findings.extend(status.and_then(shadow));
+    findings.extend(status.map(|_| filters()).transpose()?.flatten());
     findings.extend(ports.iter().flat_map(|port| port::look(port)));
     findings.extend(self::settings(&all, &ports, flows));
     findings.extend(machine::user_engine());
@@ -70,6 +72,13 @@ fn ports<'a>(all: &'a PortIndex, names: &[String]) -> Vec<&'a Port> {
         [] => all.iter().filter(|port| unservable(port.kind).is_none() && port.master == 0).collect(),
         names => names.iter().filter_map(|name| all.by_name(name)).collect(),
     }
+}
+
+/// Of the instance that runs.
+fn filters() -> Result<Option<Finding>> {
+    let in_force = filter::all()?.len();
+    let finding = finding(Check::Filters, "settings", State::Slower, format!("{in_force} in force"));
+    Ok((in_force > 0).then(|| finding.with("towpath filter list")))
 }
 
 fn shadow(status: &report::Status) -> Option<Finding> {

@@ -3,7 +3,7 @@
 use super::checks::{Check, finding};
 use crate::ports::unservable;
 use crate::report::{Finding, State};
-use towpath_engine::{Attached, Channels, Interface, Mode, PEER_GRO, TransmitSupport, XdpFeatures};
+use towpath_engine::{Attached, Channels, Interface, LOCAL_TCP, Mode, PEER_GRO, TransmitSupport, XdpFeatures};
 use towpath_fpc::Port;
 
 /// What fits one buffer at least: a page without the headroom of XDP (256 bytes), `struct skb_shared_info` (320) and the
@@ -75,8 +75,12 @@ impl Of<'_> {
         findings.push(self.mtu(known));
         findings.extend(self.lro(interface));
         findings.push(self.aggregation(interface));
-        if interface.xdp.is_none() {
-            findings.extend(self.attaching(interface));
+        match &interface.xdp {
+            None => findings.extend(self.attaching(interface)),
+            Some(attached) if attached.mode == "native" && interface.is_veth() => {
+                findings.push(self.finding(Check::Attaching, State::Slower, LOCAL_TCP));
+            }
+            Some(_) => {}
         }
         findings.extend(known.map(|features| self.zero_copy(features)));
     }
