@@ -220,21 +220,19 @@ fn masqueraded_connections_of_both_families_are_told_and_end() -> Result<()> {
 fn who_only_observes_leaves_windows_checked() -> Result<()> {
     let net = Net::new("ctobserve")?;
     net.nft(MASQUERADE)?;
-    let cm = net.cm_with(Options { flows: FlowMode::Established, observe: true, ..Options::default() })?;
+    net.router.sysctl("net.netfilter.nf_conntrack_events", "1")?;
     let listener = net.listener(SERVERS[0])?;
-    let tcp = net.tcp(SERVERS[0], &listener)?;
-    let told = tcp_connection(&tcp)?;
-    expect(&cm, "the connection", &[told])?;
-    let entry = entry(&net.router, &told)?.context("no entry")?;
-    ensure!(entry.tcp == Some(Tcp { state: ESTABLISHED, liberal: false }), "{entry:?}");
-    // What a dump shows stays, too.
-    let older = Net::new("ctolder")?;
-    older.nft(MASQUERADE)?;
-    older.router.sysctl("net.netfilter.nf_conntrack_events", "1")?;
-    let listener = older.listener(SERVERS[0])?;
-    let tcp = older.tcp(SERVERS[0], &listener)?;
-    let cm = older.cm_with(Options { flows: FlowMode::Established, observe: true, ..Options::default() })?;
-    expect(&cm, "one that was there before", &[tcp_connection(&tcp)?])
+    let older = net.tcp(SERVERS[0], &listener)?;
+    let cm = net.cm_with(Options { flows: FlowMode::Established, observe: true, ..Options::default() })?;
+    let newer = net.tcp(SERVERS[0], &listener)?;
+    // One is told as it begins, the other after a dump has shown it.
+    let told = [tcp_connection(&older)?, tcp_connection(&newer)?];
+    expect(&cm, "both", &told)?;
+    for connection in &told {
+        let entry = entry(&net.router, connection)?.context("no entry")?;
+        ensure!(entry.tcp == Some(Tcp { state: ESTABLISHED, liberal: false }), "{entry:?}");
+    }
+    Ok(())
 }
 
 #[test]
