@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Daemon, LEFT, LEFT6, Net, RIGHT, Stream, eventually, with_only};
+use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, Stream, eventually, with_only};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::io::{Read, Write};
@@ -450,6 +450,7 @@ fn malformed_messages_end_the_session_and_the_rest_of_it_is_not_believed() {
         } else {
             // What follows in the same breath counts no more.
             let _ = wire.write_all(&wiping().flat_map(frame).collect::<Vec<_>>());
+            wire.set_read_timeout(Some(DEADLINE)).expect("a limit");
             let mut said = Vec::new();
             let _ = wire.read_to_end(&mut said);
             assert!(String::from_utf8_lossy(&said).contains(words), "the reason is said: {said:?}");
@@ -459,6 +460,15 @@ fn malformed_messages_end_the_session_and_the_rest_of_it_is_not_believed() {
     }
     let _cm = hosts.start_cm();
     eventually("everything is described again", || hosts.in_sync().then_some(()));
+}
+
+/// Ends what goes on in other threads, also when a test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -471,6 +481,7 @@ fn garbage_at_line_rate_disturbs_nobody() {
     let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
     let garbage: Vec<u8> = (0..1 << 16).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     std::thread::scope(|scope| {
+        let end = End(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
@@ -493,7 +504,7 @@ fn garbage_at_line_rate_disturbs_nobody() {
             net.flows(200);
             eventually("garbage is refused", || (refused() > before).then_some(()));
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
     });
     assert!(hosts.in_sync() && !fpm.log().contains("lost the cache manager"), "{}", fpm.log());
     assert!(written.load(Ordering::Relaxed) > 0, "there was garbage");
