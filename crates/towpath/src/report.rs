@@ -644,6 +644,8 @@ pub enum TraceLine {
 /// A packet of a sample.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Drawn {
+    /// When it arrived, nanoseconds since 1970-01-01 UTC
+    pub time_ns: u64,
     /// The prefix of the route that it takes, and before it the route's kind if it leads to no other host; None: there is none
     pub prefix: Option<String>,
     /// It took the fast path

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::num::NonZeroU32;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Packets a second that are drawn, as far as one knows how many come, and that are looked at at most.
 const DRAWN: f64 = 300.0;
@@ -41,6 +41,8 @@ impl Drop for Running {
 /// What was drawn since a time.
 struct Counts {
     since: Instant,
+    /// When the sample began, nanoseconds since 1970-01-01 UTC; what was drawn before is none of it
+    begun: u64,
     prefixes: BTreeMap<Option<String>, Count>,
     seen: u64,
     missed: u64,
@@ -63,7 +65,7 @@ impl Sampler {
         let mut client = connect()?;
         let wanted = Wanted { filter: None, exceptions: false, reason: None, rate: MOST, one_in: Some(one_in) };
         let begun: TraceBegun = client.ask(&Request::Trace(wanted))?;
-        let (connection, counts) = (client.hang_up()?, Arc::new(Mutex::new(Counts::new(0))));
+        let (connection, counts) = (client.hang_up()?, Arc::new(Mutex::new(Counts::new(now()))));
         let noted = counts.clone();
         crate::source::thread("sample", move || read(&mut client, &noted))?;
         self.running = Some(Running { one_in, counts, connection });
@@ -85,6 +87,11 @@ impl Sampler {
     }
 }
 
+/// As `Drawn::time_ns`.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64)
+}
+
 fn lock(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
     counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -103,20 +110,25 @@ fn read(client: &mut Client, counts: &Mutex<Counts>) {
 }
 
 impl Counts {
-    fn new(missed: u64) -> Self {
+    fn new(begun: u64) -> Self {
         let (since, prefixes) = (Instant::now(), BTreeMap::new());
-        Self { since, prefixes, seen: 0, missed, missed_before: missed, ended: false }
+        Self { since, begun, prefixes, seen: 0, missed: 0, missed_before: 0, ended: false }
     }
 
     /// What there is, and from now on nothing.
     fn take(&mut self) -> Self {
-        let next = Self { ended: self.ended, ..Self::new(self.missed) };
-        std::mem::replace(self, next)
+        let (missed, ended) = (self.missed, self.ended);
+        std::mem::replace(self, Self { missed, missed_before: missed, ended, ..Self::new(self.begun) })
     }
 
+    /// The program draws as soon as it is in its first link, which may be long before the daemon says so.
     fn note(&mut self, drawn: Drawn) {
-        self.seen += 1;
         self.missed = drawn.missed;
+        if drawn.time_ns < self.begun {
+            self.missed_before = drawn.missed;
+            return;
+        }
+        self.seen += 1;
         let count = self.prefixes.entry(drawn.prefix).or_default();
         count.packets += 1;
         count.bytes += u64::from(drawn.length);
@@ -148,19 +160,22 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    const BEGUN: u64 = 7;
+
     fn drawn(prefix: &str, fast: bool, missed: u64) -> Drawn {
-        Drawn { prefix: Some(prefix.into()), fast, length: 100, missed }
+        Drawn { time_ns: BEGUN, prefix: Some(prefix.into()), fast, length: 100, missed }
     }
 
     #[test]
     fn what_is_looked_at_stands_for_the_rest() {
-        let mut counts = Counts::new(90);
+        let mut counts = Counts::new(BEGUN);
+        counts.note(Drawn { time_ns: BEGUN - 1, ..drawn("a", true, 90) });
         for number in 0..10 {
             counts.note(drawn(if number < 6 { "a" } else { "b" }, number % 2 == 0, 100));
         }
         let one_in = NonZeroU32::new(50).expect("not zero");
         let mut taken = counts.take();
-        let told = estimates(Counts::new(0), one_in);
+        let told = estimates(Counts::new(BEGUN), one_in);
         assert_eq!((told.seen, told.missed, told.busiest.len()), (0, 0, 0));
         assert_eq!((counts.missed, counts.missed_before), (100, 100), "what was missed before is not counted again");
         taken.since = Instant::now() - Duration::from_secs(2000);

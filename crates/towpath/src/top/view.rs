@@ -50,7 +50,7 @@ fn show(
         let begin = Instant::now();
         match connect().and_then(|mut client| read(&mut client)) {
             Ok(now) => {
-                shown = last.as_ref().map_or(shown, |before| rates(&now, before, sampler.as_mut()));
+                shown = last.as_ref().map_or(shown, |before| Ok(Shown::new(now.since(before), sampler.as_mut())));
                 last = Some(now);
             }
             // A daemon that is started anew is shown again.
@@ -72,10 +72,23 @@ fn show(
     Ok(())
 }
 
-fn rates(now: &Reading, before: &Reading, sampler: Option<&mut Sampler>) -> Result<Top> {
-    let mut top = now.since(before);
-    sampler.map_or(Ok(()), |sampler| sampler.add(&mut top))?;
-    Ok(top)
+struct Shown {
+    top: Top,
+    /// Why there is no sample
+    trouble: Option<String>,
+}
+
+impl Shown {
+    fn new(mut top: Top, sampler: Option<&mut Sampler>) -> Self {
+        let failed = sampler.and_then(|sampler| sampler.add(&mut top).err());
+        Self { top, trouble: failed.map(|error| format!("no prefixes: {error:#}")) }
+    }
+
+    /// What is said of the sample, and its rows.
+    fn sampled(&self) -> Option<(String, Vec<Vec<String>>)> {
+        let trouble = self.trouble.clone().map(|trouble| (trouble, Vec::new()));
+        trouble.or_else(|| self.top.prefixes.as_ref().map(|prefixes| (sample(prefixes), prefix_rows(prefixes))))
+    }
 }
 
 fn is_end(event: &Event) -> bool {
@@ -87,30 +100,28 @@ fn is_end(event: &Event) -> bool {
     }
 }
 
-fn draw(frame: &mut Frame, shown: &Result<Top>) {
-    let (ports, prefixes) = shown.as_ref().map_or((0, 0), |top| (top.ports.len() as u16, prefix_lines(top)));
+fn draw(frame: &mut Frame, shown: &Result<Shown>) {
+    let sampled = shown.as_ref().ok().and_then(Shown::sampled);
+    let ports = shown.as_ref().map_or(0, |shown| shown.top.ports.len() as u16);
+    // A line above the rows, their heads, and a line below.
+    let prefixes = sampled.as_ref().map_or(0, |(_, rows)| rows.len() as u16 + 3);
     let lengths = [2, ports + 2, prefixes].map(Constraint::Length);
-    let [head, middle, sampled, rest, foot] =
+    let [head, middle, below, rest, foot] =
         Layout::vertical(lengths.into_iter().chain([Constraint::Fill(1), Constraint::Length(1)])).areas(frame.area());
     frame.render_widget(Paragraph::new("q quits").dim(), foot);
     let top = match shown {
-        Ok(top) => top,
+        Ok(shown) => &shown.top,
         Err(error) => return frame.render_widget(Paragraph::new(format!("{error:#}")).wrap(Wrap { trim: true }), head),
     };
     let style = if top.in_sync { Style::new() } else { Style::new().fg(Color::Red) };
     frame.render_widget(Paragraph::new(summary(top)).style(style.bold()), head);
     frame.render_widget(table(&PORT_HEADS, port_rows(top)), middle);
     frame.render_widget(table(&EXCEPTION_HEADS, exception_rows(top)), rest);
-    if let Some(prefixes) = &top.prefixes {
-        let [title, rows] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(sampled);
-        frame.render_widget(Paragraph::new(sample(prefixes)).bold(), title);
-        frame.render_widget(table(&PREFIX_HEADS, prefix_rows(prefixes)), rows);
+    if let Some((said, rows)) = sampled {
+        let [title, area] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(below);
+        frame.render_widget(Paragraph::new(said).bold(), title);
+        frame.render_widget(table(&PREFIX_HEADS, rows), area);
     }
-}
-
-/// Lines that the prefixes take, with those above and below them.
-fn prefix_lines(top: &Top) -> u16 {
-    top.prefixes.as_ref().map_or(0, |prefixes| prefixes.busiest.len() as u16 + 3)
 }
 
 /// As `text::table`: heads that begin with `>` are of columns aligned to the right.

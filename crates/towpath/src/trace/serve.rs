@@ -300,7 +300,8 @@ impl Told {
     }
 
     fn in_brief(&self, prefix: Option<String>, missed: u64) -> Drawn {
-        Drawn { prefix, fast: matches!(self.became(), Outcome::Forward(_)), length: self.packet.length, missed }
+        let (fast, length) = (matches!(self.became(), Outcome::Forward(_)), self.packet.length);
+        Drawn { time_ns: self.packet.time_ns, prefix, fast, length, missed }
     }
 }
 
