@@ -19,9 +19,9 @@ use towpath_report::{Bar, Report};
 const PACKETS: u32 = 200_000;
 const ROUNDS: usize = 9;
 
-/// Instructions a packet that Towpath may cost the router: 918 (Linux 6.1.0-56, x86-64, BPF toolchain as pinned), and two
-/// percent.
-const BOUND: f64 = 936.0;
+/// Instructions a packet that Towpath may cost the router: 944 (Linux 6.1.0-56, x86-64, BPF toolchain as pinned), and two
+/// percent. (918 before there were filters, shadow, detaching and rules by source: each is asked about.)
+const BOUND: f64 = 963.0;
 
 /// What the guest prints: instructions per packet by contender.
 #[derive(Serialize, Deserialize)]

@@ -383,13 +383,13 @@ flows = \"mark=0x10/0xf0\"
         for key in options(&Cli::command(), WHOLE).map(key) {
             assert_eq!(example.lines().filter(|line| line.starts_with(&format!("#{key} = "))).count(), 1, "{key}");
         }
-        let defaults: String = ["engine", "generic", "max-flows", "flows"]
+        let defaults: String = ["engine", "generic", "shadow", "max-flows", "flows"]
             .iter()
             .flat_map(|key| example.lines().filter(move |line| line.starts_with(&format!("#{key} = "))))
             .map(|line| format!("{}\n", &line[1..]))
             .collect();
         let (up, sources) = up_with(&defaults, &[]);
-        assert!(up.serve.engine == Engine::Auto && !up.serve.generic, "{defaults}");
+        assert!(up.serve.engine == Engine::Auto && !up.serve.generic && !up.serve.shadow, "{defaults}");
         assert_eq!((up.serve.max_flows, up.follow.flows), (65_536, FlowMode::Flowtable));
         assert!(!sources.contains("default"), "{sources}");
     }
