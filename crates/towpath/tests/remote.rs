@@ -98,9 +98,14 @@ impl Hosts {
         eventually(&format!("{destination} becomes {wanted}"), || (self.verdict(destination) == wanted).then_some(()));
     }
 
-    /// What would become of a packet to `destination`: `fast`, or the reason why it is Linux's.
+    /// What would become of a packet to `destination`: `fast`, the reason why it is Linux's, or why nobody can tell.
     fn verdict(&self, destination: &str) -> String {
-        let verdict = self.net.json(&["explain", LEFT, destination, "in", "eth0"])["verdict"].clone();
+        let explained = self.net.towpath(&["explain", LEFT, destination, "in", "eth0", "--json"]);
+        if !explained.status.success() {
+            // Its port may not be known yet.
+            return String::from_utf8_lossy(&explained.stderr).into_owned();
+        }
+        let verdict = serde_json::from_slice::<serde_json::Value>(&explained.stdout).expect("JSON")["verdict"].clone();
         let word = if verdict["path"] == "fast" { &verdict["path"] } else { &verdict["reason"] };
         word.as_str().expect("a word").to_string()
     }
