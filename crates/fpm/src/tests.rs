@@ -85,15 +85,12 @@ fn route(text: &str, hops: &[Hop]) -> Route {
 }
 
 fn policy(scope: Scope, reason: Reason) -> Message {
-    Message::Policy(Policy {
-        source: PolicySource::Tc,
-        scope,
-        reason,
-        detail: "test".into(),
-        filter: None,
-        flows: None,
-        rules: None,
-    })
+    Message::Policy(policy_of(scope, reason))
+}
+
+fn policy_of(scope: Scope, reason: Reason) -> Policy {
+    let source = PolicySource::Tc;
+    Policy { source, scope, reason, detail: "test".into(), filter: None, flows: None, rules: None }
 }
 
 /// Where the published tables send packets to an address, and how many of a group's buckets go each way.
@@ -825,16 +822,8 @@ fn connections_pass_where_every_policy_in_the_way_lets_them() {
 }
 
 fn alarm(number: u64, scope: Scope, reason: Reason) -> Message {
-    let policy = Policy {
-        source: PolicySource::Tc,
-        scope,
-        reason,
-        detail: "test".into(),
-        filter: None,
-        flows: None,
-        rules: None,
-    };
-    Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies: vec![policy] })
+    let policies = vec![policy_of(scope, reason)];
+    Message::Alarm(Alarm { id: AlarmId { source: PolicySource::Tc, number }, policies })
 }
 
 fn alarm_over(source: PolicySource, number: u64) -> Message {

@@ -15,7 +15,7 @@ use towpath_fpc::codec::{self, Frame, Hello, MAGIC, Packet, VERSION};
 use towpath_fpc::stream::Stream as Wire;
 use towpath_fpc::tls::Identity;
 use towpath_fpc::{Connection, Message, Snapshot};
-use towpath_lab::{Authority, Files, Node, Validity};
+use towpath_lab::{Authority, Files, Node, Validity, relay};
 use towpath_tables::record::Family;
 
 const ADDRESS: &str = "198.18.0.1:7676";
@@ -285,27 +285,6 @@ fn without_the_link_linux_decides_again_if_that_is_asked_for() {
     stream.finish_complete();
 }
 
-/// Passes on to `to` what comes from a client of the listener, both ways; gives what the client sent.
-fn record(listener: &TcpListener, to: TcpStream) -> Vec<u8> {
-    let (client, _) = listener.accept().expect("a client");
-    let pass = |mut from: TcpStream, mut to: TcpStream| {
-        let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
-        while let Ok(length @ 1..) = from.read(&mut buffer) {
-            all.extend(&buffer[..length]);
-            if to.write_all(&buffer[..length]).is_err() {
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Write);
-        all
-    };
-    let (back, front) = (to.try_clone().expect("a handle"), client.try_clone().expect("a handle"));
-    let answers = std::thread::spawn(move || pass(back, front));
-    let all = pass(client, to);
-    answers.join().expect("answers");
-    all
-}
-
 /// What deletes most of the tables if it is believed.
 fn wiping() -> impl Iterator<Item = Packet> {
     let classes = [Snapshot::Ports, Snapshot::Nexthops, Snapshot::Routes(Family::V4)];
@@ -344,7 +323,7 @@ fn whoever_is_not_the_cache_manager_changes_nothing() {
     says("lost the cache manager at 198.18.0.2:");
     let listener = hosts.decider.enter(|| TcpListener::bind("127.0.0.1:7677")).expect("in the node").expect("bound");
     let onward = hosts.tcp(ADDRESS);
-    let recorder = std::thread::spawn(move || record(&listener, onward));
+    let recorder = std::thread::spawn(move || relay(listener.accept()?.0, onward));
     let wire = identity(&hosts.files("test", CM, Validity::Now)).connect(hosts.tcp("127.0.0.1:7677"));
     let mut recorded = Connection::open(wire.expect("a session")).expect("FPC");
     let whole = hosts.tables();
@@ -355,7 +334,7 @@ fn whoever_is_not_the_cache_manager_changes_nothing() {
     eventually("what it says happens", || (hosts.tables() != whole).then_some(()));
     recorded.sender.bye("the recording is done");
     drop(recorded);
-    let recording = recorder.join().expect("a recording");
+    let recording = recorder.join().expect("an end").expect("a recording");
     says("the other end closed the connection: the recording is done");
     let mut cm = hosts.start_cm();
     hosts.becomes(RIGHT, "fast");

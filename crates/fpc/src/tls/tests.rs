@@ -3,7 +3,7 @@ use crate::codec::{Packet, VERSION};
 use crate::{Connection as Fpc, ConnectionError, Message, Sink};
 use std::net::TcpListener;
 use std::thread;
-use towpath_lab::{Authority, Files, Validity};
+use towpath_lab::{Authority, Files, Validity, relay};
 
 struct Folder(PathBuf);
 
@@ -178,32 +178,12 @@ fn one_that_says_nothing_is_not_waited_for() {
     assert_eq!(why, TlsError::Slow.to_string());
 }
 
-/// Passes on what comes, both ways; gives what came from the client.
-fn record(client: TcpStream, server: TcpStream) -> Vec<u8> {
-    let pass = |mut from: TcpStream, mut to: TcpStream| {
-        let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
-        while let Ok(length @ 1..) = from.read(&mut buffer) {
-            all.extend(&buffer[..length]);
-            if to.write_all(&buffer[..length]).is_err() {
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Write);
-        all
-    };
-    let (back, to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-    let answers = thread::spawn(move || pass(back, to));
-    let all = pass(client, server);
-    answers.join().unwrap();
-    all
-}
-
 #[test]
 fn what_was_recorded_opens_nothing_and_what_is_changed_ends_all() {
     let folder = Folder::new("replay");
     let (cm, fpm) = identities(&folder);
     let ((there, near), (far, here)) = (tcp(), tcp());
-    let recorder = thread::spawn(move || record(near, far));
+    let recorder = thread::spawn(move || relay(near, far).unwrap());
     let session = thread::spawn(move || {
         let mut connection = Fpc::open(cm.connect(there).unwrap()).unwrap();
         connection.sender.send(Message::PortDelete(7)).unwrap();
