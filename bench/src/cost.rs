@@ -9,8 +9,14 @@ use serde::Serialize;
 use std::net::IpAddr;
 use towpath_report::{Bar, Report, Series};
 
-const CONTENDERS: [Contender; 5] =
-    [Contender::Drop, Contender::Redirect, Contender::FibForward, Contender::Linux, Contender::Towpath];
+const CONTENDERS: [Contender; 6] = [
+    Contender::Drop,
+    Contender::Redirect,
+    Contender::Rewrite,
+    Contender::FibForward,
+    Contender::Linux,
+    Contender::Towpath,
+];
 pub(crate) const DESTINATIONS: usize = 1 << 18;
 pub(crate) const WINDOW: u32 = 200_000;
 

@@ -37,6 +37,8 @@ pub enum Contender {
     Pass,
     /// Bare XDP_REDIRECT to the other port
     Redirect,
+    /// The same of frames counted down, with other MAC addresses: what any router has to do
+    Rewrite,
     /// A minimal program on bpf_fib_lookup, stand-in for xdp-forward
     FibForward,
     /// Linux
@@ -52,6 +54,7 @@ impl Contender {
             Contender::Drop => "XDP_DROP",
             Contender::Pass => "Linux behind XDP_PASS",
             Contender::Redirect => "bare XDP_REDIRECT",
+            Contender::Rewrite => "XDP_REDIRECT, rewritten",
             Contender::FibForward => "bpf_fib_lookup program",
             Contender::Linux => "Linux",
             Contender::Towpath => "Towpath",
@@ -392,6 +395,7 @@ impl Entry {
             Contender::Drop => "discard",
             Contender::Pass => "pass",
             Contender::Redirect => "redirect",
+            Contender::Rewrite => "rewrite",
             Contender::FibForward => "fib_forward",
             Contender::Linux | Contender::Towpath => return Ok(None),
         };

@@ -229,6 +229,23 @@ pub fn redirect(_ctx: XdpContext) -> u32 {
     OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
 }
 
+/// What a router does to any packet, and no more: every frame, counted down and with its MAC addresses exchanged, to the other
+/// port. What it costs over `redirect` is mostly the first read of the frame.
+#[xdp(frags)]
+pub fn rewrite(ctx: XdpContext) -> u32 {
+    let frame = ctx.data() as *mut u8;
+    // SAFETY: the verifier proves every access against data_end.
+    unsafe {
+        if frame.add(34) as usize > ctx.data_end() {
+            return xdp_action::XDP_ABORTED;
+        }
+        count_down(frame, (frame.add(12) as *const u16).read_unaligned());
+        let addresses = (frame as *const [[u8; 6]; 2]).read_unaligned();
+        (frame as *mut [[u8; 6]; 2]).write_unaligned([addresses[1], addresses[0]]);
+    }
+    OUT.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
+}
+
 /// Makes what a socket sent look as if it came from a driver: counts the source's packets (as `absorb` knows them) and
 /// sends them out.
 #[xdp(frags)]
@@ -289,6 +306,21 @@ fn forward(ctx: &XdpContext) -> Option<u32> {
         if found != BPF_FIB_LKUP_RET_SUCCESS as i64 {
             return None;
         }
+        count_down(frame, ethertype);
+        (frame as *mut [u8; 6]).write_unaligned(fib.dmac);
+        (frame.add(6) as *mut [u8; 6]).write_unaligned(fib.smac);
+        Some(PORTS.redirect(fib.ifindex, 0).unwrap_or(xdp_action::XDP_ABORTED))
+    }
+}
+
+/// Takes one from the TTL or the hop limit.
+///
+/// # Safety
+/// The frame has 34 bytes.
+#[inline(always)]
+unsafe fn count_down(frame: *mut u8, ethertype: u16) {
+    // SAFETY: as the caller says.
+    unsafe {
         if ethertype == ETHERTYPE_IPV4 {
             let check = frame.add(24) as *mut u16;
             let sum = u32::from(check.read_unaligned()) + u32::from(0x0100u16.to_be());
@@ -297,9 +329,6 @@ fn forward(ctx: &XdpContext) -> Option<u32> {
         } else {
             *frame.add(21) -= 1;
         }
-        (frame as *mut [u8; 6]).write_unaligned(fib.dmac);
-        (frame.add(6) as *mut [u8; 6]).write_unaligned(fib.smac);
-        Some(PORTS.redirect(fib.ifindex, 0).unwrap_or(xdp_action::XDP_ABORTED))
     }
 }
 
