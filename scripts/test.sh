@@ -38,7 +38,7 @@ step_clippy() {
     done
     return $status
 }
-step_unit() { cargo test --workspace --no-fail-fast; }
+step_unit() { cargo test --workspace --no-fail-fast "$@"; }
 step_loom() { scripts/loom.sh; }
 step_miri() { scripts/miri.sh; }
 # What is built only with DPDK.
@@ -61,16 +61,31 @@ step_instructions() {
 # Lines worth seeing while a step runs.
 course() { grep --line-buffered -E '^( +Running|test result|test .*FAILED|vm:|lab:|unsteady:|SKIP|Miri |  .*(met|MISSED)$)|^error|panicked at'; }
 
-# Sums of passed and failed tests over a log's "test result" lines; nothing if there are none.
+# Sums of passed and failed tests over a log's "test result" lines, of a binary that ran twice the second; nothing if there are
+# none.
 totals() {
-    sed -nE 's/^test result.* ([0-9]+) passed; ([0-9]+) failed.*/\1 \2/p' "$1" |
-        awk '{ ok += $1; bad += $2 } END { if (NR) print ok, bad }'
+    awk '/^ +(Running|Doc-tests) / { binary = $0 }
+        /^test result/ { if (binary == "") binary = NR; ok[binary] = $4; bad[binary] = $6; binary = "" }
+        END { for (binary in ok) { passed += ok[binary]; failed += bad[binary]; some = 1 }; if (some) print passed, failed }' "$1"
 }
 
-# Steps whose tests run against real kernels under whatever else the machine does. If one fails it is run once more, and
-# what passed only then is named at the end: unsteady is a defect to mend, but not the one that the test is about. The
-# step vm does so itself, binary by binary.
-kernel_steps=" unit lab "
+# The targets of which a test failed, as cargo is to be asked for them, of all packages: of one alone cargo would build with
+# other features.
+failed_targets() { sed -nE 's/^error: test failed, to rerun pass `-p [^ ]+ (.*)`$/\1/p' "$1" | sort -u; }
+
+# The step unit's tests run against real kernels under whatever else the machine does. Binaries of which one fails are run
+# once more, and what passed only then is named at the end: unsteady is a defect to mend, but not the one that the test is
+# about. The step vm does so itself.
+once_more() {
+    local log=$logs/unit.log first=$logs/unit.first.log targets
+    mapfile -t targets < <(failed_targets "$log" | tr ' ' '\n')
+    [ ${#targets[@]} != 0 ] || return 1
+    echo "== unit failed; once more: ${targets[*]}"
+    cp "$log" "$first"
+    unsteady+=("unit ($(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$first" | sort -u | paste -sd ' '))")
+    step_unit "${targets[@]}" 2>&1 | tee -a "$log" | course
+    return "${PIPESTATUS[0]}"
+}
 
 passed=0 failed=0 broken=() skipped=() unsteady=()
 run_step() {
@@ -78,12 +93,8 @@ run_step() {
     echo "== $step"
     "step_$step" 2>&1 | tee "$log" | course
     status=${PIPESTATUS[0]}
-    if [ "$status" != 0 ] && [ "$status" != 3 ] && [[ $kernel_steps == *" $step "* ]]; then
-        echo "== $step failed; once more"
-        mv "$log" "$logs/$step.first.log"
-        "step_$step" 2>&1 | tee "$log" | course
-        status=${PIPESTATUS[0]}
-        unsteady+=("$step ($(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$logs/$step.first.log" | sort -u | paste -sd ' '))")
+    if [ "$step" = unit ] && [ "$status" != 0 ]; then
+        once_more && status=0
     fi
     while read -r what; do unsteady+=("$what"); done < <(sed -n 's/^unsteady: //p' "$log")
     read -r ok bad < <(totals "$log")
