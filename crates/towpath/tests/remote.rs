@@ -2,7 +2,10 @@
 
 mod common;
 
-use common::{DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, Stream, eventually, with_only};
+use common::{
+    DEADLINE, Daemon, LEFT, LEFT6, Net, RIGHT, Stream, eventually, sees_a_neighbour_in_use_probed,
+    shorten_reachability, with_only,
+};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::io::{Read, Write};
@@ -182,26 +185,10 @@ fn what_another_hosts_linux_decides_is_forwarded_here() {
 fn a_neighbour_in_use_is_probed_by_the_other_host() {
     let hosts = Hosts::new();
     let net = &hosts.net;
-    for (name, value) in [("base_reachable_time_ms", "4000"), ("delay_first_probe_time", "1")] {
-        hosts.decider.sysctl(&format!("net/ipv4/neigh/eth1/{name}"), value).expect("set");
-    }
-    hosts.ip("neigh flush dev eth1");
+    shorten_reachability(&hosts.decider);
     eventually("it resolves", || net.ping(&net.left, RIGHT).then_some(()));
-    let reachable = |wanted| {
-        let entry = || hosts.decider.sh("ip neigh show 198.51.100.2 dev eth1").expect("neighbours");
-        let what = format!("whether the neighbour is reachable becomes {wanted}");
-        eventually(&what, || (entry().contains("REACHABLE") == wanted).then_some(()));
-    };
     let (_fpm, _cm) = hosts.start();
-    reachable(false);
-    let stream = Stream::start(net, RIGHT);
-    net.flows(100);
-    let before = net.exceptions("no-neighbour");
-    for wanted in [true, false, true] {
-        reachable(wanted);
-    }
-    assert_eq!(net.exceptions("no-neighbour"), before);
-    stream.finish_complete();
+    sees_a_neighbour_in_use_probed(net, &hosts.decider);
 }
 
 #[test]

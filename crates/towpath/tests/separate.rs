@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Daemon, LEFT, Net, RIGHT, Stream, eventually};
+use common::{Daemon, LEFT, Net, RIGHT, Stream, eventually, sees_a_neighbour_in_use_probed, shorten_reachability};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, AlarmId, Connection, Message, Policy, PolicySource, Scope};
 use towpath_tables::{Reason, record::Family};
@@ -92,8 +92,7 @@ fn alarms(net: &Net) -> Vec<Packet> {
         (PolicySource::Ports, Scope::Ingress(port("eth0"), None), Reason::PortNotReady),
     ];
     let alarm = |(source, scope, reason)| {
-        let policy =
-            Policy { source, scope, reason, detail: "the test".into(), filter: None, flows: None, rules: None };
+        let policy = Policy::new(source, scope, reason, "the test");
         Packet::Message(Message::Alarm(Alarm { id: AlarmId { source, number: 1 }, policies: vec![policy] }))
     };
     policies.map(alarm).into()
@@ -141,29 +140,10 @@ fn what_a_dead_manager_raised_the_alarm_for_stays_linuxs_until_the_next_one_know
 #[test]
 fn a_neighbour_in_use_is_probed_through_the_socket() {
     let net = Net::new();
-    // So that probing does not itself keep the entry in use, it is reachable (2 to 6 s) for longer than it is delayed.
-    for (name, value) in [("base_reachable_time_ms", "4000"), ("delay_first_probe_time", "1")] {
-        net.router.sysctl(&format!("net/ipv4/neigh/eth1/{name}"), value).expect("set");
-    }
-    // An entry made before would go by the times of then.
-    net.ip("neigh flush dev eth1");
+    shorten_reachability(&net.router);
     eventually("it resolves", || net.ping(&net.left, RIGHT).then_some(()));
-    let reachable = |wanted| {
-        let entry = || net.ip("neigh show 198.51.100.2 dev eth1");
-        let what = format!("whether the neighbour is reachable becomes {wanted}");
-        eventually(&what, || (entry().contains("REACHABLE") == wanted).then_some(()));
-    };
     let mut fpm = start_fpm(&net);
     let _cm = start_cm(&net);
     fpm.await_log("ready: 2 ports, ");
-    // Nobody but the fast path uses the entry, and that one-way: without it, Linux would leave it stale for ever.
-    reachable(false);
-    let stream = Stream::start(&net, RIGHT);
-    net.flows(100);
-    let before = net.exceptions("no-neighbour");
-    for wanted in [true, false, true] {
-        reachable(wanted);
-    }
-    assert_eq!(net.exceptions("no-neighbour"), before);
-    stream.finish_complete();
+    sees_a_neighbour_in_use_probed(&net, &net.router);
 }

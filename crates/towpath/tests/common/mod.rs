@@ -523,6 +523,35 @@ impl Stream {
     }
 }
 
+/// Has the deciding Linux hold the neighbour RIGHT for reachable for a short time only.
+pub fn shorten_reachability(decider: &Node) {
+    // So that probing does not itself keep the entry in use, it is reachable (2 to 6 s) for longer than it is delayed.
+    for (name, value) in [("base_reachable_time_ms", "4000"), ("delay_first_probe_time", "1")] {
+        decider.sysctl(&format!("net/ipv4/neigh/eth1/{name}"), value).expect("set");
+    }
+    // An entry made before would go by the times of then.
+    decider.sh("ip neigh flush dev eth1").expect("flushed");
+}
+
+/// Sees the deciding Linux probe the neighbour RIGHT because the fast path has packets for it, none of which is an exception.
+pub fn sees_a_neighbour_in_use_probed(net: &Net, decider: &Node) {
+    let reachable = |wanted| {
+        let entry = || decider.sh(&format!("ip neigh show {RIGHT} dev eth1")).expect("neighbours");
+        let what = format!("whether the neighbour is reachable becomes {wanted}");
+        eventually(&what, || (entry().contains("REACHABLE") == wanted).then_some(()));
+    };
+    // Nobody but the fast path uses the entry, and that one-way: without it, Linux would leave it stale for ever.
+    reachable(false);
+    let stream = Stream::start(net, RIGHT);
+    net.flows(100);
+    let before = net.exceptions("no-neighbour");
+    for wanted in [true, false, true] {
+        reachable(wanted);
+    }
+    assert_eq!(net.exceptions("no-neighbour"), before);
+    stream.finish_complete();
+}
+
 /// Makes room for what comes while the receiver waits for a processor: a frame that was redirected counts as a page, of
 /// which the default holds not fifty.
 pub fn enlarge_buffer(socket: &UdpSocket) {
