@@ -6,10 +6,10 @@
 
 #[cfg(any(test, feature = "std"))]
 use crate::Beside;
+use crate::network::words4;
 use crate::{Entry, Frame, Tables, count_exception};
 use towpath_tables::filtering::{PORTS_KNOWN, PROTOCOL_KNOWN, PROTOCOL_SHIFT, Subject, in_force};
 use towpath_tables::lpm::{Kind, Word};
-use towpath_tables::mapping::Words;
 use towpath_tables::record::{FILTER_STEPS, FILTERS_COUNTED, Family};
 use towpath_tables::{Reason, opaque};
 #[cfg(any(test, feature = "std"))]
@@ -145,13 +145,6 @@ fn behind_tags<F: Frame>(frame: &F) -> Option<(u16, usize)> {
         offset += size_of::<Tag>();
     }
     Some((ethertype, offset))
-}
-
-/// As filters have an address.
-#[inline(always)]
-fn words4(address: [u8; 4]) -> Words {
-    let [a, b, c, d] = address;
-    [u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0]), 0]
 }
 
 /// `Subject::transport` of a packet with this protocol's header at a place.

@@ -20,7 +20,6 @@ use towpath_tables::mapping::{Service, Way};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::NexthopIdentity;
 use towpath_tables::record::{Family, Port};
-use towpath_tables::sources;
 use towpath_tables::writer::MAIN_ROOT;
 use towpath_tables::{Reason, Tuple};
 
@@ -351,7 +350,7 @@ impl<'a> Walk<'a> {
     fn look_up(&mut self, port: &Port, destination: IpAddr) -> Option<Target> {
         self.destination = Some(destination);
         let family = self.family();
-        let source = sources::words(self.subject.tuple.source);
+        let source = mappings::words(self.subject.tuple.source);
         let root = roots::choose(&self.tables, port.root[family as usize].load(), || source).ok()?;
         let by_rules = root != MAIN_ROOT[family as usize];
         if by_rules {
