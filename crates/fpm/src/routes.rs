@@ -20,7 +20,6 @@ pub(crate) mod kind {
 pub(crate) const LOCAL: u32 = 255;
 pub(crate) const MAIN: u32 = 254;
 pub(crate) const DEFAULT: u32 = 253;
-const USUAL: [u32; 3] = [LOCAL, MAIN, DEFAULT];
 
 /// A number for each table: those that are consulted without rules come first, in their order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -31,19 +30,11 @@ impl Rank {
     const LAST: Rank = Rank(u32::MAX);
 
     fn of(table: u32) -> Self {
-        match USUAL.iter().position(|usual| *usual == table) {
-            Some(at) => Self(at as u32),
-            None if table < DEFAULT => Self(table + USUAL.len() as u32),
-            None => Self(table),
-        }
+        Self(LOCAL.wrapping_sub(table))
     }
 
     fn table(self) -> u32 {
-        match USUAL.get(self.0 as usize) {
-            Some(table) => *table,
-            None if self.0 <= LOCAL => self.0 - USUAL.len() as u32,
-            None => self.0,
-        }
+        LOCAL.wrapping_sub(self.0)
     }
 }
 
