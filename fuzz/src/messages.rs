@@ -187,13 +187,9 @@ const ALARM: AlarmId = AlarmId { source: PolicySource::Nftables, number: 5 };
 fn policies() -> Vec<Message> {
     let matching = Filter::new(Layer::Link, vec![instruction(6, 0, 0, 1)]).expect("a filter");
     let policy = |scope, filter, flows| Policy {
-        source: PolicySource::Nftables,
-        scope,
-        reason: Reason::PolicyNetfilter,
-        detail: "a chain".into(),
         filter,
         flows,
-        rules: None,
+        ..Policy::new(PolicySource::Nftables, scope, Reason::PolicyNetfilter, "a chain")
     };
     vec![
         Message::Policy(policy(Scope::Ingress(1, Some(Family::V4)), None, Some(3))),

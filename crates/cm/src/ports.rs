@@ -186,7 +186,7 @@ impl Ports {
                     (Reason::PortNotReady, format!("{name} has just changed"))
                 }
             };
-            Policy { source: PolicySource::Ports, scope, reason, detail, filter: None, flows: None, rules: None }
+            Policy::new(PolicySource::Ports, scope, reason, detail)
         };
         std::mem::take(&mut self.changed).into_iter().map(policy).collect()
     }

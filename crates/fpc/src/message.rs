@@ -416,6 +416,13 @@ pub struct Policy {
     pub rules: Option<Vec<Rule>>,
 }
 
+impl Policy {
+    /// One that touches all of its scope.
+    pub fn new(source: PolicySource, scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
+        Self { source, scope, reason, detail: detail.into(), filter: None, flows: None, rules: None }
+    }
+}
+
 /// A policy routing rule (`ip rule`). Where Linux asks for more than is here, the action is `Unknown`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Rule {
@@ -437,10 +444,14 @@ impl Rule {
         self.to.is_some() || self.action == RuleAction::Unknown
     }
 
+    /// Whether it is about some packets only.
+    pub fn selects(&self) -> bool {
+        self.iif.is_some() || self.from.is_some() || self.to.is_some()
+    }
+
     /// Whether all packets are Linux's from here on.
     pub fn refuses_all(&self) -> bool {
-        let selects = self.iif.is_some() || self.from.is_some() || self.to.is_some();
-        !selects && self.action == RuleAction::Unknown
+        !self.selects() && self.action == RuleAction::Unknown
     }
 }
 

@@ -89,8 +89,7 @@ fn policy(scope: Scope, reason: Reason) -> Message {
 }
 
 fn policy_of(scope: Scope, reason: Reason) -> Policy {
-    let source = PolicySource::Tc;
-    Policy { source, scope, reason, detail: "test".into(), filter: None, flows: None, rules: None }
+    Policy::new(PolicySource::Tc, scope, reason, "test")
 }
 
 /// Where the published tables send packets to an address, and how many of a group's buckets go each way.
@@ -729,7 +728,7 @@ fn ip_filter() -> Filter {
 
 fn capture(scope: Scope) -> Policy {
     let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-    Policy { source, scope, reason, detail: "test".into(), filter: Some(ip_filter()), flows: None, rules: None }
+    Policy { filter: Some(ip_filter()), ..Policy::new(source, scope, reason, "test") }
 }
 
 /// Why IPv4 packets that come in by a port are exceptions.
@@ -774,15 +773,7 @@ fn a_filter_that_the_engine_runs_lets_the_rest_of_a_port_be() {
 #[test]
 fn connections_pass_where_every_policy_in_the_way_lets_them() {
     let mut fixture = Fixture::new();
-    let rules = |scope, reason, flows| Policy {
-        source: PolicySource::Nftables,
-        scope,
-        reason,
-        detail: "rules".into(),
-        filter: None,
-        flows,
-        rules: None,
-    };
+    let rules = |scope, reason, flows| Policy { flows, ..Policy::new(PolicySource::Nftables, scope, reason, "rules") };
     let words = |fixture: &Fixture| {
         let view = fixture.fpm.tables().view();
         let slot = fixture.fpm.ports().find(|port| port.port.ifindex == 1).unwrap().slot;

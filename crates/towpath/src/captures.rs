@@ -145,15 +145,7 @@ mod tests {
 
     fn policy(scope: Scope, number: u32) -> Policy {
         let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-        Policy {
-            source,
-            scope,
-            reason,
-            detail: "the test".into(),
-            filter: Some(filter(number)),
-            flows: None,
-            rules: None,
-        }
+        Policy { filter: Some(filter(number)), ..Policy::new(source, scope, reason, "the test") }
     }
 
     fn enters(ifindex: u32, number: u32) -> Policy {

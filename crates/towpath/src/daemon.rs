@@ -365,15 +365,8 @@ fn adopt(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
 /// Everything may be what a capture is to see, until the cache manager has told its first captures.
 fn captures_unknown() -> Alarm {
     let (source, reason) = (PolicySource::Capture, Reason::PolicyCapture);
-    let policy = |family| Policy {
-        source,
-        scope: Scope::Family(family),
-        reason,
-        detail: "the captures of a former daemon's time are looked for".into(),
-        filter: None,
-        flows: None,
-        rules: None,
-    };
+    let detail = "the captures of a former daemon's time are looked for";
+    let policy = |family| Policy::new(source, Scope::Family(family), reason, detail);
     Alarm { id: AlarmId { source, number: 0 }, policies: Family::ALL.map(policy).into() }
 }
 

@@ -233,15 +233,7 @@ mod tests {
     }
 
     fn alarm(scope: Scope, reason: Reason) -> Alarm {
-        let policy = Policy {
-            source: PolicySource::Tc,
-            scope,
-            reason,
-            detail: String::new(),
-            filter: None,
-            flows: None,
-            rules: None,
-        };
+        let policy = Policy::new(PolicySource::Tc, scope, reason, "");
         Alarm { id: AlarmId { source: PolicySource::Tc, number: 1 }, policies: vec![policy] }
     }
 

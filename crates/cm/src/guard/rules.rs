@@ -205,8 +205,7 @@ fn judge(family: Family, rules: Vec<Rule>) -> Option<Finding> {
 
 /// Whether a rule is one of those that there are without any being added, wherever it stands.
 fn is_plain(rule: &Rule) -> bool {
-    let selects = rule.iif.is_some() || rule.from.is_some() || rule.to.is_some();
-    !selects && matches!(rule.action, RuleAction::Lookup(LOCAL | MAIN | DEFAULT) | RuleAction::Vrf)
+    !rule.selects() && matches!(rule.action, RuleAction::Lookup(LOCAL | MAIN | DEFAULT) | RuleAction::Vrf)
 }
 
 fn is_usual(rules: &[Rule]) -> bool {

@@ -38,15 +38,8 @@ fn is_closed(fpm: &TestFpm) -> bool {
 }
 
 fn rules(generation: Option<u32>) -> Policy {
-    Policy {
-        source: PolicySource::Nftables,
-        scope: Scope::Family(Family::V4),
-        reason: Reason::PolicyConntrack,
-        detail: "rules".into(),
-        filter: None,
-        flows: generation,
-        rules: None,
-    }
+    let (source, scope) = (PolicySource::Nftables, Scope::Family(Family::V4));
+    Policy { flows: generation, ..Policy::new(source, scope, Reason::PolicyConntrack, "rules") }
 }
 
 const POLICIES: Snapshot = Snapshot::Policies(PolicySource::Nftables);

@@ -118,15 +118,7 @@ fn a_policy() -> impl Strategy<Value = Message> {
     let source = select(vec![PolicySource::Tc, PolicySource::Nftables]);
     (1u32..=4, family, source, select(vec![Reason::PolicyTc, Reason::PolicyNetfilter])).prop_map(
         |(ifindex, family, source, reason)| {
-            Message::Policy(Policy {
-                source,
-                scope: Scope::Egress(ifindex, family),
-                reason,
-                detail: String::new(),
-                filter: None,
-                flows: None,
-                rules: None,
-            })
+            Message::Policy(Policy::new(source, Scope::Egress(ifindex, family), reason, ""))
         },
     )
 }

@@ -55,7 +55,7 @@ fn hop(ifindex: u32) -> Hop {
 
 fn policy(scope: Scope) -> Policy {
     let (source, reason) = (PolicySource::Tc, Reason::PolicyTc);
-    Policy { source, scope, reason, detail: "it".into(), filter: None, flows: Some(7), rules: None }
+    Policy { flows: Some(7), ..Policy::new(source, scope, reason, "it") }
 }
 
 #[test]
