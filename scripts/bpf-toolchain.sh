@@ -51,7 +51,7 @@ unpack_debian() {
         "no nightly Rust with rust-src, and this is not a Debian system: run 'rustup toolchain install nightly --component rust-src'"
     say "unpacking rustc with its library source from Debian's archive (about 150 MB; compiles the BPF programs)"
     rm -rf "$cache/debian" "$cache/deb" && mkdir -p "$cache/debian" "$cache/deb"
-    local refresh="run 'apt-get update', or 'rustup toolchain install nightly --component rust-src'" std version
+    local refresh="run 'apt-get update' (with bookworm-security among the sources), or 'rustup toolchain install nightly --component rust-src'" std version
     std=$(apt-cache search --names-only '^libstd-rust-web-[0-9.]+$' | awk '{print $1}' | sort -V | tail -n 1)
     [ -n "$std" ] || die "Debian's package lists hold no libstd-rust-web: $refresh"
     version=${std##*-}

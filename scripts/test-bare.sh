@@ -34,6 +34,12 @@ finish() { rm -rf --one-file-system "$root"; }
 rm -rf --one-file-system "$root"
 trap finish EXIT
 clean_root "$root"
+# As the installer leaves it.
+cat >"$root/etc/apt/sources.list" <<'END'
+deb http://deb.debian.org/debian bookworm main
+deb http://deb.debian.org/debian bookworm-updates main
+deb http://deb.debian.org/debian-security bookworm-security main
+END
 cp -L /etc/resolv.conf "$root/etc/resolv.conf"
 mkdir "$root/opt/rust"
 inside "$root" sh -c 'apt-get update -q && apt-get install -y -q --no-install-recommends ca-certificates git make'
