@@ -296,6 +296,16 @@ impl std::fmt::Display for Prefix {
     }
 }
 
+/// Numbers of the routing tables that every Linux has (`RT_TABLE_*`, include/uapi/linux/rtnetlink.h).
+pub mod table {
+    /// Looked up last
+    pub const DEFAULT: u32 = 253;
+    /// Where routes are if nothing else is said
+    pub const MAIN: u32 = 254;
+    /// The host's own addresses and broadcasts
+    pub const LOCAL: u32 = 255;
+}
+
 /// What names a route.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct RouteKey {

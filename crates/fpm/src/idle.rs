@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use towpath_tables::Tuple;
 use towpath_tables::flow::{AnyKey, Direction};
 use towpath_tables::record::{Flow, flow_state};
+use towpath_wire::transport::protocol;
 
 /// How long a pass over all connections takes.
 pub const PASS: Duration = Duration::from_secs(2);
@@ -19,7 +20,6 @@ const STEP: Duration = Duration::from_millis(50);
 const STEPS: usize = (PASS.as_millis() / STEP.as_millis()) as usize;
 /// Linux is told of a connection in use at least this often, whatever the timeouts: it may have one of its own.
 const OFTEN: Duration = Duration::from_secs(60);
-const TCP: u32 = 6;
 /// A connection is ahead when a direction has carried so many bytes: half of what makes numbers old.
 pub const AHEAD: u64 = 1 << 30;
 
@@ -144,7 +144,7 @@ impl Idle {
             let packets = record.counters.iter().fold(0, |sum: u32, of| sum.wrapping_add(of.packets.load() as u32));
             let original = || AnyKey::of(record, Direction::Original).map(|key| Tuple::from(&key));
             if packets != seen.packets {
-                let ahead = record.counters.iter().any(|of| of.bytes.load() >= AHEAD) && kind(record) >> 8 == TCP;
+                let ahead = record.counters.iter().any(|of| of.bytes.load() >= AHEAD) && is_tcp(kind(record));
                 if ahead && !seen.ahead {
                     found.told.ahead.extend(original());
                 }
@@ -158,7 +158,7 @@ impl Idle {
             // What Linux ends it must end in its time: a RST may leave it established, by name, for seconds only
             // (`nf_conntrack_tcp_packet`, net/netfilter/nf_conntrack_proto_tcp.c, 6.1).
             seen.untold &= state & flow_state::CLOSED == 0;
-            let limits = if kind >> 8 == TCP { self.tcp } else { self.udp };
+            let limits = if is_tcp(kind) { self.tcp } else { self.udp };
             if seen.untold && told >= limits.tell {
                 (seen.told, seen.untold) = (time, false);
                 found.told.used.extend(original());
@@ -171,6 +171,10 @@ impl Idle {
         self.next = if self.next + share < records.len() { self.next + share } else { 0 };
         found
     }
+}
+
+fn is_tcp(kind: u32) -> bool {
+    kind >> 8 == u32::from(protocol::TCP)
 }
 
 /// Its protocol and family, as `flow_state::KIND` has them.

@@ -4,6 +4,7 @@ use crate::via::ViaId;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::Bound;
+pub(crate) use towpath_fpc::table::{DEFAULT, LOCAL, MAIN};
 use towpath_fpc::{Prefix, RouteKey};
 use towpath_tables::record::Family;
 
@@ -15,11 +16,6 @@ pub(crate) mod kind {
     pub const ANYCAST: u8 = 4;
     pub const MULTICAST: u8 = 5;
 }
-
-/// The tables that Linux consults without rules, in this order.
-pub(crate) const LOCAL: u32 = 255;
-pub(crate) const MAIN: u32 = 254;
-pub(crate) const DEFAULT: u32 = 253;
 
 /// A number for each table: those that are consulted without rules come first, in their order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

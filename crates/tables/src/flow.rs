@@ -5,6 +5,8 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use towpath_wire::transport::protocol::{TCP, UDP};
+
 use crate::order;
 use crate::record::{Family, Flow, FlowLine, flow_state};
 
@@ -48,9 +50,6 @@ impl Tuple {
         self.source.is_ipv4() == self.destination.is_ipv4() && matches!(self.protocol, TCP | UDP)
     }
 }
-
-const TCP: u8 = 6;
-const UDP: u8 = 17;
 
 /// A connection as Linux's connection tracking has it: packets of one direction arrive as its tuple and leave as the inverse
 /// of the other direction's. So what is translated, and how, needs no words of its own.

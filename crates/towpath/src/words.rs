@@ -1,10 +1,12 @@
 //! Numbers of Linux in the words that iproute2 uses for them.
 
 use crate::report;
+use towpath_fpc::table as tables;
 use towpath_fpc::{Policy, PolicySource, Route, Scope};
 use towpath_fpm::{Phase, Waiting};
 use towpath_tables::backing::GrowError;
 use towpath_tables::record::{Family, TableId};
+use towpath_wire::transport::protocol;
 
 /// A full table: which, why, what it means and what to do about it.
 pub fn shortage(full: &GrowError, waiting: Waiting) -> String {
@@ -78,8 +80,8 @@ pub fn route_kind(number: u8) -> String {
 /// IPPROTO_*
 pub fn transport(number: u8) -> String {
     match number {
-        6 => "tcp".into(),
-        17 => "udp".into(),
+        protocol::TCP => "tcp".into(),
+        protocol::UDP => "udp".into(),
         other => other.to_string(),
     }
 }
@@ -87,9 +89,9 @@ pub fn transport(number: u8) -> String {
 /// A routing table: its name if it has one by default.
 pub fn table(number: u32) -> String {
     match number {
-        253 => "default".into(),
-        254 => "main".into(),
-        255 => "local".into(),
+        tables::DEFAULT => "default".into(),
+        tables::MAIN => "main".into(),
+        tables::LOCAL => "local".into(),
         other => other.to_string(),
     }
 }

@@ -7,6 +7,7 @@ use crate::guard::nl::attr;
 use std::net::IpAddr;
 use towpath_tables::flow::{Connection, Tuple};
 use towpath_tables::record::Family;
+use towpath_wire::transport::protocol;
 
 const WHAT: &str = "conntrack entry";
 
@@ -165,7 +166,7 @@ fn tuple(value: &[u8]) -> Result<(Option<Tuple>, bool), CmError> {
             _ => {}
         }
     }
-    if !matches!(i32::from(protocol), libc::IPPROTO_TCP | libc::IPPROTO_UDP) {
+    if !matches!(protocol, protocol::TCP | protocol::UDP) {
         return Ok((None, zone));
     }
     match (ends, ports) {

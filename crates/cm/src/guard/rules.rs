@@ -12,6 +12,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
+use towpath_fpc::table::{DEFAULT, LOCAL, MAIN};
 use towpath_fpc::{PolicySource, Prefix, Rule, RuleAction};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
@@ -21,9 +22,6 @@ const GETRULE: u16 = 34;
 /// RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_RULE
 const GROUPS: [u32; 2] = [8, 19];
 
-const MAIN: u32 = 254;
-const LOCAL: u32 = 255;
-const DEFAULT: u32 = 253;
 /// Rules of a family that are told one by one; more are left to Linux.
 const MOST: usize = 256;
 /// FR_ACT_*
@@ -107,7 +105,8 @@ impl Watcher for Rules {
     }
 }
 
-fn dump(netlink: &mut Netlink, family: Family) -> Result<Vec<Rule>, CmError> {
+/// The rules of a family, in the order in which the kernel tries them.
+pub(crate) fn dump(netlink: &mut Netlink, family: Family) -> Result<Vec<Rule>, CmError> {
     let mut header = [0; 12];
     header[0] = match family {
         Family::V4 => libc::AF_INET,

@@ -19,6 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use towpath_fpc::{PolicySource, PortKind, Scope, Tunnel};
 use towpath_tables::Reason;
+use towpath_wire::transport::protocol::GRE;
 
 const GETROUTE: u16 = 26;
 const RTA_DST: u16 = 1;
@@ -30,7 +31,6 @@ const RTAX_MTU: u16 = 2;
 const RTMSG: usize = 12;
 /// rta_cacheinfo: after two words
 const EXPIRES: usize = 8;
-const GRE: u32 = 47;
 const RAW: &str = "/proc/thread-self/net/raw";
 
 /// The watcher of what Linux knows about tunnels.
@@ -69,7 +69,7 @@ impl Tunnels {
                 length => text.extend_from_slice(&chunk[..length]),
             }
         }
-        Ok(io::BufRead::lines(&*text).map_while(Result::ok).filter(|line| protocol(line) == Some(GRE)).count())
+        Ok(io::BufRead::lines(&*text).map_while(Result::ok).filter(|line| protocol(line) == Some(GRE.into())).count())
     }
 }
 
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn a_raw_sockets_protocol_stands_where_ports_do() {
         let line = "   47: 00000000:002F 00000000:0000 07 00000000:00000000 00:00000000 00000000 0 0 1 2 0 0";
-        assert_eq!(protocol(line), Some(GRE));
+        assert_eq!(protocol(line), Some(GRE.into()));
         let heading = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout";
         assert_eq!(protocol(heading), None);
     }

@@ -18,6 +18,7 @@ use towpath_tables::record::port_flags::{
 };
 use towpath_tables::record::{FILTERS_COUNTED, tunnel_bucket};
 use towpath_tables::{REASONS, Reason};
+use towpath_wire::transport::protocol::{GRE, TCP, UDP};
 use world::*;
 
 /// What must become of a frame.
@@ -152,9 +153,6 @@ pub fn all() -> Vec<Case> {
     cases.filters();
     cases.0
 }
-
-const UDP: u8 = 17;
-const TCP: u8 = 6;
 
 fn data(len: usize) -> Vec<u8> {
     (0..len).map(|i| i as u8).collect()

@@ -9,7 +9,6 @@ const NEAR: [u8; 4] = [192, 0, 2, 1];
 const FAR: [u8; 4] = [198, 51, 100, 50];
 /// See `FAR`
 const FAR_KEYED: [u8; 4] = [198, 51, 100, 51];
-const GRE: u8 = 47;
 
 /// What comes before a packet in a GRE packet.
 fn gre(key: Option<u32>, ethertype: u16) -> Vec<u8> {
