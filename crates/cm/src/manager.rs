@@ -175,15 +175,17 @@ impl Cm {
             if ready.contains(&TOKEN_STOP) {
                 return self.flush(sink);
             }
-            for token in ready {
+            for token in &ready {
                 if let Some(watched) = token.checked_sub(TOKEN_WATCHER).and_then(|i| self.watchers.get_mut(i as usize))
                 {
                     watched.wake();
                 }
             }
-            let ports_busy = self.port_notifications()?;
+            // What was sent before the last of what happened to interfaces must have been read, too.
+            let told = ready.iter().any(|token| matches!(*token, TOKEN_PORTS | TOKEN_LISTENER));
+            let ports_busy = told && self.port_notifications()?;
             self.alarm(sink)?;
-            busy = !full && self.notifications(sink)?;
+            busy = !full && told && self.notifications(sink)?;
             if !full && !busy {
                 self.ahead = false;
                 if !self.found.is_empty() {

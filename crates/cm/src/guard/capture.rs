@@ -2,10 +2,12 @@
 //! sockets of this namespace are listed. A socket for other protocols (LLDP, PPPoE, …) sees nothing that is forwarded,
 //! one for protocol 0 nothing at all. One with a filter that the fast path can run is to see what that matches.
 //!
-//! The kernel announces nothing; the list is read at every poll (PACKET_DIAG: include/uapi/linux/packet_diag.h,
+//! The kernel announces nothing. At every poll a file says whether there is any (net/packet/af_packet.c,
+//! packet_seq_show); if so they are asked for, since only PACKET_DIAG tells filters (include/uapi/linux/packet_diag.h,
 //! net/packet/diag.c, net/core/sock_diag.c, Linux 6.1).
 
 use super::nl::{Message, Netlink, attrs, find, ne32};
+use super::proc::ProcNet;
 use super::{POLL, candidates};
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
@@ -28,6 +30,7 @@ const SEES_IP: &[u16] = &[0x0003, 0x0800, 0x86dd, 0x8100, 0x88a8];
 
 /// The watcher of packet sockets.
 pub struct Capture {
+    list: ProcNet,
     netlink: Netlink,
 }
 
@@ -35,17 +38,15 @@ impl Capture {
     /// Watches the thread's network namespace.
     pub fn new() -> Result<Self, CmError> {
         let netlink = Netlink::open(NETLINK_SOCK_DIAG).map_err(|e| CmError::io("captures: netlink socket", e))?;
-        Ok(Self { netlink })
+        Ok(Self { list: ProcNet::new(c"packet", c"af_packet")?, netlink })
     }
 
     /// The sockets there are, without their filters.
     fn sockets(&mut self) -> Result<Vec<Socket>, CmError> {
-        match self.netlink.dump(WHAT, SOCK_DIAG_BY_FAMILY, &request(SHOW_INFO), socket) {
-            // A kernel without packet sockets has none that capture.
-            Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::ENOENT) && !packet_sockets() => {
-                Ok(Vec::new())
-            }
-            result => result,
+        // A kernel without packet sockets has no such file.
+        match self.list.read()?.is_some_and(|list| list.lines().any(sees_ip)) {
+            true => self.netlink.dump(WHAT, SOCK_DIAG_BY_FAMILY, &request(SHOW_INFO), socket),
+            false => Ok(Vec::new()),
         }
     }
 
@@ -117,9 +118,10 @@ fn request(show: u32) -> Vec<u8> {
     request
 }
 
-/// Whether the kernel has packet sockets at all.
-fn packet_sockets() -> bool {
-    std::fs::exists("/proc/thread-self/net/packet").unwrap_or(true)
+/// Whether a line of the list is about a socket that sees IP frames; its protocol stands in the fourth column.
+fn sees_ip(line: &str) -> bool {
+    let protocol = line.split_whitespace().nth(3).map(|protocol| u16::from_str_radix(protocol, 16));
+    protocol.is_some_and(|protocol| protocol.is_ok_and(|protocol| SEES_IP.contains(&protocol)))
 }
 
 /// What a socket is to see.
@@ -248,6 +250,15 @@ mod tests {
 
     fn decode(payload: &[u8]) -> Option<Socket> {
         socket(Message { kind: 20, payload }).unwrap()
+    }
+
+    #[test]
+    fn the_list_says_which_sockets_see_ip() {
+        // As on Linux 6.18.
+        let line = |protocol| format!("000000008f2f5f8c 3      3    {protocol}   2     1 0      0      417155");
+        assert!(["0003", "0800", "86dd", "8100", "88a8"].iter().all(|protocol| sees_ip(&line(protocol))));
+        assert!(!["0000", "88cc", "888e", "0001"].iter().any(|protocol| sees_ip(&line(protocol))));
+        assert!(!sees_ip("sk               RefCnt Type Proto  Iface R Rmem   User   Inode"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod capture;
 pub mod netfilter;
 mod nftables;
 pub(crate) mod nl;
+mod proc;
 mod rules;
 pub mod sysctl;
 mod tc;

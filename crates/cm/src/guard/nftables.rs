@@ -10,11 +10,11 @@ mod bits;
 mod hooks;
 mod meet;
 mod packet;
-mod proc;
 mod queues;
 mod ruleset;
 mod xt;
 
+use super::proc::ProcNet;
 use super::{Finding, POLL, has_tunnels, nl};
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
@@ -22,7 +22,6 @@ use crate::watch::{PortIndex, Watcher};
 use hooks::Hooks;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nl::{Netlink, Wakeup};
-use proc::ProcNet;
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -52,7 +51,7 @@ pub struct Nftables {
     asked: Instant,
     ruleset: Ruleset,
     hooks: Hooks,
-    proc: ProcNet,
+    queues: ProcNet,
     flows: FlowMode,
 }
 
@@ -71,7 +70,7 @@ impl Nftables {
         Ok(Self {
             wakeup: Wakeup::join(NETLINK_NETFILTER, &[GROUP]).map_err(open)?,
             hooks: Hooks::new(&mut netlink)?,
-            proc: ProcNet::new()?,
+            queues: ProcNet::new(queues::FILE, c"nfnetlink_queue")?,
             netlink,
             generation: Generation::Unknown,
             asked: Instant::now(),
@@ -139,7 +138,7 @@ impl Watcher for Nftables {
         let mut findings = self.ruleset.findings(ports, flows, self.flows);
         findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
         if findings.iter().any(|finding| finding.flows.is_some()) {
-            findings.extend(queues::findings(&self.proc)?);
+            findings.extend(queues::findings(&mut self.queues)?);
         }
         Ok(findings)
     }

@@ -128,26 +128,22 @@ impl Redirects {
         }
     }
 
-    fn read(&mut self) -> Result<[bool; 3], CmError> {
-        Ok([self.accept.is_on()?, self.send.is_on()?, self.route_localnet.is_on()?])
-    }
-
-    /// What stands in the way of a port. Only those are read that can make a difference beside `all` (in the order of
-    /// `read`) and what the port is described as, because of many ports none should be read without need.
-    fn findings(&mut self, port: &Port, all: [bool; 3]) -> Result<Vec<Finding>, CmError> {
+    /// What stands in the way of a port. Only those are read that can make a difference beside those of `all`, of which
+    /// one is `accepted`, and what the port is described as, because none should be read without need.
+    fn findings(&mut self, port: &Port, all: &mut Self, accepted: bool) -> Result<Vec<Finding>, CmError> {
         let name = &port.name;
         let family = Some(Family::V4);
         let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
         let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
         let mut findings = Vec::new();
-        if port.family[0].forwarding && all[0] && self.accept.is_on()? {
+        if port.family[0].forwarding && accepted && self.accept.is_on()? {
             let detail = format!("net.ipv4.conf.{name}.accept_redirects is on (all too) while forwarding");
             findings.push(finding(egress, detail));
         }
-        if !port.send_redirects && (all[1] || self.send.is_on()?) {
+        if !port.send_redirects && (all.send.is_on()? || self.send.is_on()?) {
             findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
         }
-        if port.route_localnet && !all[2] && !self.route_localnet.is_on()? {
+        if port.route_localnet && !all.route_localnet.is_on()? && !self.route_localnet.is_on()? {
             findings.push(finding(ingress, format!("net.ipv4.conf.{name}.route_localnet has just been turned off")));
         }
         Ok(findings)
@@ -224,11 +220,11 @@ impl Watcher for Sysctl {
 
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         let mut findings = self.namespace()?;
-        let all = self.all.read()?;
+        let accepted = self.all.accept.is_on()?;
         self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
         for port in candidates(ports) {
             let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
-            findings.extend(numbers.redirects.findings(port, all)?);
+            findings.extend(numbers.redirects.findings(port, &mut self.all, accepted)?);
             findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
         }
         Ok(findings)

@@ -8,14 +8,12 @@
 //! Nothing announces either; both are read at every poll, while there are tunnels.
 
 use super::nl::{self, Netlink, attrs, find, ne32};
+use super::proc::ProcNet;
 use super::{Finding, POLL, is_tunnel};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use std::fs::File;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use towpath_fpc::{PolicySource, PortKind, Scope, Tunnel};
 use towpath_tables::Reason;
@@ -31,12 +29,11 @@ const RTAX_MTU: u16 = 2;
 const RTMSG: usize = 12;
 /// rta_cacheinfo: after two words
 const EXPIRES: usize = 8;
-const RAW: &str = "/proc/thread-self/net/raw";
 
 /// The watcher of what Linux knows about tunnels.
 pub struct Tunnels {
     netlink: Netlink,
-    raw: File,
+    raw: ProcNet,
 }
 
 impl Tunnels {
@@ -44,7 +41,7 @@ impl Tunnels {
     pub fn new() -> Result<Self, CmError> {
         Ok(Self {
             netlink: Netlink::open(NETLINK_ROUTE).map_err(|e| CmError::io("tunnels: netlink socket", e))?,
-            raw: File::open(RAW).map_err(|e| CmError::io(RAW, e))?,
+            raw: ProcNet::new(c"raw", c"ipv4")?,
         })
     }
 
@@ -60,16 +57,9 @@ impl Tunnels {
     }
 
     /// Raw sockets for GRE.
-    fn listeners(&self) -> Result<usize, CmError> {
-        let mut text = Vec::new();
-        let mut chunk = [0; 4096];
-        loop {
-            match self.raw.read_at(&mut chunk, text.len() as u64).map_err(|e| CmError::io(RAW, e))? {
-                0 => break,
-                length => text.extend_from_slice(&chunk[..length]),
-            }
-        }
-        Ok(io::BufRead::lines(&*text).map_while(Result::ok).filter(|line| protocol(line) == Some(GRE.into())).count())
+    fn listeners(&mut self) -> Result<usize, CmError> {
+        let list = self.raw.read()?.unwrap_or_default();
+        Ok(list.lines().filter(|line| protocol(line) == Some(GRE.into())).count())
     }
 }
 

@@ -6,13 +6,13 @@
 
 use super::netfilter::{hooks, scope, xt_tracks};
 use super::nl::{ne32, text_of};
+use super::proc::ProcNet;
 use super::{Finding, POLL, count, has_tunnels};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
-use std::fs::File;
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use towpath_fpc::PolicySource;
 use towpath_tables::Reason;
@@ -35,7 +35,8 @@ const ACCEPT: i32 = -2;
 struct Layout {
     family: Family,
     tool: &'static str,
-    names: &'static str,
+    names: &'static CStr,
+    module: &'static CStr,
     domain: i32,
     level: i32,
     /// Offset of `target_offset`, `next_offset` in an entry
@@ -48,7 +49,8 @@ const LAYOUTS: [Layout; 2] = [
     Layout {
         family: Family::V4,
         tool: "iptables-legacy",
-        names: "/proc/thread-self/net/ip_tables_names",
+        names: c"ip_tables_names",
+        module: c"ip_tables",
         domain: libc::AF_INET,
         level: libc::SOL_IP,
         offsets_at: 88,
@@ -57,7 +59,8 @@ const LAYOUTS: [Layout; 2] = [
     Layout {
         family: Family::V6,
         tool: "ip6tables-legacy",
-        names: "/proc/thread-self/net/ip6_tables_names",
+        names: c"ip6_tables_names",
+        module: c"ip6_tables",
         domain: libc::AF_INET6,
         level: libc::SOL_IPV6,
         offsets_at: 140,
@@ -105,7 +108,7 @@ struct Tables {
     layout: &'static Layout,
     /// None where the kernel does not know the family
     socket: Option<OwnedFd>,
-    names: Option<File>,
+    names: ProcNet,
     buffer: Vec<u8>,
 }
 
@@ -121,7 +124,7 @@ impl Tables {
             _ if io::Error::last_os_error().raw_os_error() == Some(libc::EAFNOSUPPORT) => None,
             _ => return Err(CmError::last_os(what())),
         };
-        Ok(Self { layout, socket, names: None, buffer: Vec::new() })
+        Ok(Self { layout, socket, names: ProcNet::new(layout.names, layout.module)?, buffer: Vec::new() })
     }
 
     fn findings(&mut self, tunnels: bool) -> Result<Vec<Finding>, CmError> {
@@ -151,26 +154,7 @@ impl Tables {
 
     /// Names of the tables that exist in the namespace.
     fn existing(&mut self) -> Result<Vec<String>, CmError> {
-        let path = self.layout.names;
-        let mut text = vec![0; 512];
-        // The file comes and goes with the module; an old descriptor of it then gives an error.
-        for _ in 0..2 {
-            if self.names.is_none() {
-                match File::open(path) {
-                    Ok(file) => self.names = Some(file),
-                    Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-                    Err(e) => return Err(CmError::io(path, e)),
-                }
-            }
-            match self.names.as_ref().map_or(Ok(0), |file| file.read_at(&mut text, 0)) {
-                Ok(length) => {
-                    text.truncate(length);
-                    return Ok(String::from_utf8_lossy(&text).lines().map(str::to_owned).collect());
-                }
-                Err(_) => self.names = None,
-            }
-        }
-        Err(CmError::decode(path, "opens but cannot be read"))
+        Ok(self.names.read()?.unwrap_or_default().lines().map(str::to_owned).collect())
     }
 
     fn info(&self, socket: i32, name: &str) -> Result<Option<Info>, CmError> {
@@ -341,7 +325,7 @@ mod tests {
     }
 
     fn tables() -> Tables {
-        Tables { layout: &LAYOUTS[0], socket: None, names: None, buffer: Vec::new() }
+        Tables::new(&LAYOUTS[0]).unwrap()
     }
 
     /// A filter table: INPUT with `input`, empty FORWARD and OUTPUT with policy `forward`.

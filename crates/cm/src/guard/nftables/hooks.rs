@@ -8,8 +8,8 @@ use super::super::Finding;
 use super::super::bpf::{self, NetfilterLinks};
 use super::super::netfilter::{families, hooks, pf, scope};
 use super::super::nl::{self, Message, Netlink, attrs, find, text_of};
+use super::super::proc::ProcNet;
 use super::header;
-use super::proc::ProcNet;
 use crate::error::CmError;
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
@@ -51,7 +51,7 @@ impl Hooks {
             Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
                 let mut links = bpf::has_netfilter_programs().then(NetfilterLinks::default);
                 links.as_mut().map(NetfilterLinks::read).transpose().map_err(unlisted)?;
-                Ok(Self::Guessed(links, ProcNet::new()?))
+                Ok(Self::Guessed(links, ProcNet::new(c"ip_vs", c"ip_vs")?))
             }
             Err(e) => Err(e),
         }
@@ -136,8 +136,8 @@ fn function(message: &Message<'_>) -> Result<String, CmError> {
 
 /// Whether IPVS has services: its hooks come with the first (ip_vs_core.c). The file has three lines of heading; without the
 /// module there is no file.
-fn has_services(proc: &ProcNet) -> Result<bool, CmError> {
-    Ok(proc.read(c"ip_vs")?.is_some_and(|list| list.lines().count() > 3))
+fn has_services(proc: &mut ProcNet) -> Result<bool, CmError> {
+    Ok(proc.read()?.is_some_and(|list| list.lines().count() > 3))
 }
 
 #[cfg(test)]
