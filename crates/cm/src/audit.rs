@@ -1,24 +1,24 @@
 //! Linux's own answers, asked anew: what an audit of the tables compares them with. Nothing here is remembered from
 //! notifications.
 
-use crate::decode::{self, family_number, rtm};
+use crate::decode::{self, rtm};
 use crate::error::CmError;
-use crate::guard::nl::Netlink;
+use crate::guard::dump_rules;
+use crate::guard::nl::{Message, Netlink};
+use crate::netlink::Request;
+use netlink_packet_core::Emitable;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
-use towpath_fpc::{NeighbourKey, NexthopObject, NexthopObjectKind, Prefix, Route};
+use towpath_fpc::{NeighbourKey, NexthopObject, NexthopObjectKind, Prefix, Route, Rule};
 use towpath_tables::record::Family;
 
 const WHAT: &str = "audit";
 /// Questions sent at once: their answers fit the socket's buffer.
 const AT_ONCE: usize = 16;
-/// `RTM_F_FIB_MATCH`: the answer is the route itself, not what one packet would do (Linux 4.13)
-const FIB_MATCH: u32 = 0x2000;
-const RTA_DST: u16 = 1;
-const MAIN: u32 = 254;
-const LOCAL: u32 = 255;
 
 /// A socket for questions to the thread's network namespace.
 pub struct Linux(Netlink);
@@ -32,27 +32,35 @@ impl Linux {
         Netlink::open(NETLINK_ROUTE).map(Self).map_err(|e| CmError::io("audit: netlink socket", e))
     }
 
-    /// Every prefix of the tables main and local.
+    /// Every prefix of every table.
     pub fn prefixes(&mut self) -> Result<BTreeSet<Prefix>, CmError> {
         let mut all = BTreeSet::new();
         for family in Family::ALL {
-            let mut header = [0; 12];
-            header[0] = family_number(family);
-            all.extend(self.0.dump(WHAT, rtm::GETROUTE, &header, |message| {
-                let route = decode::route::parse(message.payload)?.map(|route| route.route.key);
-                Ok(route.filter(|key| [MAIN, LOCAL].contains(&key.table)).map(|key| key.prefix))
+            all.extend(self.dump(Request::Routes(family), |message| {
+                Ok(decode::route::parse(message.payload)?.map(|route| route.route.key.prefix))
             })?);
         }
         Ok(all)
     }
 
-    /// The route that Linux takes to each address; None where it has none, or one that forwards nothing.
-    pub fn routes(&mut self, addresses: &[IpAddr]) -> Result<Vec<Option<Route>>, CmError> {
+    /// The rules of both families, in the order in which they are tried.
+    pub fn rules(&mut self) -> Result<Vec<(Family, Vec<Rule>)>, CmError> {
+        Family::ALL.into_iter().map(|family| Ok((family, dump_rules(&mut self.0, family)?))).collect()
+    }
+
+    /// The route that Linux takes to each address, for packets of its own, or for those that come in by an interface from
+    /// an address of the same family (or, in IPv6, from none). None where it has none, or one that forwards nothing, or
+    /// does not believe the source.
+    pub fn routes(
+        &mut self,
+        addresses: &[IpAddr],
+        arrival: Option<(u32, IpAddr)>,
+    ) -> Result<Vec<Option<Route>>, CmError> {
         let mut routes = Vec::with_capacity(addresses.len());
         for some in addresses.chunks(AT_ONCE) {
             let begin = routes.len();
             routes.resize(begin + some.len(), None);
-            let questions: Vec<_> = some.iter().map(question).collect();
+            let questions: Vec<_> = some.iter().map(|address| question(*address, arrival)).collect();
             self.0.batch(WHAT, rtm::GETROUTE, 0, &questions, |number, answer| {
                 routes[begin + number] = match answer {
                     Ok(message) => decode::route::parse(message.payload)?.map(|route| route.route),
@@ -69,10 +77,7 @@ impl Linux {
     pub fn neighbours(&mut self) -> Result<Neighbours, CmError> {
         let mut all = Neighbours::new();
         for family in Family::ALL {
-            let mut header = [0; 12];
-            header[0] = family_number(family);
-            let found =
-                self.0.dump(WHAT, rtm::GETNEIGH, &header, |message| decode::neighbour::parse(message.payload))?;
+            let found = self.dump(Request::Neighbours(family), |message| decode::neighbour::parse(message.payload))?;
             all.extend(found.into_iter().map(|neighbour| (neighbour.key, neighbour.lladdr)));
         }
         Ok(all)
@@ -80,29 +85,42 @@ impl Linux {
 
     /// The nexthop objects.
     pub fn objects(&mut self) -> Result<HashMap<u32, NexthopObjectKind>, CmError> {
-        let found =
-            self.0.dump(WHAT, rtm::GETNEXTHOP, &[0; 8], |message| decode::nexthop::parse(message.payload).map(Some))?;
+        let found = self.dump(Request::Nexthops, |message| decode::nexthop::parse(message.payload).map(Some))?;
         Ok(found.into_iter().map(|NexthopObject { id, kind }| (id, kind)).collect())
+    }
+
+    fn dump<T>(
+        &mut self,
+        request: Request,
+        decode: impl FnMut(Message<'_>) -> Result<Option<T>, CmError>,
+    ) -> Result<Vec<T>, CmError> {
+        self.0.dump(WHAT, request.message_type(), &request.payload(), decode)
     }
 }
 
-/// `struct rtmsg` and the address.
-fn question(address: &IpAddr) -> Vec<u8> {
-    let (family, bytes) = match address {
-        IpAddr::V4(address) => (Family::V4, address.octets().to_vec()),
-        IpAddr::V6(address) => (Family::V6, address.octets().to_vec()),
-    };
-    let mut body = vec![0; 8];
-    (body[0], body[1]) = (family_number(family), bytes.len() as u8 * 8);
-    body.extend(FIB_MATCH.to_ne_bytes());
-    body.extend([4 + bytes.len() as u16, RTA_DST].map(u16::to_ne_bytes).as_flattened());
-    body.extend(bytes);
-    body
+/// Asks for the route itself, not what one packet would do (Linux 4.13).
+fn question(address: IpAddr, arrival: Option<(u32, IpAddr)>) -> Vec<u8> {
+    let (family, bits) = if address.is_ipv4() { (AddressFamily::Inet, 32) } else { (AddressFamily::Inet6, 128) };
+    let mut message = RouteMessage::default();
+    message.header.address_family = family;
+    message.header.destination_prefix_length = bits;
+    message.header.flags = RouteFlags::FibMatch;
+    message.attributes.push(RouteAttribute::Destination(address.into()));
+    if let Some((ifindex, source)) = arrival {
+        message.attributes.push(RouteAttribute::Iif(ifindex));
+        if !source.is_unspecified() {
+            message.header.source_prefix_length = bits;
+            message.attributes.push(RouteAttribute::Source(source.into()));
+        }
+    }
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
 }
 
-/// What Linux answers about unreachable, prohibited and black-holed destinations, and those without a route
-/// (net/ipv4/fib_semantics.c `fib_props`).
+/// What Linux answers about unreachable, prohibited and black-holed destinations, those without a route
+/// (net/ipv4/fib_semantics.c `fib_props`), and sources that it drops (net/ipv4/fib_frontend.c `fib_validate_source`).
 fn is_no_route(error: &io::Error) -> bool {
-    let codes = [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EACCES, libc::EINVAL, libc::EAGAIN];
+    let codes = [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EACCES, libc::EINVAL, libc::EAGAIN, libc::EXDEV];
     error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }

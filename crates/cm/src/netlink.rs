@@ -187,7 +187,8 @@ pub enum Request {
 }
 
 impl Request {
-    fn message_type(self) -> u16 {
+    /// `nlmsg_type` of the request.
+    pub fn message_type(self) -> u16 {
         match self {
             Request::Links => rtm::GETLINK,
             Request::Addresses(_) => rtm::GETADDR,
@@ -199,7 +200,7 @@ impl Request {
     }
 
     /// The fixed header of the request: family first, then zero but for (links) a filter attribute.
-    fn payload(self) -> Vec<u8> {
+    pub fn payload(self) -> Vec<u8> {
         const IFLA_EXT_MASK: u16 = 29;
         const RTEXT_FILTER_SKIP_STATS: u32 = 8;
         let header = |family: u8, len: usize| {

@@ -9,7 +9,7 @@ use towpath_fpc::*;
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::grace::Grace;
-use towpath_tables::lpm::Leaf;
+use towpath_tables::lpm::{self, Kind, Leaf, Word};
 use towpath_tables::nexthop::{NexthopIdentity, NexthopValue};
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Match;
@@ -222,10 +222,22 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// and what each of them does; none without a route. Where the tables do not have the rules for such packets: why.
     /// A leaf in use names records that stay as they are while the writer looks.
     pub fn leads_to(&self, address: IpAddr) -> Result<Vec<(NexthopIdentity, Option<NexthopValue>)>, Reason> {
-        let tables = &self.mirror.tables;
         let root = self.mirror.rooms.own(&self.state, family_of(address)).ok_or(Reason::PolicyRule)?;
-        let found = tables.lookup(root, address).ok().flatten();
-        let shares = found.map(|found| self.shares(found.leaf)).unwrap_or_default();
+        self.leads_to_by(root, address)
+    }
+
+    /// The same for packets that are looked up in this root, as a port says; there is none where the rules are not repeated.
+    pub fn leads_to_by(
+        &self,
+        root: u32,
+        address: IpAddr,
+    ) -> Result<Vec<(NexthopIdentity, Option<NexthopValue>)>, Reason> {
+        let tables = &self.mirror.tables;
+        let word = match address {
+            IpAddr::V4(address) => lpm::lookup(&tables.view(), root, &address.octets()),
+            IpAddr::V6(address) => lpm::lookup(&tables.view(), root, &address.octets()),
+        };
+        let shares = self.shares(word.map_err(|_| Reason::PolicyRule)?);
         let named = |(index, _)| {
             let identity = NexthopIdentity::read(tables.view().nexthop_keys().get(index as usize)?)?;
             Some((identity, tables.nexthop(index)))
@@ -235,13 +247,12 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
 
     fn nexthops_of(&self, leaf: Leaf) -> Vec<(NexthopState, u32)> {
         let named = |(index, share)| Some((self.nexthops().find(|nexthop| nexthop.index == index)?, share));
-        self.shares(leaf).into_iter().filter_map(named).collect()
+        self.shares(leaf.word()).into_iter().filter_map(named).collect()
     }
 
-    /// The indices of a leaf's next hops, and their shares.
-    fn shares(&self, leaf: Leaf) -> Vec<(u32, u32)> {
-        use towpath_tables::lpm::Kind;
-        match leaf.word().kind() {
+    /// The indices of the next hops that a word leads to, and their shares.
+    fn shares(&self, word: Word) -> Vec<(u32, u32)> {
+        match word.kind() {
             Kind::Nexthop(index) => vec![(index, 1)],
             Kind::Group(group) => {
                 let mut shares = std::collections::BTreeMap::new();

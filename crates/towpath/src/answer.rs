@@ -1,6 +1,6 @@
 //! Answers to the read commands, from what FPM, the tables and the engine know.
 
-use crate::control::{self, Packet, Request};
+use crate::control::{self, Arrival, Packet, Request};
 use crate::daemon::Daemon;
 use crate::explain::{self, Ingress, Names, mac};
 use crate::report::{self, Families, Forwarding};
@@ -15,10 +15,14 @@ use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
 use towpath_tables::Reason;
+use towpath_pipeline::mapped::Mapped;
+use towpath_pipeline::{SlotSet, roots};
 use towpath_tables::flows::{self, FlowStates, FlowView};
+use towpath_tables::mappings;
 use towpath_tables::nexthop::{Action, NexthopIdentity, NexthopValue};
 use towpath_tables::record::Family;
 
+use towpath_tables::sources;
 /// Routes in one answer, so that it takes a few milliseconds.
 const PAGE: usize = 1000;
 /// Places in the table of connections that are looked at for one answer.
@@ -78,7 +82,7 @@ impl Daemon {
             Request::NatAdd(_) | Request::NatDel(_) | Request::FilterChange(_) | Request::Trace(_) => {
                 control::answer::<()>(Err(anyhow::anyhow!("not now")))
             }
-            Request::Destinations { addresses } => control::answer(self.destinations(&addresses)),
+            Request::Destinations { addresses, arrival } => control::answer(self.destinations(&addresses, arrival)),
             Request::Stop => control::answer(Ok(true)),
         }
     }
@@ -356,7 +360,7 @@ impl Daemon {
         report::Nexthops { nexthops }
     }
 
-    fn destinations(&self, addresses: &[IpAddr]) -> Result<report::Destinations> {
+    fn destinations(&self, addresses: &[IpAddr], arrival: Option<Arrival>) -> Result<report::Destinations> {
         if addresses.len() > control::DESTINATIONS {
             bail!("{} addresses at once are too many: {} at most", addresses.len(), control::DESTINATIONS);
         }
@@ -365,14 +369,30 @@ impl Daemon {
             let NexthopIdentity { ifindex, gateway, .. } = identity;
             report::Way { ifindex, gateway, lladdr, reason: reason.map(|reason| reason.name().into()) }
         };
-        let ways = |address: &IpAddr| match self.fpm.leads_to(*address) {
+        let root = arrival.map(|arrival| self.root_for(arrival)).transpose()?;
+        let leads_to = |address| match root {
+            Some(root) => self.fpm.leads_to_by(root, address),
+            None => self.fpm.leads_to(address),
+        };
+        let ways = |address: &IpAddr| match leads_to(*address) {
             Ok(ways) => ways.into_iter().map(way).collect(),
             Err(reason) => vec![report::Way { reason: Some(reason.name().into()), ..report::Way::default() }],
         };
         Ok(report::Destinations { destinations: addresses.iter().map(ways).collect() })
     }
 
-    fn exceptions(&self) -> report::Exceptions {
+    /// The root that packets are looked up in which come in by a port from an address.
+    fn root_for(&self, Arrival { ifindex, source }: Arrival) -> Result<u32> {
+        let view = self.fpm.tables().view();
+        let slot = self.slot(ifindex).with_context(|| format!("interface {ifindex} is no port"))?;
+        let port = view.ports().get(slot as usize).context("a port without a record")?;
+        let family = if source.is_ipv4() { Family::V4 } else { Family::V6 };
+        let tables = Mapped { view, counters: None, transmitters: SlotSet::ALL };
+        let root = roots::choose(&tables, port.root[family as usize].load(), || mappings::words(source));
+        root.map_err(|reason| anyhow::anyhow!("no root for {source}: {}", reason.text()))
+    }
+
+    fn exceptions(&self) -> Result<report::Exceptions> {
         let mut exceptions: Vec<report::Exception> = Vec::new();
         for state in self.fpm.ports() {
             exceptions.extend(Reason::ALL.iter().zip(state.totals.exceptions).map(|(reason, packets)| {

@@ -1,15 +1,17 @@
 //! `towpath check`: an audit of the tables against Linux, address by address. Linux is asked anew; the daemon looks into the
 //! tables that packets meet, not at what it remembers.
 
+mod arrivals;
+
 use crate::cli::Output;
-use crate::control::{Client, DESTINATIONS, Request};
+use crate::control::{Arrival, Client, DESTINATIONS, Request};
 use crate::explain::mac;
 use crate::interfaces;
 use crate::read::{all_pages, connect, json, write_out};
 use crate::report::{self, Check, Destinations, Difference, Way};
 use crate::text::table;
 use anyhow::{Result, bail};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 use towpath_cm::audit::{Linux, Neighbours};
@@ -58,6 +60,14 @@ struct Now {
     objects: HashMap<u32, NexthopObjectKind>,
 }
 
+/// What was found out about packets from one place.
+#[derive(Default)]
+struct Found {
+    forwarded: u64,
+    left_to_linux: BTreeMap<String, u64>,
+    differences: Vec<Difference>,
+}
+
 impl Audit {
     fn run(&mut self, status: &report::Status) -> Result<Check> {
         let mut prefixes = self.linux.prefixes()?;
@@ -65,40 +75,95 @@ impl Audit {
         for route in all_pages(pages, |page: report::Routes| (page.routes, page.next))? {
             prefixes.extend(parse(&route.prefix));
         }
-        let hosts = self.linux.neighbours()?.into_keys().map(|key| key.address).filter(is_routed);
+        let mut now = self.now()?;
+        let hosts = now.neighbours.keys().map(|key| key.address).filter(is_routed);
         let addresses: BTreeSet<IpAddr> = prefixes.iter().flat_map(|prefix| ends(*prefix)).chain(hosts).collect();
+        let addresses: Vec<_> = addresses.into_iter().collect();
+        let arrivals = arrivals::all(&status.ports, &self.linux.rules()?, &now.neighbours);
+        let Found { forwarded, left_to_linux, differences } = self.audit(&addresses, None, &mut now)?;
+        let (prefixes, count) = (prefixes.len() as u64, addresses.len() as u64);
         let mut check =
-            Check { prefixes: prefixes.len() as u64, addresses: addresses.len() as u64, ..Check::default() };
-        let mut doubtful: Vec<_> = addresses.into_iter().collect();
-        for attempt in 0..ATTEMPTS {
-            if attempt != 0 {
-                std::thread::sleep(PAUSE);
-            }
-            check.differences.clear();
-            doubtful = self.compare(&doubtful, &mut check)?;
-            if doubtful.is_empty() {
-                break;
-            }
+            Check { prefixes, addresses: count, forwarded, left_to_linux, arrivals: Vec::new(), differences };
+        for arrival in arrivals {
+            self.audit_arrival(&addresses, arrival, &mut now, &mut check)?;
         }
         check.differences.extend(status.ports.iter().filter_map(|port| without_program(port, status)));
         Ok(check)
     }
 
-    /// Compares all of these; gives those that differ.
-    fn compare(&mut self, addresses: &[IpAddr], check: &mut Check) -> Result<Vec<IpAddr>> {
-        let now = Now { neighbours: self.linux.neighbours()?, objects: self.linux.objects()? };
+    fn now(&mut self) -> Result<Now> {
+        Ok(Now { neighbours: self.linux.neighbours()?, objects: self.linux.objects()? })
+    }
+
+    /// Compares what becomes of packets that come in so, provided that Linux forwards any from there.
+    fn audit_arrival(&mut self, all: &[IpAddr], arrival: Arrival, now: &mut Now, check: &mut Check) -> Result<()> {
+        let family = |address: &&IpAddr| address.is_ipv4() == arrival.source.is_ipv4();
+        let addresses: Vec<_> = all.iter().filter(family).copied().collect();
+        if !self.is_believed(&addresses, arrival, now)? {
+            return Ok(());
+        }
+        let found = self.audit(&addresses, Some(arrival), now)?;
+        let left_to_linux = found.left_to_linux.values().sum();
+        let (port, from) = (self.name(arrival.ifindex), arrival.source);
+        check.arrivals.push(report::Arrival { port, from, forwarded: found.forwarded, left_to_linux });
+        check.differences.extend(found.differences);
+        Ok(())
+    }
+
+    /// Linux asks for the route back to the source wherever a packet goes to: so it takes packets to all addresses or none.
+    fn is_believed(&mut self, addresses: &[IpAddr], arrival: Arrival, now: &Now) -> Result<bool> {
+        for addresses in addresses.chunks(DESTINATIONS) {
+            let routes = self.linux.routes(addresses, Some((arrival.ifindex, arrival.source)))?;
+            if routes.iter().flatten().any(|route| !hops(route, now).is_empty()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Compares all of these; again what differs, because it may have only just changed.
+    fn audit(&mut self, addresses: &[IpAddr], arrival: Option<Arrival>, now: &mut Now) -> Result<Found> {
+        let mut found = Found::default();
+        let mut doubtful = self.compare(addresses, arrival, now, &mut found)?;
+        for _ in 1..ATTEMPTS {
+            if doubtful.is_empty() {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+            *now = self.now()?;
+            found.differences.clear();
+            doubtful = self.compare(&doubtful, arrival, now, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// Compares all of these once; gives those that differ.
+    fn compare(
+        &mut self,
+        addresses: &[IpAddr],
+        arrival: Option<Arrival>,
+        now: &Now,
+        found: &mut Found,
+    ) -> Result<Vec<IpAddr>> {
         let mut doubtful = Vec::new();
         for addresses in addresses.chunks(DESTINATIONS) {
-            let routes = self.linux.routes(addresses)?;
-            let request = Request::Destinations { addresses: addresses.to_vec() };
+            let routes = self.linux.routes(addresses, arrival.map(|arrival| (arrival.ifindex, arrival.source)))?;
+            let request = Request::Destinations { addresses: addresses.to_vec(), arrival };
             let Destinations { destinations } = self.client.ask(&request)?;
             for ((address, route), ways) in addresses.iter().zip(&routes).zip(&destinations) {
-                match judge(*address, route.as_ref(), ways, &now) {
-                    Verdict::Same => check.forwarded += 1,
-                    Verdict::Left(reason) => *check.left_to_linux.entry(reason).or_default() += 1,
+                match judge(*address, route.as_ref(), ways, now) {
+                    Verdict::Same => found.forwarded += 1,
+                    Verdict::Left(reason) => *found.left_to_linux.entry(reason).or_default() += 1,
                     Verdict::Differs => {
                         doubtful.push(*address);
-                        check.differences.push(self.difference(*address, route.as_ref(), ways, &now));
+                        let difference = self.difference(*address, route.as_ref(), ways, now);
+                        let about = match arrival {
+                            Some(Arrival { ifindex, source }) => {
+                                format!("{} from {source} in by {}", difference.about, self.name(ifindex))
+                            }
+                            None => difference.about,
+                        };
+                        found.differences.push(Difference { about, ..difference });
                     }
                 }
             }
@@ -106,11 +171,14 @@ impl Audit {
         Ok(doubtful)
     }
 
+    fn name(&self, ifindex: u32) -> String {
+        self.names.get(&ifindex).cloned().unwrap_or_else(|| format!("#{ifindex}"))
+    }
+
     fn difference(&self, address: IpAddr, route: Option<&Route>, ways: &[Way], now: &Now) -> Difference {
-        let name = |ifindex: u32| self.names.get(&ifindex).cloned().unwrap_or_else(|| format!("#{ifindex}"));
         let to = |gateway: Option<IpAddr>, ifindex: u32, lladdr: Option<[u8; 6]>| {
             let at = lladdr.map_or_else(|| "no MAC address".into(), |bytes| mac(Some(bytes.as_slice())));
-            format!("{} at {at}, out by {}", gateway.unwrap_or(address), name(ifindex))
+            format!("{} at {at}, out by {}", gateway.unwrap_or(address), self.name(ifindex))
         };
         let ours = ways.iter().map(|way| match &way.reason {
             Some(reason) => format!("to Linux ({reason})"),
@@ -251,6 +319,15 @@ fn text(check: &Check) -> String {
     let reasons = check.left_to_linux.iter().map(|(reason, count)| row(format!("left to Linux: {reason}"), count));
     let rows: Vec<_> = std::iter::once(row("forwarded as by Linux".into(), forwarded)).chain(reasons).collect();
     text += &table(&["what", ">addresses"], &rows);
+    if !check.arrivals.is_empty() {
+        let row = |arrival: &report::Arrival| {
+            let counts = [arrival.forwarded, arrival.left_to_linux].map(|count| count.to_string());
+            [vec![arrival.port.clone(), arrival.from.to_string()], counts.to_vec()].concat()
+        };
+        let rows: Vec<_> = check.arrivals.iter().map(row).collect();
+        text += "the same by rules (ip rule)\n";
+        text += &table(&["in by", "from", ">forwarded as by Linux", ">left to Linux"], &rows);
+    }
     for Difference { about, towpath, linux } in &check.differences {
         text += &format!("{about}\n  the fast path: {towpath}\n  Linux: {linux}\n");
     }
@@ -284,7 +361,12 @@ mod tests {
     }
 
     fn route(kind: u8, hops: &[Hop]) -> Route {
-        let key = towpath_fpc::RouteKey { table: 254, prefix: parse("10.0.0.0/8").unwrap(), priority: 0, tos: 0 };
+        let key = towpath_fpc::RouteKey {
+            table: towpath_fpc::table::MAIN,
+            prefix: parse("10.0.0.0/8").unwrap(),
+            priority: 0,
+            tos: 0,
+        };
         Route { key, kind, protocol: 0, via: Via::Hops(hops.to_vec()), mtu: 0, unsupported: false }
     }
 

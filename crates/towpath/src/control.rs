@@ -58,6 +58,8 @@ pub enum Request {
     Destinations {
         /// No more than `control::DESTINATIONS`
         addresses: Vec<IpAddr>,
+        /// Where the packets come from, as far as rules ask; None: by no port, and from no particular address
+        arrival: Option<Arrival>,
     },
     /// Adds a mapping; answered with `true` when it is in force
     NatAdd(NatMapping),
@@ -92,6 +94,15 @@ pub struct Wanted {
     pub rate: u32,
     /// Only one frame in so many, drawn at random, whatever the filter, and told in brief (`report::TraceLine::Drawn`)
     pub one_in: Option<NonZeroU32>,
+}
+
+/// Where packets come from, as far as rules (`ip rule`) ask.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    /// Index of the port
+    pub ifindex: u32,
+    /// Of the destinations' family; in IPv6 also none (`::`)
+    pub source: IpAddr,
 }
 
 /// A packet to explain.

@@ -246,7 +246,7 @@ pub struct Way {
 /// `towpath check`
 #[derive(Serialize, Deserialize, Debug, Default)]
 pub struct Check {
-    /// Prefixes of Linux's tables main and local, and of the fast path's
+    /// Prefixes of Linux's tables, and of the fast path's
     pub prefixes: u64,
     /// Addresses compared: the first and last of each prefix
     pub addresses: u64,
@@ -270,10 +270,26 @@ pub struct Difference {
 }
 
 /// `towpath top`: what happened in an interval
+    /// The same addresses once more, for packets that rules (`ip rule`) may be about
+    #[serde(default)]
+    pub arrivals: Vec<Arrival>,
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Top {
     /// Its length
     pub seconds: f64,
+/// Packets that come in by a port from an address, to all addresses of its family that are compared.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// Name of the port
+    pub port: String,
+    /// Source: one that stands for all that the same rules are about
+    pub from: IpAddr,
+    /// Addresses that the fast path forwards to where Linux does
+    pub forwarded: u64,
+    /// Those that it leaves to Linux
+    pub left_to_linux: u64,
+}
+
     /// Nothing is forwarded: these are the rates that would be
     #[serde(default)]
     pub shadow: bool,

@@ -95,3 +95,41 @@ fn where_rules_are_repeated_the_tables_are_compared() {
     }
     eventually("the others to be left to Linux", || counts().filter(|(_, ruled)| *ruled > 2));
 }
+
+#[test]
+fn what_rules_lead_to_is_compared_by_port_and_source() {
+    let net = Net::new();
+    let mut fpm = net.start(net.with_only("-all,+bpf,+net_admin,+perfmon", &["fpm", "eth0", "eth1"]));
+    let mut cm = net.start(net.with_only("-all,+net_admin,+sys_admin", &["cm"]));
+    fpm.await_log("ready: 2 ports, ");
+    for command in [
+        "neigh replace 198.51.100.77 lladdr 02:00:00:00:00:77 dev eth1",
+        "neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev eth0",
+        "route add 10.0.0.0/8 via 192.0.2.2",
+        "route add 10.1.0.0/16 via 198.51.100.77 table 100",
+        "rule add from 10.9.0.0/16 iif eth0 lookup 100",
+    ] {
+        net.ip(command);
+    }
+    let arrival = |audit: &Value, from: &str| {
+        let arrivals = audit["arrivals"].as_array()?.iter();
+        arrivals.clone().find(|arrival| arrival["port"] == "eth0" && arrival["from"] == from)?["forwarded"].as_u64()
+    };
+    // From another host: the two ends of 10.0.0.0/8. By the rule also those of 10.1.0.0/16.
+    eventually("the rule to be followed", || {
+        let (audit, same) = check(&net);
+        assert!(same, "{audit}");
+        (arrival(&audit, "10.9.0.1")? >= 4 && arrival(&audit, "192.0.2.2")? >= 2).then_some(())
+    });
+
+    // Nobody tells the fast path of what happens now.
+    cm.send(libc::SIGSTOP);
+    net.ip("route replace 10.1.0.0/16 via 192.0.2.2 table 100");
+    let (audit, same) = check(&net);
+    assert!(!same, "{audit}");
+    let ends = ["10.1.0.0", "10.1.255.255"].map(|end| format!("{end} from 10.9.0.1 in by eth0"));
+    assert_eq!(about(&audit), ends, "{audit}");
+
+    cm.send(libc::SIGCONT);
+    eventually("the fast path to follow", || check(&net).1.then_some(()));
+}

@@ -28,6 +28,7 @@ use towpath_tables::record::Family;
 pub use capture::Capture;
 pub use nftables::Nftables;
 pub use rules::Rules;
+pub(crate) use rules::dump as dump_rules;
 pub use sysctl::Sysctl;
 pub use tc::Tc;
 pub use tunnels::Tunnels;
