@@ -6,6 +6,7 @@ use crate::explain::{self, Ingress, Names, mac};
 use crate::report::{self, Families, Forwarding};
 use crate::wires::Wire;
 use crate::words;
+use crate::workers::Workers;
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -14,15 +15,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
-use towpath_tables::Reason;
 use towpath_pipeline::mapped::Mapped;
 use towpath_pipeline::{SlotSet, roots};
+use towpath_tables::Reason;
 use towpath_tables::flows::{self, FlowStates, FlowView};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::{Action, NexthopIdentity, NexthopValue};
 use towpath_tables::record::Family;
-
 use towpath_tables::sources;
+
 /// Routes in one answer, so that it takes a few milliseconds.
 const PAGE: usize = 1000;
 /// Places in the table of connections that are looked at for one answer.
@@ -73,7 +74,7 @@ impl Daemon {
             Request::Routes { within, after } => control::answer(self.routes(within.as_deref(), after.as_deref())),
             Request::Neighbors => control::answer(Ok(self.neighbors())),
             Request::Nexthops => control::answer(Ok(self.nexthops())),
-            Request::Exceptions => control::answer(Ok(self.exceptions())),
+            Request::Exceptions => control::answer(self.exceptions()),
             Request::Stats => control::answer(Ok(self.stats())),
             Request::Flows { after } => control::answer(Ok(self.flows_page(after))),
             Request::Explain(packet) => control::answer(self.explain(&packet)),
@@ -142,10 +143,15 @@ impl Daemon {
                 .iter()
                 .flat_map(|workers| workers.report(|ifindex| self.interface(ifindex)))
                 .collect(),
+            fptun: self.entered()?,
             flows: self.flow_summary(),
             filters: self.fpm.traffic_filters().len() as u64,
             notices: self.notices(),
         })
+    }
+
+    fn entered(&self) -> Result<Vec<report::Entered>> {
+        self.workers.as_ref().map_or_else(|| Ok(Vec::new()), Workers::entered)
     }
 
     fn notices(&self) -> Vec<String> {
@@ -405,7 +411,8 @@ impl Daemon {
             }));
         }
         exceptions.sort_by_key(|exception| std::cmp::Reverse(exception.packets));
-        report::Exceptions { exceptions }
+        let fptun = self.entered()?.into_iter().filter(|entered| entered.dropped).collect();
+        Ok(report::Exceptions { exceptions, fptun })
     }
 
     fn stats(&self) -> report::Stats {

@@ -180,7 +180,9 @@ impl Answers {
                 (labels, value)
             })
         });
+        let entered = self.status.fptun.iter().map(|it| (vec![("outcome", it.outcome.clone())], it.packets));
         vec![
+            counter("fptun_packets", "Packets sent to Linux by the device fptun, by whomever", entered.collect()),
             counter("worker_received_packets", "Packets that a worker has forwarded", each(|worker| worker.rx_packets)),
             counter(
                 "worker_transmitted_packets",

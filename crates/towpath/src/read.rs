@@ -132,7 +132,7 @@ fn status_text(status: &report::Status) -> String {
         text += &format!("\n{flows}\n");
     }
     if !status.workers.is_empty() {
-        text += &format!("\n{}", workers_text(&status.workers));
+        text += &format!("\n{}\n{}", workers_text(&status.workers), entered_text(&status.fptun));
     }
     match status.policies.is_empty() {
         true => text += "\nnothing in Linux's settings keeps traffic from the fast path\n",
@@ -168,6 +168,11 @@ fn workers_text(workers: &[report::Worker]) -> String {
     };
     let head = [">core", "queues", ">forwarded", ">to Linux", ">lost on arrival", ">lost on leaving", ">lost to Linux"];
     table(&head, &workers.iter().map(row).collect::<Vec<_>>())
+}
+
+fn entered_text(fptun: &[report::Entered]) -> String {
+    let row = |entered: &report::Entered| vec![entered.packets.to_string(), entered.text.clone()];
+    table(&[">packets", "sent to Linux (FPTUN)"], &fptun.iter().map(row).collect::<Vec<_>>())
 }
 
 fn policies_text(policies: &[report::Policy]) -> String {
@@ -278,7 +283,12 @@ fn nexthops_text(nexthops: &report::Nexthops) -> String {
 
 fn exceptions_text(exceptions: &report::Exceptions) -> String {
     let row = |e: &report::Exception| vec![e.port.clone(), e.packets.to_string(), e.reason.clone(), e.text.clone()];
-    table(&["port", ">packets", "reason", "meaning"], &exceptions.exceptions.iter().map(row).collect::<Vec<_>>())
+    let counted =
+        table(&["port", ">packets", "reason", "meaning"], &exceptions.exceptions.iter().map(row).collect::<Vec<_>>());
+    match exceptions.fptun.is_empty() {
+        true => counted,
+        false => format!("{counted}\n{}", entered_text(&exceptions.fptun)),
+    }
 }
 
 /// The line that says what counters mean.

@@ -45,6 +45,9 @@ pub struct Status {
     /// The user engine's workers
     #[serde(default)]
     pub workers: Vec<Worker>,
+    /// What became of packets on their way from workers to Linux
+    #[serde(default)]
+    pub fptun: Vec<Entered>,
     /// Connections that Linux hands over
     #[serde(default)]
     pub flows: FlowSummary,
@@ -75,6 +78,19 @@ pub struct Worker {
     pub tx_lost: u64,
     /// Packets in `exceptions` that Linux did not take
     pub exceptions_lost: u64,
+}
+
+/// A counter of packets that were sent by the device that leads into Linux (FPTUN), by whomever; since the daemon's start.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Entered {
+    /// Short name of what became of them
+    pub outcome: String,
+    /// The same in words
+    pub text: String,
+    /// They were dropped
+    pub dropped: bool,
+    /// How many
+    pub packets: u64,
 }
 
 /// A receive queue of a port.
@@ -254,8 +270,24 @@ pub struct Check {
     pub forwarded: u64,
     /// Those that it leaves to Linux, by reason
     pub left_to_linux: BTreeMap<String, u64>,
+    /// The same addresses once more, for packets that rules (`ip rule`) may be about
+    #[serde(default)]
+    pub arrivals: Vec<Arrival>,
     /// Those that are forwarded to where Linux does not
     pub differences: Vec<Difference>,
+}
+
+/// Packets that come in by a port from an address, to all addresses of its family that are compared.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// Name of the port
+    pub port: String,
+    /// Source: one that stands for all that the same rules are about
+    pub from: IpAddr,
+    /// Addresses that the fast path forwards to where Linux does
+    pub forwarded: u64,
+    /// Those that it leaves to Linux
+    pub left_to_linux: u64,
 }
 
 /// Something that the tables say and Linux does not.
@@ -270,26 +302,10 @@ pub struct Difference {
 }
 
 /// `towpath top`: what happened in an interval
-    /// The same addresses once more, for packets that rules (`ip rule`) may be about
-    #[serde(default)]
-    pub arrivals: Vec<Arrival>,
 #[derive(Serialize, Deserialize, Debug)]
 pub struct Top {
     /// Its length
     pub seconds: f64,
-/// Packets that come in by a port from an address, to all addresses of its family that are compared.
-#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
-pub struct Arrival {
-    /// Name of the port
-    pub port: String,
-    /// Source: one that stands for all that the same rules are about
-    pub from: IpAddr,
-    /// Addresses that the fast path forwards to where Linux does
-    pub forwarded: u64,
-    /// Those that it leaves to Linux
-    pub left_to_linux: u64,
-}
-
     /// Nothing is forwarded: these are the rates that would be
     #[serde(default)]
     pub shadow: bool,
@@ -466,6 +482,9 @@ pub struct Nexthop {
 pub struct Exceptions {
     /// Non-zero counters first
     pub exceptions: Vec<Exception>,
+    /// What was dropped on the way from workers to Linux, or where they send
+    #[serde(default)]
+    pub fptun: Vec<Entered>,
 }
 
 /// A counter of packets handed to Linux.

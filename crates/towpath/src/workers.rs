@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use towpath_engine::{Engine, GraceMethod, Tables, possible_cpus};
-use towpath_fptun::{Entry, Fptun, Kind, Packet, Sender};
+use towpath_fptun::{Entry, Fptun, Kind, Outcome, Packet, Sender};
 use towpath_tables::Reason;
 use towpath_tables::backing::{Backing, GrowError, RawTables};
 use towpath_tables::brake::Brake;
@@ -68,7 +68,7 @@ type UserEngine = towpath_user::Engine<Tables>;
 pub struct Workers {
     engine: Arc<UserEngine>,
     /// What the workers' ways to Linux lead through
-    _fptun: Fptun,
+    fptun: Fptun,
     xdp: Engine,
     cores: Vec<Core>,
     /// Of the statistics
@@ -142,7 +142,7 @@ impl Workers {
         let engine = UserEngine::start(&Arc::new(xdp.tables()), &plan.cores, first_line, equip)?;
         Ok(Self {
             engine: Arc::new(engine),
-            _fptun: fptun,
+            fptun,
             xdp: xdp.clone(),
             cores: plan.cores.clone(),
             first_line,
@@ -262,6 +262,16 @@ impl Workers {
     /// The tables for their writer, who may let them grow.
     pub fn tables(&self) -> Shared {
         Shared { tables: self.xdp.tables(), workers: Some((self.xdp.clone(), self.engine.clone())) }
+    }
+
+    /// What became of packets on their way to Linux.
+    pub fn entered(&self) -> Result<Vec<report::Entered>> {
+        let counted = Outcome::ALL.into_iter().zip(self.fptun.outcomes()?);
+        let entered = |(outcome, packets): (Outcome, u64)| {
+            let (outcome, text, dropped) = (outcome.name().into(), outcome.text().into(), outcome.is_loss());
+            report::Entered { outcome, text, dropped, packets }
+        };
+        Ok(counted.map(entered).collect())
     }
 
     /// What the status says of each.

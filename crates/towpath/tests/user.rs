@@ -96,6 +96,38 @@ fn what_is_for_the_router_itself_reaches_it_and_is_counted() {
     nothing_is_lost(&net);
 }
 
+/// How many packets are said to have become this on their way from workers to Linux.
+fn entered(list: &serde_json::Value, outcome: &str) -> Option<u64> {
+    let list = list["fptun"].as_array().expect("counters");
+    list.iter().find(|entered| entered["outcome"] == outcome)?["packets"].as_u64()
+}
+
+#[test]
+fn what_enters_linux_is_counted_and_so_is_what_others_send_there() {
+    let net = Net::new();
+    let _daemon = net.up(&["--metrics=127.0.0.1:9", "--engine", "user", "eth0", "eth1"]);
+    let before = workers(&net, "exceptions");
+    net.left.run(["ping", "-c5", "-i0.01", "-W5", "-q", "192.0.2.1"]).expect("answers");
+    let status = net.json(&["status"]);
+    let handed = workers(&net, "exceptions");
+    assert!(handed >= before + 5 && entered(&status, "ingress") >= Some(5), "{handed}: {}", status["fptun"]);
+    assert!(entered(&status, "ingress") <= Some(handed), "{handed}: {}", status["fptun"]);
+    let losses = ["no-record", "forged", "unknown", "undeliverable"];
+    assert!(losses.iter().all(|loss| entered(&status, loss) == Some(0)), "{}", status["fptun"]);
+
+    net.ip("route add 203.0.113.0/24 dev fptun");
+    assert!(!net.ping(&net.router, "203.0.113.1"));
+    let exceptions = net.json(&["show", "exceptions"]);
+    let dropped = entered(&exceptions, "no-record");
+    assert!(dropped >= Some(1) && entered(&exceptions, "ingress").is_none(), "{exceptions}");
+    let metrics = net.router.run(["curl", "-s", "http://127.0.0.1:9/metrics"]).expect("metrics");
+    let counted =
+        metrics.lines().find_map(|line| line.strip_prefix("towpath_fptun_packets_total{outcome=\"no-record\"} "));
+    assert!(counted.and_then(|count| count.parse().ok()) >= dropped, "{dropped:?}: {metrics}");
+    let text = net.towpath(&["show", "exceptions"]).stdout;
+    assert!(String::from_utf8_lossy(&text).contains("no record of the fast path's behind it"));
+}
+
 /// What is lost at a kill is what lay in the workers' rings, and what came until the kernel had closed their sockets.
 #[test]
 fn after_kill_the_program_forwards_alone_and_a_new_daemon_takes_over() {

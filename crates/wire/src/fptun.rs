@@ -61,6 +61,35 @@ impl Outcome {
     /// All of them, by index.
     pub const ALL: [Self; 6] =
         [Self::Ingress, Self::Egress, Self::NoRecord, Self::Forged, Self::Unknown, Self::Undeliverable];
+
+    /// Short name, stable
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+            Self::NoRecord => "no-record",
+            Self::Forged => "forged",
+            Self::Unknown => "unknown",
+            Self::Undeliverable => "undeliverable",
+        }
+    }
+
+    /// What became of the packet, for people
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Ingress => "entered Linux as received",
+            Self::Egress => "entered Linux as to be sent",
+            Self::NoRecord => "dropped: no record of the fast path's behind it, or a truncated one",
+            Self::Forged => "dropped: its record is not of this fast path",
+            Self::Unknown => "dropped: its record is of another version",
+            Self::Undeliverable => "dropped: its record names no interface, or there is no memory",
+        }
+    }
+
+    /// Whether the packet was dropped.
+    pub fn is_loss(self) -> bool {
+        !matches!(self, Self::Ingress | Self::Egress)
+    }
 }
 
 impl Record {

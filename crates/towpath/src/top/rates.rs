@@ -109,7 +109,10 @@ mod tests {
                     exceptions,
                 }],
             },
-            exceptions: Exceptions { exceptions: vec![exception("a", exceptions), exception("b", 7)] },
+            exceptions: Exceptions {
+                exceptions: vec![exception("a", exceptions), exception("b", 7)],
+                fptun: Vec::new(),
+            },
         }
     }
 
