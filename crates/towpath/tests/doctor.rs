@@ -267,9 +267,33 @@ fn filters_in_force_are_told() {
     for source in ["203.0.113.0/24", "2001:db8:f::/48"] {
         assert!(net.towpath(&["filter", "add", "--from", source]).status.success());
     }
-    assert_eq!(told(), ["2 in force"]);
+    assert_eq!(told(), ["2 in force, run by XDP on eth0 eth1"]);
     assert!(net.towpath(&["filter", "flush"]).status.success());
     assert!(told().is_empty());
+}
+
+#[test]
+fn with_wires_it_is_told_who_runs_which_filters() {
+    let net = Net::new();
+    for device in ["lan0", "tap0"] {
+        net.ip(&format!("tuntap add dev {device} mode tap"));
+    }
+    net.ip("link set lan0 up");
+    let _daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
+    assert!(net.towpath(&["filter", "add", "--from", "203.0.113.0/24"]).status.success());
+    let (said, _) = doctor(&net, &[]);
+    let found = trouble(&said, "settings", "filters")[0]["found"].clone();
+    assert_eq!(found, "1 in force, run by XDP on eth1, run by workers on lan0 (tap:tap0)");
+    let mut tcpdump = net.router.command("tcpdump");
+    tcpdump.args(["-i", "eth1", "-n", "-w", "/dev/null", "udp port 9"]);
+    let mut tcpdump = net.start(tcpdump);
+    tcpdump.await_log("listening on");
+    eventually("the capture is found, and why its filter is of no use", || {
+        let said = doctor(&net, &[]).0;
+        let why = "its filter is not run, because some ports have wires";
+        let told = |finding: &&Value| finding["found"].as_str().is_some_and(|found| found.contains(why));
+        (trouble(&said, "eth1", "policy").into_iter().find(told)?["state"] == "stops").then_some(())
+    });
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::report::{self, Doctor, Finding, State};
 use crate::text::table;
 use anyhow::{Result, bail};
 use checks::{Check, finding};
-use towpath_cm::{FlowMode, PortIndex, survey};
+use towpath_cm::{PortIndex, survey};
 use towpath_fpc::Port;
 
 /// Looks, prints, and fails if something stops the fast path.
@@ -48,9 +48,10 @@ fn examine(named: &[String], status: Option<&report::Status>) -> Result<Doctor> 
     let ports = ports(&all, asked);
     findings.extend(none(&ports));
     findings.extend(status.and_then(shadow));
-    findings.extend(status.map(|_| filters()).transpose()?.flatten());
+    findings.extend(status.map(filters).transpose()?.flatten());
     findings.extend(ports.iter().flat_map(|port| port::look(port)));
-    findings.extend(self::settings(&all, &ports, flows));
+    let wires = status.is_some_and(|status| status.ports.iter().any(has_wire));
+    findings.extend(self::settings(settings::Look { all: &all, ports: &ports, flows, wires }));
     findings.extend(machine::user_engine());
     let ports: Vec<_> = ports.iter().map(|port| port.name.clone()).collect();
     let stopped = stopped(&findings, &ports, !asked.is_empty());
@@ -60,10 +61,18 @@ fn examine(named: &[String], status: Option<&report::Status>) -> Result<Doctor> 
 
 /// Ports that an instance serves by their own drivers.
 fn served(status: &report::Status) -> Vec<String> {
-    let has_wire = |port: &report::Port| port.served_by.as_ref().is_some_and(|by| by.contains(':'));
+    devices(status).filter(|port| !has_wire(port)).map(|port| port.name.clone()).collect()
+}
+
+/// Ports that frames come in by, of which others may be part.
+fn devices(status: &report::Status) -> impl Iterator<Item = &report::Port> {
     let of_others = |port: &report::Port| ["vlan", "tunnel"].contains(&port.mode.as_str());
-    let served = status.ports.iter().filter(|port| port.ifindex.is_some() && !has_wire(port) && !of_others(port));
-    served.map(|port| port.name.clone()).collect()
+    status.ports.iter().filter(move |port| port.ifindex.is_some() && !of_others(port))
+}
+
+/// Whether workers take its frames from a wire, past all XDP programs.
+fn has_wire(port: &report::Port) -> bool {
+    port.served_by.as_ref().is_some_and(|by| by.contains(':'))
 }
 
 /// Those of these names, or every one that could be served.
@@ -75,9 +84,14 @@ fn ports<'a>(all: &'a PortIndex, names: &[String]) -> Vec<&'a Port> {
 }
 
 /// Of the instance that runs.
-fn filters() -> Result<Option<Finding>> {
+fn filters(status: &report::Status) -> Result<Option<Finding>> {
     let in_force = filter::all()?.len();
-    let finding = finding(Check::Filters, "settings", State::Slower, format!("{in_force} in force"));
+    let wired = devices(status).filter(|port| has_wire(port));
+    let wired = wired.map(|port| format!("{} ({})", port.name, port.served_by.as_deref().unwrap_or_default()));
+    let run = [("by XDP", served(status)), ("by workers", wired.collect())];
+    let run = run.iter().filter(|(_, on)| !on.is_empty()).map(|(by, on)| format!(", run {by} on {}", on.join(" ")));
+    let found = format!("{in_force} in force{}", run.collect::<String>());
+    let finding = finding(Check::Filters, "settings", State::Slower, found);
     Ok((in_force > 0).then(|| finding.with("towpath filter list")))
 }
 
@@ -92,8 +106,8 @@ fn none(ports: &[&Port]) -> Option<Finding> {
     ports.is_empty().then(|| finding(Check::Ports, "settings", State::Stops, found).with("ip -d link"))
 }
 
-fn settings(all: &PortIndex, ports: &[&Port], flows: FlowMode) -> Vec<Finding> {
-    settings::look(all, ports, flows)
+fn settings(look: settings::Look<'_>) -> Vec<Finding> {
+    look.findings()
         .unwrap_or_else(|error| vec![finding(Check::Policy, "settings", State::Unknown, format!("{error:#}"))])
 }
 

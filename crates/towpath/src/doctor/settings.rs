@@ -14,26 +14,16 @@ const SETTINGS: &str = "settings";
 /// Ways to have connections handed over that need no more than `--flows`.
 const MODES: [FlowMode; 2] = [FlowMode::Flowtable, FlowMode::Established];
 
-/// What touches traffic of these ports where these connections are handed over.
-pub fn look(all: &PortIndex, ports: &[&Port], flows: FlowMode) -> Result<Vec<Finding>> {
-    let look = Look { all, ports, flows };
-    let touching = look.touching(flows)?;
-    if touching.is_empty() {
-        let found = "nothing keeps traffic from the fast path";
-        return Ok(vec![finding(Check::Policy, SETTINGS, State::Well, found)]);
-    }
-    let modes = if touching.iter().any(is_netfilter) { look.passing_modes()? } else { Vec::new() };
-    let mut findings: Vec<_> = merged(touching).iter().map(|merged| look.judge(merged, &modes)).collect();
-    if !modes.is_empty() {
-        findings.extend(tracking(flows));
-    }
-    Ok(findings)
-}
-
-struct Look<'a> {
-    all: &'a PortIndex,
-    ports: &'a [&'a Port],
-    flows: FlowMode,
+/// What is looked at.
+pub struct Look<'a> {
+    /// Every interface
+    pub all: &'a PortIndex,
+    /// Those that are ports
+    pub ports: &'a [&'a Port],
+    /// Which connections are handed over
+    pub flows: FlowMode,
+    /// Workers take frames of some ports past all XDP programs
+    pub wires: bool,
 }
 
 /// A policy, and the families that the same one is told of.
@@ -43,6 +33,21 @@ struct Merged {
 }
 
 impl Look<'_> {
+    /// What touches traffic of these ports.
+    pub fn findings(&self) -> Result<Vec<Finding>> {
+        let touching = self.touching(self.flows)?;
+        if touching.is_empty() {
+            let found = "nothing keeps traffic from the fast path";
+            return Ok(vec![finding(Check::Policy, SETTINGS, State::Well, found)]);
+        }
+        let modes = if touching.iter().any(is_netfilter) { self.passing_modes()? } else { Vec::new() };
+        let mut findings: Vec<_> = merged(touching).iter().map(|merged| self.judge(merged, &modes)).collect();
+        if !modes.is_empty() {
+            findings.extend(tracking(self.flows));
+        }
+        Ok(findings)
+    }
+
     fn touching(&self, flows: FlowMode) -> Result<Vec<Policy>> {
         let policies = survey::policies(self.all, flows)?;
         Ok(policies.into_iter().filter(|policy| self.touches(&policy.scope)).collect())
@@ -87,6 +92,9 @@ impl Look<'_> {
         let about = told.port.as_deref().unwrap_or(SETTINGS);
         let (state, how) = match policy {
             Policy { flows: Some(_), .. } => (State::Slower, "; connections that Linux has accepted pass"),
+            Policy { filter: Some(_), .. } if self.wires => {
+                (State::Stops, "; its filter is not run, because some ports have wires")
+            }
             Policy { filter: Some(_), .. } => (State::Slower, "; only what its filter matches"),
             Policy { scope: Scope::Local(_), .. } => (State::Slower, ""),
             Policy { rules: Some(rules), .. } if !rules.iter().any(Rule::refuses_all) => {
