@@ -43,7 +43,11 @@ load policies_overtake_routes_on_a_socket
 neighbours
 trace tagged_frames_are_told_with_their_port each_packet_s_way_is_told_with_what_it_met
 shadow linux_carries_all_and_the_counters_are_those_of_up connections_are_predicted_and_linux_s_entries_stay_what_they_were
-check tables_that_have_fallen_behind_linux_are_found_out
+check tables_that_have_fallen_behind_linux_are_found_out what_rules_lead_to_is_compared_by_port_and_source
+doctor what_a_device_cannot_do_is_found_and_gone_when_it_is_mended
+remote a_neighbour_in_use_is_probed_by_the_other_host
+top the_busiest_prefixes_are_estimated_from_a_sample
+metrics a_resync_is_counted
 towpath_fptun
 tap
 filters
@@ -112,7 +116,7 @@ machines() {
     shift 2
     for ((; count > 0; count--)); do
         "${root[@]}" lab/vm --writable "$RESULTS" --memory 4096 --timeout "${TOWPATH_VM_TIMEOUT:-1800}" \
-            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,macvlan,ipvlan,sch_tbf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact,nfnetlink_queue,nft_queue -- bash -c "$guest" vm "$@" &
+            --append "mitigations=off init_on_alloc=0" --modules veth,tun,8021q,bridge,dummy,vrf,macvlan,ipvlan,sch_tbf,nf_tables,nf_conntrack,nf_nat_ftp,nf_flow_table_inet,nft_flow_offload,sch_ingress,cls_bpf,cls_matchall,act_gact,act_mirred,nfnetlink_queue,nft_queue -- bash -c "$guest" vm "$@" &
     done
     wait
 }
