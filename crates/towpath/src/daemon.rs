@@ -350,7 +350,7 @@ fn adopt(site: Site, setup: &Setup, sentry: &Sentry) -> Result<Parts> {
         bail!("they have room for {room} connections, and {} are asked for", setup.flows);
     }
     if left.has_captures()? {
-        sentry.raise(captures_unknown());
+        sentry.raise(captures_unknown(), Duration::ZERO);
     }
     sentry.guard(left.config());
     let mut parts = join(left.adopt()?, setup.plan, TableWriter::adopt)?;

@@ -1,18 +1,21 @@
 //! `towpath cm`: the cache manager in a process of its own, which tells what it learns to a `towpath fpm`.
 //!
 //! Batches are acknowledged when they have been taken, and few may be under way, so that what is read at the other end
-//! need not wait there. Thus an alarm finds the way free however long a batch takes.
+//! need not wait there. Thus an alarm finds the way free however long a batch takes. Whoever has an alarm writes it himself,
+//! unless somebody else is writing, who then does: where many want the processor, each thread that a message has to go
+//! through costs it milliseconds.
 
 use crate::flows::Keeper;
 use crate::instance::Instance;
 use crate::source::thread;
 use anyhow::{Context, Result};
+use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 use towpath_cm::{Cm, CmError, FlowMode, FpcSink};
 use towpath_fpc::codec::Packet;
@@ -96,14 +99,97 @@ fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionRefused | NotFound)
 }
 
-/// What the writer must not wait to hear.
-enum Urgent {
-    /// To be sent ahead of all batches
-    Message(Message),
-    /// The other end has taken a batch
-    Acknowledged,
+/// The way to the other end, for whoever has something to say.
+struct Line {
+    /// Held while something is written
+    sender: Mutex<Sender>,
+    state: Mutex<State>,
+    /// `state` is not what it was
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// To be written ahead of all batches, in turn
+    urgent: VecDeque<Message>,
+    /// Batches
+    unacknowledged: usize,
     /// The other end has left
-    Left,
+    left: bool,
+}
+
+impl Line {
+    fn new(sender: Sender) -> Self {
+        Self { sender: Mutex::new(sender), state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the other end told, ahead of all batches.
+    fn hurry(&self, message: Message) -> Result<(), ConnectionError> {
+        let mut state = self.state();
+        if state.left {
+            return Err(ConnectionError::CutOff);
+        }
+        state.urgent.push_back(message);
+        drop(state);
+        self.write_urgent()
+    }
+
+    /// Writes what is urgent, or leaves it to whoever is writing, who looks again when he has done.
+    fn write_urgent(&self) -> Result<(), ConnectionError> {
+        while !self.state().urgent.is_empty() {
+            let mut sender = match self.sender.try_lock() {
+                Ok(sender) => sender,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return Ok(()),
+            };
+            self.write_urgent_by(&mut sender)?;
+        }
+        Ok(())
+    }
+
+    fn write_urgent_by(&self, sender: &mut Sender) -> Result<(), ConnectionError> {
+        loop {
+            // Not to be locked while it is written.
+            let Some(message) = self.state().urgent.pop_front() else { return Ok(()) };
+            sender.push(Packet::Message(message), false)?;
+            sender.flush_frames()?;
+        }
+    }
+
+    /// Writes a batch, and what is urgent between its messages, when few batches are under way.
+    fn write(&self, batch: Vec<Message>) -> Result<(), ConnectionError> {
+        let Some(last) = batch.len().checked_sub(1) else { return Ok(()) };
+        let full = |state: &mut State| state.unacknowledged >= WINDOW && !state.left;
+        let mut state = self.changed.wait_while(self.state(), full).unwrap_or_else(PoisonError::into_inner);
+        if state.left {
+            return Err(ConnectionError::CutOff);
+        }
+        state.unacknowledged += 1;
+        drop(state);
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, message) in batch.into_iter().enumerate() {
+            self.write_urgent_by(&mut sender)?;
+            sender.push(Packet::Message(message), index == last)?;
+        }
+        sender.flush_frames()?;
+        drop(sender);
+        self.write_urgent()
+    }
+
+    fn acknowledged(&self) {
+        let mut state = self.state();
+        state.unacknowledged = state.unacknowledged.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    fn leave(&self) {
+        self.state().left = true;
+        self.changed.notify_all();
+    }
 }
 
 /// What the two threads of a connection share.
@@ -131,13 +217,11 @@ fn serve(connection: Connection, flows: FlowMode) -> Result<()> {
         FlowMode::None => Keeper::Nobody,
         _ => Keeper::local()?,
     };
-    let (hurry, urgent) = channel();
-    let mut writer = Writer { sender, urgent, unacknowledged: 0 };
-    let acknowledged = hurry.clone();
+    let line = Arc::new(Line::new(sender));
+    let heard = line.clone();
     thread("feedback", move || {
-        listen(receiver, &mut netlink, &connections, &listener, &acknowledged);
-        // Nobody hears it if nobody waits.
-        drop(acknowledged.send(Urgent::Left));
+        listen(receiver, &mut netlink, &connections, &listener, &heard);
+        heard.leave();
         listener.ended.store(true, Ordering::SeqCst);
         listener.set_stop(None);
     })?;
@@ -148,7 +232,7 @@ fn serve(connection: Connection, flows: FlowMode) -> Result<()> {
         if shared.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
-        match describe(&mut writer, &hurry, &stopped, flows) {
+        match describe(&line, &stopped, flows) {
             Ok(()) => {}
             Err(CmError::Sink(_)) => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -156,57 +240,49 @@ fn serve(connection: Connection, flows: FlowMode) -> Result<()> {
     }
 }
 
-fn describe(
-    writer: &mut Writer,
-    hurry: &std::sync::mpsc::Sender<Urgent>,
-    stopped: &UnixStream,
-    flows: FlowMode,
-) -> Result<(), CmError> {
+fn describe(line: &Line, stopped: &UnixStream, flows: FlowMode) -> Result<(), CmError> {
     let (batches, waiting) = sync_channel(BATCHES);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || writer.write_out(&waiting));
-        let mut sink = Outlet { batches, hurry: hurry.clone(), waiting: None };
+        let writer = scope.spawn(move || write_out(line, &waiting));
+        let mut sink = Outlet { line, batches, waiting: None };
         let options = towpath_cm::Options { flows, ..towpath_cm::Options::default() };
         let watchers = towpath_cm::guard::watchers(options.flows)?;
         let mut cm = Cm::new(options, watchers)?;
         let ended = cm.run(&mut sink, stopped.as_fd());
         drop(sink);
         let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        ended.and(written.map_err(|error| CmError::Sink(error.to_string())))
+        ended.and(written.map_err(refused))
     })
 }
 
-/// Messages on their way to the thread that writes them to the socket.
-struct Outlet {
+fn write_out(line: &Line, batches: &Receiver<Vec<Message>>) -> Result<(), ConnectionError> {
+    batches.iter().try_for_each(|batch| line.write(batch))
+}
+
+fn refused(error: ConnectionError) -> CmError {
+    CmError::Sink(error.to_string())
+}
+
+/// Messages on their way to the thread that writes batches to the socket, and alarms on theirs past it.
+struct Outlet<'l> {
+    line: &'l Line,
     batches: SyncSender<Vec<Message>>,
-    hurry: std::sync::mpsc::Sender<Urgent>,
     /// What did not fit
     waiting: Option<Vec<Message>>,
 }
 
-impl Outlet {
-    fn hurry(&self, message: Message) -> Result<(), CmError> {
-        self.hurry
-            .send(Urgent::Message(message))
-            .map_err(|_| CmError::Sink("the fast path manager has left".into()))?;
-        // Wakes the writer up if it waits for batches; if it does not, it looks for what is urgent before each message.
-        let _ = self.batches.try_send(Vec::new());
-        Ok(())
-    }
-}
-
-impl FpcSink for Outlet {
+impl FpcSink for Outlet<'_> {
     fn send(&mut self, messages: Vec<Message>) -> Result<(), CmError> {
         self.waiting.get_or_insert_default().extend(messages);
         self.is_full().map(drop)
     }
 
     fn alarm(&mut self, alarm: Alarm) -> Result<(), CmError> {
-        self.hurry(Message::Alarm(alarm))
+        self.line.hurry(Message::Alarm(alarm)).map_err(refused)
     }
 
     fn heartbeat(&mut self, at: u64) -> Result<(), CmError> {
-        self.hurry(Message::Heartbeat(at))
+        self.line.hurry(Message::Heartbeat(at)).map_err(refused)
     }
 
     fn is_full(&mut self) -> Result<bool, CmError> {
@@ -222,64 +298,13 @@ impl FpcSink for Outlet {
     }
 }
 
-/// Writes batches to the socket, and alarms between their messages.
-struct Writer {
-    sender: Sender,
-    urgent: Receiver<Urgent>,
-    /// Batches
-    unacknowledged: usize,
-}
-
-impl Writer {
-    fn write_out(&mut self, batches: &Receiver<Vec<Message>>) -> Result<(), ConnectionError> {
-        for batch in batches {
-            self.look_up()?;
-            while self.unacknowledged >= WINDOW {
-                match self.urgent.recv() {
-                    Ok(urgent) => self.act(urgent)?,
-                    Err(_) => return Err(ConnectionError::CutOff),
-                }
-            }
-            let last = batch.len().saturating_sub(1);
-            for (index, message) in batch.into_iter().enumerate() {
-                self.sender.push(Packet::Message(message), index == last)?;
-                self.unacknowledged += usize::from(index == last);
-                self.look_up()?;
-            }
-            self.sender.flush_frames()?;
-        }
-        Ok(())
-    }
-
-    fn look_up(&mut self) -> Result<(), ConnectionError> {
-        while let Ok(urgent) = self.urgent.try_recv() {
-            self.act(urgent)?;
-        }
-        Ok(())
-    }
-
-    fn act(&mut self, urgent: Urgent) -> Result<(), ConnectionError> {
-        match urgent {
-            Urgent::Message(message) => {
-                self.sender.push(Packet::Message(message), false)?;
-                self.sender.flush_frames()
-            }
-            Urgent::Acknowledged => {
-                self.unacknowledged = self.unacknowledged.saturating_sub(1);
-                Ok(())
-            }
-            Urgent::Left => Err(ConnectionError::CutOff),
-        }
-    }
-}
-
 /// Does what the fast path manager asks, until it leaves.
 fn listen(
     mut receiver: towpath_fpc::Receiver,
     netlink: &mut Netlink,
     connections: &Keeper,
     shared: &Shared,
-    hurry: &std::sync::mpsc::Sender<Urgent>,
+    line: &Line,
 ) {
     loop {
         match receiver.next() {
@@ -296,7 +321,7 @@ fn listen(
                 Packet::Feedback(feedback @ (Feedback::FlowsUsed(_) | Feedback::FlowsAhead(_))) => {
                     connections.tell(feedback);
                 }
-                Packet::Ack(_) => drop(hurry.send(Urgent::Acknowledged)),
+                Packet::Ack(_) => line.acknowledged(),
                 Packet::Message(_) | Packet::Hello(_) => {}
                 Packet::Bye(_) => return,
             },

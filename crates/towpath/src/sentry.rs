@@ -90,13 +90,14 @@ impl<T: Guarded> Sentry<T> {
         post.pull();
     }
 
-    /// Leaves an alarm for the daemon's thread.
-    pub fn raise(&self, alarm: Alarm) {
+    /// Leaves an alarm for the daemon's thread, which has less time for it the longer it has been on its way.
+    pub fn raise(&self, alarm: Alarm, on_its_way: Duration) {
         let reasons = Family::ALL.into_iter().filter_map(|family| {
             let policies = alarm.policies.iter().filter(|policy| policy.scope.concerns(family));
             Some((family, policies.map(|policy| policy.reason).min()?))
         });
-        let unsettled = Unsettled { due: Some(Instant::now() + PATIENCE), reasons: reasons.collect() };
+        let unsettled =
+            Unsettled { due: Some(Instant::now() + PATIENCE.saturating_sub(on_its_way)), reasons: reasons.collect() };
         let mut post = self.lock();
         post.unsettled.push(unsettled);
         post.waiting.push(alarm);
@@ -258,7 +259,7 @@ mod tests {
         let (sentry, tables) = (sentry(), heap());
         sentry.guard(tables.clone());
         let begin = Instant::now();
-        sentry.raise(alarm(Scope::Egress(7, Some(Family::V6)), Reason::PolicyTc));
+        sentry.raise(alarm(Scope::Egress(7, Some(Family::V6)), Reason::PolicyTc), Duration::ZERO);
         becomes(&tables, [0, TC]);
         assert!(begin.elapsed() >= PATIENCE, "{:?}", begin.elapsed());
         // Nothing taken, nothing settled.
@@ -268,7 +269,7 @@ mod tests {
         assert_eq!(sentry.take(), [alarm(Scope::Egress(7, Some(Family::V6)), Reason::PolicyTc)]);
         assert!(!sentry.is_waiting());
         // One that comes between and is not in what was taken:
-        sentry.raise(alarm(Scope::Ingress(7, None), Reason::PolicyXfrm));
+        sentry.raise(alarm(Scope::Ingress(7, None), Reason::PolicyXfrm), Duration::ZERO);
         becomes(&tables, [XFRM, XFRM]);
         sentry.settle();
         becomes(&tables, [XFRM, XFRM]);
@@ -278,10 +279,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_long_on_its_way_is_not_waited_for() {
+        let due = |on_its_way| {
+            let sentry = Sentry::default();
+            sentry.guard(heap());
+            let begin = Instant::now();
+            sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc), on_its_way);
+            sentry.lock().due().expect("it is waited for").duration_since(begin)
+        };
+        assert!(due(Duration::ZERO) >= PATIENCE);
+        for longer in [PATIENCE, Duration::MAX] {
+            let begin = Instant::now();
+            assert!(due(longer) <= begin.elapsed());
+        }
+    }
+
+    #[test]
     fn what_is_heeded_in_time_stays_precise() {
         let (sentry, tables) = (Sentry::default(), heap());
         sentry.guard(tables.clone());
-        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc));
+        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc), Duration::ZERO);
         assert_eq!(sentry.take().len(), 1);
         sentry.settle();
         assert!(sentry.lock().due().is_none(), "nothing is due any more");
@@ -299,7 +316,7 @@ mod tests {
         assert_eq!(beat(), 5);
         sentry.heartbeat(6);
         assert_eq!(beat(), 6);
-        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc));
+        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc), Duration::ZERO);
         sentry.heartbeat(7);
         assert_eq!((beat(), sentry.take().len()), (6, 1), "it is about that alarm, too");
         sentry.settle();
@@ -315,7 +332,7 @@ mod tests {
     #[test]
     fn alarms_from_before_hold_in_tables_that_come_after() {
         let (sentry, first) = (sentry(), heap());
-        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc));
+        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc), Duration::ZERO);
         sentry.guard(first.clone());
         becomes(&first, [TC, 0]);
         let second = heap();

@@ -13,9 +13,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use towpath_cm::{Cm, CmError, FpcSink};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, Connection, ConnectionError, Message, Sender};
+use towpath_tables::clock;
 
 /// Frames of a socket that are worked on at once.
 const BATCH: usize = 512;
@@ -31,7 +33,8 @@ pub struct Inbound {
 
 impl Inbound {
     fn alarm(&self, alarm: Alarm) {
-        self.sentry.raise(alarm);
+        let on_its_way = Duration::from_nanos(clock::exact().saturating_sub(alarm.id.number));
+        self.sentry.raise(alarm, on_its_way);
         // If the inbox is full the daemon is awake, and looks for alarms again and again.
         let _ = self.events.try_send(Event::Alarm);
     }
@@ -230,20 +233,19 @@ pub fn receive(
             if frames.is_empty() {
                 return Ok(());
             }
-            let mut all = Vec::with_capacity(frames.len());
+            let (mut messages, mut meant) = (Vec::with_capacity(frames.len()), Vec::new());
             let mut acknowledge = Vec::new();
             for frame in frames {
                 acknowledge.extend(frame.report.then_some(frame.sequence));
                 if let Packet::Message(message) = frame.packet {
-                    interpret(message, &mut all)?;
+                    interpret(message, &mut meant)?;
                 }
-            }
-            let mut messages = Vec::with_capacity(all.len());
-            for message in all {
-                match message {
-                    Message::Alarm(alarm) => inbound.alarm(alarm),
-                    Message::Heartbeat(at) => inbound.sentry.heartbeat(at),
-                    message => messages.push(message),
+                for message in meant.drain(..) {
+                    match message {
+                        Message::Alarm(alarm) => inbound.alarm(alarm),
+                        Message::Heartbeat(at) => inbound.sentry.heartbeat(at),
+                        message => messages.push(message),
+                    }
                 }
             }
             let events = std::iter::once(Event::Messages(messages));
