@@ -14,6 +14,7 @@ mod proc;
 mod rules;
 pub mod sysctl;
 mod tc;
+mod tcx;
 mod tunnels;
 mod xfrm;
 mod xtables;

@@ -7,8 +7,9 @@
 //! poll while there are programs that it could attach. Sources: net/sched/sch_api.c, cls_api.c, sch_*.c (Linux 6.1),
 //! kernel/bpf/tcx.c (6.6).
 
-use super::bpf::{PROG_TYPE_CLASSIFIER, Programs, Tcx, tcx_programs};
+use super::bpf::{PROG_TYPE_CLASSIFIER, Programs, Tcx};
 use super::nl::{self, Message, Netlink, Wakeup, attrs, find, ne32, text_of};
+use super::tcx::Asker;
 use super::{Finding, POLL, can_be_port, candidates};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
@@ -37,7 +38,7 @@ const AT_INGRESS: u32 = 0xffff_fff2;
 const AT_EGRESS: u32 = 0xffff_fff3;
 
 /// Programs of our own: one changes nothing, and what the others do to packets the fast path does, too.
-const OWN: [&str; 3] = [ACCEPT_PROGRAM, PROGRAMS[0], PROGRAMS[1]];
+static OWN: [&str; 3] = [ACCEPT_PROGRAM, PROGRAMS[0], PROGRAMS[1]];
 
 /// The watcher of traffic control.
 pub struct Tc {
@@ -49,6 +50,7 @@ pub struct Tc {
     has_tcx: bool,
     /// What tcx could attach
     classifiers: Programs,
+    asker: Asker,
 }
 
 impl Tc {
@@ -62,6 +64,7 @@ impl Tc {
             findings: Vec::new(),
             has_tcx: true,
             classifiers: Programs::of(PROG_TYPE_CLASSIFIER),
+            asker: Asker::new(&OWN)?,
         })
     }
 
@@ -110,30 +113,22 @@ impl Tc {
     }
 
     fn tcx(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
-        let mut findings = Vec::new();
         if !self.has_tcx || !self.classifiers.may_exist()? {
-            return Ok(findings);
+            return Ok(Vec::new());
         }
-        for port in candidates(ports) {
-            for place in [Tcx::Ingress, Tcx::Egress] {
-                if !self.has_tcx {
-                    return Ok(findings);
-                }
-                let scope = match place {
-                    Tcx::Ingress => Scope::Ingress(port.ifindex, None),
-                    Tcx::Egress => Scope::Egress(port.ifindex, None),
-                };
-                match tcx_programs(port.ifindex, place, &OWN)? {
-                    None => self.has_tcx = false,
-                    Some(0) => {}
-                    Some(number) => {
-                        let detail = super::count(number as usize, "BPF program") + " attached by tcx";
-                        findings.push(Finding::new(scope, Reason::PolicyTc, detail));
-                    }
-                }
-            }
-        }
-        Ok(findings)
+        let Some(attached) = self.asker.ask(candidates(ports).map(|port| port.ifindex).collect())? else {
+            self.has_tcx = false;
+            return Ok(Vec::new());
+        };
+        let finding = |(ifindex, place, number)| {
+            let scope = match place {
+                Tcx::Ingress => Scope::Ingress(ifindex, None),
+                Tcx::Egress => Scope::Egress(ifindex, None),
+            };
+            let detail = super::count(number as usize, "BPF program") + " attached by tcx";
+            Finding::new(scope, Reason::PolicyTc, detail)
+        };
+        Ok(attached.into_iter().map(finding).collect())
     }
 }
 
@@ -147,7 +142,7 @@ impl Watcher for Tc {
     }
 
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.wakeup.fd()]
+        vec![self.wakeup.fd(), self.asker.fd()]
     }
 
     fn interval(&self) -> Option<Duration> {
