@@ -22,7 +22,6 @@ use towpath_tables::flows::{self, FlowStates, FlowView};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::{Action, NexthopIdentity, NexthopValue};
 use towpath_tables::record::Family;
-use towpath_tables::sources;
 
 /// Routes in one answer, so that it takes a few milliseconds.
 const PAGE: usize = 1000;
