@@ -60,6 +60,7 @@ impl Ports {
     /// Learns a link.
     pub fn link_changed(&mut self, link: Link) {
         let ifindex = link.ifindex;
+        self.index.set_peer(ifindex, link.peer);
         match self.known.get_mut(&ifindex) {
             Some(known) => {
                 if known.link.name != link.name {

@@ -14,6 +14,8 @@ use towpath_tables::record::Family;
 #[derive(Default, Debug)]
 pub struct PortIndex {
     ports: BTreeMap<u32, Port>,
+    /// The other ends of veth pairs with both ends in the namespace, by interface
+    peers: BTreeMap<u32, u32>,
 }
 
 impl PortIndex {
@@ -32,6 +34,20 @@ impl PortIndex {
         self.ports.values()
     }
 
+    /// Whether it is one end of a veth pair whose other end is in the namespace, too.
+    pub fn is_near(&self, ifindex: u32) -> bool {
+        // An end says so when it comes; the other one tells nothing of that.
+        self.peers.values().any(|peer| *peer == ifindex) || self.peers.contains_key(&ifindex)
+    }
+
+    /// Learns the other end of an interface, if it has one in the namespace.
+    pub fn set_peer(&mut self, ifindex: u32, peer: Option<u32>) {
+        match peer {
+            Some(peer) => self.peers.insert(ifindex, peer),
+            None => self.peers.remove(&ifindex),
+        };
+    }
+
     /// Learns or replaces an interface; gives what was known before.
     pub fn insert(&mut self, port: Port) -> Option<Port> {
         self.ports.insert(port.ifindex, port)
@@ -39,6 +55,7 @@ impl PortIndex {
 
     /// Forgets an interface.
     pub fn remove(&mut self, ifindex: u32) -> Option<Port> {
+        self.peers.retain(|own, peer| *own != ifindex && *peer != ifindex);
         self.ports.remove(&ifindex)
     }
 }

@@ -624,7 +624,7 @@ fn xfrm_policies() {
 
 #[test]
 fn routing_rules() {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
     let mut rules = Watched::new(Rules::new().unwrap(), &lab.ports);
     let reason = Reason::PolicyRule;
     for (tool, scope, prefix) in [("ip", V4, "198.51.100.0/24"), ("ip -6", V6, "2001:db8:1::/48")] {
@@ -656,6 +656,11 @@ fn routing_rules() {
             &format!("{tool} rule delete lookup 100 pref 5"),
         );
     }
+    // What comes from the same namespace may have a mark.
+    lab.ports.set_peer(lab.g0, Some(lab.g1));
+    let ingress = |port| (Scope::Ingress(port, Some(V4)), reason);
+    let (add, delete) = ("ip rule add fwmark 1 lookup 100", "ip rule delete fwmark 1 lookup 100");
+    rules.comes_and_goes(&lab.ports, add, &[family(V4, reason), ingress(lab.g0), ingress(lab.g1)], delete);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -450,7 +450,7 @@ structs! {
     Hop { ifindex, gateway, weight, flags }
     NexthopObject { id, kind }
     Policy { source, scope, reason, detail, filter, flows, rules }
-    Rule { priority, iif, from, to, action }
+    Rule { priority, iif, from, to, by_mark, action }
     Tuple { source, destination, source_port, destination_port, protocol }
     FamilySettings { family, hash_policy }
     AlarmId { source, number }
@@ -492,7 +492,7 @@ enums! {
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }
     PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl, 7 => Ports, 8 => Tunnels }
-    RuleAction { 0 => Lookup(table), 1 => LookupBeyond(table, len), 2 => Vrf, 3 => Unknown }
+    RuleAction { 0 => Lookup(table), 1 => LookupBeyond(table, len), 2 => Vrf, 3 => Unknown, 4 => Skip }
     Scope { 0 => Family(family), 1 => Ingress(ifindex, family), 2 => Egress(ifindex, family), 3 => Local(family) }
 }
 

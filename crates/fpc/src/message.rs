@@ -433,7 +433,8 @@ impl Policy {
     }
 }
 
-/// A policy routing rule (`ip rule`). Where Linux asks for more than is here, the action is `Unknown`.
+/// A policy routing rule (`ip rule`), as it is for packets without a mark. Where Linux asks for more than is here, the
+/// action is `Unknown`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Rule {
     /// The lowest goes first
@@ -444,6 +445,8 @@ pub struct Rule {
     pub from: Option<Prefix>,
     /// Where they go to
     pub to: Option<Prefix>,
+    /// It asks for marks: packets with one may be treated otherwise
+    pub by_mark: bool,
     /// What to do with them
     pub action: RuleAction,
 }
@@ -451,7 +454,7 @@ pub struct Rule {
 impl Rule {
     /// Whether it may leave packets to Linux that it touches.
     pub fn refuses(&self) -> bool {
-        self.to.is_some() || self.action == RuleAction::Unknown
+        self.action != RuleAction::Skip && (self.to.is_some() || self.action == RuleAction::Unknown)
     }
 
     /// Whether it is about some packets only.
@@ -474,6 +477,8 @@ pub enum RuleAction {
     LookupBeyond(u32, u8),
     /// Look up in the table of the VRF that the packet belongs to, if there is one
     Vrf,
+    /// Nothing: only packets with a mark are meant
+    Skip,
     /// Nothing that is known: all packets that may be meant are Linux's
     Unknown,
 }

@@ -130,6 +130,12 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         self.state.set_beside(ifindex, seen);
     }
 
+    /// Says whether packets that come in by an interface have no mark (`sk_buff`); they may have one until something else is
+    /// said. Takes effect with `publish`.
+    pub fn set_unmarked(&mut self, ifindex: u32, on: bool) {
+        self.state.set_unmarked(ifindex, on);
+    }
+
     /// The policies that touch less if the engine runs their filters. See `set_filtered`.
     pub fn filters(&self) -> BTreeSet<Policy> {
         self.state.filters()

@@ -57,7 +57,7 @@ pub(crate) struct Rooms {
 impl Rooms {
     /// Where packets of a family that come in by a port are looked up, if that is as the rules are now.
     pub fn way(&self, state: &State, ifindex: u32, family: Family) -> Option<u32> {
-        let wanted = wanted(state, ifindex, family)?;
+        let wanted = wanted(state, ifindex, family).filter(|_| state.rules_hold(ifindex, family))?;
         let way = self.ways.get(&(ifindex, family))?;
         (way.plan == wanted && way.root != NOWHERE).then_some(way.root)
     }

@@ -50,7 +50,8 @@ pub(crate) fn plan(family: Family, rules: Option<&Vec<Rule>>, name: &str) -> Opt
         let other = [LOCAL, MAIN].map(|table| Step::Table(table, None)).to_vec();
         return Some(Plan { sources: Vec::new(), other });
     };
-    let rules: Vec<_> = rules.iter().filter(|rule| rule.iif.as_deref().is_none_or(|iif| iif == name)).collect();
+    let matches = |rule: &&Rule| rule.action != RuleAction::Skip && rule.iif.as_deref().is_none_or(|iif| iif == name);
+    let rules: Vec<_> = rules.iter().filter(matches).collect();
     let mut prefixes: Vec<_> = rules.iter().filter_map(|rule| rule.from).collect();
     prefixes.sort_by_key(|prefix| (prefix.prefix_len(), *prefix));
     prefixes.dedup();
@@ -66,7 +67,7 @@ fn steps(family: Family, rules: &[&Rule], source: Option<Prefix>) -> Steps {
     for rule in rules.iter().filter(matches) {
         steps.push(match (rule.action, rule.to) {
             // No port belongs to a VRF.
-            (RuleAction::Vrf, _) => continue,
+            (RuleAction::Vrf | RuleAction::Skip, _) => continue,
             (_, Some(to)) => Step::Refuse(to),
             (RuleAction::Lookup(table), None) => Step::Table(table, None),
             (RuleAction::LookupBeyond(table, len), None) => Step::Table(table, Some(len)),
@@ -101,7 +102,7 @@ mod tests {
 
     fn rule(iif: Option<&str>, from: Option<&str>, action: RuleAction) -> Rule {
         let from = from.map(prefix);
-        Rule { priority: 0, iif: iif.map(str::to_owned), from, to: None, action }
+        Rule { priority: 0, iif: iif.map(str::to_owned), from, to: None, by_mark: false, action }
     }
 
     fn prefix(text: &str) -> Prefix {

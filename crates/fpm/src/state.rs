@@ -61,6 +61,8 @@ pub(crate) struct State {
     transmit: BTreeMap<u32, Transmit>,
     /// Interfaces where the engine sees what travels beside frames
     beside: BTreeSet<u32>,
+    /// Interfaces by which no packet arrives with a mark
+    unmarked: BTreeSet<u32>,
     pub ports: BTreeMap<u32, Marked<Port>>,
     pub addresses: BTreeMap<Address, u8>,
     /// The same without interfaces
@@ -82,6 +84,8 @@ pub(crate) struct State {
     refused_sources: BTreeSet<Prefix>,
     /// Per family: the rules that the tables repeat, if they are not the usual ones
     applied: [Option<Vec<Rule>>; 2],
+    /// Per family: rules ask for marks
+    by_mark: [bool; 2],
     changes: Changes,
     /// See `take_freed`
     freed: bool,
@@ -226,6 +230,21 @@ impl State {
         chain.last().is_some_and(|device| self.beside.contains(&device.ifindex))
     }
 
+    /// Notes whether packets that come in by an interface have no mark.
+    pub fn set_unmarked(&mut self, ifindex: u32, on: bool) {
+        let changed = if on { self.unmarked.insert(ifindex) } else { self.unmarked.remove(&ifindex) };
+        if changed {
+            self.changes.ports.insert(ifindex);
+        }
+    }
+
+    /// Whether what rules say of packets without a mark holds for all that come in by a port.
+    pub fn rules_hold(&self, ifindex: u32, family: Family) -> bool {
+        let is_unmarked =
+            |chain: Vec<&Port>| chain.last().is_some_and(|device| self.unmarked.contains(&device.ifindex));
+        !self.by_mark[family as usize] || self.chain(ifindex).is_some_and(is_unmarked)
+    }
+
     fn set_port(&mut self, port: Port) {
         let marked = Marked { generation: self.generations.current(Snapshot::Ports), value: port };
         let ifindex = marked.value.ifindex;
@@ -238,6 +257,7 @@ impl State {
     fn remove_port(&mut self, ifindex: u32) {
         self.transmit.remove(&ifindex);
         self.beside.remove(&ifindex);
+        self.unmarked.remove(&ifindex);
         self.keep_mappings(|of| of != ifindex);
         if self.ports.remove(&ifindex).is_some() {
             self.changes.ports.insert(ifindex);
@@ -431,8 +451,9 @@ impl State {
     }
 
     fn alarm(&mut self, alarm: Alarm) {
-        alarm.policies.iter().for_each(|policy| self.policy_changed(policy.scope));
+        let scopes: Vec<_> = alarm.policies.iter().map(|policy| policy.scope).collect();
         self.alarms.insert(alarm.id, alarm.policies);
+        scopes.into_iter().for_each(|scope| self.policy_changed(scope));
     }
 
     fn end_alarms(&mut self, last: AlarmId) {
@@ -483,7 +504,10 @@ impl State {
 
     fn policy_changed(&mut self, scope: Scope) {
         match scope {
-            Scope::Family(_) => {
+            Scope::Family(family) => {
+                let by_mark = |policy: &Policy| policy.rules.iter().flatten().any(|rule| rule.by_mark);
+                let any = self.policies().any(|policy| policy.scope == scope && by_mark(policy));
+                self.by_mark[family as usize] = any;
                 self.changes.config = true;
                 self.changes.rules = true;
             }
@@ -571,7 +595,20 @@ impl State {
 
     /// Generations of the rules that connections may pass now; none if nobody would see them change.
     pub fn rules(&self) -> BTreeSet<u32> {
-        self.policies().filter_map(|policy| policy.flows).filter(|_| !self.deaf).collect()
+        self.policies().filter_map(|policy| self.flows(policy)).collect()
+    }
+
+    /// Generation of the rules by which connections pass a policy. Where rules of routing ask for marks, none pass: the
+    /// packets of one may get theirs on the way.
+    fn flows(&self, policy: &Policy) -> Option<u32> {
+        let by_mark = Family::ALL.into_iter().any(|of| self.by_mark[of as usize] && policy.scope.concerns(of));
+        policy.flows.filter(|_| !self.deaf && !by_mark)
+    }
+
+    /// Whether connections stay in Linux for the rules of a family.
+    pub fn keeps_flows(&self, family: Family) -> bool {
+        self.by_mark[family as usize]
+            && self.policies().any(|policy| policy.flows.is_some() && policy.scope.concerns(family))
     }
 
     /// Whether neighbours are known as they were when the rules in force began, or later: CM tells rules, but for alarms,
@@ -638,7 +675,7 @@ impl State {
     }
 
     fn obstacle(&self, policy: &Policy) -> Obstacle {
-        Obstacle { reason: policy.reason, flows: policy.flows.is_some() && !self.deaf }
+        Obstacle { reason: policy.reason, flows: self.flows(policy).is_some() }
     }
 
     /// Why packets of a family that come in by a port are exceptions.

@@ -55,6 +55,12 @@ impl Facts {
         }
     }
 
+    /// Whether frames that come in by a port have no mark. In the driver there is none yet; in the stack a frame has what it
+    /// got before it was redirected there.
+    pub fn is_unmarked(&self) -> bool {
+        self.mode == Mode::Native
+    }
+
     /// Tells the user, now and whenever the status is asked for.
     pub fn notice(&mut self, notice: &Notice) {
         let undo = notice.undo.as_ref().map_or(String::new(), |undo| format!(" (undo: {undo})"));

@@ -132,6 +132,7 @@ impl Daemon {
                 // Workers send by it, and nothing travels beside what they have received.
                 self.fpm.set_transmit(ifindex, Transmit::Any);
                 self.fpm.set_beside(ifindex, true);
+                self.fpm.set_unmarked(ifindex, true);
                 continue;
             }
             let (transmit, why) = match self.facts.can_transmit(ifindex) {
@@ -152,6 +153,7 @@ impl Daemon {
             }
             self.fpm.set_transmit(ifindex, transmit);
             self.fpm.set_beside(ifindex, self.engine.sees_beside(ifindex).unwrap_or(false));
+            self.fpm.set_unmarked(ifindex, self.facts.is_unmarked());
         }
     }
 

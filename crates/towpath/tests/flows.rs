@@ -528,6 +528,35 @@ fn marked_connections_go_fast_and_others_do_not() {
 }
 
 #[test]
+fn connections_stay_in_linux_while_rules_ask_for_marks() {
+    let net = firewall();
+    let mark = "add table inet marks; \
+        add chain inet marks in { type filter hook prerouting priority mangle; }; \
+        add rule inet marks in udp dport 7002 meta mark set 7";
+    net.router.run(["nft", mark]).expect("marks");
+    let _daemon = up(&net);
+    let (marked, other) = (Pulse::start(&net, 7002), Pulse::start(&net, 7005));
+    net.ip("-6 rule add fwmark 7 prohibit");
+    marked.becomes_fast(&net);
+    other.becomes_fast(&net);
+    net.ip("rule add fwmark 7 prohibit");
+    let begin = Instant::now();
+    eventually("no more answers", || (marked.last()?.elapsed() > LEAK).then_some(()));
+    let after = marked.last().expect("answers before").saturating_duration_since(begin);
+    println!("stopped after {after:?}");
+    assert!(after < LEAK, "{after:?}");
+    let fast = || fast_packets(&flow(&net, other.port).expect("it is known"));
+    let before = fast();
+    other.goes_on();
+    assert_eq!(fast(), before, "the other one is Linux's");
+    let policies = net.json(&["status"])["policies"].to_string();
+    assert!(policies.contains("by marks, so connections stay in Linux"), "{policies}");
+    net.ip("rule delete fwmark 7 prohibit");
+    marked.becomes_fast(&net);
+    other.becomes_fast(&net);
+}
+
+#[test]
 fn what_finds_no_room_stays_in_linux_and_is_counted() {
     let net = firewall();
     let mut daemon = net.up(&["--flows", "established", "--max-flows", "1", "eth0", "eth1"]);

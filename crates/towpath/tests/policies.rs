@@ -301,6 +301,14 @@ fn policies_queues_and_rules_hold_for_the_stream() {
                 ..SETTING
             },
             Setting {
+                name: "rule for packets without a mark",
+                before: "ip route replace blackhole 198.51.100.0/24 table 100",
+                set: "ip rule add not fwmark 7 lookup 100",
+                unset: "ip rule delete not fwmark 7 lookup 100",
+                reason: "non-unicast-route",
+                ..SETTING
+            },
+            Setting {
                 name: "tbf on the way out",
                 set: "tc qdisc replace dev eth1 root tbf rate 8kbit burst 200 latency 1ms",
                 unset: "tc qdisc delete dev eth1 root",
@@ -440,6 +448,7 @@ fn what_does_not_concern_forwarding_leaves_it_fast() {
         "tc qdisc replace dev eth1 root pfifo_fast",
         "sysctl -qw net.ipv4.conf.all.accept_local=1 net.ipv4.conf.all.log_martians=1 net.ipv4.conf.eth0.proxy_arp=1",
         "sysctl -qw net.ipv4.conf.eth0.rp_filter=1 net.ipv4.conf.eth1.rp_filter=2",
+        "ip rule add fwmark 7 prohibit; ip rule add not fwmark 0x100/0x100 lookup 100",
     ] {
         if let Err(error) = net.router.sh(line) {
             println!("SKIP: not on this kernel: {line}: {error:#}");
@@ -451,4 +460,25 @@ fn what_does_not_concern_forwarding_leaves_it_fast() {
         assert_eq!(*policies, serde_json::json!([]), "{line}");
         net.flows(50);
     }
+}
+
+#[test]
+fn where_packets_may_have_marks_rules_for_them_are_linuxs() {
+    let net = Net::new();
+    net.router
+        .sh("ip link add near0 type veth peer name near1; ip link set near0 up; ip link set near1 up")
+        .expect("a pair");
+    let _daemon = net.up(&["eth0", "eth1", "near0"]);
+    let reason = |port: &str| {
+        let explained = net.json(&["explain", "192.0.2.2", RIGHT, "in", port]);
+        explained["verdict"]["reason"].as_str().unwrap_or("fast").to_owned()
+    };
+    eventually("both take the fast path", || (reason("near0") == "fast" && reason("eth0") == "fast").then_some(()));
+    net.ip("rule add fwmark 7 prohibit");
+    eventually("what is near is Linux's", || (reason("near0") == "policy-rule").then_some(()));
+    eventually("what is far is not", || (reason("eth0") == "fast").then_some(()));
+    let policies = net.json(&["status"])["policies"].to_string();
+    assert!(policies.contains("near0") && policies.contains("marks"), "{policies}");
+    net.ip("rule delete fwmark 7 prohibit");
+    eventually("it takes the fast path again", || (reason("near0") == "fast").then_some(()));
 }

@@ -34,7 +34,7 @@ const TAGGED: Profile = Profile { name: "tagged", send_redirects: false, vlans: 
 const TUNNELLED: Profile =
     Profile { name: "tunnelled", rp_filter: [1, 0, 2], send_redirects: false, tunnels: true, ..PLAIN };
 
-/// Rules by interface and by source, prefixes in one another, some whose tables have no route for most, some for the rest
+/// Rules by interface, by source and by mark, prefixes in one another, some whose tables have no route for most, some for the rest
 /// of main, and such as leave packets to Linux.
 const RULED: Profile = Profile {
     name: "ruled",
@@ -46,6 +46,9 @@ const RULED: Profile = Profile {
         "rule add iif eth2 from 198.19.128.0/20 prohibit pref 120",
         "rule add iif eth1 to 198.18.8.0/24 lookup 102 pref 130",
         "rule add oif eth1 lookup 102 pref 131",
+        "rule add fwmark 7 prohibit pref 90",
+        "rule add fwmark 0/1 from 198.19.130.0/24 lookup 101 pref 91",
+        "rule add not fwmark 0x100/0xf00 lookup 103 pref 92",
         "rule add lookup main suppress_prefixlength 24 pref 140",
         "rule add iif eth2 lookup 102 pref 150",
         "route add 198.18.0.0/24 via 203.0.113.10 table 100",
@@ -53,8 +56,12 @@ const RULED: Profile = Profile {
         "route add 198.18.8.0/24 via 198.51.100.10 table 100",
         "route add unreachable 198.18.2.0/25 table 100",
         "route add default via 203.0.113.10 table 101",
+        "route add 198.18.1.192/26 via 198.51.100.10 table 103",
         "route add 198.18.1.0/24 via 198.51.100.10 table 101",
         "route add 198.18.0.0/17 via 192.0.2.10 mtu 1300 table 102",
+        "-6 rule add fwmark 7 prohibit pref 90",
+        "-6 rule add not fwmark 0x100/0xf00 lookup 103 pref 92",
+        "-6 route add 2001:db8:100:4000::/50 via 2001:db8::10 table 103",
         "-6 rule add iif eth0 lookup 100 pref 100",
         "-6 rule add from 2001:db8:f01::/48 lookup 101 pref 110",
         "-6 rule add from 2001:db8:f02::/49 iif eth1 lookup 102 pref 105",

@@ -127,6 +127,7 @@ fn mirror(node: &Node) -> Result<(HeapBacking, Vec<(u32, u32)>)> {
         fpm.serve(*ifindex, true);
         // Nothing travels beside what comes from memory.
         fpm.set_beside(*ifindex, true);
+        fpm.set_unmarked(*ifindex, true);
     }
     let (mut sender, messages) = channel::<Vec<Message>>();
     let (stop, stopped) = UnixStream::pair()?;

@@ -71,6 +71,8 @@ pub struct Link {
     pub carrier: bool,
     /// Index of the master or 0
     pub master: u32,
+    /// Of one end of a veth pair the other, if it is in the same namespace
+    pub peer: Option<u32>,
     /// Promiscuity count above 0
     pub promiscuous: bool,
     /// A setting of the link that the fast path does not repeat
@@ -141,6 +143,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
         up: flags & libc::IFF_UP != 0,
         carrier: flags & libc::IFF_LOWER_UP != 0 && matches!(operstate, IF_OPER_UNKNOWN | IF_OPER_UP),
         master,
+        peer: lower.filter(|_| info.kind == b"veth" && !foreign_lower),
         promiscuous: promiscuity > 0,
         unsupported: info.unsupported,
     }))

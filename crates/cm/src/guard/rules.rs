@@ -2,10 +2,14 @@
 //! the fast path can repeat them: by the interface that a packet comes in by, its source and destination. A rule that asks
 //! for anything else keeps what it still says of those, and leaves their packets to Linux.
 //!
+//! What a rule that asks for marks says of packets without one is known in advance, and packets on the fast path have
+//! none: rules of netfilter and filters of tc, which could give them one, leave them to Linux. Where a packet may arrive
+//! with a mark, because it comes from this namespace by a veth pair (skb_scrub_packet, net/core/skbuff.c), it is Linux's.
+//!
 //! Sources: include/uapi/linux/fib_rules.h, net/core/fib_rules.c, net/ipv4/fib_rules.c, net/ipv6/fib6_rules.c (Linux 6.1).
 
 use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
-use super::{count, family_name};
+use super::{candidates, count, family_name};
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -13,7 +17,7 @@ use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 use towpath_fpc::table::{DEFAULT, LOCAL, MAIN};
-use towpath_fpc::{PolicySource, Prefix, Rule, RuleAction};
+use towpath_fpc::{PolicySource, Port, Prefix, Rule, RuleAction, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -39,13 +43,31 @@ const DST: u16 = 1;
 const SRC: u16 = 2;
 const IIFNAME: u16 = 3;
 const PRIORITY: u16 = 6;
+const FWMARK: u16 = 10;
 const SUPPRESS_IFGROUP: u16 = 13;
 const SUPPRESS_PREFIXLEN: u16 = 14;
 const TABLE: u16 = 15;
+const FWMASK: u16 = 16;
 const OIFNAME: u16 = 17;
 const PAD: u16 = 18;
 const L3MDEV: u16 = 19;
 const PROTOCOL: u16 = 21;
+/// What is understood, or makes no difference
+const KNOWN: [u16; 13] = [
+    DST,
+    SRC,
+    IIFNAME,
+    PRIORITY,
+    FWMARK,
+    SUPPRESS_IFGROUP,
+    SUPPRESS_PREFIXLEN,
+    TABLE,
+    FWMASK,
+    OIFNAME,
+    PAD,
+    L3MDEV,
+    PROTOCOL,
+];
 
 /// The watcher of `ip rule`.
 pub struct Rules {
@@ -53,6 +75,8 @@ pub struct Rules {
     netlink: Netlink,
     read: bool,
     findings: Vec<Finding>,
+    /// Families with rules that ask for marks
+    marks: Vec<Family>,
 }
 
 impl Rules {
@@ -64,6 +88,7 @@ impl Rules {
             netlink: Netlink::open(NETLINK_ROUTE).map_err(open)?,
             read: false,
             findings: Vec::new(),
+            marks: Vec::new(),
         })
     }
 
@@ -73,8 +98,10 @@ impl Rules {
         }
         self.read = false;
         self.findings.clear();
+        self.marks.clear();
         for family in Family::ALL {
             let rules = dump(&mut self.netlink, family)?;
+            self.marks.extend(rules.iter().any(|rule| rule.by_mark).then_some(family));
             self.findings.extend(judge(family, rules));
         }
         self.read = true;
@@ -99,10 +126,22 @@ impl Watcher for Rules {
         None
     }
 
-    fn findings(&mut self, _: &PortIndex) -> Result<Vec<Finding>, CmError> {
+    fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         self.refresh().inspect_err(|_| self.read = false)?;
-        Ok(self.findings.clone())
+        let marked = |family: Family| move |port| marked(port, family);
+        let near = || candidates(ports).filter(|port| ports.is_near(port.ifindex));
+        let marked = self.marks.iter().flat_map(|family| near().map(marked(*family)));
+        Ok(self.findings.iter().cloned().chain(marked).collect())
     }
+}
+
+/// A port where packets may arrive with a mark that rules ask for.
+fn marked(port: &Port, family: Family) -> Finding {
+    let (name, family_name) = (&port.name, family_name(family));
+    let detail = format!(
+        "{family_name} rules ask for marks (ip rule), and {name}'s other end is in this namespace: packets keep theirs"
+    );
+    Finding::new(Scope::Ingress(port.ifindex, Some(family)), Reason::PolicyRule, detail)
 }
 
 /// The rules of a family, in the order in which the kernel tries them.
@@ -125,11 +164,11 @@ pub(crate) fn dump(netlink: &mut Netlink, family: Family) -> Result<Vec<Rule>, C
 
 /// The rule that looks up everything in a table.
 fn all(table: u32) -> Rule {
-    Rule { priority: 0, iif: None, from: None, to: None, action: RuleAction::Lookup(table) }
+    Rule { priority: 0, iif: None, from: None, to: None, by_mark: false, action: RuleAction::Lookup(table) }
 }
 
 /// fib_rule_hdr: family, dst_len, src_len, tos, table, two reserved bytes, action, flags; then attributes. None also for
-/// rules that no forwarded packet matches, or that do nothing.
+/// rules that no forwarded packet matches, or that do nothing. Whether a rule matches: fib_rule_match.
 fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError> {
     if message.kind != NEWRULE {
         return Ok(None);
@@ -146,21 +185,29 @@ fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError>
     };
     let is_vrf = find(&attributes, L3MDEV).and_then(|v| v.first()).is_some_and(|v| *v == 1);
     let beyond = number(SUPPRESS_PREFIXLEN).filter(|len| *len != u32::MAX);
-    let known =
-        [DST, SRC, IIFNAME, PRIORITY, SUPPRESS_IFGROUP, SUPPRESS_PREFIXLEN, TABLE, OIFNAME, PAD, L3MDEV, PROTOCOL];
+    let (mark, mask) = (number(FWMARK).unwrap_or(0), number(FWMASK).unwrap_or(0));
+    let (by_mark, for_marked) = (mask != 0, mark & mask != 0 && flags & !(SOUND_FLAGS | INVERT) == 0);
+    // With its selectors turned round, a rule that asks for a mark is for all packets without it, whatever else it asks.
+    let inverted = flags & INVERT != 0;
+    let for_all = inverted && for_marked;
     let sound = tos == 0
-        && flags & !SOUND_FLAGS == 0
+        && flags & !(SOUND_FLAGS | if for_all { INVERT } else { 0 }) == 0
+        && !(for_all && is_vrf)
         && number(SUPPRESS_IFGROUP).is_none_or(|group| group == u32::MAX)
-        && attributes.iter().all(|(kind, _)| known.contains(kind));
+        && attributes.iter().all(|(kind, _)| KNOWN.contains(kind));
     let table = number(TABLE).unwrap_or(table.into());
     let priority = number(PRIORITY).unwrap_or(0);
-    if flags & INVERT != 0 {
+    let any = Rule { priority, by_mark, ..all(table) };
+    if inverted && !for_all {
         // It may be about anything.
-        return Ok(Some(Rule { priority, action: RuleAction::Unknown, ..all(table) }));
+        return Ok(Some(Rule { action: RuleAction::Unknown, ..any }));
     }
     // Where a packet will leave is not known when it is forwarded: ip_route_input_slow, ip6_route_input.
-    if find(&attributes, OIFNAME).is_some() || action == NOP {
+    if find(&attributes, OIFNAME).is_some() && !for_all || action == NOP {
         return Ok(None);
+    }
+    if for_marked && !for_all {
+        return Ok(Some(Rule { action: RuleAction::Skip, ..any }));
     }
     let action = match (sound && action == TO_TABLE, is_vrf, beyond.map(u8::try_from)) {
         (true, true, None) => RuleAction::Vrf,
@@ -168,8 +215,11 @@ fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError>
         (true, false, Some(Ok(len))) => RuleAction::LookupBeyond(table, len),
         _ => RuleAction::Unknown,
     };
+    if for_all {
+        return Ok(Some(Rule { action, ..any }));
+    }
     let (to, from) = (prefix(DST, dst_len)?, prefix(SRC, src_len)?);
-    Ok(Some(Rule { priority, iif: find(&attributes, IIFNAME).map(text), from, to, action }))
+    Ok(Some(Rule { iif: find(&attributes, IIFNAME).map(text), from, to, action, ..any }))
 }
 
 fn prefix(family: Family, bytes: &[u8], len: u8) -> Result<Prefix, CmError> {
@@ -198,13 +248,15 @@ fn judge(family: Family, rules: Vec<Rule>) -> Option<Finding> {
             format!("{}, the first with priority {first} (ip rule)", count(others.len(), &format!("{name} rule")))
         }
     };
-    let finding = Finding::family(family, Reason::PolicyRule, detail);
+    let marks = if rules.iter().any(|rule| rule.by_mark) { ": by marks, so connections stay in Linux" } else { "" };
+    let finding = Finding::family(family, Reason::PolicyRule, detail + marks);
     Some(Finding { rules: (rules.len() <= MOST).then_some(rules), ..finding })
 }
 
 /// Whether a rule is one of those that there are without any being added, wherever it stands.
 fn is_plain(rule: &Rule) -> bool {
-    !rule.selects() && matches!(rule.action, RuleAction::Lookup(LOCAL | MAIN | DEFAULT) | RuleAction::Vrf)
+    let selects = rule.selects() || rule.by_mark;
+    !selects && matches!(rule.action, RuleAction::Lookup(LOCAL | MAIN | DEFAULT) | RuleAction::Vrf)
 }
 
 fn is_usual(rules: &[Rule]) -> bool {
@@ -219,6 +271,7 @@ fn is_usual(rules: &[Rule]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::nl::attr;
     use super::*;
 
     /// `ip rule` of a fresh namespace and after `ip rule add from 192.0.2.0/24 lookup 100`, as recorded on Linux 6.18.
@@ -237,6 +290,38 @@ mod tests {
         }
     }
 
+    /// What the kernel tells of a rule of IPv4 with priority 5 that leads to table 100, with these flags and attributes.
+    fn told(flags: u32, attributes: &[(u16, u32)]) -> Option<Rule> {
+        let mut payload = vec![libc::AF_INET as u8, 0, 0, 0, 100, 0, 0, TO_TABLE];
+        payload.extend(flags.to_ne_bytes());
+        let all = attributes.iter().chain(&[(PRIORITY, 5)]);
+        payload.extend(all.flat_map(|(kind, value)| attr(*kind, &value.to_ne_bytes())));
+        decode(Family::V4, Message { kind: NEWRULE, payload: &payload }).unwrap()
+    }
+
+    #[test]
+    fn what_asks_for_marks_is_decided_for_packets_without_one() {
+        let rule = |action| Some(Rule { priority: 5, by_mark: true, action, ..all(0) });
+        let (skip, lookup, unknown) =
+            (rule(RuleAction::Skip), rule(RuleAction::Lookup(100)), rule(RuleAction::Unknown));
+        let marked = [(FWMARK, 7), (FWMASK, 0xff)];
+        assert_eq!(told(0, &marked), skip);
+        // What is asked besides makes no difference.
+        assert_eq!(told(0, &[marked[0], marked[1], (23, 5)]), skip);
+        // Without a mark in these bits.
+        assert_eq!(told(0, &[(FWMASK, 0xff)]), lookup);
+        assert_eq!(told(0, &[(FWMARK, 0x100), (FWMASK, 0xff)]), lookup);
+        // Turned round, it is for all that have not this mark, whatever else it asks.
+        assert_eq!(told(INVERT, &marked), lookup);
+        assert_eq!(told(INVERT, &[marked[0], marked[1], (OIFNAME, 7)]), lookup);
+        assert_eq!(told(INVERT, &[marked[0], marked[1], (23, 5)]), unknown);
+        assert_eq!(told(INVERT, &[(FWMASK, 0xff)]), unknown);
+        // Who knows what a new flag means?
+        assert_eq!(told(1 << 20, &marked), unknown);
+        let only = Rule { by_mark: false, ..lookup.unwrap() };
+        assert_eq!(told(0, &[]), Some(only));
+    }
+
     #[test]
     fn only_the_usual_order_needs_no_word() {
         let vrf = Rule { action: RuleAction::Vrf, ..all(0) };
@@ -252,6 +337,7 @@ mod tests {
             vec![all(LOCAL), Rule { iif: Some("eth0".into()), ..all(MAIN) }, all(MAIN)],
             vec![all(MAIN), all(DEFAULT)],
             vec![all(LOCAL), all(MAIN), all(DEFAULT), all(7)],
+            vec![all(LOCAL), Rule { by_mark: true, action: RuleAction::Skip, ..all(0) }, all(MAIN), all(DEFAULT)],
         ];
         for rules in unusual {
             let finding = judge(Family::V4, rules.clone()).unwrap();

@@ -123,10 +123,11 @@ fn rule() -> impl Strategy<Value = Rule> {
         any::<u32>().prop_map(RuleAction::Lookup),
         any::<(u32, u8)>().prop_map(|(table, len)| RuleAction::LookupBeyond(table, len)),
         Just(RuleAction::Vrf),
+        Just(RuleAction::Skip),
         Just(RuleAction::Unknown),
     ];
-    (any::<u32>(), proptest::option::of(".{0,15}"), prefix(), prefix(), action)
-        .prop_map(|(priority, iif, from, to, action)| Rule { priority, iif, from, to, action })
+    (any::<u32>(), proptest::option::of(".{0,15}"), prefix(), prefix(), any::<bool>(), action)
+        .prop_map(|(priority, iif, from, to, by_mark, action)| Rule { priority, iif, from, to, by_mark, action })
 }
 
 fn policy() -> impl Strategy<Value = Policy> {

@@ -8,7 +8,7 @@ const ELSEWHERE: &str = "10.1.1.1";
 
 fn lookup(iif: Option<&str>, from: Option<&str>, table: u32) -> Rule {
     let from = from.map(prefix);
-    Rule { priority: 0, iif: iif.map(str::to_owned), from, to: None, action: RuleAction::Lookup(table) }
+    Rule { priority: 0, iif: iif.map(str::to_owned), from, to: None, by_mark: false, action: RuleAction::Lookup(table) }
 }
 
 /// The usual rules with others between local and main.
@@ -130,6 +130,44 @@ fn what_is_not_repeated_stays_linuxs() {
     fixture.snapshot(POLICIES, []);
     assert_eq!(enters(&fixture, 1), None);
     assert_eq!(fixture.fpm.policies().count(), 0);
+}
+
+#[test]
+fn rules_by_mark_are_for_packets_without_one() {
+    let mut fixture = Fixture::new();
+    fixture.batch([in_table(100, route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]))]);
+    let asks = |action| Rule { by_mark: true, action, ..lookup(None, None, 0) };
+    [1, 2].into_iter().for_each(|ifindex| fixture.fpm.set_unmarked(ifindex, true));
+    fixture.snapshot(POLICIES, [Message::Policy(rules([asks(RuleAction::Skip)]))]);
+    assert_eq!((fixture.policy_word(), fixture.fpm.policies().count()), (0, 0));
+    assert_eq!([1, 2].map(|ifindex| fixture.root(ifindex)), [MAIN_ROOT[0]; 2]);
+    fixture.snapshot(POLICIES, [Message::Policy(rules([asks(RuleAction::Lookup(100))]))]);
+    fixture.leads(fixture.root(1), VIA_2, by_1());
+    // Where packets may have one, it is not known what the rules say.
+    fixture.fpm.set_unmarked(2, false);
+    fixture.fpm.publish().expect("a change");
+    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [None, Some(Reason::PolicyRule)]);
+    assert_eq!(fixture.fpm.policies().count(), 1, "it is told");
+    fixture.snapshot(POLICIES, []);
+    assert_eq!(enters(&fixture, 2), None);
+}
+
+#[test]
+fn no_connection_passes_where_rules_ask_for_marks() {
+    let mut fixture = Fixture::new();
+    [1, 2].into_iter().for_each(|ifindex| fixture.fpm.set_unmarked(ifindex, true));
+    let reason = Reason::PolicyNetfilter;
+    let passed = Policy { source: PolicySource::Nftables, reason, flows: Some(5), rules: None, ..rules([]) };
+    fixture.snapshot(Snapshot::Policies(PolicySource::Nftables), [Message::Policy(passed)]);
+    let word = |flows| Obstacle::word(Some(Obstacle { reason, flows }));
+    assert_eq!(fixture.policy_word(), word(true));
+    let skip = Rule { by_mark: true, action: RuleAction::Skip, ..lookup(None, None, 0) };
+    fixture.snapshot(POLICIES, [Message::Policy(rules([skip]))]);
+    assert_eq!(fixture.policy_word(), word(false));
+    assert_eq!(fixture.fpm.policies().count(), 2, "the rules are told, since connections stay in Linux");
+    assert_eq!(fixture.fpm.tables().view().config().flow_generation.load() & 1, 1, "closed");
+    fixture.snapshot(POLICIES, []);
+    assert_eq!(fixture.policy_word(), word(true));
 }
 
 #[test]

@@ -66,7 +66,7 @@ mod tests {
 
     fn rule(iif: Option<&str>, from: Option<(&str, u8)>) -> Rule {
         let from = from.map(|(address, len)| Prefix::new(address.parse().unwrap(), len).unwrap());
-        Rule { priority: 1, iif: iif.map(Into::into), from, to: None, action: RuleAction::Lookup(100) }
+        Rule { priority: 1, iif: iif.map(Into::into), from, to: None, by_mark: false, action: RuleAction::Lookup(100) }
     }
 
     fn of(family: Family, rules: &[Rule], near: &[&str]) -> Vec<String> {

@@ -243,10 +243,12 @@ const RULES: &[Setting] = &[
         "rules by marks, services and users",
         &[
             "rule add fwmark 7 priority 100 prohibit",
+            "rule add not fwmark 7 priority 104 lookup 100; route add 198.18.1.0/24 via 203.0.113.10 table 100",
             "rule add tos 0x10 priority 101 prohibit",
             "rule add uidrange 1-100 priority 102 prohibit",
             "rule add oif eth1 priority 103 prohibit",
             "rule del priority 100; rule del priority 101; rule del priority 102; rule del priority 103",
+            "rule del priority 104; route del 198.18.1.0/24 table 100",
         ],
     ),
     touches(
