@@ -270,7 +270,11 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
     }
     watch_transmit(events.clone())?;
     daemon.attach()?;
-    daemon.open_control(events, endpoint)?;
+    if let Err(error) = daemon.open_control(events, endpoint) {
+        // Nobody could ask it anything, or end it.
+        daemon.take_off()?;
+        return Err(error);
+    }
     daemon.announce();
     Ok(Some(daemon))
 }

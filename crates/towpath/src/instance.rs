@@ -61,15 +61,12 @@ impl Instance {
             .recursive(true)
             .mode(0o755)
             .create(&self.directory)
-            .with_context(|| format!("cannot make {}; run as root", self.directory.display()))?;
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o644)
-            .open(path)
-            .with_context(|| format!("cannot open {}; run as root", path.display()))
+            .map_err(|error| denied("make", &self.directory, error))?;
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(path).map_err(|error| {
+            // It is empty if it is ours.
+            let _ = fs::remove_dir(&self.directory);
+            denied("open", path, error)
+        })
     }
 
     /// Takes the instance for this process. Fails at once, naming the holder, if another process has it.
@@ -110,8 +107,15 @@ impl Instance {
             if !self.is_current(&file) {
                 continue; // its former holder removed the file while we waited
             }
-            write_pid(&mut file).with_context(|| format!("cannot write {}", self.lock_file().display()))?;
-            return Ok(Ok(Lock(file)));
+            let written = write_pid(&mut file);
+            let lock = Lock(file);
+            return match written {
+                Ok(()) => Ok(Ok(lock)),
+                Err(error) => {
+                    self.remove(lock);
+                    Err(error).with_context(|| format!("cannot write {}", self.lock_file().display()))
+                }
+            };
         }
     }
 
@@ -139,6 +143,11 @@ impl Instance {
         let _ = fs::remove_dir(&self.directory);
         drop(lock);
     }
+}
+
+fn denied(what: &str, path: &Path, error: std::io::Error) -> anyhow::Error {
+    let remedy = if error.kind() == std::io::ErrorKind::PermissionDenied { "; run as root" } else { "" };
+    anyhow::Error::from(error).context(format!("cannot {what} {}{remedy}", path.display()))
 }
 
 fn try_lock(file: &File) -> Result<bool> {

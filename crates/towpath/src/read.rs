@@ -5,10 +5,9 @@ use crate::control::{Client, Packet, Request};
 use crate::instance::Instance;
 use crate::report::{self, Verdict};
 use crate::text::{bytes, or_dash, span, table};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A connection to the daemon of this namespace.
 pub fn connect() -> Result<Client> {
@@ -73,7 +72,7 @@ pub fn json<T: Serialize>(value: &T) -> Result<String> {
 pub fn write_out(text: &str) -> Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
+        result => result.context("cannot write to stdout"),
     }
 }
 
@@ -109,7 +108,6 @@ pub fn all_pages<Page: DeserializeOwned, T, Next>(
 }
 
 fn status_text(status: &report::Status) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let sync = if status.in_sync { "in sync with Linux" } else { "NOT in sync with Linux (resync under way)" };
     let adopted = if status.adopted { ", tables taken over from an earlier daemon" } else { "" };
     let shadow = shadow(status.shadow);
@@ -118,10 +116,15 @@ fn status_text(status: &report::Status) -> String {
         status.engine,
         status.pid,
         status.namespace,
-        span(now.saturating_sub(status.since)),
+        span(status.up_seconds),
         status.routes.ipv4,
         status.routes.ipv6,
     );
+    let resyncs: Vec<_> = status.resyncs_by_cause.iter().filter(|resync| resync.count > 0).collect();
+    if !resyncs.is_empty() {
+        let counts: Vec<_> = resyncs.iter().map(|resync| format!("{} {}", resync.cause, resync.count)).collect();
+        text += &format!("read again since the start, by cause: {}\n", counts.join(", "));
+    }
     if let Some(program) = &status.program {
         let verified =
             program.verified_instructions.map_or(String::new(), |count| format!(", {count} instructions verified"));

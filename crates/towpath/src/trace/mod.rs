@@ -8,11 +8,12 @@ pub use serve::{Traces, stream};
 
 use crate::cli;
 use crate::control::{Request, Wanted};
+use crate::log;
 use crate::read::{connect, steps_text, verdict_text};
 use crate::report::{Became, TraceBegun, TraceLine, TracedPacket};
 use crate::signals::Termination;
 use crate::text::suggestion;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use towpath_tables::Reason;
@@ -24,9 +25,9 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
     let mut client = connect()?;
     let begun: TraceBegun = client.ask(&request)?;
     for note in &begun.notes {
-        eprintln!("note: {note}");
+        log::note(format_args!("note: {note}"));
     }
-    eprintln!("tracing; end with Ctrl-C");
+    log::note("tracing; end with Ctrl-C");
     let leave = client.hang_up()?;
     let signalled = leave.try_clone()?;
     crate::source::thread("signals", move || {
@@ -53,7 +54,9 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
                 if trace.output.json {
                     write_out(&json(&line)?)?;
                 }
-                eprintln!("{matched} packets matched, {missed} of them were more than is shown at once (--rate)");
+                log::note(format_args!(
+                    "{matched} packets matched, {missed} of them were more than is shown at once (--rate)"
+                ));
                 return Ok(());
             }
         }
@@ -92,7 +95,7 @@ fn write_out(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
-        result => Ok(result.map(|()| true)?),
+        result => result.map(|()| true).context("cannot write to stdout"),
     }
 }
 
