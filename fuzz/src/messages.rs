@@ -29,6 +29,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         Message::AddressDelete(address()),
         Message::AlarmOver(ALARM),
         Message::Heartbeat(1),
+        Message::Lost(Listener::Policies(PolicySource::Tc)),
     ];
     let hello = [Packet::Hello(Hello { magic: codec::MAGIC, version: codec::VERSION })];
     let rest = [

@@ -19,7 +19,7 @@ use crate::watched::{Alarms, Watched};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Message, PolicySource};
+use towpath_fpc::{Listener, Message, PolicySource};
 use towpath_tables::clock;
 use towpath_tables::record::Family;
 
@@ -275,6 +275,7 @@ impl Cm {
                 let found = watched.poll(self.ports.index());
                 found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
                 rules |= !found.messages.is_empty();
+                self.out.extend(found.lost.map(Message::Lost));
                 self.found.extend(found.messages);
             }
         }
@@ -545,7 +546,7 @@ impl Cm {
                         self.notified(&message?)?;
                     }
                 }
-                Received::Overrun => return self.overrun().map(|()| true),
+                Received::Overrun => return self.overrun(Listener::Interfaces).map(|()| true),
             }
         }
         Ok(true)
@@ -568,15 +569,16 @@ impl Cm {
                         self.notified(&message?)?;
                     }
                 }
-                Received::Overrun => return self.overrun().map(|()| true),
+                Received::Overrun => return self.overrun(Listener::Routes).map(|()| true),
             }
             self.flush_full(sink)?;
         }
         Ok(true)
     }
 
-    fn overrun(&mut self) -> Result<(), CmError> {
+    fn overrun(&mut self, listener: Listener) -> Result<(), CmError> {
         tracing::warn!("notifications were lost; traffic goes to Linux until everything has been read again");
+        self.out.push(Message::Lost(listener));
         // What is still queued is older than what was lost: away with it.
         self.port_listener = Channel::listener(NETLINK_ROUTE, PORT_GROUPS, self.options.receive_buffer)?;
         self.epoll.add(self.port_listener.as_fd(), TOKEN_PORTS)?;

@@ -117,4 +117,10 @@ pub trait Watcher {
     /// After an error the loop declares everything unknown (`Reason::PolicyUnknown`, both families) and polls again
     /// soon; the watcher must then start afresh.
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError>;
+
+    /// Whether notifications were lost since this was asked last. Those that wake a watcher have no content that it uses, so
+    /// nothing is missing from what it found since.
+    fn has_lost(&mut self) -> bool {
+        false
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::watch::{Finding, PortIndex, Watcher};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Snapshot};
+use towpath_fpc::{Alarm, AlarmId, Listener, Message, Policy, PolicySource, Snapshot};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -16,6 +16,8 @@ pub struct Found {
     pub alarm: Option<Alarm>,
     /// The whole set as a snapshot, and the end of the alarm
     pub messages: Vec<Message>,
+    /// Notifications that wake the watcher were lost
+    pub lost: Option<Listener>,
 }
 
 /// A watcher, its last set, and when it must be polled.
@@ -74,7 +76,9 @@ impl Watched {
                 self.unknown(&error.to_string())
             }
         };
-        self.tell(findings)
+        let source = self.watcher.source();
+        let lost = self.watcher.has_lost().then_some(Listener::Policies(source));
+        Found { lost, ..self.tell(findings) }
     }
 
     fn unknown(&self, error: &str) -> Vec<Finding> {
@@ -107,11 +111,11 @@ impl Watched {
         messages.push(Message::SnapshotEnd(snapshot));
         let first = self.told.replace(set).is_none();
         if new.is_empty() && !first {
-            return Found { alarm: None, messages };
+            return Found { messages, ..Found::default() };
         }
         let (alarm, over) = self.alarms.raise(new);
         messages.push(over);
-        Found { alarm: Some(alarm), messages }
+        Found { alarm: Some(alarm), messages, lost: None }
     }
 }
 

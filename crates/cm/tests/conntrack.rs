@@ -16,7 +16,7 @@ use towpath_cm::conntrack::Table;
 use towpath_cm::conntrack::entry::{ESTABLISHED, Tcp, status};
 use towpath_cm::guard::Nftables;
 use towpath_cm::{FlowMode, Options, Watcher};
-use towpath_fpc::{Message, PolicySource, Scope, Snapshot};
+use towpath_fpc::{Listener, Message, PolicySource, Scope, Snapshot};
 use towpath_lab::{Lab, Node, supported, wait_for};
 use towpath_tables::flow::{Connection, Tuple};
 use towpath_tables::record::Family;
@@ -343,6 +343,7 @@ fn lost_notifications_end_in_what_linux_has() -> Result<()> {
         "told by the dump that was due anyhow: {:?}",
         started.elapsed()
     );
+    ensure!(cm.receiver.lock().expect("lock").lost.contains_key(&Listener::Connections), "not counted");
     net.router.run(["conntrack", "-D", "-p", "udp", "--dport", "5400"])?;
     expect(&cm, "one less", &connections[1..])
 }

@@ -412,6 +412,7 @@ fn an_overrun_is_survived_by_reading_again() {
         );
         let dumps = receiver.ended.iter().filter(|ended| **ended == Snapshot::Neighbours(Family::V4)).count();
         assert!(dumps >= 2, "no overrun was provoked, so nothing was shown");
+        assert!(receiver.lost.contains_key(&Listener::Routes), "{:?}", receiver.lost);
         assert!(port(&receiver.model, "v0").unwrap().up);
     });
 }

@@ -38,4 +38,4 @@ pub use program::ProgramFacts;
 pub use region::{ConfigTable, possible_cpus};
 pub use require::{Requirement, compiles, may_lock_memory, may_open_raw_sockets, release, requirements};
 pub use trace::{Frames, Ring, Seen, Trace};
-pub use transmit::{PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};
+pub use transmit::{Changed, PEER_GRO, TransmitSupport, TransmitWatch, XdpFeatures, can_transmit, xdp_features};

@@ -80,6 +80,15 @@ pub fn can_transmit(ifindex: u32) -> Result<TransmitSupport> {
 /// that a veth drops that it can no longer transmit, but a veth that could not has to be asked again.
 pub struct TransmitWatch(Sign);
 
+/// Interfaces whose abilities may have changed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Changed {
+    /// Only these
+    These(Vec<u32>),
+    /// Any: announcements were lost
+    Any,
+}
+
 enum Sign {
     Announced(Netdev),
     /// Frames that each veth has dropped so far
@@ -102,19 +111,21 @@ impl TransmitWatch {
         matches!(self.0, Sign::Announced(_))
     }
 
-    /// Interfaces whose abilities may have changed; empty if `timeout` passed.
-    pub fn wait(&mut self, timeout: Duration) -> Result<Vec<u32>> {
+    /// Whose abilities may have changed; nobody's if `timeout` passed.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Changed> {
         match &mut self.0 {
-            Sign::Announced(netdev) => {
-                netdev.changed(timeout).map_err(|e| Error::io("wait for changes of XDP features", e))
-            }
+            Sign::Announced(netdev) => match netdev.changed(timeout) {
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(Changed::Any),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(Changed::These(Vec::new())),
+                changed => changed.map(Changed::These).map_err(|e| Error::io("wait for changes of XDP features", e)),
+            },
             Sign::Dropped(before) => {
                 std::thread::sleep(timeout);
                 let now = interface::dropped_by_veths()?;
                 let more = |(ifindex, count): (&u32, &u64)| (before.get(ifindex)? != count).then_some(*ifindex);
                 let changed = now.iter().filter_map(more).collect();
                 *before = now;
-                Ok(changed)
+                Ok(Changed::These(changed))
             }
         }
     }

@@ -6,7 +6,7 @@ use common::{LIMIT, NEXTHOP, Result, Rig, fast, sizes};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use towpath_engine::{
-    Engine, Error, GraceMethod, Mode, Options, Request, Site, TransmitSupport, TransmitWatch, can_transmit,
+    Changed, Engine, Error, GraceMethod, Mode, Options, Request, Site, TransmitSupport, TransmitWatch, can_transmit,
 };
 use towpath_filter::{Capture, Filter, Layer, instruction};
 use towpath_lab::{PacketSocket, packet, wait_for};
@@ -350,7 +350,8 @@ fn a_veth_transmits_only_while_its_peer_can_receive() -> Result {
     assert!(matches!(support()?, TransmitSupport::None(why) if why.contains("gro on")));
     if watch.announces() {
         wait_for(LIMIT, "the change to be announced", || {
-            watch.wait(Duration::from_millis(100)).ok()?.contains(&egress).then_some(())
+            let changed = watch.wait(Duration::from_millis(100)).ok()?;
+            matches!(changed, Changed::These(ports) if ports.contains(&egress)).then_some(())
         })?;
     }
     rig.sink.run(["ethtool", "-K", "eth0", "gro", "on"])?;
@@ -365,6 +366,24 @@ fn a_veth_transmits_only_while_its_peer_can_receive() -> Result {
         seen.contains(&frame(0xb6)).then_some(())
     })?;
     assert!(!seen.iter().any(|bytes| bytes.starts_with(&frame(0xb5)[..14])), "nothing is sent to find out");
+    Ok(())
+}
+
+#[test]
+fn lost_announcements_of_abilities_are_told() -> Result {
+    let _alone = alone();
+    let rig = Rig::new("announced")?;
+    let mut watch = rig.on_router(TransmitWatch::open)?;
+    if !watch.announces() {
+        return Ok(());
+    }
+    rig.sink.sh("for i in $(seq 500); do ethtool -K eth0 gro off; ethtool -K eth0 gro on; done")?;
+    wait_for(LIMIT, "the loss", || (watch.wait(Duration::ZERO).ok()? == Changed::Any).then_some(()))?;
+    rig.sink.run(["ethtool", "-K", "eth0", "gro", "off"])?;
+    let egress = rig.router.ifindex("eth1")?;
+    wait_for(LIMIT, "what is announced then", || {
+        (watch.wait(Duration::from_millis(100)).ok()? == Changed::These(vec![egress])).then_some(())
+    })?;
     Ok(())
 }
 

@@ -197,6 +197,7 @@ packets! {
     32 => Message::Flow(Connection);
     33 => Message::FlowDelete(Tuple);
     34 => Message::Heartbeat(u64);
+    35 => Message::Lost(Listener);
     64 => Feedback::Hits(Vec<NeighbourKey>);
     65 => Feedback::Resync(String);
     66 => Feedback::FlowsUsed(Vec<Tuple>);
@@ -488,6 +489,7 @@ macro_rules! enums {
 
 enums! {
     Snapshot { 0 => Ports, 1 => Addresses(family), 2 => Neighbours(family), 3 => Nexthops, 4 => Routes(family), 5 => Policies(source), 6 => Flows }
+    Listener { 0 => Interfaces, 1 => Routes, 2 => Connections, 3 => Policies(source) }
     PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other, 5 => Tunnel(tunnel) }
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }

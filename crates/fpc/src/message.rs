@@ -50,6 +50,9 @@ pub enum Message {
     /// Linux's rules were looked at, at this time (CLOCK_MONOTONIC_COARSE in nanoseconds), and what was found is in alarms sent
     /// before. Comes every second, and overtakes other messages as alarms do.
     Heartbeat(u64),
+    /// Linux's notifications to this listener were more than there was room for, and some are lost. What they told is read
+    /// again and described as ever; this is to be counted.
+    Lost(Listener),
 }
 
 impl Message {
@@ -79,9 +82,22 @@ impl Message {
             Self::Alarm(alarm) => alarm.policies.iter_mut().for_each(|policy| policy.scope.renumber(&mut change)),
             Self::SnapshotBegin(_) | Self::SnapshotEnd(_) | Self::FamilySettings(_) => {}
             Self::Route(_) | Self::RouteDelete(_) | Self::Nexthop(_) | Self::NexthopDelete(_) => {}
-            Self::Flow(_) | Self::FlowDelete(_) | Self::AlarmOver(_) | Self::Heartbeat(_) => {}
+            Self::Flow(_) | Self::FlowDelete(_) | Self::AlarmOver(_) | Self::Heartbeat(_) | Self::Lost(_) => {}
         }
     }
+}
+
+/// Sockets of CM to which Linux tells what happens.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Listener {
+    /// rtnetlink: interfaces and their settings
+    Interfaces,
+    /// rtnetlink: routes, next hops, neighbours and addresses
+    Routes,
+    /// ctnetlink
+    Connections,
+    /// What wakes the watcher of these policies
+    Policies(PolicySource),
 }
 
 /// One message from FPM back to CM.

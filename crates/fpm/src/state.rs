@@ -131,6 +131,8 @@ impl State {
             Message::NexthopDelete(id) => self.remove_object(id),
             // These go right into the tables: see `flows`, and `Config::heartbeat`.
             Message::Flow(_) | Message::FlowDelete(_) | Message::Heartbeat(_) => {}
+            // To be counted, by who asks for it.
+            Message::Lost(_) => {}
             Message::Policy(policy) => self.set_policy(policy),
             Message::Alarm(alarm) => self.alarm(alarm),
             Message::AlarmOver(id) => self.end_alarms(id),

@@ -3,6 +3,7 @@
 use crate::control::{self, Arrival, Packet, Request};
 use crate::daemon::Daemon;
 use crate::explain::{self, Ingress, Names, mac};
+use crate::log;
 use crate::report::{self, Families, Forwarding};
 use crate::wires::Wire;
 use crate::words;
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::Bound;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
@@ -33,6 +34,7 @@ pub struct Facts {
     /// Nothing is forwarded
     pub shadow: bool,
     since: u64,
+    began: Instant,
     /// The tables were taken over from an earlier daemon
     pub adopted: bool,
     /// What Linux says comes from another host
@@ -44,7 +46,7 @@ impl Facts {
     /// Of a daemon that starts now.
     pub fn new(mode: Mode, shadow: bool) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        Self { mode, shadow, since, adopted: false, remote: false, notices: Vec::new() }
+        Self { mode, shadow, since, began: Instant::now(), adopted: false, remote: false, notices: Vec::new() }
     }
 
     /// Whether frames can be redirected to a port. In generic mode the stack sends them, by any device.
@@ -65,7 +67,7 @@ impl Facts {
     pub fn notice(&mut self, notice: &Notice) {
         let undo = notice.undo.as_ref().map_or(String::new(), |undo| format!(" (undo: {undo})"));
         let text = format!("{}: {}{undo}", notice.port, notice.text);
-        eprintln!("note: {text}");
+        log::note(format_args!("note: {text}"));
         self.notices.push(text);
     }
 }
@@ -125,11 +127,13 @@ impl Daemon {
             pid: std::process::id(),
             namespace: self.instance.inode,
             since: self.facts.since,
+            up_seconds: self.facts.began.elapsed().as_secs(),
             adopted: self.facts.adopted,
             remote: self.facts.remote,
             shadow: self.facts.shadow,
             in_sync: self.is_in_sync(),
             resyncs: self.resyncs,
+            resyncs_by_cause: self.causes.report(),
             ports: self.ports(),
             policies: self
                 .fpm

@@ -14,6 +14,7 @@ use crate::link::Remote;
 use crate::metrics::Endpoint;
 use crate::notify::Manager;
 use crate::ports::Wanted;
+use crate::resyncs::Resyncs;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
 use crate::source::{Inbound, Running, Source, thread};
@@ -22,11 +23,12 @@ use crate::wires::{LARGEST_MTU, PortArgument};
 use crate::workers::{Grace, Plan, Shared, Workers, statistics_lines};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use towpath_cm::FlowMode;
-use towpath_engine::{Engine, Mode, Notice, Options, PortRequest, Site, TransmitWatch};
+use towpath_engine::{Changed, Engine, Mode, Notice, Options, PortRequest, Site, TransmitWatch};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Alarm, AlarmId, Message, Policy, PolicySource, Scope, Snapshot};
 use towpath_fpm::Fpm;
@@ -54,8 +56,8 @@ pub enum Event {
     SourceEnded(String),
     /// The cache manager at the other end of a socket has left
     SourceLost,
-    /// Whether these ports can transmit may have changed
-    Transmit(Vec<u32>),
+    /// Whether ports can transmit may have changed
+    Transmit(Changed),
     /// What Linux had let pass before this change of its rules has left
     Settled(u64),
     /// A question and where the answer goes
@@ -101,6 +103,8 @@ pub struct Daemon {
     pub resyncing: HashSet<Snapshot>,
     /// How often everything was described anew
     pub resyncs: u64,
+    /// How often anything was, by cause
+    pub causes: Resyncs,
     /// The cache manager has left, and no other one has described everything since
     pub lost: bool,
     /// Ports that nothing can be redirected to, and why
@@ -257,6 +261,7 @@ fn start(serve: &Serve, origin: Origin, instance: &Instance) -> Result<Option<Da
         told: BTreeMap::new(),
         resyncing: HashSet::new(),
         resyncs: 0,
+        causes: Resyncs::default(),
         cannot_transmit: BTreeMap::new(),
         policies: BTreeSet::new(),
         shortages: BTreeSet::new(),
@@ -293,7 +298,7 @@ fn watch_transmit(events: SyncSender<Event>) -> Result<()> {
     thread("transmit", move || {
         loop {
             let changed = match watch.wait(PATIENCE) {
-                Ok(changed) if watch.announces() && changed.is_empty() => continue,
+                Ok(Changed::These(changed)) if watch.announces() && changed.is_empty() => continue,
                 Ok(changed) => changed,
                 Err(error) => return tracing::warn!("{error}"),
             };
@@ -528,7 +533,10 @@ impl Daemon {
 
     fn announce(&mut self) {
         self.running = true;
-        println!("ready: {}", self.extent());
+        // Whoever reads it may be gone, or the disk be full.
+        if let Err(error) = writeln!(std::io::stdout(), "ready: {}", self.extent()) {
+            tracing::warn!("cannot write to stdout: {error}");
+        }
         self.manager.ready(self.status_line());
     }
 
@@ -559,11 +567,7 @@ impl Daemon {
                 Ok(Event::TraceEnd(client)) => self.end_trace(client),
                 Ok(Event::Traced(packets)) => self.tell_traces(&packets),
                 Ok(Event::Stop(signal)) => return self.stop(signal),
-                Ok(Event::Transmit(mut ports)) => {
-                    ports.extend(self.cannot_transmit.keys());
-                    self.check_abilities(&ports);
-                    self.sync();
-                }
+                Ok(Event::Transmit(changed)) => self.transmit_changed(changed),
                 Ok(Event::Acknowledge(sequence)) => self.acknowledge(sequence),
                 Ok(Event::SourceLost) => {
                     self.resyncing.extend(towpath_fpm::all_classes());

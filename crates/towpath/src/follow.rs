@@ -2,13 +2,14 @@
 
 use crate::daemon::{Daemon, Event};
 use crate::explain::Names;
+use crate::resyncs::Cause;
 use crate::source::Peer;
 use crate::wires::LARGEST_MTU;
 use crate::words;
 use crate::workers::Opened;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use towpath_engine::{Request, TransmitSupport};
+use towpath_engine::{Changed, Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, PolicySource, Port, Snapshot};
 use towpath_fpm::{Progress, Transmit};
@@ -49,6 +50,7 @@ impl Daemon {
                 Message::PortDelete(ifindex) if self.running => self.port_gone(*ifindex),
                 Message::SnapshotBegin(class) => self.described_anew(*class),
                 Message::SnapshotEnd(class) => drop(self.resyncing.remove(class)),
+                Message::Lost(listener) => self.causes.count(Cause::Lost(*listener)),
                 _ => {}
             }
             self.fpm.apply(message);
@@ -64,7 +66,12 @@ impl Daemon {
             tracing::debug!("reading again: {class:?}");
         }
         // Interfaces are described as a whole only with everything else.
-        self.resyncs += u64::from(self.running && class == Snapshot::Ports);
+        if self.running && class == Snapshot::Ports {
+            self.resyncs += 1;
+            if self.lost {
+                self.causes.count(Cause::CacheManager);
+            }
+        }
     }
 
     fn port_described(&mut self, port: &Port) {
@@ -155,6 +162,21 @@ impl Daemon {
             self.fpm.set_beside(ifindex, self.engine.sees_beside(ifindex).unwrap_or(false));
             self.fpm.set_unmarked(ifindex, self.facts.is_unmarked());
         }
+    }
+
+    /// Asks again what the ports can do of which that may have changed.
+    pub fn transmit_changed(&mut self, changed: Changed) {
+        let mut ports = match changed {
+            Changed::These(ports) => ports,
+            Changed::Any => {
+                tracing::warn!("announcements of what devices can do with XDP were lost: all ports are asked again");
+                self.causes.count(Cause::Abilities);
+                self.wanted.indices().into_iter().collect()
+            }
+        };
+        ports.extend(self.cannot_transmit.keys());
+        self.check_abilities(&ports);
+        self.sync();
     }
 
     /// Tries again what found no room.

@@ -27,6 +27,7 @@ mod ports;
 mod read;
 mod remote;
 mod report;
+mod resyncs;
 mod sentry;
 mod signals;
 mod source;

@@ -92,6 +92,11 @@ impl Answers {
             gauge("in_sync", "1 if the tables hold all that Linux has told", one(status.in_sync.into())),
             gauge("shadow", "1 if nothing is forwarded, and counters are predictions", one(status.shadow.into())),
             counter("resyncs", "How often all of Linux's state was read again", one(status.resyncs)),
+            counter(
+                "resyncs_by_cause",
+                "How often Linux's state, or a part of it, was read again",
+                status.resyncs_by_cause.iter().map(|one| (vec![("cause", one.cause.clone())], one.count)).collect(),
+            ),
             gauge(
                 "routes",
                 "Routes in the tables",

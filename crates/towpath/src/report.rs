@@ -15,8 +15,11 @@ pub struct Status {
     pub pid: u32,
     /// Inode of the network namespace
     pub namespace: u64,
-    /// Start of the daemon, seconds since 1970-01-01 UTC
+    /// Start of the daemon, seconds since 1970-01-01 UTC, by the clock of that time
     pub since: u64,
+    /// Seconds since then, whatever became of that clock
+    #[serde(default)]
+    pub up_seconds: u64,
     /// The tables were taken over from an earlier daemon
     pub adopted: bool,
     /// The tables hold what Linux says on another host
@@ -30,6 +33,9 @@ pub struct Status {
     /// How often all of Linux's state was described anew: notifications were lost, or another cache manager came
     #[serde(default)]
     pub resyncs: u64,
+    /// How often Linux's state, or a part of it, was read again because it could not be followed
+    #[serde(default)]
+    pub resyncs_by_cause: Vec<Resync>,
     /// Ports asked for
     pub ports: Vec<Port>,
     /// Settings of Linux that the fast path does not repeat, and what they touch
@@ -56,6 +62,16 @@ pub struct Status {
     pub filters: u64,
     /// What the operator should know
     pub notices: Vec<String>,
+}
+
+/// Why Linux's state, or a part of it, was read again, and how often.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Resync {
+    /// Whose notifications were lost: `interfaces`, `routes`, `connections`, `nftables`, `xfrm`, `rules`, `tc`,
+    /// `xdp-features`; or `cache-manager`, if another one came
+    pub cause: String,
+    /// How often since the daemon started
+    pub count: u64,
 }
 
 /// A worker of the user engine. Its counters start with the tables and belong to the core, but `rx_lost`, which starts

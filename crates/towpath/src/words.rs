@@ -140,7 +140,8 @@ pub fn policy(policy: &Policy, filtered: bool, name: impl Fn(u32) -> String) -> 
     }
 }
 
-fn policy_source(source: PolicySource) -> &'static str {
+/// Which part of Linux policies come from.
+pub fn policy_source(source: PolicySource) -> &'static str {
     match source {
         PolicySource::Nftables => "nftables",
         PolicySource::Xtables => "iptables",

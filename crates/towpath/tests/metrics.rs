@@ -206,4 +206,8 @@ fn a_resync_is_counted() {
     let _cm = start_cm();
     eventually("in sync again", || (Metrics::scrape(&net).value("towpath_in_sync", &[]) == 1.0).then_some(()));
     assert_eq!(resyncs(), 1.0);
+    let by_cause = |cause| Metrics::scrape(&net).value("towpath_resyncs_by_cause_total", &[("cause", cause)]);
+    assert_eq!(["cache-manager", "routes", "nftables"].map(by_cause), [1.0, 0.0, 0.0]);
+    let text = String::from_utf8(net.towpath(&["status"]).stdout).expect("text");
+    assert!(text.contains("read again since the start, by cause: cache-manager 1\n"), "{text}");
 }

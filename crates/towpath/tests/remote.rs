@@ -116,7 +116,8 @@ impl Hosts {
     /// All that the tables say, but for counters.
     fn tables(&self) -> String {
         let mut status = self.net.json(&["status"]);
-        let about = ["ports", "routes", "tables", "program", "resyncs"].map(|name| status[name].take());
+        let about =
+            ["ports", "routes", "tables", "program", "resyncs", "resyncs_by_cause"].map(|name| status[name].take());
         let rest = [["show", "routes"], ["show", "neighbors"], ["show", "ports"]].map(|words| self.net.json(&words));
         let nexthops = self.net.json(&["show", "nexthops"]);
         format!("{about:?} {rest:?} {nexthops}")

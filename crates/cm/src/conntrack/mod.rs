@@ -26,7 +26,7 @@ use judge::{Verdict, judge};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
-use towpath_fpc::{Message, Snapshot};
+use towpath_fpc::{Listener, Message, Snapshot};
 use towpath_tables::flow::Tuple;
 
 /// NFNLGRP_CONNTRACK_NEW, _UPDATE and _DESTROY.
@@ -175,6 +175,7 @@ impl Mirror {
                 }
                 Received::Overrun => {
                     tracing::warn!("notifications of connections were lost: all are read again");
+                    out.push(Message::Lost(Listener::Connections));
                     // What is still queued is older than what was lost.
                     session.listener = listener(self.receive_buffer)?;
                     self.opened = true;

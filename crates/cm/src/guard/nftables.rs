@@ -142,6 +142,10 @@ impl Watcher for Nftables {
         }
         Ok(findings)
     }
+
+    fn has_lost(&mut self) -> bool {
+        self.wakeup.take_lost()
+    }
 }
 
 fn decode_generation(payload: &[u8]) -> Result<u32, CmError> {

@@ -198,6 +198,7 @@ fn set_receive_timeout(socket: &Socket) -> io::Result<()> {
 pub struct Wakeup {
     socket: Socket,
     buffer: Vec<u8>,
+    lost: bool,
 }
 
 impl Wakeup {
@@ -208,12 +209,17 @@ impl Wakeup {
         for group in groups {
             socket.add_membership(*group)?;
         }
-        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE) })
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE), lost: false })
     }
 
     /// Becomes readable when there is a message.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// Whether messages were lost since this was asked last.
+    pub fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
     }
 
     /// Reads everything that waits; true if there was something.
@@ -224,7 +230,7 @@ impl Wakeup {
             match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
                 Ok(_) => woken = true,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(woken),
-                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => woken = true,
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => (woken, self.lost) = (true, true),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(CmError::io(what, e)),
             }

@@ -133,6 +133,10 @@ impl Watcher for Rules {
         let marked = self.marks.iter().flat_map(|family| near().map(marked(*family)));
         Ok(self.findings.iter().cloned().chain(marked).collect())
     }
+
+    fn has_lost(&mut self) -> bool {
+        self.wakeup.take_lost()
+    }
 }
 
 /// A port where packets may arrive with a mark that rules ask for.

@@ -159,6 +159,10 @@ impl Watcher for Tc {
         findings.extend(self.tcx(ports)?);
         Ok(findings)
     }
+
+    fn has_lost(&mut self) -> bool {
+        self.wakeup.take_lost()
+    }
 }
 
 /// tcmsg: family, three bytes of padding, interface, handle, parent, info.

@@ -92,6 +92,10 @@ impl Watcher for Xfrm {
         let matters = |finding: &&Finding| has_tunnels(ports) || !matches!(finding.scope, Scope::Local(_));
         Ok(self.findings.iter().filter(matters).cloned().collect())
     }
+
+    fn has_lost(&mut self) -> bool {
+        self.sockets.as_mut().is_some_and(|(wakeup, _)| wakeup.take_lost())
+    }
 }
 
 fn is_unsupported(e: &std::io::Error) -> bool {

@@ -87,6 +87,8 @@ pub struct Replay {
     pub ended: Vec<Snapshot>,
     /// Everything told, in order
     pub log: Vec<Message>,
+    /// How often notifications were lost
+    pub lost: BTreeMap<Listener, u32>,
     open: Vec<Snapshot>,
     ports: HashSet<u32>,
     addresses: HashSet<Address>,
@@ -144,6 +146,7 @@ impl Replay {
             Message::Alarm(alarm) => drop(self.alarms.insert(alarm.id)),
             Message::AlarmOver(id) => assert!(self.alarms.remove(&id), "{id:?} ends but was not told"),
             Message::Heartbeat(_) => {}
+            Message::Lost(listener) => *self.lost.entry(listener).or_default() += 1,
             Message::FamilySettings(settings) => model.settings[settings.family as usize] = Some(settings.hash_policy),
         }
     }

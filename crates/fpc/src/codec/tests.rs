@@ -36,6 +36,15 @@ fn snapshot() -> impl Strategy<Value = Snapshot> {
     ]
 }
 
+fn listener() -> impl Strategy<Value = Listener> {
+    prop_oneof![
+        Just(Listener::Interfaces),
+        Just(Listener::Routes),
+        Just(Listener::Connections),
+        source().prop_map(Listener::Policies),
+    ]
+}
+
 fn tunnel() -> impl Strategy<Value = Tunnel> {
     (ip(), ip(), any::<(u32, Option<u32>, Option<u32>, u8, u8)>()).prop_map(
         |(local, remote, (link, input_key, output_key, ttl, tos))| Tunnel {
@@ -215,6 +224,7 @@ fn packet() -> impl Strategy<Value = Packet> {
             .prop_map(|(id, policies)| Message::Alarm(Alarm { id, policies })),
         alarm_id().prop_map(Message::AlarmOver),
         any::<u64>().prop_map(Message::Heartbeat),
+        listener().prop_map(Message::Lost),
         (family(), any::<u8>())
             .prop_map(|(family, hash_policy)| Message::FamilySettings(FamilySettings { family, hash_policy })),
     ];
