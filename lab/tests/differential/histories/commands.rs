@@ -34,8 +34,8 @@ pub const PREFIXES: [&[&str]; 2] = [
     ],
 ];
 
-/// A table that no rule of the beginning leads to.
-pub const OTHER_TABLE: &str = " table 100";
+/// Tables that no rule of the beginning leads to.
+pub const OTHER_TABLES: [&str; 2] = ["100", "101"];
 const OBJECTS: usize = 5;
 const GROUPS: usize = 2;
 
@@ -58,12 +58,12 @@ impl Commands {
             return self.remedies.swap_remove(at);
         }
         match self.random.below(100) {
-            0..46 => self.route(),
-            46..60 => self.object(),
-            60..72 => self.neighbour(),
-            72..82 => self.address(),
-            82..90 => self.link(),
-            90..96 => self.sysctl(),
+            0..42 => self.route(),
+            42..54 => self.object(),
+            54..65 => self.neighbour(),
+            65..74 => self.address(),
+            74..83 => self.link(),
+            83..90 => self.sysctl(),
             _ => self.rule(),
         }
     }
@@ -79,7 +79,8 @@ impl Commands {
     fn route(&mut self) -> String {
         let v6 = self.random.percent(45);
         let prefix = self.pick(PREFIXES[usize::from(v6)]);
-        let table = if self.random.percent(8) { OTHER_TABLE } else { "" };
+        let other = self.pick(&OTHER_TABLES);
+        let table = if self.random.percent(12) { format!(" table {other}") } else { String::new() };
         let metric = self.pick(&["", "", "", " metric 10", " metric 20"]);
         let action =
             self.pick(&["add", "add", "replace", "replace", "replace", "append", "change", "del", "del", "del"]);
@@ -205,7 +206,12 @@ impl Commands {
     fn link(&mut self) -> String {
         let port = self.random.below(PORTS);
         let device = PORT_NAMES[port];
-        match self.random.below(10) {
+        match self.random.below(14) {
+            10 | 11 => {
+                self.remedies.push(format!("link set away name {device}"));
+                format!("link set {device} name away")
+            }
+            12 | 13 => self.vlan(device),
             0..5 => {
                 self.remedies.push(self.up(port));
                 format!("link set {device} down")
@@ -220,6 +226,20 @@ impl Commands {
             }
             _ => format!("link set {device} mtu {}", self.pick(&["1280", "1300", "1400", "1500", "2000"])),
         }
+    }
+
+    /// A VLAN sub-interface, where the kernel has such.
+    fn vlan(&mut self, device: &str) -> String {
+        let number = self.random.below(3);
+        self.remedies.push(format!("link del {device}.7"));
+        [
+            format!("link add link {device} name {device}.7 type vlan id 7"),
+            format!("address add 198.18.{}.1/24 dev {device}.7", 210 + number),
+            format!("link set {device}.7 up"),
+            format!("neighbor replace 198.18.{}.9 lladdr {} dev {device}.7", 210 + number, mac(HOST_MACS[number])),
+            format!("route replace 198.18.8.0/22 via 198.18.{}.9", 210 + number),
+        ]
+        .join("; ")
     }
 
     /// What brings a port back with what it loses when it goes down.
@@ -242,7 +262,12 @@ impl Commands {
         let value = self.random.below(3);
         let bit = value % 2;
         let key = |family: &str, name: &str| format!("sysctl net.{family}.conf.{interface}.{name}");
-        match self.random.below(16) {
+        match self.random.below(21) {
+            16 => format!("{}={bit}", key("ipv4", "src_valid_mark")),
+            17 => format!("{}={bit}", key("ipv4", "bc_forwarding")),
+            18 => format!("{}={bit}", key("ipv4", "proxy_arp")),
+            19 => format!("{}={bit}", key("ipv4", "disable_policy")),
+            20 => format!("{}={}", key("ipv6", "mtu"), self.pick(&["1280", "1300", "1400"])),
             0..4 => format!("{}={value}", key("ipv4", "rp_filter")),
             12 => format!("{}={bit}", key("ipv4", "accept_source_route")),
             13 => format!("{}={bit}", key("ipv4", "drop_unicast_in_l2_multicast")),
@@ -266,18 +291,49 @@ impl Commands {
     }
 
     fn rule(&mut self) -> String {
-        let select = match self.random.below(5) {
-            0 => format!("from 198.19.{}.0/24", self.random.pick(&[0, 64, 128])),
-            1 => "from 2001:db8:f01::/48".into(),
-            2 => format!("to 198.18.1.0/24 iif {}", self.device()),
-            3 => "to 2001:db8:101::/48".into(),
-            _ => format!("iif {} fwmark 7", self.device()),
+        if self.random.percent(8) {
+            return self.local_moved();
+        }
+        let (device, v6) = (self.device(), self.random.percent(40));
+        let source = match v6 {
+            false => format!("198.19.{}", self.pick(&["0.0/24", "64.0/18", "64.0/20", "128.0/17"])),
+            true => self.pick(&["2001:db8:f01::/48", "2001:db8:f00::/40", "2001:db8:f02:2::/64"]).into(),
         };
-        let action = self.pick(&["lookup 100", "lookup 100", "blackhole", "unreachable", "prohibit"]);
-        let rule = format!("{select} priority {} {action}", 100 + self.random.below(3));
+        let destination = if v6 { "2001:db8:101::/48" } else { "198.18.1.0/24" };
+        let select = match self.random.below(12) {
+            0..3 => format!("from {source}"),
+            3..6 => format!("iif {device}"),
+            6 | 7 => format!("iif {device} from {source}"),
+            8 => format!("to {destination} iif {device}"),
+            9 => format!("to {destination}"),
+            10 => format!("iif {device} fwmark 7"),
+            _ => self.pick(&["from all", "not from all fwmark 7", "oif eth1", "from all ipproto udp"]).into(),
+        };
+        let action = match self.random.below(12) {
+            0..4 => "lookup 100".into(),
+            4..7 => "lookup 101".into(),
+            7 | 8 => {
+                let longest = self.pick(&["0", "16", "24", "40", "48"]);
+                format!("lookup {} suppress_prefixlength {longest}", self.pick(&["main", "100"]))
+            }
+            // To the rule for table main.
+            9 => "goto 32766".into(),
+            _ => self.pick(&["blackhole", "unreachable", "prohibit"]).into(),
+        };
+        let rule = format!("{select} priority {} {action}", 100 + self.random.below(5));
         // The family of a rule is not guessed from its prefix.
-        let family = if select.contains(':') { "ip -6 " } else { "" };
+        let family = if v6 { "ip -6 " } else { "" };
         self.remedies.push(format!("{family}rule del {rule}"));
         format!("{family}rule add {rule}")
+    }
+
+    /// Table local behind other tables.
+    fn local_moved(&mut self) -> String {
+        let family = self.pick(&["-4", "-6"]);
+        let priority = self.pick(&["50", "110", "40000"]);
+        let to = |priority| format!("ip {family} rule add priority {priority} lookup local");
+        let from = |priority| format!("ip {family} rule del priority {priority} lookup local");
+        self.remedies.push(format!("{}; {}", to("0"), from(priority)));
+        format!("{}; {}", to(priority), from("0"))
     }
 }

@@ -36,6 +36,9 @@ pub const DESTINATIONS: &[&str] = &[
     "198.18.200.255",
     "198.18.201.9",
     "198.18.202.9",
+    "198.18.210.9",
+    "198.18.211.1",
+    "198.18.212.9",
     "198.18.255.255",
     "198.20.0.1",
     "192.0.2.1",
@@ -149,7 +152,11 @@ fn any(random: &mut Random, port: usize, mtu: usize, destination: IpAddr) -> Cas
         _ => ethernet.udp(1000 + random.below(1000) as u16, 53).write(&mut bytes, &payload),
     }
     .expect("writing to memory");
-    Case { port, bytes, plain: ttl == 64 && length < 1280 }
+    let tagged = random.percent(8);
+    if tagged {
+        bytes.splice(12..12, [0x81, 0, 0, random.pick(&[0, 7, 7, 8])]);
+    }
+    Case { port, bytes, plain: ttl == 64 && length < 1280 && !tagged }
 }
 
 fn echo() -> etherparse::IcmpEchoHeader {

@@ -1,7 +1,7 @@
 //! Histories: random commands of `ip` for a plain Linux and for one with Towpath. After each step `towpath check` must find no
 //! difference, and frames about everything that steps may change must come out of both alike.
 //!
-//! TOWPATH_DIFF_STEPS sets the number of steps, TOWPATH_DIFF_SEED repeats a run.
+//! TOWPATH_DIFF_STEPS sets the number of steps, TOWPATH_DIFF_SEED repeats a run. A history that fails is kept in out/test, too.
 
 mod commands;
 mod frames;
@@ -17,14 +17,16 @@ use crate::random::Random;
 use crate::router::{NEIGHBOURS_V4, PORT_NAMES, PORTS, Profile};
 use crate::{PLAIN, fast, number, seed};
 use anyhow::{Context, Result, bail, ensure};
-use commands::{Commands, OTHER_TABLE};
+use commands::{Commands, OTHER_TABLES};
 use frames::DESTINATIONS;
 use ip::Ip;
 use kept::KEPT;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use towpath_fpc::Prefix;
 use towpath_lab::{Towpath, wait_for};
 
 const PROFILE: Profile = Profile { name: "history", send_redirects: false, ..PLAIN };
@@ -36,6 +38,12 @@ const BATCH: usize = 64;
 const LIMIT: Duration = Duration::from_secs(3);
 /// How often a history that failed is tried in shorter forms.
 const TRIES: usize = 60;
+
+/// What the second router is: another plain Linux, or one with Towpath that was started with these options.
+type Second = Option<&'static [&'static str]>;
+const LINUX: Second = None;
+const XDP: Second = Some(&[]);
+const WORKERS: Second = Some(&["--engine", "user", "--cores", "0"]);
 
 /// Two routers that are given the same commands.
 struct Trial {
@@ -74,13 +82,14 @@ struct Sums {
 }
 
 impl Trial {
-    fn new(with_towpath: bool) -> Result<Self> {
-        let names = ["linux", if with_towpath { "towpath" } else { "other linux" }];
+    fn new(second: Second) -> Result<Self> {
+        let names = ["linux", if second.is_some() { "towpath" } else { "other linux" }];
         let pair = Pair::new("history", names, &PROFILE)?;
-        let [first, second] = &pair.routers;
-        let ip = [Ip::start(&first.node)?, Ip::start(&second.node)?];
-        let towpath = if with_towpath { Some(Towpath::up(&second.node, &PORT_NAMES)?) } else { None };
-        second.settle()?;
+        let [plain, other] = &pair.routers;
+        let ip = [Ip::start(&plain.node)?, Ip::start(&other.node)?];
+        let up = |options: &[&str]| Towpath::up(&other.node, &[options, &PORT_NAMES].concat());
+        let towpath = second.map(up).transpose()?;
+        other.settle()?;
         Ok(Self {
             pair,
             ip,
@@ -289,22 +298,33 @@ impl Trial {
 
     /// Destinations for which the routers need not choose among next hops, since Towpath chooses by a hash of its own.
     fn destinations(&mut self) -> Result<Vec<IpAddr>> {
-        let mut single = Vec::new();
+        let (mut single, by_rules) = (Vec::new(), self.chosen_by_rules()?);
         for text in DESTINATIONS {
             let (route, _) = self.ip[0].run(&format!("route get fibmatch {text}"))?;
-            let by_rules = self.routes_by_rules(text)?;
-            if [route, by_rules].iter().all(|routes| routes.matches("nexthop via").count() < 2) {
-                single.push(text.parse()?);
+            let destination = text.parse()?;
+            let within = |prefix: &Prefix| Prefix::new(destination, prefix.prefix_len()) == Some(*prefix);
+            if route.matches("nexthop via").count() < 2 && !by_rules.iter().any(within) {
+                single.push(destination);
             }
         }
         Ok(single)
     }
 
-    /// Routes to a destination in the table that rules lead to, for some packets.
-    fn routes_by_rules(&self, destination: &str) -> Result<String> {
-        let family = if destination.contains(':') { "-6" } else { "-4" };
-        let ask = format!("ip {family} route show {OTHER_TABLE} match {destination} 2>&1 || true");
-        self.pair.routers[0].node.sh(&ask)
+    /// Prefixes with several next hops in the tables that rules lead to, for some packets.
+    fn chosen_by_rules(&self) -> Result<Vec<Prefix>> {
+        let mut chosen = Vec::new();
+        for family in ["-4", "-6"] {
+            let ask = |table| format!("ip {family} route show table {table} 2>&1 || true;");
+            let routes = self.pair.routers[0].node.sh(&OTHER_TABLES.map(ask).concat())?;
+            let mut words = "";
+            for line in routes.lines() {
+                match line.trim_start().starts_with("nexthop") {
+                    true => chosen.extend(prefix(words)),
+                    false => words = line,
+                }
+            }
+        }
+        Ok(chosen)
     }
 
     /// By which ports plain Linux sends markers that enter by this one.
@@ -321,9 +341,21 @@ impl Trial {
     }
 }
 
+/// The prefix of a route as `ip route` shows it.
+fn prefix(route: &str) -> Option<Prefix> {
+    let text = route.split_whitespace().next()?;
+    let text = match (text, route.contains(':')) {
+        ("default", false) => "0.0.0.0/0",
+        ("default", true) => "::/0",
+        _ => text,
+    };
+    let (address, length) = text.split_once('/').unwrap_or((text, if text.contains(':') { "128" } else { "32" }));
+    Prefix::new(address.parse().ok()?, length.parse().ok()?)
+}
+
 /// Whether a history fails, and how; with routers of its own.
-fn failure(steps: &[impl AsRef<str>], with_towpath: bool, sums: &mut Sums) -> Result<Option<String>> {
-    let mut trial = Trial::new(with_towpath)?;
+fn failure(steps: &[impl AsRef<str>], second: Second, sums: &mut Sums) -> Result<Option<String>> {
+    let mut trial = Trial::new(second)?;
     let result = trial.run(steps);
     sums.add(&trial.sums);
     Ok(result.err().map(|error| format!("{error:#}")))
@@ -342,27 +374,60 @@ impl Sums {
     }
 }
 
-/// Makes a failing history short, and says it in a form that can be kept.
-fn shortened(steps: Vec<String>, first: &str) -> Result<String> {
+/// A history in a form that can be kept.
+fn written(steps: &[String]) -> String {
+    let lines: String = steps.iter().map(|step| format!("    \"{step}\",\n")).collect();
+    format!("(\"\", &[\n{lines}]),\n")
+}
+
+/// A file that has the history as long as it runs, and after it failed, however it did.
+struct Kept(PathBuf);
+
+impl Kept {
+    fn new(second: Second, seed: u64, steps: &[String]) -> Result<Self> {
+        let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../out/test"));
+        std::fs::create_dir_all(&folder)?;
+        let kind = match second {
+            LINUX => "linux",
+            Some([]) => "xdp",
+            Some(_) => "workers",
+        };
+        let kept = Self(folder.join(format!("history-{kind}-{seed}.txt")));
+        kept.say(&format!("TOWPATH_DIFF_SEED={seed} TOWPATH_DIFF_STEPS={}\n{}", steps.len(), written(steps)))?;
+        Ok(kept)
+    }
+
+    fn say(&self, text: &str) -> Result<()> {
+        let mut file = std::fs::File::options().create(true).append(true).open(&self.0)?;
+        std::io::Write::write_all(&mut file, text.as_bytes()).with_context(|| self.0.display().to_string())
+    }
+
+    fn succeeded(self) -> Result<()> {
+        std::fs::remove_file(&self.0).with_context(|| self.0.display().to_string())
+    }
+}
+
+/// Makes a failing history short.
+fn shortened(steps: Vec<String>, second: Second, first: &str) -> Result<String> {
     eprintln!("lab: fails, and is made shorter: {first}");
-    let mut why = first.to_owned();
+    let (mut why, mut tries, mut failures) = (first.to_owned(), 0, 0);
     let steps = shrink::shrink(steps, TRIES, |steps| {
-        let found = failure(steps, true, &mut Sums::default()).unwrap_or_else(|error| Some(format!("{error:#}")));
+        let found = failure(steps, second, &mut Sums::default()).unwrap_or_else(|error| Some(format!("{error:#}")));
+        tries += 1;
+        failures += usize::from(found.is_some());
         found.map(|found| why = found).is_some()
     });
-    let by_itself = failure(&steps, false, &mut Sums::default())?;
-    let mut text = format!("{why}\n(\"\", &[\n");
-    for step in &steps {
-        writeln!(text, "    \"{step}\",")?;
+    let mut text = format!("{why}\n{}", written(&steps));
+    if failures == 0 {
+        writeln!(text, "parts of it did not fail, in {tries} tries: it may depend on what else went on")?;
     }
-    text += "]),\n";
-    if let Some(why) = by_itself {
+    if let Some(why) = failure(&steps, LINUX, &mut Sums::default())? {
         writeln!(text, "two plain Linuxes do not agree about it either: {why}")?;
     }
     Ok(text)
 }
 
-fn histories(steps: usize, with_towpath: bool) -> Result<Sums> {
+fn histories(steps: usize, second: Second) -> Result<Sums> {
     let (seed, mut sums) = (seed(), Sums::default());
     eprintln!("lab: histories of {steps} steps together, TOWPATH_DIFF_SEED={seed}");
     let mut at = 0;
@@ -370,9 +435,15 @@ fn histories(steps: usize, with_towpath: bool) -> Result<Sums> {
         let seed = seed.wrapping_add(at);
         let mut commands = Commands::new(seed);
         let steps: Vec<String> = (0..LENGTH).map(|_| commands.step()).collect();
-        if let Some(why) = failure(&steps, with_towpath, &mut sums)? {
-            bail!("TOWPATH_DIFF_SEED={seed}: {}", if with_towpath { shortened(steps, &why)? } else { why });
+        let kept = Kept::new(second, seed, &steps)?;
+        let found = failure(&steps, second, &mut sums).unwrap_or_else(|error| Some(format!("{error:#}")));
+        if let Some(why) = found {
+            kept.say(&format!("{why}\n"))?;
+            let text = if second.is_some() { shortened(steps, second, &why)? } else { why };
+            kept.say(&text)?;
+            bail!("TOWPATH_DIFF_SEED={seed} ({}): {text}", kept.0.display());
         }
+        kept.succeeded()?;
         at += 1;
     }
     let Sums { steps, refused, sent, received, plain, fast, beside, late } = sums;
@@ -390,11 +461,20 @@ fn steps() -> usize {
 #[test]
 fn towpath_agrees_with_linux_throughout_histories() -> Result<()> {
     for (name, steps) in KEPT {
-        if let Some(why) = failure(steps, true, &mut Sums::default())? {
+        if let Some(why) = failure(steps, XDP, &mut Sums::default())? {
             bail!("{name}: {why}");
         }
     }
-    let sums = histories(steps(), true)?;
+    agrees(steps(), XDP)
+}
+
+#[test]
+fn workers_agree_with_linux_throughout_histories() -> Result<()> {
+    agrees(steps() / 3, WORKERS)
+}
+
+fn agrees(steps: usize, second: Second) -> Result<()> {
+    let sums = histories(steps, second)?;
     ensure!(sums.fast * 2 > sums.plain, "the fast path forwarded only {} of {}", sums.fast, sums.plain);
     ensure!(sums.plain as usize * 20 > sums.sent, "only {} plain frames were forwarded", sums.plain);
     Ok(())
@@ -403,13 +483,13 @@ fn towpath_agrees_with_linux_throughout_histories() -> Result<()> {
 /// The harness itself: two plain Linuxes agree.
 #[test]
 fn linux_agrees_with_itself_throughout_histories() -> Result<()> {
-    histories(steps() / 10, false).map(drop)
+    histories(steps() / 10, LINUX).map(drop)
 }
 
 /// The harness itself: what one router alone was told is found out.
 #[test]
 fn histories_of_one_router_alone_are_found() -> Result<()> {
-    let mut trial = Trial::new(false)?;
+    let mut trial = Trial::new(LINUX)?;
     trial.run(&["route replace 198.18.0.0/24 via 203.0.113.10"])?;
     for (told, untold) in [
         ("route replace 198.18.0.0/24 via 192.0.2.10", "route replace 198.18.0.0/24 via 203.0.113.10"),

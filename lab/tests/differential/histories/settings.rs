@@ -1,6 +1,6 @@
 //! What Linux can be told about forwarding, one thing after another: set, changed, taken back.
 
-use super::Trial;
+use super::{Trial, XDP};
 use anyhow::{Context, Result, ensure};
 
 /// A setting, and whether the fast path goes on with what it does not touch.
@@ -456,19 +456,19 @@ fn honoured(trial: &mut Trial, settings: &[Setting]) -> Result<()> {
 
 #[test]
 fn every_sysctl_is_honoured() -> Result<()> {
-    honoured(&mut Trial::new(true)?, SYSCTLS)
+    honoured(&mut Trial::new(XDP)?, SYSCTLS)
 }
 
 #[test]
 fn every_kind_of_route_is_honoured() -> Result<()> {
-    let mut trial = Trial::new(true)?;
+    let mut trial = Trial::new(XDP)?;
     honoured(&mut trial, ROUTES)?;
     honoured(&mut trial, ADDRESSES)
 }
 
 #[test]
 fn every_policy_is_honoured() -> Result<()> {
-    let mut trial = Trial::new(true)?;
+    let mut trial = Trial::new(XDP)?;
     honoured(&mut trial, RULES)?;
     honoured(&mut trial, POLICIES)
 }
@@ -485,7 +485,7 @@ fn every_device_above_a_port_is_honoured() -> Result<()> {
 
 /// Each with routers of its own: with a port's routes and neighbours Linux forgets more than can be put back.
 fn each_alone(settings: &[Setting]) -> Result<()> {
-    settings.iter().try_for_each(|setting| honoured(&mut Trial::new(true)?, std::slice::from_ref(setting)))
+    settings.iter().try_for_each(|setting| honoured(&mut Trial::new(XDP)?, std::slice::from_ref(setting)))
 }
 
 impl Trial {
