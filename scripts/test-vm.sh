@@ -48,6 +48,7 @@ doctor what_a_device_cannot_do_is_found_and_gone_when_it_is_mended
 remote a_neighbour_in_use_is_probed_by_the_other_host
 top the_busiest_prefixes_are_estimated_from_a_sample
 metrics a_resync_is_counted
+clock
 towpath_fptun
 tap
 filters

@@ -1,6 +1,6 @@
 //! Towpath's benchmarks: `make bench`. Every figure is a ratio to a peer measured in the same run.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 
 use std::path::PathBuf;
@@ -135,7 +135,8 @@ fn main() -> Result<()> {
     report.table(&["figure", "found", "aim", ""], &rows);
     report.write(&arguments.report)?;
     let figures = serde_json::json!({ "goals": findings.goals, "figures": findings.figures });
-    std::fs::write(arguments.report.with_extension("json"), serde_json::to_string_pretty(&figures)?)?;
+    let json = arguments.report.with_extension("json");
+    std::fs::write(&json, serde_json::to_string_pretty(&figures)?).with_context(|| json.display().to_string())?;
     println!("report: {}", arguments.report.display());
     let missed = findings.goals.iter().filter(|goal| !goal.met).count();
     anyhow::ensure!(!arguments.judge || missed == 0, "{missed} aims missed");

@@ -4,6 +4,13 @@
 mod common;
 #[path = "upgrade/killed.rs"]
 mod killed;
+#[path = "upgrade/other.rs"]
+mod other;
+#[path = "flows/support.rs"]
+#[allow(dead_code, reason = "each test file uses a part")]
+mod support;
+#[path = "upgrade/world.rs"]
+mod world;
 
 use common::{Net, RIGHT, RIGHT6, Stream, bpf};
 use std::ffi::CString;

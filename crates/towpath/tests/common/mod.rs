@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -50,6 +51,13 @@ pub struct Net {
     pub left: Node,
     pub right: Node,
     lab: Lab,
+    /// The command that is run
+    binary: Mutex<PathBuf>,
+}
+
+/// The command that was built with the tests, or TOWPATH_BIN.
+pub fn built() -> PathBuf {
+    std::env::var_os("TOWPATH_BIN").map_or(env!("CARGO_BIN_EXE_towpath").into(), PathBuf::from)
 }
 
 impl Net {
@@ -57,7 +65,7 @@ impl Net {
     pub fn new() -> Self {
         let lab = Lab::new("towpath").expect("a lab");
         let node = |name| lab.node(name).expect("a node");
-        let net = Self { router: node("router"), left: node("left"), right: node("right"), lab };
+        let net = Self::of(node("router"), node("left"), node("right"), lab);
         net.router.forward().expect("forwarding");
         net.connect_left();
         net.connect_right();
@@ -79,7 +87,7 @@ impl Net {
     pub fn apart() -> (Self, Node) {
         let lab = Lab::new("towpath").expect("a lab");
         let node = |name| lab.node(name).expect("a node");
-        let net = Self { router: node("router"), left: node("left"), right: node("right"), lab };
+        let net = Self::of(node("router"), node("left"), node("right"), lab);
         let decider = net.lab.node("decider").expect("a node");
         decider.forward().expect("forwarding");
         net.router.sh("sysctl -q net.ipv6.conf.default.disable_ipv6=1").expect("no packets of its own");
@@ -106,6 +114,19 @@ impl Net {
         (net, decider)
     }
 
+    fn of(router: Node, left: Node, right: Node, lab: Lab) -> Self {
+        Self { router, left, right, lab, binary: Mutex::new(built()) }
+    }
+
+    /// Has another build of the command be run from now on.
+    pub fn set_binary(&self, path: &Path) {
+        *self.binary.lock().expect("lock") = path.into();
+    }
+
+    fn binary(&self) -> PathBuf {
+        self.binary.lock().expect("lock").clone()
+    }
+
     /// Gives the router's port the MAC address that the other host's has.
     pub fn take_address(&self, decider: &Node, port: &str) {
         let mac = decider.mac(port).expect("a MAC address").map(|byte| format!("{byte:02x}")).join(":");
@@ -113,7 +134,7 @@ impl Net {
     }
 
     /// The lab's own folder.
-    pub fn folder(&self) -> &std::path::Path {
+    pub fn folder(&self) -> &Path {
         self.lab.folder()
     }
 
@@ -198,7 +219,7 @@ impl Net {
 
     /// Runs `towpath` to its end.
     pub fn towpath(&self, arguments: &[&str]) -> Output {
-        self.output(&[&[env!("CARGO_BIN_EXE_towpath")], arguments].concat())
+        self.output(&[&[self.binary().to_str().expect("a path of text")], arguments].concat())
     }
 
     /// Runs `towpath up`, which must end with this status, say these words, and leave nothing that was not there.
@@ -235,14 +256,14 @@ impl Net {
 
     /// Starts the daemon.
     pub fn start_up(&self, ports: &[&str]) -> Daemon {
-        let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
+        let mut command = self.router.command(self.binary());
         command.arg("up").args(ports);
         self.start(command)
     }
 
     /// As `up`, with environment variables.
     pub fn up_with(&self, ports: &[&str], environment: &[(&str, &str)]) -> Daemon {
-        let mut command = self.router.command(env!("CARGO_BIN_EXE_towpath"));
+        let mut command = self.router.command(self.binary());
         command.arg("up").args(ports).envs(environment.iter().copied());
         let mut daemon = self.start(command);
         daemon.await_log("ready: ");
@@ -311,7 +332,7 @@ impl Net {
     }
 
     /// Folder of the router's pins.
-    pub fn pins(&self) -> std::path::PathBuf {
+    pub fn pins(&self) -> PathBuf {
         format!("/sys/fs/bpf/towpath/{}", self.inode()).into()
     }
 

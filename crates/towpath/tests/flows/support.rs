@@ -132,6 +132,11 @@ impl Asker {
         Self(client)
     }
 
+    /// The port that it asks from.
+    pub fn port(&self) -> u16 {
+        self.0.local_addr().expect("an address").port()
+    }
+
     /// Asks so often; nothing may be lost.
     pub fn ask(&self, times: u32) {
         for number in 0..times {
@@ -144,10 +149,9 @@ impl Asker {
 
     /// Asks until the fast path carries it, both ways.
     pub fn becomes_fast(&self, net: &Net) {
-        let port = self.0.local_addr().expect("an address").port();
         eventually("the questions go fast", || {
             self.ask(1);
-            is_fast(&flow(net, port)?).then_some(())
+            is_fast(&flow(net, self.port())?).then_some(())
         });
     }
 }
