@@ -95,6 +95,14 @@ pub enum Error {
     /// The object in the binary and this crate disagree.
     #[error("the XDP program in this binary {0}: the build is inconsistent, run cargo clean and build again")]
     Object(String),
+    /// Tables that this program does not know how to read.
+    #[error("{place}: {why}")]
+    Foreign {
+        /// Folder
+        place: String,
+        /// What they say of themselves
+        why: towpath_tables::adopt::AdoptError,
+    },
     /// Pins do not form a whole instance.
     #[error("{place} does not hold a complete instance: {why}; `towpath down` removes it")]
     Incomplete {

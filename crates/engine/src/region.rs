@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use towpath_tables::Reason;
+use towpath_tables::adopt::{self, AdoptError};
 use towpath_tables::backing::{PerTable, RawTable};
 use towpath_tables::brake::Brake;
 use towpath_tables::record::{Config, Family, PORT_SLOTS, SOCKET_QUEUES, TableId};
@@ -104,6 +105,17 @@ impl Table {
             return Err(Error::io(format!("take over table {}", id.name()), cause));
         }
         Self::map(id, fd, records)
+    }
+
+    /// What the table `config` says of itself, whatever its size; nothing if it cannot be one.
+    fn check_version(fd: OwnedFd) -> Result<std::result::Result<(), AdoptError>> {
+        let info = sys::map_info(fd.as_fd()).map_err(|e| Error::io("ask about table config", e))?;
+        if info.map_flags & sys::MMAPABLE == 0 || info.max_entries != 1 || size_of::<Config>() > page_size() {
+            return Ok(Ok(()));
+        }
+        let table = Self::map(TableId::Config, fd, 1)?;
+        // SAFETY: such a map has whole pages, of which a record of atomic words takes one at most, and lives until the end.
+        Ok(adopt::check(unsafe { table.start.cast().as_ref() }))
     }
 
     fn map(id: TableId, fd: OwnedFd, entries: u32) -> Result<Self> {
@@ -206,7 +218,16 @@ impl Region {
     pub(crate) fn adopt(dir: &PinDir) -> Result<Self> {
         let incomplete = |why: String| Error::Incomplete { place: dir.shown().display().to_string(), why };
         let open = |name: &str| sys::get_pinned(&dir.pin(name)).map_err(|e| incomplete(format!("open {name}: {e}")));
-        let tables = try_tables(|id| Table::open(id, open(id.name())?).map_err(|e| incomplete(e.to_string())))?;
+        let tables = try_tables(|id| Table::open(id, open(id.name())?).map_err(|e| incomplete(e.to_string())));
+        let tables = match tables {
+            Ok(tables) => tables,
+            // Tables of another version may be others, and of other sizes: then that is what there is to say.
+            Err(error) => {
+                let version = open(TableId::Config.name()).and_then(Table::check_version)?;
+                let place = dir.shown().display().to_string();
+                return Err(version.err().map_or(error, |why| Error::Foreign { place, why }));
+            }
+        };
         let targets = try_targets(|which| open(which.name()))?;
         let region = Self { tables, targets, brake: Brake::default(), staged: false };
         let (cpus, slots) = (possible_cpus()?, region.len(TableId::Ports));
