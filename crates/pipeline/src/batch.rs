@@ -224,9 +224,10 @@ mod tests {
             let [high, low] = from.to_be_bytes();
             let frame = match n / 2 % 4 {
                 0 => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [10, 1, 0, 1], 17, &payload)],
-                1 => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [203, 0, 0, 1], 17, &payload)],
+                // Without a route, behind what goes to a group.
+                1 => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [9, 9, 9, 9], 17, &payload)],
                 2 => [link(IN, &[], ethernet::IPV6), ipv6(address6(9, 9, from), address6(0xa, 0, 1), 17, &payload)],
-                _ => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [9, 9, 9, 9], 17, &payload)],
+                _ => [link(IN, &[], ethernet::IPV4), ipv4([192, 0, high, low], [203, 0, 0, 1], 17, &payload)],
             };
             Packet::new(&frame.concat(), 64)
         };

@@ -248,8 +248,9 @@ pub(crate) fn check_packet<N: Network, T: Tables>(
 }
 
 #[cfg(any(test, feature = "std"))]
-/// The next hop that the packet before took, if that was the only thing in its way.
-pub(crate) struct Last<'t>(Option<(Word, Hop<'t>)>);
+/// The next hop that the packet before took, if that was the only thing in its way, and the word that leads there; none if a
+/// group did.
+pub(crate) struct Last<'t>(Option<(Option<Word>, Hop<'t>)>);
 
 #[cfg(any(test, feature = "std"))]
 impl<'t> Last<'t> {
@@ -268,7 +269,7 @@ impl<'t> Last<'t> {
     ) -> Result<&Hop<'t>, Refusal> {
         let header = frame.get::<N>(parsed.offset).ok_or(Reason::Truncated)?;
         // What was found of a single next hop still holds, as long as its record does.
-        let same = matches!(&self.0, Some((last, hop)) if *last == word && hop.is_current()) && !parsed.several;
+        let same = matches!(&self.0, Some((Some(last), hop)) if *last == word && hop.is_current()) && !parsed.several;
         if !same {
             let hop = find_hop(frame, tables, header, parsed, word)?;
             hop.check()?;
@@ -276,7 +277,7 @@ impl<'t> Last<'t> {
             hop.check_kind()?;
             hop.check_device(tables, parsed)?;
             // A group may lead the next packet elsewhere.
-            let word = if matches!(word.kind(), Kind::Nexthop(_)) { word } else { Word::NONE };
+            let word = matches!(word.kind(), Kind::Nexthop(_)).then_some(word);
             return Ok(&self.0.insert((word, hop)).1);
         }
         let Some((_, hop)) = &self.0 else { return Err(Reason::Internal.into()) };
