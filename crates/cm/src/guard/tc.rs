@@ -150,6 +150,7 @@ impl Watcher for Tc {
     }
 
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
+        self.asker.hear();
         self.refresh().inspect_err(|_| self.read = false)?;
         let at_port = |finding: &&Finding| match finding.scope {
             Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => ports.get(ifindex).is_none_or(can_be_port),

@@ -13,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub type Attached = (u32, Tcx, u32);
 /// Places with programs; None: the kernel has no tcx.
 type Answer = Option<Vec<Attached>>;
+/// An answer, and to which question.
+type Said = (u64, Result<Answer, CmError>);
 
 /// Whoever asks.
 pub struct Asker {
@@ -26,6 +28,8 @@ pub struct Asker {
     ports: Vec<u32>,
     epoch: u64,
     latest: Answer,
+    /// What the thread has said last
+    heard: Option<Said>,
 }
 
 #[derive(Default)]
@@ -38,7 +42,7 @@ struct Shared {
 struct Work {
     /// To be asked about
     question: Option<(u64, Vec<u32>)>,
-    answer: Option<(u64, Result<Answer, CmError>)>,
+    answer: Option<Said>,
     /// Nobody will ask any more
     over: bool,
 }
@@ -57,7 +61,7 @@ impl Asker {
             end.set_nonblocking(true).map_err(|e| CmError::io("tcx: a pair of sockets", e))?;
         }
         let (shared, ports) = (Arc::default(), Vec::new());
-        Ok(Self { shared, bell, ringer: Some(ringer), own, ports, epoch: 0, latest: None })
+        Ok(Self { shared, bell, ringer: Some(ringer), own, ports, epoch: 0, latest: None, heard: None })
     }
 
     /// Becomes readable when `ask` would say something new.
@@ -68,8 +72,6 @@ impl Asker {
     /// What is known of these interfaces. It is asked for anew, for the next time; at once, and waited for, if others were
     /// asked about before.
     pub fn ask(&mut self, ports: Vec<u32>) -> Result<Answer, CmError> {
-        let mut rung = [0; 16];
-        while self.bell.read(&mut rung).is_ok_and(|length| length > 0) {}
         if ports != self.ports {
             self.forget();
             self.latest = query(&ports, self.own)?;
@@ -77,12 +79,11 @@ impl Asker {
             return Ok(self.latest.clone());
         }
         self.start()?;
-        let mut work = self.shared.work();
-        let answer = work.answer.take().filter(|(epoch, _)| *epoch == self.epoch);
-        work.question = Some((self.epoch, self.ports.clone()));
+        self.hear();
+        // The lock is let go before: else the thread would wake up only to wait for it.
+        self.shared.work().question = Some((self.epoch, self.ports.clone()));
         self.shared.changed.notify_one();
-        drop(work);
-        match answer {
+        match self.heard.take().filter(|(epoch, _)| *epoch == self.epoch) {
             Some((_, Ok(answer))) => self.latest = answer,
             Some((_, Err(error))) => {
                 self.forget();
@@ -91,6 +92,15 @@ impl Asker {
             None => {}
         }
         Ok(self.latest.clone())
+    }
+
+    /// Has the bell be silent, whether somebody asks or not.
+    pub fn hear(&mut self) {
+        if let Some(answer) = self.shared.work().answer.take() {
+            let mut rung = [0; 16];
+            while self.bell.read(&mut rung).is_ok_and(|length| length > 0) {}
+            self.heard = Some(answer);
+        }
     }
 
     /// What was asked is of no interest any more.
@@ -128,8 +138,9 @@ fn serve(shared: &Shared, mut ringer: UnixStream, own: &[&str]) {
             continue;
         }
         last = known;
-        shared.work().answer = Some((epoch, answer));
-        // If there is no room, the bell is heard anyway.
+        let mut work = shared.work();
+        work.answer = Some((epoch, answer));
+        // While the lock is held, so that whoever takes the answer finds the bell rung. If there is no room, it is heard anyway.
         let _ = ringer.write(&[0]);
     }
 }
@@ -146,4 +157,41 @@ fn query(ports: &[u32], own: &[&str]) -> Result<Answer, CmError> {
         }
     }
     Ok(Some(attached))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::ErrorKind::WouldBlock;
+
+    /// Else whoever waits for it would be woken for ever where nobody asks any more: the last program may be gone by then.
+    #[test]
+    fn a_bell_that_was_heard_is_silent() {
+        let mut asker = Asker::new(&[]).unwrap();
+        asker.shared.work().answer = Some((0, Ok(None)));
+        assert_eq!(asker.ringer.as_mut().unwrap().write(&[0]).unwrap(), 1);
+        asker.hear();
+        assert_eq!(asker.bell.read(&mut [0]).unwrap_err().kind(), WouldBlock);
+    }
+
+    #[test]
+    fn the_thread_answers_the_next_time_and_rings_only_for_news() {
+        let mut asker = Asker::new(&[]).unwrap();
+        // No such interface: no programs, and the kernel says so.
+        let ports = vec![u32::MAX >> 1];
+        let first = asker.ask(ports.clone()).unwrap();
+        assert_eq!(asker.ask(ports.clone()).unwrap(), first);
+        let mut rung = [0];
+        asker.bell.set_nonblocking(false).unwrap();
+        asker.bell.read_exact(&mut rung).unwrap();
+        asker.bell.set_nonblocking(true).unwrap();
+        asker.hear();
+        assert_eq!(asker.heard.as_ref().unwrap().1.as_ref().unwrap(), &first);
+        assert_eq!(asker.ask(ports.clone()).unwrap(), first);
+        // The thread has taken the question once it is there no more, and has nothing new to say.
+        while asker.shared.work().question.is_some() {
+            std::thread::yield_now();
+        }
+        assert_eq!(asker.bell.read(&mut rung).unwrap_err().kind(), WouldBlock);
+    }
 }
