@@ -493,7 +493,7 @@ pub enum RuleAction {
     LookupBeyond(u32, u8),
     /// Look up in the table of the VRF that the packet belongs to, if there is one
     Vrf,
-    /// Nothing: only packets with a mark are meant
+    /// Nothing: only packets with a mark are meant, or such as the host itself sends
     Skip,
     /// Nothing that is known: all packets that may be meant are Linux's
     Unknown,

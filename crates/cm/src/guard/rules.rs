@@ -172,7 +172,7 @@ fn all(table: u32) -> Rule {
 }
 
 /// fib_rule_hdr: family, dst_len, src_len, tos, table, two reserved bytes, action, flags; then attributes. None also for
-/// rules that no forwarded packet matches, or that do nothing. Whether a rule matches: fib_rule_match.
+/// rules that do nothing. Whether a rule matches: fib_rule_match.
 fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError> {
     if message.kind != NEWRULE {
         return Ok(None);
@@ -206,11 +206,13 @@ fn decode(family: Family, message: Message<'_>) -> Result<Option<Rule>, CmError>
         // It may be about anything.
         return Ok(Some(Rule { action: RuleAction::Unknown, ..any }));
     }
-    // Where a packet will leave is not known when it is forwarded: ip_route_input_slow, ip6_route_input.
-    if find(&attributes, OIFNAME).is_some() && !for_all || action == NOP {
+    if action == NOP {
         return Ok(None);
     }
-    if for_marked && !for_all {
+    // Where a packet will leave is not known when it is forwarded: ip_route_input_slow, ip6_route_input. What goes into a
+    // tunnel that is bound to an interface may be meant.
+    let by_out = find(&attributes, OIFNAME).is_some();
+    if (for_marked || by_out) && !for_all {
         return Ok(Some(Rule { action: RuleAction::Skip, ..any }));
     }
     let action = match (sound && action == TO_TABLE, is_vrf, beyond.map(u8::try_from)) {
@@ -324,6 +326,8 @@ mod tests {
         assert_eq!(told(1 << 20, &marked), unknown);
         let only = Rule { by_mark: false, ..lookup.unwrap() };
         assert_eq!(told(0, &[]), Some(only));
+        // Nothing that is forwarded is meant, but it is told.
+        assert_eq!(told(0, &[(OIFNAME, 7)]), Some(Rule { by_mark: false, ..skip.unwrap() }));
     }
 
     #[test]
