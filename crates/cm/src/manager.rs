@@ -14,7 +14,7 @@ use crate::netlink::{
 use crate::ports::Ports;
 use crate::routes::{Outcome, Shared};
 use crate::sink::FpcSink;
-use crate::watch::Watcher;
+use crate::watch::{Moved, Watcher};
 use crate::watched::{Alarms, Watched};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -105,6 +105,10 @@ pub struct Cm {
     held: HashMap<u32, Vec<(Class, u64)>>,
     /// Policies, to be told when all has been read that Linux told before they were found
     found: Vec<Message>,
+    /// What watchers are to be told that they do not watch
+    moved: Moved,
+    /// By family, see `Watcher::moved`
+    uneven: [bool; 2],
     /// Messages not handed over yet
     out: Vec<Message>,
 }
@@ -119,7 +123,10 @@ impl Cm {
         epoll.add(port_listener.as_fd(), TOKEN_PORTS)?;
         epoll.add(listener.as_fd(), TOKEN_LISTENER)?;
         epoll.add(requester.as_fd(), TOKEN_REQUESTER)?;
-        let watchers: Vec<_> = watchers.into_iter().map(Watched::new).collect();
+        let mut watchers: Vec<_> = watchers.into_iter().map(Watched::new).collect();
+        // Nothing is known of routes yet.
+        let uneven = [true; 2];
+        watchers.iter_mut().for_each(|watched| watched.moved(Moved::default(), uneven));
         for (token, watched) in (TOKEN_WATCHER..).zip(&watchers) {
             for fd in watched.watcher().fds() {
                 epoll.add(fd, token)?;
@@ -149,6 +156,8 @@ impl Cm {
             runs: HashMap::new(),
             held: HashMap::new(),
             found: Vec::new(),
+            moved: Moved::default(),
+            uneven,
             out: Vec::new(),
         })
     }
@@ -256,6 +265,7 @@ impl Cm {
     }
 
     fn poll(&mut self, sink: &mut dyn FpcSink) -> Result<(), CmError> {
+        self.tell_moved();
         let now = Instant::now();
         if self.poll_due() > now {
             return Ok(());
@@ -273,6 +283,9 @@ impl Cm {
         for watched in self.watchers.iter_mut().filter(|_| self.ports_complete) {
             if watched.due().is_some_and(|due| due <= soon) {
                 let found = watched.poll(self.ports.index());
+                if watched.watcher().source() == PolicySource::Rules && !found.messages.is_empty() {
+                    self.moved.add(Moved::ROUTES);
+                }
                 found.alarm.map_or(Ok(()), |alarm| sink.alarm(alarm))?;
                 rules |= !found.messages.is_empty();
                 self.out.extend(found.lost.map(Message::Lost));
@@ -284,6 +297,19 @@ impl Cm {
             self.flows.rules(generations, &mut self.out);
         }
         Ok(())
+    }
+
+    /// Tells watchers what has changed that they do not watch.
+    fn tell_moved(&mut self) {
+        let moved = std::mem::take(&mut self.moved);
+        if moved == Moved::default() {
+            return;
+        }
+        for family in Family::ALL.into_iter().filter(|family| moved.routes[*family as usize]) {
+            let objects = family == Family::V6 && !self.nexthops.is_empty();
+            self.uneven[family as usize] = objects || self.shared.is_uneven(family);
+        }
+        self.watchers.iter_mut().for_each(|watched| watched.moved(moved, self.uneven));
     }
 
     /// Whatever was to be known of rules at this time is known.
@@ -495,8 +521,14 @@ impl Cm {
                 self.ports.netconf_retain(family, |ifindex| dump.mentioned(Key::Netconf(family, ifindex)));
                 self.retell_ports();
             }
-            Class::Nexthops => self.nexthops.retain(|id| dump.mentioned(Key::Nexthop(*id))),
-            Class::Routes(family) => self.shared.end(family, |key| dump.mentioned(Key::Route(*key))),
+            Class::Nexthops => {
+                self.nexthops.retain(|id| dump.mentioned(Key::Nexthop(*id)));
+                self.moved.add(Moved::ROUTES);
+            }
+            Class::Routes(family) => {
+                self.shared.end(family, |key| dump.mentioned(Key::Route(*key)));
+                self.moved.add(Moved::routes_of(family));
+            }
             Class::Addresses(_) | Class::Neighbours(_) => {}
         }
         self.out.extend(dump.class.snapshot().map(Message::SnapshotEnd));
@@ -641,6 +673,7 @@ impl Cm {
         let Some(route) = decode::route::parse(message.payload)? else { return Ok(()) };
         let key = route.route.key;
         let gone = message.kind == rtm::DELROUTE;
+        self.moved.add(Moved::routes_of(key.prefix.family()));
         // Replacing an IPv6 multipath route removes its siblings.
         self.touch(Key::Route(key), gone || message.flags & NLM_F_REPLACE != 0);
         let Outcome { message, doubtful } = match gone {
@@ -658,6 +691,7 @@ impl Cm {
         let object = nexthop::parse(message.payload)?;
         let gone = message.kind == rtm::DELNEXTHOP;
         self.touch(Key::Nexthop(object.id), gone);
+        self.moved.add(Moved::ROUTES);
         if gone {
             self.nexthops.remove(&object.id);
             self.out.push(Message::NexthopDelete(object.id));
@@ -675,6 +709,7 @@ impl Cm {
         let Some(address) = decode::address::parse(message.payload)? else { return Ok(()) };
         let gone = message.kind == rtm::DELADDR;
         self.touch(Key::Address(address), gone);
+        self.moved.add(Moved::ROUTES);
         self.out.push(if gone { Message::AddressDelete(address) } else { Message::Address(address) });
         if address.address.is_ipv4() {
             // Routes that prefer an address as source go with it, hops revive when an interface gets its first one:
@@ -689,6 +724,7 @@ impl Cm {
             Some(settings) => self.ports.netconf_changed(family, ifindex, settings),
             None => self.ports.netconf_gone(family, ifindex),
         }
+        self.moved.add(Moved::routes_of(family));
         if let Some(dump) = self.dump.as_mut().filter(|dump| dump.class == Class::Netconf(family)) {
             // It carries only what changed, and the dump may be older: neither suffices.
             dump.interrupted = true;
@@ -704,11 +740,14 @@ impl Cm {
         let (ifindex, works) = (link.ifindex, usable(&link));
         let before = self.ports.link(ifindex).cloned();
         let (state, mtu, name) = ((link.up, link.carrier, link.master), link.mtu, link.name.clone());
+        let group = link.group;
         self.ports.link_changed(link);
         match &before {
             Some(before) => {
                 // Linux marks hops as dead or alive again without a word, too.
+                self.moved.links |= (before.group, &before.name) != (group, &name);
                 if (before.up, before.carrier, before.master) != state {
+                    self.moved.add(Moved::ROUTES);
                     SILENT.into_iter().for_each(|class| self.request(class));
                 }
                 if !usable(before) && works {
@@ -733,6 +772,7 @@ impl Cm {
             self.out.push(Message::PortDelete(ifindex));
         }
         SILENT.into_iter().for_each(|class| self.request(class));
+        self.moved.add(Moved::ROUTES);
         self.ports_changed();
     }
 

@@ -6,6 +6,7 @@
 //! - IPv6 siblings: each hop of a multipath route is a route of its own; one can be deleted without a word about the
 //!   others (net/ipv6/ip6_fib.c, fib6_del_route).
 //! - IPv6 routes that cannot have siblings (no gateway) may stand beside others of the same metric.
+//! - Routes for a TOS, only because they are there (`Shared::is_uneven`).
 //!
 //! A limit: where a route without siblings stands between siblings of the same metric, the kernel's dump shows only
 //! the siblings.
@@ -90,6 +91,12 @@ impl Shared {
 
     fn pass(&self, family: Family) -> u64 {
         self.passes[family as usize]
+    }
+
+    /// Whether two packets between the same addresses, with the same mark, may be routed differently: by TOS, or (IPv6, whose
+    /// flow labels count) by one of several next hops (`rt6_multipath_hash`). Next-hop objects are not looked at.
+    pub fn is_uneven(&self, family: Family) -> bool {
+        self.keys.iter().any(|(key, entry)| key.prefix.family() == family && (key.tos != 0 || entry.is_uneven()))
     }
 
     /// A dump of a family begins. What it does not show is forgotten by `end`.
@@ -208,10 +215,16 @@ impl Entry {
         Some(Message::Route(Route { unsupported: first.unsupported || !certain, ..first.clone() }))
     }
 
+    fn is_uneven(&self) -> bool {
+        let siblings: usize =
+            self.routes.iter().filter(|route| can_have_siblings(route)).map(|route| hops(route).len()).sum();
+        siblings > 1 || self.incomplete && self.routes.first().is_some_and(|first| key_family(first) == Family::V6)
+    }
+
     fn is_worth_remembering(&self) -> bool {
         match self.routes.as_slice() {
             _ if self.incomplete => true,
-            [only] if key_family(only) == Family::V4 => only.source_specific,
+            [only] if key_family(only) == Family::V4 => only.source_specific || only.route.key.tos != 0,
             [only] => only.source_specific || hops(only).len() > 1 || !(can_have_siblings(only) || is_object(only)),
             _ => true,
         }

@@ -94,6 +94,36 @@ impl Finding {
     }
 }
 
+/// In the text of what stands in the way for a moment, since it changed.
+pub const JUST_CHANGED: &str = "just changed";
+
+/// What rules may ask for that is no rule, and has changed. What comes in pairs is by family (`Family`).
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Moved {
+    /// The name or the group of an interface
+    pub links: bool,
+    /// Routes, or what they depend on
+    pub routes: [bool; 2],
+}
+
+impl Moved {
+    /// Routes of both families.
+    pub const ROUTES: Self = Self { links: false, routes: [true; 2] };
+
+    /// Routes of a family.
+    pub fn routes_of(family: Family) -> Self {
+        let mut moved = Self::default();
+        moved.routes[family as usize] = true;
+        moved
+    }
+
+    /// Takes in what else has.
+    pub fn add(&mut self, other: Self) {
+        self.links |= other.links;
+        self.routes.iter_mut().zip(other.routes).for_each(|(own, other)| *own |= other);
+    }
+}
+
 /// Finds the policies of one source. Made in the network namespace it watches, and used by one thread.
 pub trait Watcher {
     /// Short name for logs.
@@ -121,6 +151,12 @@ pub trait Watcher {
     /// Whether notifications were lost since this was asked last. Those that wake a watcher have no content that it uses, so
     /// nothing is missing from what it found since.
     fn has_lost(&mut self) -> bool {
+        false
+    }
+
+    /// Told what has changed beside its own. By family, `uneven`: two packets of a connection may be routed differently.
+    /// True if it must be polled for that.
+    fn moved(&mut self, _moved: Moved, _uneven: [bool; 2]) -> bool {
         false
     }
 }

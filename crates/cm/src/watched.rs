@@ -1,6 +1,6 @@
 //! A watcher together with what the loop knows of it.
 
-use crate::watch::{Finding, PortIndex, Watcher};
+use crate::watch::{Finding, Moved, PortIndex, Watcher};
 use std::time::{Duration, Instant};
 use towpath_fpc::{Alarm, AlarmId, Listener, Message, Policy, PolicySource, Snapshot};
 use towpath_tables::Reason;
@@ -54,6 +54,13 @@ impl Watched {
     /// It must be polled at once.
     pub fn wake(&mut self) {
         self.due = Some(Instant::now());
+    }
+
+    /// Tells it what has changed beside its own, see `Watcher::moved`.
+    pub fn moved(&mut self, moved: Moved, uneven: [bool; 2]) {
+        if self.watcher.moved(moved, uneven) {
+            self.wake();
+        }
     }
 
     /// Polls it and gives what follows: nothing, or its whole set and what of it is new.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use support::{Model, Running};
 use towpath_cm::conntrack::Table;
 use towpath_cm::conntrack::entry::{ESTABLISHED, Tcp, status};
-use towpath_cm::guard::Nftables;
+use towpath_cm::guard::{Nftables, Rules};
 use towpath_cm::{FlowMode, Options, Watcher};
 use towpath_fpc::{Listener, Message, PolicySource, Scope, Snapshot};
 use towpath_lab::{Lab, Node, supported, wait_for};
@@ -79,7 +79,8 @@ impl Net {
 
     fn cm_with(&self, options: Options) -> Result<Running> {
         let flows = options.flows;
-        let watchers = move || vec![Box::new(Nftables::new(flows).expect("nftables")) as Box<dyn Watcher>];
+        let nftables = move || Box::new(Nftables::new(flows).expect("nftables"));
+        let watchers = move || vec![nftables() as Box<dyn Watcher>, Box::new(Rules::new().expect("rules"))];
         let cm = self.router.enter(|| Running::with(options, watchers))?;
         wait_for(LIMIT, "first connections", || {
             cm.receiver.lock().unwrap().ended.contains(&Snapshot::Flows).then_some(())
@@ -282,6 +283,98 @@ fn only_marked_connections_are_told_and_only_while_they_are() -> Result<()> {
     expect(&cm, "a mark taken away", &[tcp_told])?;
     drop((other, marked.there));
     Ok(())
+}
+
+#[test]
+fn a_connection_with_other_labels_is_told_anew() -> Result<()> {
+    let net = Net::new("ctlabel")?;
+    let rules = "table inet f { chain forward { type filter hook forward priority 0; ct label 3 accept; meta length > 500 ct label set 5; }; }";
+    if !supported("labels of connections", || net.nft(rules)) {
+        return Ok(());
+    }
+    let cm = net.cm("established", None)?;
+    let udp = net.udp(SERVERS[0], 5300)?;
+    let told = udp.connection("10.0.0.2")?;
+    expect(&cm, "the connection", &[told])?;
+    let anew = || {
+        let log = cm.receiver.lock().expect("lock").log.clone();
+        let gone = log.iter().position(|message| *message == Message::FlowDelete(told.original))?;
+        log[gone..].contains(&Message::Flow(told)).then_some(())
+    };
+    ensure!(anew().is_none(), "nothing has changed");
+    udp.here.send(&[0; 600])?;
+    wait_for(LIMIT, "the connection anew", anew)?;
+    let labels = entry(&net.router, &told)?.context("no entry")?.labels.context("no labels")?;
+    ensure!(labels[0] == 1 << 5 && labels[1..] == [0; 15], "{labels:?}");
+    // By a dump, too.
+    let ended = || {
+        let log = cm.receiver.lock().expect("lock").log.clone();
+        let ends = |message: &&Message| **message == Message::SnapshotEnd(Snapshot::Flows);
+        let deletes = |message: &&Message| **message == Message::FlowDelete(told.original);
+        (log.iter().filter(ends).count(), log.iter().filter(deletes).count())
+    };
+    let before = ended();
+    wait_for(LIMIT, "two dumps more", || (ended().0 >= before.0 + 2).then_some(()))?;
+    ensure!(ended().1 == before.1, "the labels are the same");
+    Ok(())
+}
+
+#[test]
+fn changes_of_interfaces_and_routes_keep_connections_back_where_rules_ask_for_them() -> Result<()> {
+    let net = Net::new("ctmoved")?;
+    let rules = "table inet f { chain pre { type filter hook prerouting priority mangle; fib saddr . iif oif missing drop; ct state established accept; }; }";
+    if !supported("fib in rules of nftables", || net.nft(rules)) {
+        return Ok(());
+    }
+    let cm = net.cm("established", None)?;
+    let stops = |cm: &Running, family| {
+        let policies = cm.model().policies.get(&PolicySource::Nftables).cloned().unwrap_or_default();
+        let of = policies.into_iter().filter(|policy| policy.scope == Scope::Family(family) && policy.flows.is_none());
+        of.map(|policy| policy.detail).collect::<Vec<_>>().join("; ")
+    };
+    let quiet = || wait_for(LIMIT, "quiet", || Family::ALL.iter().all(|of| stops(&cm, *of).is_empty()).then_some(()));
+    let ip = |words: &str| net.router.sh(&format!("ip {words}"));
+    quiet()?;
+    for (command, undo, of, what) in [
+        ("route add 203.0.113.0/24 via 192.0.2.2", "route del 203.0.113.0/24", Family::V4, "have just changed"),
+        (
+            "-6 route add 2001:db8:9::/48 via 2001:db8:2::2",
+            "-6 route del 2001:db8:9::/48",
+            Family::V6,
+            "have just changed",
+        ),
+        ("address add 203.0.113.1/32 dev in", "address del 203.0.113.1/32 dev in", Family::V4, "have just changed"),
+        ("rule add iif in lookup main", "rule del iif in lookup main", Family::V6, "have just changed"),
+        ("link set dev in group 7", "link set dev in group 0", Family::V6, "name or group"),
+    ] {
+        for command in [command, undo] {
+            ip(command)?;
+            wait_for(LIMIT, command, || stops(&cm, of).contains(what).then_some(()))
+                .with_context(|| format!("{command}: {}", stops(&cm, of)))?;
+            quiet().with_context(|| format!("{command}: {:?}", Family::ALL.map(|of| stops(&cm, of))))?;
+        }
+    }
+    // While packets of a connection may be routed differently, none passes.
+    for (command, undo, of) in [
+        ("route add 203.0.113.0/24 tos 0x10 via 192.0.2.2", "route del 203.0.113.0/24 tos 0x10", Family::V4),
+        (
+            "-6 route add 2001:db8:9::/48 nexthop via 2001:db8:1::2 nexthop via 2001:db8:2::2",
+            "-6 route del 2001:db8:9::/48",
+            Family::V6,
+        ),
+        ("nexthop add id 7 via 192.0.2.2 dev out", "nexthop del id 7", Family::V6),
+    ] {
+        ip(command)?;
+        wait_for(LIMIT, command, || stops(&cm, of).contains("may answer each packet differently").then_some(()))?;
+        ip(undo)?;
+        quiet().with_context(|| format!("{undo}: {:?}", Family::ALL.map(|of| stops(&cm, of))))?;
+    }
+    ip("link set dev in down")?;
+    wait_for(LIMIT, "a link down", || stops(&cm, Family::V4).contains("have just changed").then_some(()))?;
+    quiet()?;
+    ip("link set dev in name inside")?;
+    wait_for(LIMIT, "another name", || stops(&cm, Family::V4).contains("name or group").then_some(()))?;
+    quiet()
 }
 
 #[test]

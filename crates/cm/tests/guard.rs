@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::FamilyReader, watchers};
-use towpath_cm::{Finding, FlowMode, PortIndex, Watcher};
+use towpath_cm::{Finding, FlowMode, Moved, PortIndex, Watcher};
 use towpath_fpc::{Port, PortFamily, PortKind, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family::{V4, V6};
@@ -374,7 +374,6 @@ fn no_connection_passes_a_rule_that_may_answer_each_packet_differently() {
         ("ct avgpkt > 1000 drop", "ct avgpkt"),
         ("ct expiration < 10s drop", "ct expiration"),
         ("ct status assured drop", "ct status"),
-        ("ct label 1 drop", "ct label"),
         ("ip dscp cs1 drop", "payload (network header, byte 1)"),
         ("ip ttl < 5 drop", "payload (network header, byte 8)"),
         ("ip length > 100 drop", "payload (network header, byte 2)"),
@@ -389,7 +388,6 @@ fn no_connection_passes_a_rule_that_may_answer_each_packet_differently() {
         ("ct mark set meta length", "meta length"),
         ("limit rate 5/second meta mark set 1", "limit"),
         ("limit rate 5/second jump { ip saddr 192.0.2.1 drop; }", "limit"),
-        ("fib saddr . iif oif missing drop", "fib"),
         ("rt ip nexthop 192.0.2.1 drop", "rt"),
         ("symhash mod 2 0 drop", "hash"),
         ("jhash ip saddr . ip length mod 2 0 drop", "payload (network header, byte 2)"),
@@ -474,6 +472,12 @@ fn connections_pass_rules_that_answer_all_their_packets_the_same_or_that_they_ne
         "meta mark set tcp dport map { 80 : 1, 443 : 2 }",
         "meta mark set jhash ip saddr . ip daddr mod 4",
         "ct mark set meta mark and 0xff; meta mark set ct mark",
+        "ct label 1 drop",
+        "ct label set 1",
+        "iifgroup 1 oifgroup 2 drop",
+        "fib saddr . iif oif missing drop",
+        "fib daddr . mark oifname \"g1\" accept",
+        "fib saddr type { local, broadcast } drop",
         "tcp dport vmap { 80 : accept, 443 : drop }",
         "ip saddr 192.0.2.1 drop; accept; limit rate 5/second drop",
         "meta pkttype broadcast limit rate 5/second drop",
@@ -511,6 +515,61 @@ fn connections_pass_rules_that_answer_all_their_packets_the_same_or_that_they_ne
     assert!(!in_flowtables.iter().any(|found| found.detail.contains("differently")), "Linux's own go past it, too");
 }
 
+/// What a watcher says that no connection may pass now, by family.
+fn stops(nft: &mut Nftables, ports: &PortIndex) -> [BTreeSet<String>; 2] {
+    let found = nft.findings(ports).unwrap();
+    [V4, V6].map(|of| {
+        let of = found.iter().filter(|finding| finding.scope == Scope::Family(of));
+        of.filter_map(|finding| finding.detail.strip_suffix(" (no connection may pass)").map(str::to_owned)).collect()
+    })
+}
+
+#[test]
+fn connections_pass_rules_that_ask_for_routes_and_interfaces_while_these_stand() {
+    let lab = Lab::new();
+    if !forward("fib saddr . iif oif missing drop") {
+        return;
+    }
+    let says = |what: &str| BTreeSet::from([format!("nft table inet t, chain c: fib asks for routes, which {what}")]);
+    let mut nft = Nftables::new(FlowMode::Established).unwrap();
+    let nothing = || [BTreeSet::new(), BTreeSet::new()];
+    assert_eq!(stops(&mut nft, &lab.ports), nothing());
+    let quiet = |nft: &mut Nftables| {
+        let begin = Instant::now();
+        while stops(nft, &lab.ports) != nothing() {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", stops(nft, &lab.ports));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    for (of, expected) in
+        [(V4, [says("have just changed"), BTreeSet::new()]), (V6, [BTreeSet::new(), says("have just changed")])]
+    {
+        assert!(nft.moved(Moved::routes_of(of), [false; 2]), "it must be polled");
+        assert_eq!(stops(&mut nft, &lab.ports), expected);
+        assert!(!nft.moved(Moved::routes_of(of), [false; 2]), "it stands in the way already");
+        quiet(&mut nft);
+    }
+    assert!(nft.moved(Moved { links: true, routes: [false; 2] }, [false; 2]));
+    let links = BTreeSet::from(["the name or group of an interface has just changed".to_owned()]);
+    assert_eq!(stops(&mut nft, &lab.ports), [links.clone(), links]);
+    quiet(&mut nft);
+    assert!(nft.moved(Moved::default(), [false, true]));
+    assert_eq!(stops(&mut nft, &lab.ports), [BTreeSet::new(), says("may answer each packet differently")]);
+    assert!(!nft.moved(Moved::default(), [false, true]));
+    assert!(nft.moved(Moved::default(), [false; 2]));
+    assert_eq!(stops(&mut nft, &lab.ports), nothing());
+
+    // Who does not ask does not mind, nor who asks where no packet of a connection gets.
+    for rules in ["ip saddr 192.0.2.1 accept", "ct state established accept; fib saddr . iif oif missing drop"] {
+        assert!(forward(rules));
+        nft.moved(Moved::ROUTES, [true; 2]);
+        assert_eq!(stops(&mut nft, &lab.ports), nothing(), "{rules}");
+    }
+    // What is in a flowtable goes past them in Linux, too.
+    let mut flowtable = Nftables::new(FlowMode::Flowtable).unwrap();
+    assert!(!flowtable.moved(Moved::ROUTES, [true; 2]));
+}
+
 #[test]
 fn iptables_nft_rules_that_may_answer_each_packet_differently() {
     let lab = Lab::new();
@@ -537,6 +596,9 @@ fn iptables_nft_rules_that_may_answer_each_packet_differently() {
         ("-m limit --limit 5/s -j LOG", None),
         ("-p udp -m multiport --dports 53,54 -m comment --comment x -m mark --mark 1 -j DROP", None),
         ("-m conntrack --ctstate DNAT -j ACCEPT", None),
+        ("-m addrtype --dst-type LOCAL -j DROP", None),
+        ("-m devgroup --src-group 1 -j DROP", None),
+        ("-m mac --mac-source 02:00:00:00:00:01 -j DROP", Some("match mac")),
     ] {
         run("nft flush ruleset");
         if rules.lines().all(|rule| offers(&format!("iptables-nft -A FORWARD {rule}"))) {

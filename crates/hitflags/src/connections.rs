@@ -137,6 +137,7 @@ mod tests {
             connection: Connection::new(original, original.inverse()).unwrap(),
             status: status::CONFIRMED | status::SEEN_REPLY,
             mark: 0,
+            labels: None,
             timeout: Some(left),
             tcp: (protocol == 6).then_some(Tcp { state: ESTABLISHED, liberal: true }),
             zoned: false,

@@ -9,9 +9,10 @@ use crate::words;
 use crate::workers::Opened;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
+use towpath_cm::JUST_CHANGED;
 use towpath_engine::{Changed, Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
-use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, PolicySource, Port, Snapshot};
+use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port, Snapshot};
 use towpath_fpm::{Progress, Transmit};
 use towpath_hitflags::{Netlink, Refresh, RefreshError};
 use towpath_tables::record::TableId;
@@ -291,7 +292,7 @@ impl Daemon {
 
     fn log_policies(&mut self) {
         // What has just changed is no setting that stands.
-        let stands = |policy: &&Policy| policy.source != PolicySource::Ports;
+        let stands = |policy: &&Policy| !policy.detail.contains(JUST_CHANGED);
         let now: BTreeSet<Policy> = self.fpm.policies().filter(stands).cloned().collect();
         for policy in now.difference(&self.policies) {
             tracing::info!("to Linux: {} ({})", policy.detail, policy.reason.name());

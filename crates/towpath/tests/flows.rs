@@ -401,6 +401,58 @@ fn a_connection_whose_mark_changes_stops_where_a_rule_says_so() {
 }
 
 #[test]
+fn an_interface_in_another_group_stops_what_rules_drop_for_it() {
+    let net = firewall();
+    net.router.run(["nft", "insert rule inet filter forward iifgroup 7 drop"]).expect("a rule");
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    for _ in 0..3 {
+        pulse.becomes_fast(&net);
+        net.exec("ip link set dev eth0 group 7");
+        let begin = Instant::now();
+        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
+        let after = pulse.last().expect("answers before").saturating_duration_since(begin);
+        println!("stopped after {after:?}");
+        assert!(after < LEAK, "{after:?}");
+        let found = flow(&net, pulse.port).expect("it is known");
+        assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
+        net.exec("ip link set dev eth0 group 0");
+    }
+    pulse.becomes_fast(&net);
+}
+
+#[test]
+fn a_rule_that_looks_for_the_way_back_holds_when_routes_change() {
+    let net = firewall();
+    let rules = "table inet back { counter lost { }; chain pre { type filter hook prerouting priority mangle; \
+                 fib saddr . iif oif missing counter name lost drop; }; }";
+    if !supported("fib in rules of nftables", || net.router.run(["nft", rules]).map(drop)) {
+        return;
+    }
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    pulse.becomes_fast(&net);
+    let lost = || {
+        let all = net.exec("nft -j list counters table inet back");
+        let all: serde_json::Value = serde_json::from_str(&all).expect("JSON");
+        let counter =
+            all["nftables"].as_array().expect("a list").iter().find_map(|of| of["counter"]["packets"].as_u64());
+        counter.expect("a counter")
+    };
+    assert_eq!(lost(), 0);
+    // What comes from the left does not come by the way back any more.
+    net.exec(&format!("ip route add {LEFT}/32 dev eth1"));
+    eventually("Linux drops", || (lost() > 100).then_some(()));
+    let found = flow(&net, pulse.port).expect("it is known");
+    assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
+    let (fast, before) = (fast_packets(&found)[0], lost());
+    eventually("Linux drops", || (lost() > before + 100).then_some(()));
+    assert_eq!(fast_packets(&flow(&net, pulse.port).expect("it is known"))[0], fast);
+    net.exec(&format!("ip route del {LEFT}/32 dev eth1"));
+    pulse.becomes_fast(&net);
+}
+
+#[test]
 fn the_end_of_a_connection_is_linuxs() {
     let net = firewall();
     let _daemon = up(&net);

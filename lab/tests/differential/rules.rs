@@ -371,6 +371,8 @@ impl Ruleset {
             (Hook::Forward, 20) if tcp => "tcp flags syn tcp option maxseg size set rt mtu".into(),
             (Hook::Forward | Hook::Postrouting, 21) if random.percent(60) => format!("{} dscp set cs1", about.ip),
             (Hook::Prerouting, 21) if early && random.percent(20) => "ct zone set 1".into(),
+            // Without a rule that asks for labels, entries have no room for any.
+            (_, 23) => format!("ct label set {}", random.below(2)),
             (_, 22) => "limit rate 1/day burst 1 packets counter".into(),
             _ => "counter".into(),
         }
@@ -568,9 +570,10 @@ impl Set {
 /// A port, or whatever else only some hooks know of a packet's place.
 fn place(hook: Hook, random: &mut Random) -> String {
     let (not, port) = (random.pick(&["", "", "", "!= "]), random.pick(&PORT_NAMES));
-    match (hook, random.below(3)) {
+    match (hook, random.below(4)) {
         (Hook::Prerouting, 0) => format!("fib saddr type {not}unicast"),
         (Hook::Prerouting, 1) => "fib saddr . iif oif exists".into(),
+        (Hook::Prerouting, 2) => format!("iifgroup {not}0"),
         (Hook::Prerouting, _) => format!("ether saddr {not}02:00:00:00:00:2{}", random.below(PORTS)),
         (Hook::Forward, 0) => {
             format!("iifname . oifname {{ {port} . {}, eth0 . eth1 }}", random.pick(&["eth2", "eth1"]))
@@ -585,7 +588,7 @@ fn tracked(about: About, random: &mut Random) -> String {
     let About { six, ip, transport, .. } = about;
     let not = random.pick(&["", "", "", "!= "]);
     let (direction, address) = (random.pick(&["original", "reply"]), random.pick(&["saddr", "daddr"]));
-    match random.below(9) {
+    match random.below(10) {
         0 => format!("ct state {not}{}", random.pick(&["new", "established", "invalid", "related", "untracked"])),
         1 => format!("ct state {}", random.pick(&["established,related", "new,untracked", "established,new"])),
         2 => format!("ct direction {direction}"),
@@ -602,6 +605,7 @@ fn tracked(about: About, random: &mut Random) -> String {
             format!("{}{}", random.pick(&["ct state new ", "ct state new ", ""]), random.pick(&far))
         }
         7 => differently(transport, random),
+        8 => format!("ct label {}", random.below(2)),
         _ => format!("ct mark {not}{}", random.below(3)),
     }
 }

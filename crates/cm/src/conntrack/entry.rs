@@ -52,6 +52,7 @@ mod cta {
     pub const TIMEOUT: u16 = 7;
     pub const MARK: u16 = 8;
     pub const ZONE: u16 = 18;
+    pub const LABELS: u16 = 22;
     pub const SYNPROXY: u16 = 24;
 }
 const TUPLE_IP: u16 = 1;
@@ -74,6 +75,9 @@ pub struct Tcp {
     pub liberal: bool,
 }
 
+/// Bits of connection labels (NF_CT_LABELS_MAX_SIZE bytes).
+pub type Labels = [u8; 16];
+
 /// A TCP or UDP connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry {
@@ -83,6 +87,8 @@ pub struct Entry {
     pub status: u32,
     /// Connection mark
     pub mark: u32,
+    /// Connection labels, if there are any and they were told: an event may leave them out, but a dump does not
+    pub labels: Option<Labels>,
     /// Seconds until it is removed; not told of entries in a flowtable
     pub timeout: Option<u32>,
     /// State of TCP; told only when it may have changed, and not of entries in a flowtable
@@ -101,7 +107,7 @@ impl Entry {
         let (_, attributes) = split::<4>(WHAT, payload)?;
         let (mut original, mut reply) = (None, None);
         let (mut status, mut mark, mut timeout, mut tcp) = (0, 0, None, None);
-        let (mut zoned, mut helped, mut proxied) = (false, false, false);
+        let (mut zoned, mut helped, mut proxied, mut labels) = (false, false, false, None);
         for attribute in attrs(WHAT, attributes) {
             let (kind, value) = attribute?;
             match kind {
@@ -117,6 +123,7 @@ impl Entry {
                 cta::TIMEOUT => timeout = Some(be32(value)?),
                 cta::MARK => mark = be32(value)?,
                 cta::ZONE => zoned = true,
+                cta::LABELS => labels = Some(fixed(WHAT, value)?),
                 cta::SYNPROXY => proxied = synproxy(value)?,
                 _ => {}
             }
@@ -125,7 +132,7 @@ impl Entry {
         let (original, reply) = (original.ok_or_else(missing)?, reply.ok_or_else(missing)?);
         let mixed = || CmError::decode(WHAT, format!("its tuples do not fit: {original:?}, {reply:?}"));
         let connection = Connection::new(original, reply).ok_or_else(mixed)?;
-        Ok(Some(Self { connection, status, mark, timeout, tcp, zoned, helped, proxied }))
+        Ok(Some(Self { connection, status, mark, labels, timeout, tcp, zoned, helped, proxied }))
     }
 
     /// Whether all these status bits are set.
@@ -294,11 +301,18 @@ pub(super) mod tests {
 
     #[test]
     fn everything_told_is_read() {
-        let entry = parsed(&[with_status(0x418e), timeout(431_999), attr(8, &[0, 0, 1, 2]), tcp(3, [0x0a, 0x2a])]);
+        let entry = parsed(&[
+            with_status(0x418e),
+            timeout(431_999),
+            attr(8, &[0, 0, 1, 2]),
+            attr(22, &[3; 16]),
+            tcp(3, [0x0a, 0x2a]),
+        ]);
         let expected = Entry {
             connection: connection(6),
             status: 0x418e,
             mark: 0x102,
+            labels: Some([3; 16]),
             timeout: Some(431_999),
             tcp: Some(Tcp { state: ESTABLISHED, liberal: true }),
             zoned: false,

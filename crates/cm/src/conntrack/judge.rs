@@ -74,6 +74,7 @@ mod tests {
             connection: connection(protocol),
             status: status::CONFIRMED | status::SEEN_REPLY | status::ASSURED,
             mark: 0,
+            labels: None,
             timeout: None,
             tcp: LIBERAL.filter(|_| protocol == 6),
             zoned: false,

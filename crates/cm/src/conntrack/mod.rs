@@ -21,7 +21,7 @@ use crate::error::CmError;
 use crate::netlink::{
     self, Channel, Incoming, NETLINK_NETFILTER, NLM_F_REQUEST_DUMP, NLMSG_DONE, NLMSG_ERROR, Received,
 };
-use entry::{Entry, status};
+use entry::{Entry, Labels, status};
 use judge::{Verdict, judge};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -57,6 +57,8 @@ struct Known {
     told: u32,
     /// Connection mark
     mark: u32,
+    /// Its labels, as told last
+    labels: Option<Box<Labels>>,
 }
 
 /// The mirror of a network namespace's connections. It works while there are rules that connections may pass.
@@ -267,7 +269,7 @@ impl Session {
         }
         match self.judge(&entry, mode, self.is_chosen(&original)) {
             _ if gone => self.forget(&original, out),
-            Verdict::Yes => self.tell(&entry, out),
+            Verdict::Yes => self.tell(&entry, false, out),
             Verdict::No => self.forget(&original, out),
             // It was asked, and this is all that it says.
             Verdict::Ask if message.port == self.toucher.port() => self.forget(&original, out),
@@ -282,7 +284,7 @@ impl Session {
         let (known, chosen) = (self.known.contains_key(&original), self.is_chosen(&original));
         match self.judge(entry, mode, chosen) {
             Verdict::No if !known => return,
-            Verdict::Yes if known => return self.tell(entry, out),
+            Verdict::Yes if known => return self.tell(entry, true, out),
             _ => {}
         }
         if let Some(known) = self.known.get_mut(&original) {
@@ -308,12 +310,24 @@ impl Session {
         self.known.get(original).is_some_and(|known| known.epoch == self.epoch)
     }
 
-    fn tell(&mut self, entry: &Entry, out: &mut Vec<Message>) {
+    /// Tells a connection that is chosen, as an event or a dump shows it.
+    fn tell(&mut self, entry: &Entry, dumped: bool, out: &mut Vec<Message>) {
         let original = entry.connection.original;
-        let known = Known { epoch: self.epoch, told: self.dumps, mark: entry.mark };
-        // Rules may decide by the mark: of another one, Linux has to accept a packet anew.
-        if self.known.insert(original, known).is_some_and(|before| before.mark != entry.mark) {
-            out.push(Message::FlowDelete(original));
+        let labels = entry.labels.map(Box::new);
+        match self.known.get_mut(&original) {
+            Some(known) => {
+                // Rules may decide by these: of others, Linux has to accept a packet anew. An event that is not about labels
+                // does not tell them, and neither does one that takes them all away (`ctnetlink_dump_labels`).
+                if known.mark != entry.mark || known.labels != labels {
+                    out.push(Message::FlowDelete(original));
+                }
+                known.labels = labels.or_else(|| known.labels.take().filter(|_| !dumped));
+                (known.epoch, known.told, known.mark) = (self.epoch, self.dumps, entry.mark);
+            }
+            None => {
+                let known = Known { epoch: self.epoch, told: self.dumps, mark: entry.mark, labels };
+                self.known.insert(original, known);
+            }
         }
         out.push(Message::Flow(entry.connection));
     }

@@ -13,6 +13,7 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_GROUP: u16 = 27;
 const IFLA_PROMISCUITY: u16 = 30;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
@@ -73,6 +74,8 @@ pub struct Link {
     pub master: u32,
     /// Of one end of a veth pair the other, if it is in the same namespace
     pub peer: Option<u32>,
+    /// The number of the group that it belongs to
+    pub group: u32,
     /// Promiscuity count above 0
     pub promiscuous: bool,
     /// A setting of the link that the fast path does not repeat
@@ -98,7 +101,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
     let device_type = u16::from_ne_bytes([t0, t1]);
     let flags = i32::from_ne_bytes([f0, f1, f2, f3]);
     let (mut name, mut mac, mut mtu, mut master, mut lower) = (String::new(), None, 0, 0, None);
-    let (mut operstate, mut promiscuity, mut foreign_lower) = (IF_OPER_UNKNOWN, 0, false);
+    let (mut operstate, mut group, mut promiscuity, mut foreign_lower) = (IF_OPER_UNKNOWN, 0, 0, false);
     let mut xdp = false;
     let mut info = Info::default();
     for attr in attrs(WHAT, rest) {
@@ -110,6 +113,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
             IFLA_LINK => lower = Some(int32(WHAT, value)?),
             IFLA_MASTER => master = int32(WHAT, value)?,
             IFLA_OPERSTATE => operstate = u8::from_ne_bytes(fixed(WHAT, value)?),
+            IFLA_GROUP => group = int32(WHAT, value)?,
             IFLA_PROMISCUITY => promiscuity = int32(WHAT, value)?,
             IFLA_LINK_NETNSID => foreign_lower = true,
             IFLA_LINKINFO => info = link_info(value)?,
@@ -144,6 +148,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
         carrier: flags & libc::IFF_LOWER_UP != 0 && matches!(operstate, IF_OPER_UNKNOWN | IF_OPER_UP),
         master,
         peer: lower.filter(|_| info.kind == b"veth" && !foreign_lower),
+        group,
         promiscuous: promiscuity > 0,
         unsupported: info.unsupported,
     }))

@@ -5,6 +5,7 @@
 //! if the generation is another; should one ever be missing, the generation is asked for now and then all the same
 //! (include/uapi/linux/netfilter/nf_tables.h, Linux 6.1).
 
+mod aside;
 mod barrier;
 mod bits;
 mod hooks;
@@ -18,7 +19,8 @@ use super::proc::ProcNet;
 use super::{Finding, POLL, has_tunnels, nl};
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
-use crate::watch::{PortIndex, Watcher};
+use crate::watch::{Moved, PortIndex, Watcher};
+use aside::Aside;
 use hooks::Hooks;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nl::{Netlink, Wakeup};
@@ -52,6 +54,7 @@ pub struct Nftables {
     ruleset: Ruleset,
     hooks: Hooks,
     queues: ProcNet,
+    aside: Aside,
     flows: FlowMode,
 }
 
@@ -75,6 +78,7 @@ impl Nftables {
             generation: Generation::Unknown,
             asked: Instant::now(),
             ruleset: Ruleset::default(),
+            aside: Aside::default(),
             flows,
         })
     }
@@ -139,12 +143,19 @@ impl Watcher for Nftables {
         findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
         if findings.iter().any(|finding| finding.flows.is_some()) {
             findings.extend(queues::findings(&mut self.queues)?);
+            findings.extend(self.aside.findings(&self.ruleset, Instant::now()));
         }
         Ok(findings)
     }
 
     fn has_lost(&mut self) -> bool {
         self.wakeup.take_lost()
+    }
+
+    fn moved(&mut self, moved: Moved, uneven: [bool; 2]) -> bool {
+        // What is in a flowtable goes past rules in Linux, too.
+        let met = matches!(self.flows, FlowMode::Established | FlowMode::Mark { .. });
+        met && self.aside.moved(moved, uneven, Instant::now())
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Outside of a flowtable connections go past chains that see every one of their packets in Linux. What the chains said of
 //! some of the packets holds for the others only where all that was asked is the same for all of them: addresses, ports,
-//! interfaces, what connection tracking knows of the connection. A limit, a quota, the time, a length, a set that changes by
+//! interfaces, what connection tracking knows of the connection, and what routes say while they are what they are. A limit, a quota, the time, a length, a set that changes by
 //! itself may answer otherwise the next time. So the chains on the way are gone through for packets that go fast, as the
 //! kernel does it, and no connection may pass if one may come to a rule that does something by such an answer. What only
 //! counts or logs does nothing. Rules that such a packet cannot come to do not matter: behind an answer of never (`ct state
@@ -111,6 +111,8 @@ pub struct Walk<'a> {
     depth: usize,
     /// The chain, and what in it may answer differently
     pub found: Option<(String, String)>,
+    /// The same for what asks for routes
+    pub routed: Option<(String, String)>,
 }
 
 /// What a rule knows of its packets on its way from one expression to the next.
@@ -142,7 +144,7 @@ impl<'a> Walk<'a> {
         class: Class,
         elements: &'a mut dyn FnMut(&str) -> Result<Vec<Element>, CmError>,
     ) -> Self {
-        Self { table, class, elements, known: HashMap::new(), depth: 0, found: None }
+        Self { table, class, elements, known: HashMap::new(), depth: 0, found: None, routed: None }
     }
 
     /// Goes through a chain that hangs in a hook.
@@ -231,8 +233,12 @@ impl<'a> Walk<'a> {
         let sets = |register: u16| find(data, register).is_some();
         Ok(match name {
             "meta" if sets(3) => rule.sets(number(3), 4, &packet::meta(class, data).1),
-            "ct" if sets(4) => rule.sets(number(4), 4, &packet::ct(class, data).1),
+            "ct" if sets(4) => rule.sets(number(4), packet::ct_length(data), &packet::ct(class, data).1),
             "payload" if sets(5) => rule.sets(number(5), 0, name),
+            "fib" => {
+                self.asks_routes(rule, name);
+                rule.loads(number(1), packet::fib(data))
+            }
             "meta" => rule.loads(number(1), packet::meta(class, data)),
             "ct" => rule.loads(number(1), packet::ct(class, data)),
             "payload" => rule.loads(number(1), packet::payload(class, data)),
@@ -258,7 +264,13 @@ impl<'a> Walk<'a> {
             }
             "lookup" => self.lookup(rule, data)?,
             "objref" => self.object(rule, data),
-            "match" => xt::answer(class, data).map_or(Step::Nothing, |(answer, name)| Step::Answers(answer, name)),
+            "match" => {
+                let extension = find(data, 1).map(text_of).unwrap_or_default();
+                if xt::asks_routes(&extension) {
+                    self.asks_routes(rule, &format!("match {extension}"));
+                }
+                xt::answer(class, data).map_or(Step::Nothing, |(answer, name)| Step::Answers(answer, name))
+            }
             "target" if xt::does_nothing(&find(data, 1).map(text_of).unwrap_or_default()) => Step::Nothing,
             "counter" | "last" | "log" => Step::Nothing,
             // The maximum segment size is in SYNs only.
@@ -273,12 +285,16 @@ impl<'a> Walk<'a> {
             {
                 Step::Does
             }
-            // Limits, quotas, counts, chance, and what routes, sockets and options say; and whatever is unknown.
+            // Limits, quotas, counts, chance, and what next hops, sockets and options say; and whatever is unknown.
             _ => {
                 rule.registers = Registers::new();
                 Step::Answers(Answer::Varies, name.to_owned())
             }
         })
+    }
+
+    fn asks_routes(&mut self, rule: &Rule<'_>, name: &str) {
+        self.routed.get_or_insert_with(|| (rule.chain.to_owned(), name.to_owned()));
     }
 
     fn lookup(&mut self, rule: &mut Rule<'_>, data: &Attributes<'_>) -> Result<Step, CmError> {

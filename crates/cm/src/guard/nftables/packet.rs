@@ -62,8 +62,8 @@ pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
     let key = number(data, 2);
     let bytes = match key {
         Some(1) => class.ethertype().map(Byte::known).to_vec(),
-        // mark, iif, oif, sdif
-        Some(3..=5 | 33) => vec![Byte::FIXED; 4],
+        // mark, iif, oif, groups of both, sdif
+        Some(3..=5 | 21 | 22 | 33) => vec![Byte::FIXED; 4],
         // names and kinds of both, sdifname
         Some(6 | 7 | 26 | 27 | 34) => vec![Byte::FIXED; 16],
         // types of both
@@ -79,8 +79,6 @@ pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
         Some(2) => "priority",
         Some(13) => "rtclassid",
         Some(20) => "cpu",
-        Some(21) => "iifgroup",
-        Some(22) => "oifgroup",
         Some(24) => "random",
         Some(30) => "time",
         Some(31) => "day",
@@ -88,6 +86,11 @@ pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
         _ => "",
     };
     (bytes, format!("meta {name}").trim().to_owned())
+}
+
+/// Bytes that `ct` sets: a label's, or a number's.
+pub fn ct_length(data: &Attributes<'_>) -> usize {
+    if number(data, 2) == Some(13) { 16 } else { 4 }
 }
 
 /// What `ct` loads, and what it is called.
@@ -103,8 +106,8 @@ pub fn ct(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
         Some(0 | 3 | 18 | 19 | 20 | 23) => vec![Byte::FIXED; 4],
         Some(1) => vec![Byte::FIXED],
         Some(2) if class.tracked => word(STATUS, STATUS, STATUS_FIXED),
-        // helper, src_ip6, dst_ip6
-        Some(6 | 21 | 22) => vec![Byte::FIXED; 16],
+        // helper, label, src_ip6, dst_ip6
+        Some(6 | 13 | 21 | 22) => vec![Byte::FIXED; 16],
         Some(7) => vec![Byte::known(class.pf())],
         Some(8 | 9) => vec![Byte::FIXED; address],
         Some(10) => vec![Byte::known(class.protocol)],
@@ -116,13 +119,27 @@ pub fn ct(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
         Some(2) => "status",
         Some(4) => "secmark",
         Some(5) => "expiration",
-        Some(13) => "label",
         Some(14) => "packets",
         Some(15) => "bytes",
         Some(16) => "avgpkt",
         _ => "",
     };
     (bytes, format!("ct {name}").trim().to_owned())
+}
+
+/// What `fib` loads, and what it is called: by addresses, the mark and interfaces, while routes are what they are.
+pub fn fib(data: &Attributes<'_>) -> (Vec<Byte>, String) {
+    /// NFTA_FIB_F_PRESENT
+    const PRESENT: u32 = 1 << 5;
+    let present = number(data, 3).is_some_and(|flags| flags & PRESENT != 0);
+    let length = match number(data, 2) {
+        // Index, name, type of an address
+        Some(1 | 3) => 4,
+        Some(2) if present => 4,
+        Some(2) => 16,
+        _ => return (vec![Byte::VARYING; 16], "fib".to_owned()),
+    };
+    (vec![Byte::FIXED; length], "fib".to_owned())
 }
 
 /// What `payload` loads, and what it is called.

@@ -46,6 +46,8 @@ pub struct Ruleset {
     flowtables: Vec<Flowtable>,
     /// What no connection may pass: the netfilter family and where it was found
     barriers: BTreeSet<(u8, String)>,
+    /// The same for what connections may pass while routes are what they are
+    routed: BTreeSet<(u8, String)>,
 }
 
 #[derive(PartialEq, Eq, Debug)]
@@ -77,7 +79,7 @@ impl Ruleset {
         let mut tracking: BTreeSet<_> = sets.iter().filter_map(|set| set.tracking.clone()).collect();
         let mut met = Met::default();
         sets.into_iter().for_each(|NamedSet { table, name, set, .. }| met.put_set(table, name, set));
-        let mut barriers = BTreeSet::new();
+        let (mut barriers, mut routed) = (BTreeSet::new(), BTreeSet::new());
         for object in dump(netlink, "nftables objects", GETOBJ, object)? {
             if object_is_barrier(object.kind) {
                 barriers.insert((object.pf, object.place.clone()));
@@ -99,14 +101,23 @@ impl Ruleset {
         }
         let dormant: BTreeSet<_> = tables.into_iter().collect();
         for chain in chains.iter().filter(|chain| !dormant.contains(&chain.table)) {
-            barriers.extend(met.chain(chain, &mut |table, set| elements(netlink, table, set))?);
+            let found = met.chain(chain, &mut |table, set| elements(netlink, table, set))?;
+            barriers.extend(found.changing);
+            routed.extend(found.routed);
         }
-        Ok(Self { dormant, chains, rules, tracking, flowtables, barriers })
+        Ok(Self { dormant, chains, rules, tracking, flowtables, barriers, routed })
     }
 
     /// Whether rules may put connections into flowtables.
     pub fn has_flowtables(&self) -> bool {
         !self.flowtables.is_empty()
+    }
+
+    /// What stands in the way while the answers of a family's routes are not certain.
+    pub fn uncertain(&self, family: Family, why: &str) -> Vec<Finding> {
+        let routed = self.routed.iter().filter(|(pf, _)| families(*pf).contains(&family));
+        let detail = |place: &String| format!("{place} asks for routes{why} (no connection may pass)");
+        routed.map(|(_, place)| Finding::family(family, Reason::PolicyNetfilter, detail(place))).collect()
     }
 
     /// What stands in the way, with the interfaces known at the moment. `flows` is the generation that connections may pass,
@@ -155,6 +166,15 @@ struct Met {
     untracked: bool,
 }
 
+/// What was found in a chain, by netfilter family and place.
+#[derive(Default)]
+struct FoundIn {
+    /// What may answer each packet of a connection differently: none may pass
+    changing: Vec<(u8, String)>,
+    /// What asks for routes
+    routed: Vec<(u8, String)>,
+}
+
 /// NF_IP_PRI_CONNTRACK
 const CONNTRACK: i32 = -200;
 
@@ -169,14 +189,13 @@ impl Met {
         self.tables.entry(table).or_default().chains.entry(chain).or_default().push(rule.list);
     }
 
-    /// What in a chain that hangs in a hook no connection may pass, since it may answer each of its packets differently: by
-    /// netfilter family, and where it was found.
+    /// What packets of connections meet in a chain that hangs in a hook.
     fn chain(
         &self,
         chain: &Chain,
         elements: &mut dyn FnMut(&TableKey, &str) -> Result<Vec<Element>, CmError>,
-    ) -> Result<Vec<(u8, String)>, CmError> {
-        let mut found = Vec::new();
+    ) -> Result<FoundIn, CmError> {
+        let mut found = FoundIn::default();
         let Some(table) = self.tables.get(&chain.table).filter(|_| chain.sees_connections() && !chain.translates)
         else {
             return Ok(found);
@@ -188,10 +207,12 @@ impl Met {
                 let mut elements = |set: &str| elements(&chain.table, set);
                 let mut walk = Walk::new(table, class, &mut elements);
                 walk.base(&chain.name)?;
-                found.extend(walk.found.map(|(name, varies)| {
-                    let place = format!("{}, chain {name}", table_name(chain.table.0, &chain.table.1));
-                    (class.pf(), format!("{place}: {varies} may answer each packet differently"))
-                }));
+                let place = |(name, what): (String, String)| {
+                    format!("{}, chain {name}: {what}", table_name(chain.table.0, &chain.table.1))
+                };
+                let changing = walk.found.map(|at| format!("{} may answer each packet differently", place(at)));
+                found.changing.extend(changing.map(|detail| (class.pf(), detail)));
+                found.routed.extend(walk.routed.map(|at| (class.pf(), place(at))));
             }
         }
         Ok(found)

@@ -9,9 +9,17 @@ use towpath_wire::transport::Tcp;
 /// interfaces, marks and helpers, or are about other protocols. By net/netfilter/xt_*.c and net/ipv{4,6}/netfilter, Linux 6.1.
 #[rustfmt::skip]
 const FIXED: &[&str] = &[
-    "ah", "connmark", "dccp", "esp", "helper", "icmp", "icmp6", "ipcomp", "iprange", "l2tp", "mark", "mh", "multiport", "pkttype",
-    "sctp", "udp",
+    "ah", "connlabel", "connmark", "dccp", "devgroup", "esp", "helper", "icmp", "icmp6", "ipcomp", "iprange", "l2tp", "mark", "mh",
+    "multiport", "pkttype", "sctp", "udp",
 ];
+
+/// Matches of which that is true while routes are what they are.
+const ROUTED: &[&str] = &["addrtype", "rpfilter"];
+
+/// Whether a match asks for routes.
+pub fn asks_routes(name: &str) -> bool {
+    ROUTED.contains(&name)
+}
 
 /// Targets that do nothing to a packet that goes fast; the maximum segment size is in SYNs only.
 const NOTHING: &[&str] = &["AUDIT", "IDLETIMER", "LED", "LOG", "NFLOG", "RATEEST", "TCPMSS", "TRACE"];
@@ -31,7 +39,7 @@ pub fn answer(class: Class, data: &[(u16, &[u8])]) -> Option<(Answer, String)> {
         "conntrack" => conntrack(class, revision, info),
         "state" => info.first_chunk().map(|mask| state(class, u32::from_ne_bytes(*mask))),
         "tcp" => tcp(info),
-        name if FIXED.contains(&name) => Some(Answer::Fixed),
+        name if FIXED.contains(&name) || asks_routes(name) => Some(Answer::Fixed),
         _ => None,
     };
     Some((answer.unwrap_or(Answer::Varies), format!("match {name}")))
@@ -142,8 +150,8 @@ mod tests {
     fn what_may_change_or_is_unknown_varies() {
         #[rustfmt::skip]
         let changing = [
-            "addrtype", "bpf", "connbytes", "connlimit", "cpu", "dscp", "hashlimit", "length", "limit", "mac", "quota", "recent",
-            "rpfilter", "set", "socket", "statistic", "string", "time", "ttl", "u32", "from-the-future",
+            "bpf", "connbytes", "connlimit", "cpu", "dscp", "hashlimit", "length", "limit", "mac", "quota", "recent",
+            "set", "socket", "statistic", "string", "time", "ttl", "u32", "from-the-future",
         ];
         for name in changing {
             assert_eq!(said(name, 0, &[0; 64]), Some(Answer::Varies), "{name}");
