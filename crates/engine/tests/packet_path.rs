@@ -393,16 +393,16 @@ impl Random {
         self.0.below(limit.max(1) as u32) as usize
     }
 
-    /// A frame that has something in common with one of the cases.
-    fn mutate(&mut self, cases: &[Case]) -> Vec<u8> {
-        let mut frame = cases[self.below(cases.len())].frame.clone();
+    /// A frame that has something in common with one of these.
+    fn mutate(&mut self, frames: &[Vec<u8>]) -> Vec<u8> {
+        let mut frame = frames[self.below(frames.len())].clone();
         for _ in 0..self.below(4) {
             // The headers are where it matters.
             let at = self.below(frame.len().min(80));
             frame[at] = match self.below(3) {
                 0 => self.0.bits() as u8,
                 1 => frame[at] ^ 1 << self.below(8),
-                _ => cases[self.below(cases.len())].frame.get(at).copied().unwrap_or(0),
+                _ => frames[self.below(frames.len())].get(at).copied().unwrap_or(0),
             };
         }
         match self.below(8) {
@@ -467,13 +467,17 @@ fn routers() -> Vec<World> {
 /// The same frames through both builds of the packet path, one after another over the same tables.
 #[test]
 fn random_frames_in_the_kernel_and_natively() {
-    let seed = std::env::var("TOWPATH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x7077_7061_7468);
-    let frames: usize = std::env::var("TOWPATH_FRAMES").ok().and_then(|n| n.parse().ok()).unwrap_or(70_000);
-    println!("seed {seed} (TOWPATH_SEED), {frames} frames (TOWPATH_FRAMES)");
+    let (seed, frames) = seed_and_frames();
     let mut random = Random(mix::Random(seed));
     let cases = cases::all();
+    let all: Vec<_> = cases.iter().map(|case| case.frame.clone()).collect();
     let mut program = Program::load();
     let with_more = [
+        "mapping, IPv4, prefixes, TCP, both ends",
+        "mapping, IPv6, hosts, UDP, both ends",
+        "mapping of ports, IPv4, TCP, both ends",
+        "mapping of ports, IPv6, UDP, both ends",
+        "mapping, from VLAN to VLAN",
         "flow, IPv4, TCP, both, Original, 22 bytes",
         "flow, IPv6, UDP, both, Reply, 22 bytes",
         "filter, IPv4, one among many",
@@ -482,12 +486,12 @@ fn random_frames_in_the_kernel_and_natively() {
     ];
     let with_more = cases.iter().filter(|case| with_more.contains(&case.name.as_str())).map(Case::router);
     let routers: Vec<World> = routers().into_iter().chain(with_more).collect();
-    assert_eq!(routers.len(), 12, "with flows in two of them, with filters in three");
-    let (mut forwarded, mut dropped) = (0, 0);
+    assert_eq!(routers.len(), 17, "with mappings in five of them, with flows in two, with filters in three");
+    let (mut forwarded, mut dropped, mut mapped) = (0, 0, 0);
     for world in &routers {
         program.configure(world);
         for number in 0..frames / routers.len() {
-            let frame = random.mutate(&cases);
+            let frame = random.mutate(&all);
             let mut packet = Packet::with_linear(&frame, HEADROOM, FIRST);
             let verdict = process(&mut packet, &world.slices(), INGRESS);
             let action = match verdict {
@@ -504,10 +508,20 @@ fn random_frames_in_the_kernel_and_natively() {
             assert!(stats.read() == world.table(TableId::Stats), "seed {seed}, frame {number}: counters: {frame:02x?}");
         }
         assert_eq!(program.difference(world), None, "seed {seed}");
+        mapped += world.mapping_stats().iter().flat_map(|of| &of.packets).map(|way| way.load()).sum::<u64>();
     }
-    println!("{forwarded} of them forwarded, {dropped} dropped");
+    println!("{forwarded} of them forwarded, {dropped} dropped, {mapped} times mapped");
     assert!(forwarded > frames / 10, "too few frames get far enough to prove anything");
     assert!(dropped > frames / 200, "too few frames meet filters to prove anything");
+    assert!(mapped > frames as u64 / 50, "too few frames meet mappings to prove anything");
+}
+
+/// Where to begin, and how many: by the environment, so that what has failed can be run again.
+fn seed_and_frames() -> (u64, usize) {
+    let seed = std::env::var("TOWPATH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x7077_7061_7468);
+    let frames = std::env::var("TOWPATH_FRAMES").ok().and_then(|n| n.parse().ok()).unwrap_or(70_000);
+    println!("seed {seed} (TOWPATH_SEED), {frames} frames (TOWPATH_FRAMES)");
+    (seed, frames)
 }
 
 /// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used.
