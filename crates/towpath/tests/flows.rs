@@ -443,11 +443,14 @@ fn a_rule_that_looks_for_the_way_back_holds_when_routes_change() {
     // What comes from the left does not come by the way back any more.
     net.exec(&format!("ip route add {LEFT}/32 dev eth1"));
     eventually("Linux drops", || (lost() > 100).then_some(()));
-    let found = flow(&net, pulse.port).expect("it is known");
-    assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
-    let (fast, before) = (fast_packets(&found)[0], lost());
+    let found = || flow(&net, pulse.port).expect("it is known");
+    let fast = fast_packets(&found())[0];
+    // Until routes have stood for a moment nothing passes; from then on Linux has to accept it, and does not.
+    eventually("it waits", || (found()["original"]["state"] == "waiting").then_some(()));
+    let before = lost();
     eventually("Linux drops", || (lost() > before + 100).then_some(()));
-    assert_eq!(fast_packets(&flow(&net, pulse.port).expect("it is known"))[0], fast);
+    let found = found();
+    assert_eq!((fast_packets(&found)[0], &found["original"]["state"]), (fast, &"waiting".into()), "{found}");
     net.exec(&format!("ip route del {LEFT}/32 dev eth1"));
     pulse.becomes_fast(&net);
 }
