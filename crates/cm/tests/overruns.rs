@@ -103,10 +103,15 @@ fn of_traffic_control() {
     in_namespace(|| {
         topology();
         let cm = start();
-        let lines = "qdisc add dev v0 clsact\nqdisc del dev v0 clsact\n".repeat(1000)
-            + "qdisc add dev v0 clsact\nfilter add dev v0 ingress bpf bytecode 1,6 0 0 4294967295 classid 1:1\n";
-        // Its words are taken apart at blanks, but for quotation marks.
-        let lines = lines.replace("1,6 0 0 4294967295", "\"1,6 0 0 4294967295\"");
+        // The first is told, and so CM waits; its words are taken apart at blanks, but for quotation marks.
+        let filter = |port| {
+            format!(
+                "qdisc add dev {port} clsact\n\
+                 filter add dev {port} ingress bpf bytecode \"1,6 0 0 4294967295\" classid 1:1\n"
+            )
+        };
+        let others = "qdisc add dev v1 clsact\nqdisc del dev v1 clsact\n".repeat(1000);
+        let lines = filter("v0") + &others + &filter("v1");
         overrun(&cm, Listener::Policies(PolicySource::Tc), || feed(&["tc", "-batch", "-"], &lines));
         policies_are_found(&cm, Tc::new().expect("a watcher"));
     });
