@@ -108,6 +108,9 @@ fn what_rules_lead_to_is_compared_by_port_and_source() {
         "route add 10.0.0.0/8 via 192.0.2.2",
         "route add 10.1.0.0/16 via 198.51.100.77 table 100",
         "rule add from 10.9.0.0/16 iif eth0 lookup 100",
+        "neigh replace 2001:db8:2::77 lladdr 02:00:00:00:00:77 dev eth1",
+        "-6 route add 2001:db8:a::/48 via 2001:db8:2::77 table 100",
+        "-6 rule add from 2001:db8:9::/48 iif eth0 lookup 100",
     ] {
         net.ip(command);
     }
@@ -119,7 +122,8 @@ fn what_rules_lead_to_is_compared_by_port_and_source() {
     eventually("the rule to be followed", || {
         let (audit, same) = check(&net);
         assert!(same, "{audit}");
-        (arrival(&audit, "10.9.0.1")? >= 4 && arrival(&audit, "192.0.2.2")? >= 2).then_some(())
+        let found = ["10.9.0.1", "192.0.2.2", "2001:db8:9::1"].map(|from| arrival(&audit, from));
+        (found[0]? >= 4 && found[1]? >= 2 && found[2]? >= 2).then_some(())
     });
 
     // Nobody tells the fast path of what happens now.
