@@ -2,12 +2,12 @@
 //!
 //! Outside of a flowtable connections go past chains that see every one of their packets in Linux. What the chains said of
 //! some of the packets holds for the others only where all that was asked is the same for all of them: addresses, ports,
-//! interfaces, what connection tracking knows of the connection, and what routes say while they are what they are. A limit, a quota, the time, a length, a set that changes by
-//! itself may answer otherwise the next time. So the chains on the way are gone through for packets that go fast, as the
-//! kernel does it, and no connection may pass if one may come to a rule that does something by such an answer. What only
-//! counts or logs does nothing. Rules that such a packet cannot come to do not matter: behind an answer of never (`ct state
-//! new`, `meta l4proto icmp`, `tcp flags syn`), behind a rule that accepts all established, or in a chain for address
-//! translation, which only sees a connection's first packet.
+//! interfaces, what connection tracking knows of the connection, and what routes say while they are what they are. A limit,
+//! a quota, the time, a length, a set that changes by itself may answer otherwise the next time. So the chains on the way
+//! are gone through for packets that go fast, as the kernel does it, and no connection may pass if one may come to a rule
+//! that does something by such an answer. What only counts or logs does nothing. Rules that such a packet cannot come to do
+//! not matter: behind an answer of never (`ct state new`, `meta l4proto icmp`, `tcp flags syn`), behind a rule that accepts
+//! all established, or in a chain for address translation, which only sees a connection's first packet.
 
 use super::super::nl::{attrs, be32, find, text_of};
 use super::bits::{Answer, Byte, Registers, changing, compare, is, value};
