@@ -55,9 +55,9 @@ pub struct Net {
     binary: Mutex<PathBuf>,
 }
 
-/// The command that was built with the tests, or TOWPATH_BIN.
+/// The command that was built with the tests: with their features.
 pub fn built() -> PathBuf {
-    std::env::var_os("TOWPATH_BIN").map_or(env!("CARGO_BIN_EXE_towpath").into(), PathBuf::from)
+    env!("CARGO_BIN_EXE_towpath").into()
 }
 
 impl Net {
