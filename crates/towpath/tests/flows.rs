@@ -23,6 +23,13 @@ fn up(net: &Net) -> Daemon {
     net.up(&["--flows", "established", "eth0", "eth1"])
 }
 
+/// Sees that no answer came long after a command.
+fn stops(pulse: &Pulse, begin: Instant) {
+    let after = pulse.ends(begin, LEAK);
+    println!("stopped after {after:?}");
+    assert!(after < LEAK, "{after:?}");
+}
+
 #[test]
 fn transfers_through_nat_are_whole_and_fast() {
     const BYTES: usize = 4 << 20;
@@ -118,8 +125,7 @@ fn a_rule_that_drops_a_connection_stops_it() {
         pulse.becomes_fast(&net);
         net.router.run(["nft", "insert rule inet filter forward udp dport 7002 drop"]).expect("a rule");
         let begin = Instant::now();
-        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
-        times.push(pulse.last().expect("answers before").saturating_duration_since(begin));
+        times.push(pulse.ends(begin, LEAK));
         let found = flow(&net, pulse.port).expect("it is known");
         assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
         let handle = net.exec("nft -a list chain inet filter forward");
@@ -282,8 +288,7 @@ fn without_a_daemon_connections_are_linuxs_soon_and_lose_nothing() {
             asker.ask(10);
             (counted() >= before + 10).then_some(())
         });
-        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
-        let after = pulse.last().expect("answers before").saturating_duration_since(begin);
+        let after = pulse.ends(begin, LEAK);
         println!("stopped after {after:?}");
         assert!(after < Duration::from_nanos(LEASE) + LEAK, "{after:?}");
         asker.ask(100);
@@ -371,10 +376,7 @@ fn a_deleted_connection_stops() {
     pulse.becomes_fast(&net);
     net.exec(&format!("conntrack -D -p udp --sport {}", pulse.port));
     let begin = Instant::now();
-    eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
-    let after = pulse.last().expect("answers before").saturating_duration_since(begin);
-    println!("stopped after {after:?}");
-    assert!(after < LEAK, "{after:?}");
+    stops(&pulse, begin);
     assert_eq!(flow(&net, pulse.port), None);
     assert!(net.exceptions("flow-new") > 0);
 }
@@ -390,10 +392,7 @@ fn a_connection_whose_mark_changes_stops_where_a_rule_says_so() {
     let mark = |mark: u32| net.exec(&format!("conntrack -U -f ipv6 -p udp --sport {} --mark {mark}", pulse.port));
     mark(5);
     let begin = Instant::now();
-    eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
-    let after = pulse.last().expect("answers before").saturating_duration_since(begin);
-    println!("stopped after {after:?}");
-    assert!(after < LEAK, "{after:?}");
+    stops(&pulse, begin);
     let found = flow(&net, pulse.port).expect("it is known");
     assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
     mark(6);
@@ -410,10 +409,7 @@ fn an_interface_in_another_group_stops_what_rules_drop_for_it() {
         pulse.becomes_fast(&net);
         net.exec("ip link set dev eth0 group 7");
         let begin = Instant::now();
-        eventually("no more answers", || (pulse.last()?.elapsed() > LEAK).then_some(()));
-        let after = pulse.last().expect("answers before").saturating_duration_since(begin);
-        println!("stopped after {after:?}");
-        assert!(after < LEAK, "{after:?}");
+        stops(&pulse, begin);
         let found = flow(&net, pulse.port).expect("it is known");
         assert_eq!(found["original"]["state"], "waiting", "Linux accepts nothing of it: {found}");
         net.exec("ip link set dev eth0 group 0");
@@ -596,10 +592,7 @@ fn connections_stay_in_linux_while_rules_ask_for_marks() {
     other.becomes_fast(&net);
     net.ip("rule add fwmark 7 prohibit");
     let begin = Instant::now();
-    eventually("no more answers", || (marked.last()?.elapsed() > LEAK).then_some(()));
-    let after = marked.last().expect("answers before").saturating_duration_since(begin);
-    println!("stopped after {after:?}");
-    assert!(after < LEAK, "{after:?}");
+    stops(&marked, begin);
     let fast = || fast_packets(&flow(&net, other.port).expect("it is known"));
     let before = fast();
     other.goes_on();

@@ -251,6 +251,12 @@ impl Pulse {
         *self.last.lock().expect("the time")
     }
 
+    /// Waits until no answer has come for so long; gives how long after `begin` the last one came.
+    pub fn ends(&self, begin: Instant, silence: Duration) -> Duration {
+        eventually("no more answers", || (self.last()?.elapsed() > silence).then_some(()));
+        self.last().expect("answers before").saturating_duration_since(begin)
+    }
+
     /// Waits until answers come that were given after now.
     pub fn goes_on(&self) {
         let begin = Instant::now() + Duration::from_millis(20);
