@@ -304,6 +304,11 @@ impl Prefix {
     pub fn family(&self) -> Family {
         if self.address.is_ipv4() { Family::V4 } else { Family::V6 }
     }
+
+    /// Whether an address is in it.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        Self::new(address, self.len) == Some(*self)
+    }
 }
 
 impl std::fmt::Display for Prefix {

@@ -616,9 +616,7 @@ fn parse_prefix(text: &str) -> Result<Prefix> {
 }
 
 fn contains(outer: &Prefix, inner: &Prefix) -> bool {
-    outer.family() == inner.family()
-        && outer.prefix_len() <= inner.prefix_len()
-        && Prefix::new(inner.address(), outer.prefix_len()) == Some(*outer)
+    outer.prefix_len() <= inner.prefix_len() && outer.contains(inner.address())
 }
 
 #[cfg(test)]

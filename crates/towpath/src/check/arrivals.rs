@@ -34,7 +34,7 @@ pub fn all(ports: &[report::Port], rules: &[(Family, Vec<Rule>)], neighbours: &N
 fn sources(family: Family, port: &str, rules: &[Rule], near: &BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
     let about = rules.iter().filter(|rule| rule.iif.as_deref().is_none_or(|iif| iif == port));
     let prefixes: BTreeSet<Prefix> = about.filter_map(|rule| rule.from).collect();
-    let place = |address: &IpAddr| prefixes.iter().filter(|prefix| contains(**prefix, *address)).max_by_key(longest);
+    let place = |address: &IpAddr| prefixes.iter().filter(|prefix| prefix.contains(*address)).max_by_key(longest);
     let elsewhere = (family == Family::V6).then_some(IpAddr::from([0; 16]));
     let of = |wanted: Option<&Prefix>| {
         let others = wanted.map_or(elsewhere, |prefix| Some(second(*prefix)));
@@ -45,10 +45,6 @@ fn sources(family: Family, port: &str, rules: &[Rule], near: &BTreeSet<IpAddr>) 
 
 fn longest(prefix: &&Prefix) -> u8 {
     prefix.prefix_len()
-}
-
-fn contains(prefix: Prefix, address: IpAddr) -> bool {
-    prefix.address().is_ipv4() == address.is_ipv4() && Prefix::new(address, prefix.prefix_len()) == Some(prefix)
 }
 
 /// The second address of a prefix, since the first may be the network's own; the only one of a host's.
