@@ -70,9 +70,15 @@ pub fn json<T: Serialize>(value: &T) -> Result<String> {
 
 /// Writes to stdout; a reader that has seen enough (`| head`) is no failure.
 pub fn write_out(text: &str) -> Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to stdout"),
+    write_more(text).map(drop)
+}
+
+/// The same, at once; false if the reader has seen enough.
+pub fn write_more(text: &str) -> Result<bool> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        result => result.map(|()| true).context("cannot write to stdout"),
     }
 }
 

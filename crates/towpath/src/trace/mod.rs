@@ -9,12 +9,11 @@ pub use serve::{Traces, stream};
 use crate::cli;
 use crate::control::{Request, Wanted};
 use crate::log;
-use crate::read::{connect, steps_text, verdict_text};
+use crate::read::{connect, steps_text, verdict_text, write_more};
 use crate::report::{Became, TraceBegun, TraceLine, TracedPacket};
 use crate::signals::Termination;
 use crate::text::suggestion;
-use anyhow::{Context, Result, bail};
-use std::io::{ErrorKind, Write};
+use anyhow::{Result, bail};
 use std::net::Shutdown;
 use towpath_tables::Reason;
 
@@ -42,7 +41,7 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
             TraceLine::Packet(packet) => {
                 shown += 1;
                 let text = if trace.output.json { json(&line)? } else { packet_text(packet, &mut missed) };
-                if !write_out(&text)? {
+                if !write_more(&text)? {
                     return Ok(());
                 }
                 if trace.count == Some(shown) {
@@ -52,7 +51,7 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
             TraceLine::Drawn(_) => {}
             TraceLine::End { matched, missed } => {
                 if trace.output.json {
-                    write_out(&json(&line)?)?;
+                    write_more(&json(&line)?)?;
                 }
                 log::note(format_args!(
                     "{matched} packets matched, {missed} of them were more than is shown at once (--rate)"
@@ -88,15 +87,6 @@ fn known(name: &str) -> Result<String> {
 
 fn json(line: &TraceLine) -> Result<String> {
     Ok(serde_json::to_string(line)? + "\n")
-}
-
-/// False if the reader has seen enough (`| head`).
-fn write_out(text: &str) -> Result<bool> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
-        result => result.map(|()| true).context("cannot write to stdout"),
-    }
 }
 
 fn packet_text(packet: &TracedPacket, missed: &mut u64) -> String {
