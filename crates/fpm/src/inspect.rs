@@ -159,7 +159,8 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         in_force.collect::<BTreeSet<_>>().into_iter()
     }
 
-    /// Whether rules leave packets to Linux: by what they say, by what they ask of connections, or because there is no room for all of a port's.
+    /// Whether rules leave packets to Linux: by what they say, by what they ask of connections, or because there is no room
+    /// for all of a port's.
     fn leaves_some(&self, policy: &Policy) -> bool {
         let Scope::Family(family) = policy.scope else { return false };
         let is_stopped = |ifindex: &u32| self.mirror.rooms.way(&self.state, *ifindex, family).is_none();

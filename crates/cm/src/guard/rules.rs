@@ -10,6 +10,7 @@
 
 use super::nl::{Message, Netlink, Wakeup, attrs, find, ne32};
 use super::{candidates, count, family_name};
+use crate::decode::family_number;
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -151,10 +152,7 @@ fn marked(port: &Port, family: Family) -> Finding {
 /// The rules of a family, in the order in which the kernel tries them.
 pub(crate) fn dump(netlink: &mut Netlink, family: Family) -> Result<Vec<Rule>, CmError> {
     let mut header = [0; 12];
-    header[0] = match family {
-        Family::V4 => libc::AF_INET,
-        Family::V6 => libc::AF_INET6,
-    } as u8;
+    header[0] = family_number(family);
     match netlink.dump(&format!("{} rules", family_name(family)), GETRULE, &header, |message| decode(family, message)) {
         // A kernel without policy routing has no rules beside the usual look-up.
         Err(CmError::Kernel { source, .. })
