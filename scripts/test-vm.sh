@@ -88,6 +88,8 @@ export TOWPATH_DIFF_FRAMES=${TOWPATH_VM_DIFF_FRAMES:-6000}
 export TOWPATH_ROUNDS=${TOWPATH_ROUNDS:-1}
 export TOWPATH_LOAD_ROUTES=${TOWPATH_LOAD_ROUTES:-10000}
 export TOWPATH_BIN=${TOWPATH_BIN:-$PWD/target/release/towpath}
+# Translated, a command that was built for debugging takes several times as long.
+export TOWPATH_COMMAND=$TOWPATH_BIN
 # Nothing may be skipped for want of a kernel feature: supplying those is what this kernel is for.
 export TOWPATH_NO_SKIP=1
 root=()

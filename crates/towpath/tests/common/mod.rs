@@ -55,9 +55,9 @@ pub struct Net {
     binary: Mutex<PathBuf>,
 }
 
-/// The command that was built with the tests: with their features.
+/// The command that was built with the tests, with their features; or the one that TOWPATH_COMMAND names.
 pub fn built() -> PathBuf {
-    env!("CARGO_BIN_EXE_towpath").into()
+    std::env::var_os("TOWPATH_COMMAND").map_or(env!("CARGO_BIN_EXE_towpath").into(), PathBuf::from)
 }
 
 impl Net {
