@@ -91,7 +91,7 @@ impl Daemon {
                 control::answer::<()>(Err(anyhow::anyhow!("not now")))
             }
             Request::Destinations { addresses, arrival } => control::answer(self.destinations(&addresses, arrival)),
-            Request::Stop => control::answer(Ok(true)),
+            Request::Stop | Request::Leave => control::answer(Ok(true)),
         }
     }
 

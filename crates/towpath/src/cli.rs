@@ -25,7 +25,8 @@ pub struct Cli {
     pub verbose: u8,
 }
 
-const EXIT_CODES: &str = "Exit status: 0 success, 1 failure (nothing was changed), 2 wrong usage or configuration.\n\
+const EXIT_CODES: &str = "Exit status: 0 success, 1 failure (nothing was changed), 2 wrong usage or configuration, 75 a \
+    daemon that was asked to leave.\n\
     Each network namespace has an instance of its own; run the command in the namespace it is about.";
 
 /// The subcommands.
@@ -35,6 +36,12 @@ pub enum Command {
     Up(Up),
     /// Take the fast path off; Linux forwards again
     Down,
+    /// End the daemon, and leave its programs to the next one: for an upgrade, or other options
+    ///
+    /// Packets go on by what was known, until the next `towpath up` takes the tables over; connections behind firewall rules or
+    /// NAT are Linux's after 3 s. Workers of `--engine user` forward what they have before they end, so nothing is lost; by
+    /// ports with wires of their own nothing comes in meanwhile. The daemon's exit status is 75.
+    Leave,
     /// Say how the instance of this namespace is doing
     Status(Output),
     /// Show what the fast path holds

@@ -79,6 +79,8 @@ pub enum Request {
     },
     /// Take the fast path off and exit; answered with `true` before
     Stop,
+    /// Leave the fast path to the next daemon and exit; answered with `true` before
+    Leave,
 }
 
 /// What to trace.

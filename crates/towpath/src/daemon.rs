@@ -14,6 +14,7 @@ use crate::link::Remote;
 use crate::metrics::Endpoint;
 use crate::notify::Manager;
 use crate::ports::Wanted;
+use crate::read::connect;
 use crate::resyncs::Resyncs;
 use crate::sentry::Sentry;
 use crate::signals::Termination;
@@ -151,13 +152,21 @@ pub enum Origin {
     Remote(Remote),
 }
 
+/// How a command ended.
+pub enum Ended {
+    /// There is nothing left to do
+    Done,
+    /// The fast path goes on, and the next daemon is to take it over
+    Left,
+}
+
 /// `towpath up`, and `towpath fpm`: serves until told to stop.
-pub fn run(serve: &Serve, origin: Origin) -> Result<()> {
+pub fn run(serve: &Serve, origin: Origin) -> Result<Ended> {
     let instance = Instance::current()?;
     let lock = instance.lock()?;
     let ended = start(serve, origin, &instance).and_then(|daemon| match daemon {
         Some(daemon) => daemon.serve(),
-        None => Ok(()),
+        None => Ok(Ended::Done),
     });
     instance.remove(lock);
     ended
@@ -180,6 +189,22 @@ pub fn down() -> Result<()> {
     instance.remove(lock);
     removed?;
     Ok(device?)
+}
+
+/// `towpath leave`: asks the daemon to end as it is, and waits until it has.
+pub fn leave() -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let instance = Instance::current()?;
+    let left = instance.holder();
+    let _: bool = connect()?.ask(&Request::Leave)?;
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(holder) = instance.holder().filter(|holder| left == Some(*holder)) {
+        if Instant::now() > deadline {
+            bail!("the daemon (pid {holder}) did not end within {} s", PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// Brings everything up; None if told to stop meanwhile.
@@ -541,7 +566,7 @@ impl Daemon {
     }
 
     /// Works until told to stop, or until Linux's state can no longer be followed.
-    fn serve(mut self) -> Result<()> {
+    fn serve(mut self) -> Result<Ended> {
         loop {
             self.tick();
             if self.sentry.is_waiting() {
@@ -553,6 +578,10 @@ impl Daemon {
                 Ok(Event::Request(Request::Stop, reply)) => {
                     let _ = reply.send(control::answer(Ok(true)));
                     return self.stop("towpath down");
+                }
+                Ok(Event::Request(Request::Leave, reply)) => {
+                    let _ = reply.send(control::answer(Ok(true)));
+                    return self.leave();
                 }
                 Ok(Event::Request(request @ (Request::NatAdd(_) | Request::NatDel(_)), reply)) => {
                     let _ = reply.send(self.change_mapping(&request));
@@ -596,10 +625,19 @@ impl Daemon {
         self.pending.take().map_or_else(|| self.inbox.recv_timeout(timeout), Ok)
     }
 
-    fn stop(mut self, why: &str) -> Result<()> {
+    fn stop(mut self, why: &str) -> Result<Ended> {
         tracing::info!("stopping: {why}");
         self.manager.stopping();
-        self.take_off()
+        self.take_off()?;
+        Ok(Ended::Done)
+    }
+
+    /// Ends without the workers, whose ports are the programs' then: those go on alone.
+    fn leave(mut self) -> Result<Ended> {
+        tracing::info!("leaving the fast path to the next daemon");
+        self.manager.stopping();
+        drop(self.workers.take());
+        Ok(Ended::Left)
     }
 
     /// Linux forwards again when it returns. The workers leave first, while what they hand to Linux can still enter.

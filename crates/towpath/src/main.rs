@@ -41,6 +41,7 @@ mod workers;
 
 use clap::{CommandFactory, error::ErrorKind};
 use cli::{Cli, Command, Engine, Fpm, Serve, Up};
+use daemon::Ended;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -57,7 +58,8 @@ fn main() -> ExitCode {
         tracing::info!("{sources}");
     }
     match run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Ended::Done) => ExitCode::SUCCESS,
+        Ok(Ended::Left) => ExitCode::from(LEFT),
         Err(error) => {
             log::failure(format_args!("{error:#}"));
             ExitCode::FAILURE
@@ -67,6 +69,8 @@ fn main() -> ExitCode {
 
 /// As clap ends for wrong usage.
 const WRONG_USAGE: u8 = 2;
+/// Of a daemon whose work another one is to go on with: EX_TEMPFAIL (sysexits.h), which says to try again.
+const LEFT: u8 = 75;
 
 /// What clap's definitions cannot say. `sources` tells which settings are a file's.
 fn check_usage(cli: &Cli, sources: Option<&str>) {
@@ -118,8 +122,10 @@ fn check_usage(cli: &Cli, sources: Option<&str>) {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn run(command: Command) -> anyhow::Result<Ended> {
     match command {
+        Command::Up(up) => return daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
+        Command::Fpm(fpm) => return daemon::run(&fpm.serve, fpm.origin()),
         Command::Status(output) => read::status(output),
         Command::Show(what) => read::show(&what),
         Command::Explain(explain) => read::explain(&explain),
@@ -129,10 +135,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Filter(what) => filter::run(&what),
         Command::Check(output) => check::run(output),
         Command::Doctor(doctor) => doctor::run(&doctor),
-        Command::Up(up) => daemon::run(&up.serve, daemon::Origin::InProcess(up.follow.flows)),
         Command::Down => daemon::down(),
-        Command::Fpm(fpm) => daemon::run(&fpm.serve, fpm.origin()),
+        Command::Leave => daemon::leave(),
         Command::Cm(cm) => remote::run_cm(&cm),
         Command::Generate { folder } => generate::run(&folder),
-    }
+    }?;
+    Ok(Ended::Done)
 }

@@ -131,6 +131,45 @@ fn programs_go_on_after_kill_and_a_new_daemon_reconciles_without_loss() {
 }
 
 #[test]
+fn a_daemon_that_leaves_has_its_programs_go_on() {
+    leaves(&["eth0", "eth1"]);
+}
+
+/// Of what lies in the rings of workers nothing is lost either.
+#[test]
+fn so_do_workers() {
+    leaves(&["--engine", "user", "eth0", "eth1"]);
+}
+
+fn leaves(up: &[&str]) {
+    const LEFT: i32 = 75;
+    let net = Net::new();
+    let stream = Stream::start(&net, RIGHT);
+    let mut daemon = net.up(up);
+    for _ in 0..5 {
+        net.flows(100);
+        let before = net.forwarded();
+        let linux = net.forwarded_by_linux();
+        let leave = net.towpath(&["leave"]);
+        assert!(leave.status.success(), "{}", String::from_utf8_lossy(&leave.stderr));
+        assert_eq!(daemon.wait().code(), Some(LEFT));
+        net.ip("route replace 203.0.113.0/24 via 198.51.100.2");
+        stream.advance(300);
+        assert_eq!(net.forwarded_by_linux(), linux, "the programs forward while no daemon is there");
+        daemon = net.up(up);
+        assert_eq!(net.json(&["status"])["adopted"], true);
+        assert!(net.forwarded() >= before + 250, "counters go on");
+    }
+    assert!(net.towpath(&["down"]).status.success());
+    assert!(daemon.wait().success());
+    stream.finish_complete();
+    let again = net.towpath(&["leave"]);
+    assert_eq!(again.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert!(said.contains("no towpath runs in this network namespace"), "{said}");
+}
+
+#[test]
 fn down_removes_what_a_killed_daemon_left() {
     let net = Net::new();
     let clean = net.traces();
