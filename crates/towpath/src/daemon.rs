@@ -632,10 +632,13 @@ impl Daemon {
         Ok(Ended::Done)
     }
 
-    /// Ends without the workers, whose ports are the programs' then: those go on alone.
+    /// Ends without the workers, whose ports are the programs' then: those go on alone, by what is known now. Changes that come
+    /// with the workers' end are for the next daemon.
     fn leave(mut self) -> Result<Ended> {
         tracing::info!("leaving the fast path to the next daemon");
         self.manager.stopping();
+        self.sync();
+        self.sentry.abandon();
         drop(self.workers.take());
         Ok(Ended::Left)
     }

@@ -90,6 +90,11 @@ impl<T: Guarded> Sentry<T> {
         post.pull();
     }
 
+    /// Watches over none from now on: nobody will heed what comes.
+    pub fn abandon(&self) {
+        self.lock().tables = None;
+    }
+
     /// Leaves an alarm for the daemon's thread, which has less time for it the longer it has been on its way.
     pub fn raise(&self, alarm: Alarm, on_its_way: Duration) {
         let reasons = Family::ALL.into_iter().filter_map(|family| {
@@ -327,6 +332,17 @@ mod tests {
         assert_eq!(beat(), 7);
         sentry.in_line(true);
         assert_eq!(beat(), 8);
+    }
+
+    #[test]
+    fn tables_that_are_left_stay_as_they_are() {
+        let (sentry, left, next) = (sentry(), heap(), heap());
+        sentry.guard(left.clone());
+        sentry.abandon();
+        sentry.raise(alarm(Scope::Family(Family::V4), Reason::PolicyTc), Duration::MAX);
+        sentry.guard(next.clone());
+        becomes(&next, [TC, 0]);
+        becomes(&left, [0, 0]);
     }
 
     #[test]
