@@ -150,7 +150,8 @@ fn after_kill_the_program_forwards_alone_and_a_new_daemon_takes_over() {
         let (sent, lost) = stream.finish();
         println!("{} of {sent} lost at the kill", lost.len());
         if let (Some(first), Some(last)) = (lost.first(), lost.last()) {
-            assert_eq!(last - first + 1, lost.len() as u64, "one gap only: {lost:?}");
+            let workers = &net.json(&["status"])["workers"];
+            assert_eq!(last - first + 1, lost.len() as u64, "one gap only: {lost:?} of {sent}; {workers}");
             assert!(*last <= over, "{last} was sent when the daemon was gone, {over}");
         }
     }

@@ -72,7 +72,8 @@ impl Xdp {
             Err(error) => {
                 attribute[3] = 1 | (log.len() as u64) << 32;
                 attribute[4] = log.as_mut_ptr() as u64;
-                bpf(PROG_LOAD, &mut attribute).expect_err("refused again");
+                let again = bpf(PROG_LOAD, &mut attribute);
+                assert!(again.is_err(), "refused once only: {error}");
                 let log = String::from_utf8_lossy(&log);
                 let lines: Vec<&str> = log.split('\0').next().unwrap_or_default().lines().collect();
                 Err(io::Error::other(format!("{error}: {}", lines[lines.len().saturating_sub(9)..].join("\n"))))
