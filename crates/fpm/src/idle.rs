@@ -101,7 +101,9 @@ pub(crate) struct Found {
 #[derive(Debug)]
 pub(crate) struct Idle {
     seen: Vec<Seen>,
+    /// Of this pass, the next record and the steps that were done
     next: usize,
+    steps: usize,
     begin: Option<Instant>,
     due: Option<Instant>,
     tcp: Limits,
@@ -114,7 +116,7 @@ impl Default for Idle {
     fn default() -> Self {
         let Timeouts { tcp, udp } = Timeouts::default();
         let (tcp, udp) = (Limits::of(tcp), Limits::of(udp));
-        Self { seen: Vec::new(), next: 0, begin: None, due: None, tcp, udp, shortest: tcp.shortest(udp) }
+        Self { seen: Vec::new(), next: 0, steps: 0, begin: None, due: None, tcp, udp, shortest: tcp.shortest(udp) }
     }
 }
 
@@ -139,6 +141,9 @@ impl Idle {
         // As a counter that goes around in 49 days.
         let time = now.saturating_duration_since(*self.begin.get_or_insert(now)).as_millis() as u32;
         self.seen.resize(records.len(), Seen { used: time, told: time.wrapping_sub(u32::MAX / 2), ..Seen::default() });
+        if self.next >= records.len() && self.steps >= STEPS {
+            (self.next, self.steps) = (0, 0);
+        }
         let share = records.len().div_ceil(STEPS);
         for (index, (record, seen)) in records.iter().zip(&mut self.seen).enumerate().skip(self.next).take(share) {
             let packets = record.counters.iter().fold(0, |sum: u32, of| sum.wrapping_add(of.packets.load() as u32));
@@ -148,7 +153,8 @@ impl Idle {
                 if ahead && !seen.ahead {
                     found.told.ahead.extend(original());
                 }
-                *seen = Seen { packets, used: time, untold: true, ahead, ..*seen };
+                // One without packets is another connection, whose counters began anew.
+                *seen = Seen { packets, used: time, untold: packets != 0, ahead, ..*seen };
             }
             let (told, used) = (time.wrapping_sub(seen.told), time.wrapping_sub(seen.used));
             if !self.shortest.concern(seen.untold, told, used) {
@@ -168,7 +174,7 @@ impl Idle {
                 found.idle.extend(u32::try_from(index).ok().filter(|_| kind != 0));
             }
         }
-        self.next = if self.next + share < records.len() { self.next + share } else { 0 };
+        (self.next, self.steps) = (self.next + share, self.steps + 1);
         found
     }
 }

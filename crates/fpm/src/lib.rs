@@ -35,7 +35,7 @@ use idle::Idle;
 use mirror::Mirror;
 use state::State;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use towpath_fpc::{Message, NeighbourKey, Policy, PolicySource, Snapshot};
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::filters::{self as in_force, Decision, FilterTotals, FilterValue, Filters};
@@ -43,6 +43,9 @@ use towpath_tables::grace::Grace;
 use towpath_tables::mappings::{self as in_tables, MappingTotals, MappingValue};
 use towpath_tables::record::Family;
 use towpath_tables::writer::{Published, TableWriter};
+
+/// How often records of connections that ended are made reusable.
+const RECLAIM: Duration = Duration::from_secs(1);
 
 /// Whether the engine can transmit by an interface.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +64,8 @@ pub struct Fpm<B, G> {
     mirror: Mirror<B, G>,
     flows: Flows,
     gate: Gate,
+    /// When records of connections that ended may be reclaimed again
+    reclaim_due: Option<Instant>,
     idle: Idle,
     filters: Filters,
     /// Interfaces that filters are of
@@ -108,6 +113,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
             mirror: Mirror::new(tables),
             flows: Flows::default(),
             gate: Gate::default(),
+            reclaim_due: None,
             idle: Idle::default(),
             unfinished: false,
         }
@@ -292,9 +298,25 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         if tables.flow_count() == 0 {
             return Told::default();
         }
-        let found = self.idle.step(tables.view().flows(), now);
+        let found = self.idle.step(tables.flow_records(), now);
         found.idle.into_iter().for_each(|index| tables.reject_flow(index));
         found.told
+    }
+
+    /// If it is due, begins to make the records of connections that ended reusable: somebody is to wait for a grace period, and
+    /// to call `reclaim_flows` with this number.
+    pub fn seal_flows(&mut self, now: Instant) -> Option<u64> {
+        if self.reclaim_due.is_some_and(|due| now < due) {
+            return None;
+        }
+        let seal = self.mirror.tables.seal_flows()?;
+        self.reclaim_due = Some(now + RECLAIM);
+        Some(seal)
+    }
+
+    /// See `seal_flows`.
+    pub fn reclaim_flows(&mut self, seal: u64) {
+        self.mirror.tables.reclaim_flows(seal);
     }
 
     /// When `settled_flows` or `take_used_flows` has something to do.

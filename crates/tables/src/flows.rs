@@ -75,11 +75,10 @@ pub struct FlowStates {
     pub closed: u64,
 }
 
-/// Counts the flows.
-pub fn count(view: &View<'_>) -> FlowStates {
-    let generation = view.config().flow_generation.load();
+/// Counts the flows in these records.
+pub(crate) fn count(records: &[Flow], generation: u32) -> FlowStates {
     let mut states = FlowStates::default();
-    for flow in view.flows() {
+    for flow in records {
         let state = flow.state.load();
         if state & flow_state::KIND == 0 {
             continue;
@@ -150,11 +149,15 @@ pub(crate) struct Flows {
     slots: Slots,
     /// Removed, but perhaps still looked at
     limbo: Vec<u32>,
+    /// The same, but those who may look are being waited for
+    sealed: Vec<u32>,
+    /// How often some were sealed
+    seals: u64,
 }
 
 impl Default for Flows {
     fn default() -> Self {
-        Self { slots: Slots::new(0), limbo: Vec::new() }
+        Self { slots: Slots::new(0), limbo: Vec::new(), sealed: Vec::new(), seals: 0 }
     }
 }
 
@@ -165,27 +168,50 @@ impl Flows {
         close(config);
         view.flows().iter().filter(|flow| flow.state.load() != 0).for_each(|flow| flow.state.store(0));
         config.flow_seed.store(RandomState::new().hash_one(0) as u32);
-        *self = Self::default();
+        *self = Self { seals: self.seals, ..Self::default() };
     }
 
     pub fn count(&self) -> usize {
-        self.slots.used() - self.limbo.len()
+        self.slots.used() - self.limbo()
     }
 
-    pub fn limbo(&self) -> bool {
-        !self.limbo.is_empty()
+    /// Records that were removed and are not free yet.
+    pub fn limbo(&self) -> usize {
+        self.limbo.len() + self.sealed.len()
+    }
+
+    /// Records behind these were never used.
+    pub fn end(&self) -> usize {
+        self.slots.end() as usize
     }
 
     /// Whether a grace period would make so much room that it is worth while, and there is none else.
     pub fn wants_grace(&self, view: &View<'_>) -> bool {
         let room = view.flows().len();
-        self.slots.used() == room && self.limbo.len() > room / 64
+        self.slots.used() == room && self.limbo() > room / 64
     }
 
     /// Makes records free that were removed; no reader looks at them any more.
     pub fn reclaim(&mut self) {
-        for index in self.limbo.drain(..) {
+        for index in self.limbo.drain(..).chain(self.sealed.drain(..)) {
             self.slots.give(index);
+        }
+    }
+
+    /// Has what was removed become free by `reclaim_sealed` with this number; None if there is nothing, or something waits
+    /// already.
+    pub fn seal(&mut self) -> Option<u64> {
+        if self.limbo.is_empty() || !self.sealed.is_empty() {
+            return None;
+        }
+        std::mem::swap(&mut self.limbo, &mut self.sealed);
+        self.seals += 1;
+        Some(self.seals)
+    }
+
+    pub fn reclaim_sealed(&mut self, seal: u64) {
+        if seal == self.seals {
+            self.sealed.drain(..).for_each(|index| self.slots.give(index));
         }
     }
 

@@ -43,6 +43,11 @@ impl Slots {
         self.free.push(index);
     }
 
+    /// One more than the highest that was ever taken.
+    pub fn end(&self) -> u32 {
+        self.next
+    }
+
     /// Number of slots taken.
     pub fn used(&self) -> usize {
         (self.next - self.first) as usize - self.free.len()

@@ -11,7 +11,7 @@ use crate::filter::local_filter_bit;
 use crate::filtering::{InForce, in_force};
 use crate::filters::{self, FilterError, Filters, Plan};
 use crate::flow::{Connection, Tuple};
-use crate::flows::{self, FlowTotals, FlowView, Flows, Full};
+use crate::flows::{self, FlowStates, FlowTotals, FlowView, Flows, Full};
 use crate::grace::Grace;
 use crate::layout::layout_hash;
 use crate::lpm::Leaf;
@@ -346,7 +346,28 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// All flows.
     pub fn flows(&self) -> impl Iterator<Item = FlowView> {
-        flows::views(&self.store.mem.view())
+        flows::views_in(&self.store.mem.view(), 0..self.flows.end() as u32)
+    }
+
+    /// The records of flows that were ever in use.
+    pub fn flow_records(&self) -> &[Flow] {
+        &self.view().flows()[..self.flows.end()]
+    }
+
+    /// How many flows are in which state. This looks at all of them.
+    pub fn flow_states(&self) -> FlowStates {
+        flows::count(self.flow_records(), self.view().config().flow_generation.load())
+    }
+
+    /// Begins to make the records of flows that were ended reusable: `reclaim_flows` with this number is to be called after a
+    /// grace period that begins now. None if there are none, or somebody waits for others.
+    pub fn seal_flows(&mut self) -> Option<u64> {
+        self.flows.seal()
+    }
+
+    /// See `seal_flows`.
+    pub fn reclaim_flows(&mut self, seal: u64) {
+        self.flows.reclaim_sealed(seal);
     }
 
     /// Number of flows.
@@ -875,7 +896,7 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
 
     /// Waits for a grace period and makes reusable everything that was taken out of use; for quiet moments.
     pub fn reclaim(&mut self) {
-        if self.flows.limbo() {
+        if self.flows.limbo() > 0 {
             self.store.wait();
             self.flows.reclaim();
         }

@@ -66,6 +66,44 @@ fn a_flow_is_found_in_both_directions_until_it_ends() {
 }
 
 #[test]
+fn what_has_ended_is_used_again_after_a_grace_period_that_somebody_waited_for() {
+    let mut writer = writer(1000);
+    assert_eq!(writer.seal_flows(), None, "nothing has ended");
+    let (one, two) = (connection(1), connection(2));
+    let index = |writer: &Writer, connection: &Connection| {
+        flows::find(&writer.view(), &connection.original).expect("it is a flow").0.index
+    };
+    let end =
+        |writer: &mut Writer, connection: &Connection| writer.remove_flow(&connection.original).map(drop).unwrap();
+    writer.set_flow(&one).unwrap();
+    let first = index(&writer, &one);
+    end(&mut writer, &one);
+    let seal = writer.seal_flows().expect("one has ended");
+    assert_eq!(writer.seal_flows(), None, "it is waited for");
+    writer.set_flow(&two).unwrap();
+    assert_ne!(index(&writer, &two), first, "somebody may look at it");
+    end(&mut writer, &two);
+    assert_eq!(writer.seal_flows(), None, "one wait at a time");
+    writer.reclaim_flows(seal);
+    writer.set_flow(&one).unwrap();
+    assert_eq!((index(&writer, &one), writer.flow_count()), (first, 1), "it is used again");
+    assert_eq!(writer.flow_records().len(), 2, "no more than two at the same time");
+    let later = writer.seal_flows().expect("the other one has ended");
+    assert_ne!(later, seal);
+    writer.reclaim_flows(seal);
+    writer.set_flow(&two).unwrap();
+    assert_eq!(index(&writer, &two), 2, "what is waited for is not free by another's wait");
+    // What a wait of the writer's own has made free is not made free again.
+    writer.reclaim();
+    end(&mut writer, &one);
+    assert!(writer.seal_flows().is_some());
+    writer.reclaim_flows(later);
+    writer.set_flow(&one).unwrap();
+    writer.set_flow(&connection(3)).unwrap();
+    assert_eq!((writer.flow_count(), writer.flows().count(), writer.flow_records().len()), (3, 3, 4));
+}
+
+#[test]
 fn what_is_described_again_keeps_what_it_has() {
     let mut writer = writer(4);
     writer.open_flows();

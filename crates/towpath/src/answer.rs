@@ -181,7 +181,7 @@ impl Daemon {
     }
 
     fn flow_summary(&self) -> report::FlowSummary {
-        let FlowStates { fast, waiting, closed } = flows::count(&self.fpm.tables().view());
+        let FlowStates { fast, waiting, closed } = self.fpm.tables().flow_states();
         let wanted = self.flows.wanted;
         report::FlowSummary {
             mode: wanted.mode.map(|mode| mode.to_string()),
@@ -218,14 +218,15 @@ impl Daemon {
                 out: way.and_then(|(_, to)| name(to)),
             }
         };
-        let end = first.saturating_add(FLOW_PAGE).min(view.flows().len() as u32);
+        let last = self.fpm.tables().flow_records().len() as u32;
+        let end = first.saturating_add(FLOW_PAGE).min(last);
         let flow = |flow: FlowView| report::Flow {
             protocol: words::transport(flow.connection.original.protocol),
             original: direction(&flow, 0),
             reply: direction(&flow, 1),
         };
         let flows = flows::views_in(&view, first..end).map(flow).collect();
-        report::Flows { flows, next: (end < view.flows().len() as u32).then_some(end) }
+        report::Flows { flows, next: (end < last).then_some(end) }
     }
 
     /// Routes known, by family.

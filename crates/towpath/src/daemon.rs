@@ -61,6 +61,8 @@ pub enum Event {
     Transmit(Changed),
     /// What Linux had let pass before this change of its rules has left
     Settled(u64),
+    /// Nobody looks any more at connections that had ended when it began to be waited for
+    Reclaimable(u64),
     /// A question and where the answer goes
     Request(Request, SyncSender<String>),
     /// A client, by number, wants packets to be told as lines
@@ -605,6 +607,7 @@ impl Daemon {
                     self.sync();
                 }
                 Ok(Event::Settled(change)) => self.fpm.open_flows(change),
+                Ok(Event::Reclaimable(seal)) => self.fpm.reclaim_flows(seal),
                 Ok(Event::SourceEnded(error)) => {
                     self.take_off()?;
                     bail!("Linux's state can no longer be followed, so the fast path was taken off: {error}");

@@ -2,15 +2,16 @@
 
 use crate::daemon::{Daemon, Event};
 use crate::source::{Peer, thread};
+use crate::workers::Grace;
 use anyhow::Result;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 use towpath_cm::FlowMode;
-use towpath_engine::GraceMethod;
 use towpath_fpc::Feedback;
 use towpath_fpc::codec::Packet;
 use towpath_fpm::{Timeouts, Told};
 use towpath_hitflags::{Connections, RefreshConnections};
+use towpath_tables::grace::Grace as _;
 
 /// What it means if connections cannot be let pass.
 const STAYING: &str = "connections stay in Linux until its rules change again";
@@ -105,9 +106,12 @@ impl Daemon {
         let now = Instant::now();
         if let Some(change) = self.fpm.settled_flows(now) {
             match self.engine.watch_transmitted() {
-                Ok(()) => self.await_grace(change),
+                Ok(()) => self.await_grace(Event::Settled(change), STAYING),
                 Err(error) => tracing::error!("{STAYING}: {error}"),
             }
+        }
+        if let Some(seal) = self.fpm.seal_flows(now) {
+            self.await_grace(Event::Reclaimable(seal), "room of connections that ended stays taken");
         }
         if self.fpm.tables().flow_count() == 0 {
             return;
@@ -126,15 +130,18 @@ impl Daemon {
         self.log_full_flows();
     }
 
-    /// Waits for a grace period without holding up anything else; an event tells of its end.
-    fn await_grace(&self, change: u64) {
+    /// Waits for a grace period without holding up anything else; this event tells of its end. `failing`: what it means if
+    /// there is none.
+    fn await_grace(&self, end: Event, failing: &'static str) {
         let events = self.events.clone();
-        let wait = move || match GraceMethod::choose().and_then(|grace| grace.wait()) {
-            Ok(()) => drop(events.send(Event::Settled(change))),
-            Err(error) => tracing::error!("{STAYING}: {error}"),
-        };
-        if let Err(error) = thread("grace", wait) {
-            tracing::error!("{STAYING}: {error:#}");
+        let waited = Grace::of(self.workers.as_ref()).and_then(|mut grace| {
+            thread("grace", move || {
+                grace.wait();
+                drop(events.send(end));
+            })
+        });
+        if let Err(error) = waited {
+            tracing::error!("{failing}: {error:#}");
         }
     }
 
