@@ -1,22 +1,19 @@
 //! Many connections: how fast those that conntrack gets are known, the memory they take, and what it costs to look at all of
 //! them again and again.
 
+use crate::feeder::feed;
 use crate::findings::{Aim, Findings};
 use crate::nat::wait_for_connections;
 use crate::path::{Arrangement, Contender, OUT, towpath_binary};
 use crate::sync::{idle_share, memory_of, table_memory};
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use serde::Serialize;
-use std::io::Write as _;
-use std::net::Ipv4Addr;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
-use towpath_lab::Node;
 use towpath_report::Report;
+use towpath_tables::Tuple;
 
 /// Connections a second that conntrack gets
 const RATE: f64 = 100_000.0;
-const TICK: Duration = Duration::from_millis(10);
 
 #[derive(Serialize)]
 struct Found {
@@ -56,7 +53,14 @@ fn measure(connections: usize) -> Result<Option<Found>> {
         [&towpath_binary()?, "up", "--flows", "established", "--max-flows", &connections.to_string(), &port, OUT];
     let mut towpath = router.spawn(command)?;
     towpath.wait_for_output(Duration::from_secs(120), "ready")?;
-    let a_second = connect(router, connections as u32)?;
+    let first = Tuple {
+        source: [198, 51, 100, 2].into(),
+        destination: [10, 0, 0, 0].into(),
+        source_port: 9,
+        destination_port: 9,
+        protocol: 17,
+    };
+    let a_second = router.enter(|| feed(first, connections as u32, RATE))??;
     let end = Instant::now();
     wait_for_connections(router, connections)?;
     let known_after_ms = end.elapsed().as_secs_f64() * 1e3;
@@ -71,30 +75,6 @@ fn measure(connections: usize) -> Result<Option<Found>> {
     };
     towpath.stop(Duration::from_secs(30))?;
     Ok(Some(found))
-}
-
-/// Has conntrack know so many connections, at a fixed rate; those that it took in a second.
-fn connect(router: &Node, count: u32) -> Result<f64> {
-    let mut child =
-        router.command("conntrack").args(["-R", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let mut input = std::io::BufWriter::new(child.stdin.take().context("a pipe")?);
-    let (begin, mut done) = (Instant::now(), 0);
-    while done < count {
-        let due = ((begin.elapsed().as_secs_f64() * RATE) as u32).min(count);
-        for number in done..due {
-            let destination = Ipv4Addr::from_bits(10 << 24 | number);
-            writeln!(
-                input,
-                "-I -p udp -s 198.51.100.2 -d {destination} --sport 9 --dport 9 -t 3600 -u SEEN_REPLY,ASSURED"
-            )?;
-        }
-        input.flush()?;
-        done = due;
-        std::thread::sleep(TICK);
-    }
-    drop(input);
-    ensure!(child.wait()?.success(), "conntrack did not take all connections");
-    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
 }
 
 fn judge(findings: &mut Findings, report: &mut Report, found: Found) {

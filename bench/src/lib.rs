@@ -9,6 +9,7 @@ pub mod cost;
 pub mod dpdk;
 pub mod ethtool;
 pub mod exceptions;
+mod feeder;
 pub mod filter;
 pub mod findings;
 pub mod groups;
