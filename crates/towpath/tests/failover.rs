@@ -427,12 +427,25 @@ fn connections_by_ipv6_do_so_too() {
 #[test]
 fn connections_in_a_flowtable_do_so_too() {
     let net = Net::new(V4).expect("a net");
+    if hands_over(&net) {
+        there_and_back(&net, "flowtable");
+    }
+}
+
+#[test]
+fn connections_in_a_flowtable_outlive_a_gateway_that_dies() {
+    let net = Net::new(V6).expect("a net");
+    if hands_over(&net) {
+        dies(&net, "flowtable");
+    }
+}
+
+/// Has both gateways' rules put connections into a flowtable, if their kernel has such.
+fn hands_over(net: &Net) -> bool {
     let flowtable = "add flowtable inet filter f { hook ingress priority 0; devices = { eth0, eth1 }; }; \
         insert rule inet filter forward meta l4proto { tcp, udp } flow add @f";
     let add = || net.gateways.iter().try_for_each(|node| node.run(["nft", flowtable]).map(drop));
-    if supported("flowtables of nftables", add) {
-        there_and_back(&net, "flowtable");
-    }
+    supported("flowtables of nftables", add)
 }
 
 fn there_and_back(net: &Net, mode: &str) {
@@ -468,15 +481,18 @@ fn there_and_back(net: &Net, mode: &str) {
 #[test]
 fn connections_outlive_a_gateway_that_dies() {
     for family in [V4, V6] {
-        let net = Net::new(family).expect("a net");
-        let [mut a, b] = net.start("established");
-        let mut traffic = Traffic::start(&net, &a);
-        traffic.goes_by(&a);
-        traffic.ports().iter().for_each(|port| b.awaits(*port));
-        a.dies();
-        b.becomes("primary");
-        traffic.goes_by(&b);
-        traffic.ends_whole();
-        assert_eq!(b.states(), ["backup", "primary"]);
+        dies(&Net::new(family).expect("a net"), "established");
     }
+}
+
+fn dies(net: &Net, mode: &str) {
+    let [mut a, b] = net.start(mode);
+    let mut traffic = Traffic::start(net, &a);
+    traffic.goes_by(&a);
+    traffic.ports().iter().for_each(|port| b.awaits(*port));
+    a.dies();
+    b.becomes("primary");
+    traffic.goes_by(&b);
+    traffic.ends_whole();
+    assert_eq!(b.states(), ["backup", "primary"]);
 }
