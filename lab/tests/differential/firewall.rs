@@ -147,7 +147,7 @@ impl Trial {
             self.sums.fast += fast;
             self.sums.received = self.pair.received;
         }
-        let same = stateful::same_entries(&self.pair, entries);
+        let same = stateful::same_entries(&self.pair, stateful::entries);
         Ok(same.err().map(|error| Failure::Entries(format!("{error:#}"))))
     }
 
@@ -244,15 +244,6 @@ fn handles(router: &Router) -> impl Fn(&str, u32) -> Option<u64> {
         let line = listed.lines().find(|line| line.contains(&format!("comment \"r{id}\"")))?;
         line.rsplit(' ').next()?.parse().ok()
     }
-}
-
-/// The entries of conntrack. Of UDP it depends on the time whether they are assured.
-fn entries(router: &Router) -> Result<Vec<String>> {
-    let mut entries = stateful::entries(router)?;
-    for entry in entries.iter_mut().filter(|entry| entry.starts_with("udp")) {
-        *entry = entry.replace("[ASSURED] ", "");
-    }
-    Ok(entries)
 }
 
 /// A packet of no conversation: an echo request, or a datagram or segment that nobody expects.

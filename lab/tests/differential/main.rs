@@ -91,15 +91,18 @@ fn number(variable: &str) -> Option<u64> {
     Some(std::env::var(variable).ok()?.parse().unwrap_or_else(|_| panic!("{variable} is not a number")))
 }
 
+/// What a run begins with. It is printed, so that whatever fails can be run again.
 fn seed() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    number("TOWPATH_DIFF_SEED").unwrap_or_else(|| since.map_or(0, |d| d.as_nanos() as u64))
+    let seed = number("TOWPATH_DIFF_SEED").unwrap_or_else(|| since.map_or(0, |d| d.as_nanos() as u64));
+    eprintln!("lab: TOWPATH_DIFF_SEED={seed}");
+    seed
 }
 
 /// Runs the pair; an error that shows the difference if there is one.
 fn agree(pair: &mut Pair, count: u64, profile: &Profile) -> Result<()> {
     let seed = seed();
-    eprintln!("lab: {count} frames, profile {}, TOWPATH_DIFF_SEED={seed}", profile.name);
+    eprintln!("lab: {count} frames, profile {}", profile.name);
     if let Some(difference) = pair.run(seed, count, profile)? {
         bail!("{} differs from {} (seed {seed}):\n{difference}", pair.routers[1].name, pair.routers[0].name);
     }
@@ -498,7 +501,7 @@ fn another_firewall_is_found() -> Result<()> {
 fn firewalls_agree(options: &[&str], marks: bool) -> Result<()> {
     let mut trial = firewall::Trial::new(options)?;
     let (seed, count) = (seed(), firewalls());
-    eprintln!("lab: {count} rule sets and their changes, TOWPATH_DIFF_SEED={seed}");
+    eprintln!("lab: {count} rule sets and their changes");
     for number in 0..count {
         trial.check(plan::Plan::new(seed.wrapping_add(number), marks))?;
     }

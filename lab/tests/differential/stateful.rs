@@ -52,7 +52,8 @@ pub fn configure(router: &Router) -> Result<()> {
     router.node.sh(&format!("nft -f - <<'END'\n{RULES}\nEND")).map(drop)
 }
 
-/// The entries of conntrack, without what depends on the time.
+/// The entries of conntrack, without what depends on the time, as of UDP whether they are assured: they are once they have been in
+/// use for two seconds.
 pub fn entries(router: &Router) -> Result<Vec<String>> {
     let listed = ["ipv4", "ipv6"].map(|family| router.node.sh(&format!("conntrack -L -f {family} 2>/dev/null")));
     let mut entries = Vec::new();
@@ -61,6 +62,7 @@ pub fn entries(router: &Router) -> Result<Vec<String>> {
         let mut words: Vec<&str> = line.split_whitespace().filter(|word| !word.starts_with("use=")).collect();
         ensure!(words.len() > 3, "not an entry: {line}");
         words.remove(2);
+        words.retain(|word| *word != "[ASSURED]" || line.starts_with("tcp"));
         entries.push(words.join(" "));
     }
     entries.sort();

@@ -429,7 +429,7 @@ fn shortened(steps: Vec<String>, second: Second, first: &str) -> Result<String> 
 
 fn histories(steps: usize, second: Second) -> Result<Sums> {
     let (seed, mut sums) = (seed(), Sums::default());
-    eprintln!("lab: histories of {steps} steps together, TOWPATH_DIFF_SEED={seed}");
+    eprintln!("lab: histories of {steps} steps together");
     let mut at = 0;
     while sums.steps < steps {
         let seed = seed.wrapping_add(at);
