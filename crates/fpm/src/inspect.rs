@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Bound;
 use towpath_fpc::*;
-use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::grace::Grace;
 use towpath_tables::lpm::{self, Kind, Leaf, Word};
@@ -14,6 +13,7 @@ use towpath_tables::nexthop::{NexthopIdentity, NexthopValue};
 use towpath_tables::record::{Family, port_flags};
 use towpath_tables::rib::Match;
 use towpath_tables::writer::{MAIN_ROOT, PortTotals};
+use towpath_tables::{Obstacle, Reason};
 
 /// A port as it stands in the tables.
 #[derive(Clone, Debug)]
@@ -103,6 +103,25 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
             Some(_) => Some(self.state.ingress_policy(chain, family)?.reason),
             None => Some(Reason::PolicyRule),
         }
+    }
+
+    /// Says of connections of a family that Linux accepted whether they pass from one slot to another: not if something that no
+    /// connection passes is in the way of all packets.
+    pub fn passes(&self) -> impl Fn(Family, (u32, u32)) -> bool {
+        let view = self.mirror.tables.view();
+        let is_shut = |word: u32| Obstacle::of(word).is_some_and(|obstacle| !obstacle.flows);
+        // By slot and family: whether they pass it on the way in, and on the way out.
+        let mut open = vec![[[false; 2]; 2]; view.ports().len()];
+        for PortState { slot, ready, egress_policy, .. } in self.ports() {
+            for (family, open) in open[slot as usize].iter_mut().enumerate() {
+                let words = [&view.config().policy[family], &view.ports()[slot as usize].ingress_policy[family]];
+                *open = [ready && !words.into_iter().any(|word| is_shut(word.load())), egress_policy[family].is_none()];
+            }
+        }
+        let is_open = move |slot: u32, family: Family, way: usize| {
+            open.get(slot as usize).is_some_and(|of| of[family as usize][way])
+        };
+        move |family, (from, to)| is_open(from, family, 0) && is_open(to, family, 1)
     }
 
     /// Every interface Linux has, port or not.

@@ -7,7 +7,7 @@ use crate::backing::View;
 use crate::flow::{AnyKey, Connection, Direction, FlowRead, Found, Key, Tuple, in_line, line_at};
 use crate::order;
 use crate::pool::Slots;
-use crate::record::{Config, Flow, FlowLine, flow_state};
+use crate::record::{Config, Family, Flow, FlowLine, flow_state};
 use crate::word::W64;
 
 const DIRECTIONS: [Direction; 2] = [Direction::Original, Direction::Reply];
@@ -67,24 +67,26 @@ pub fn views_in<'a>(view: &View<'a>, indices: Range<u32>) -> impl Iterator<Item 
 /// How many flows are in which state.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct FlowStates {
-    /// Linux has accepted one direction at least in the current generation
+    /// One direction at least passes: Linux has accepted it in the current generation, and nothing is in its way
     pub fast: u64,
-    /// It has not
+    /// None does
     pub waiting: u64,
     /// A FIN or RST was seen
     pub closed: u64,
 }
 
-/// Counts the flows in these records.
-pub(crate) fn count(records: &[Flow], generation: u32) -> FlowStates {
+/// Counts the flows in these records. `passes` says of a family's flows whether they pass between two slots.
+pub(crate) fn count(records: &[Flow], generation: u32, passes: impl Fn(Family, (u32, u32)) -> bool) -> FlowStates {
     let mut states = FlowStates::default();
     for flow in records {
         let state = flow.state.load();
         if state & flow_state::KIND == 0 {
             continue;
         }
-        let accepted = flow.accepted.iter().any(|word| word.load() != 0 && (word.load() >> 32) as u32 == generation);
-        let of = match (state & flow_state::CLOSED != 0, accepted) {
+        let family = if state & 0xff == 1 { Family::V4 } else { Family::V6 };
+        let mut ways = flow.accepted.iter().filter_map(|word| way(word.load(), generation));
+        let fast = ways.any(|way| passes(family, way));
+        let of = match (state & flow_state::CLOSED != 0, fast) {
             (true, _) => &mut states.closed,
             (false, true) => &mut states.fast,
             (false, false) => &mut states.waiting,
@@ -104,18 +106,19 @@ pub fn find(view: &View<'_>, tuple: &Tuple) -> Option<(FlowView, Direction)> {
 
 fn view_of(index: u32, flow: &Flow, generation: u32) -> Option<FlowView> {
     let [original, reply] = DIRECTIONS.map(|direction| AnyKey::of(flow, direction));
-    let accepted = |direction: usize| {
-        let word = flow.accepted[direction].load();
-        let (of, from, to) = ((word >> 32) as u32, word as u32 >> 16, word as u32 & 0xffff);
-        (of == generation).then_some((from.checked_sub(1)?, to.checked_sub(1)?))
-    };
     Some(FlowView {
         index,
         connection: Connection { original: Tuple::from(&original?), reply: Tuple::from(&reply?) },
         totals: totals(flow),
-        accepted: [accepted(0), accepted(1)],
+        accepted: flow.accepted.each_ref().map(|word| way(word.load(), generation)),
         closed: flow.state.load() & flow_state::CLOSED != 0,
     })
+}
+
+/// What a word of `Flow::accepted` says in this generation: the slots between which packets pass.
+fn way(word: u64, generation: u32) -> Option<(u32, u32)> {
+    let (of, from, to) = ((word >> 32) as u32, word as u32 >> 16, word as u32 & 0xffff);
+    (of == generation).then_some((from.checked_sub(1)?, to.checked_sub(1)?))
 }
 
 fn totals(flow: &Flow) -> FlowTotals {

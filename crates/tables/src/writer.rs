@@ -354,9 +354,10 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         &self.view().flows()[..self.flows.end()]
     }
 
-    /// How many flows are in which state. This looks at all of them.
-    pub fn flow_states(&self) -> FlowStates {
-        flows::count(self.flow_records(), self.view().config().flow_generation.load())
+    /// How many flows are in which state. This looks at all of them. `passes` says of a family's flows that Linux accepted whether
+    /// they pass from one slot to another.
+    pub fn flow_states(&self, passes: impl Fn(Family, (u32, u32)) -> bool) -> FlowStates {
+        flows::count(self.flow_records(), self.view().config().flow_generation.load(), passes)
     }
 
     /// Begins to make the records of flows that were ended reusable: `reclaim_flows` with this number is to be called after a

@@ -181,7 +181,7 @@ impl Daemon {
     }
 
     fn flow_summary(&self) -> report::FlowSummary {
-        let FlowStates { fast, waiting, closed } = self.fpm.tables().flow_states();
+        let FlowStates { fast, waiting, closed } = self.fpm.tables().flow_states(self.fpm.passes());
         let wanted = self.flows.wanted;
         report::FlowSummary {
             mode: wanted.mode.map(|mode| mode.to_string()),
@@ -198,9 +198,11 @@ impl Daemon {
         let (view, first) = (self.fpm.tables().view(), after.unwrap_or(0));
         let names: HashMap<u32, String> = self.fpm.ports().map(|state| (state.slot, state.port.name.clone())).collect();
         let name = |slot: u32| names.get(&slot).cloned();
+        let passes = self.fpm.passes();
         let direction = |flow: &FlowView, which: usize| {
             let tuple = [flow.connection.original, flow.connection.reply][which];
-            let way = flow.accepted[which].filter(|_| !flow.closed);
+            let family = if tuple.source.is_ipv4() { Family::V4 } else { Family::V6 };
+            let way = flow.accepted[which].filter(|way| !flow.closed && passes(family, *way));
             let state = match (flow.closed, way) {
                 (true, _) => "closing",
                 (false, Some(_)) => "fast",

@@ -553,7 +553,7 @@ pub struct FlowSummary {
     pub gate: String,
     /// Connections of which one direction at least goes fast
     pub fast: u64,
-    /// Connections of which Linux has not accepted a packet since its rules changed
+    /// Connections of which Linux has not accepted a packet since its rules changed, or that a setting keeps in Linux
     pub waiting: u64,
     /// Connections that are ending, in Linux
     pub closing: u64,
@@ -663,7 +663,7 @@ pub struct FlowDirection {
     pub destination: String,
     /// Destination port
     pub destination_port: u16,
-    /// `fast`, `waiting` (Linux has not accepted a packet since its rules changed), `closing`
+    /// `fast`, `waiting` (Linux has not accepted a packet since its rules changed, or a setting keeps it in Linux), `closing`
     pub state: String,
     /// Packets that went fast
     pub packets: u64,

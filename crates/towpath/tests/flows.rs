@@ -605,6 +605,48 @@ fn connections_stay_in_linux_while_rules_ask_for_marks() {
 }
 
 #[test]
+fn no_connection_is_called_fast_that_a_setting_keeps_in_linux() {
+    let net = firewall();
+    let _daemon = up(&net);
+    let pulse = Pulse::start(&net, 7002);
+    let found = || flow(&net, pulse.port).expect("it is known");
+    let summary = || {
+        let flows = &net.json(&["status"])["flows"];
+        [&flows["fast"], &flows["waiting"]].map(|count| count.as_u64().expect("a count"))
+    };
+    for (set, unset, way) in [
+        (
+            "ip xfrm policy add dir fwd src 203.0.113.0/24 dst 203.0.113.0/24 action block",
+            "ip xfrm policy deleteall",
+            ["original", "reply"].as_slice(),
+        ),
+        (
+            "tc qdisc replace dev eth1 root tbf rate 80mbit burst 20k latency 10ms",
+            "tc qdisc delete dev eth1 root",
+            &["original"],
+        ),
+    ] {
+        pulse.becomes_fast(&net);
+        net.exec(set);
+        let stopped = eventually("the fast path carries none of it", || {
+            let before = fast_packets(&found());
+            pulse.goes_on();
+            pulse.goes_on();
+            let after = found();
+            (fast_packets(&after)[0] == before[0]).then_some(after)
+        });
+        for way in way {
+            assert_eq!(stopped[way]["state"], "waiting", "{set}: {stopped}");
+            assert!(stopped[way]["in"].is_null() && stopped[way]["out"].is_null(), "{set}: {stopped}");
+        }
+        assert_eq!(summary(), if way.len() == 2 { [0, 1] } else { [1, 0] }, "{set}");
+        net.exec(unset);
+    }
+    pulse.becomes_fast(&net);
+    assert_eq!(summary(), [1, 0]);
+}
+
+#[test]
 fn what_finds_no_room_stays_in_linux_and_is_counted() {
     let net = firewall();
     let mut daemon = net.up(&["--flows", "established", "--max-flows", "1", "eth0", "eth1"]);

@@ -176,6 +176,44 @@ fn what_was_accepted_beside_a_policy_that_goes_does_not_count() {
 }
 
 #[test]
+fn what_no_connection_passes_is_told_from_what_they_do() {
+    let mut fixture = Fixture::with_rules(1);
+    assert!(fixture.open());
+    let connection = flow(1, 1000);
+    fixture.fpm.apply(Message::Flow(connection));
+    let slot = |fixture: &Fixture, ifindex: u32| {
+        fixture.fpm.ports().find(|state| state.port.ifindex == ifindex).expect("a port").slot
+    };
+    let [one, two] = [1, 2].map(|ifindex| slot(&fixture, ifindex));
+    let told = |fixture: &Fixture| {
+        let states = fixture.fpm.tables().flow_states(fixture.fpm.passes());
+        assert_eq!((states.fast + states.waiting, states.closed), (1, 0));
+        states.fast == 1
+    };
+    let held = |scope| Policy::new(PolicySource::Xfrm, scope, Reason::PolicyXfrm, "held");
+    let xfrm = Snapshot::Policies(PolicySource::Xfrm);
+    let (v4, v6) = (Some(Family::V4), Some(Family::V6));
+    for (scope, passes) in [
+        (Scope::Family(Family::V4), false),
+        (Scope::Family(Family::V6), true),
+        (Scope::Ingress(1, None), false),
+        (Scope::Ingress(1, v6), true),
+        (Scope::Ingress(2, None), true),
+        (Scope::Egress(2, v4), false),
+        (Scope::Egress(1, None), true),
+    ] {
+        let view = fixture.fpm.tables().view();
+        view.flows()[0].accepted[0].store(acceptance(view.config().flow_generation.load(), one, two));
+        assert!(told(&fixture));
+        fixture.snapshot(xfrm, [Message::Policy(held(scope))]);
+        assert!(!is_closed(&fixture.fpm), "the rules are the same");
+        assert_eq!(told(&fixture), passes, "{scope:?}");
+        fixture.snapshot(xfrm, []);
+        assert!(fixture.open() && !told(&fixture), "it is to be accepted anew");
+    }
+}
+
+#[test]
 fn nothing_passes_while_neighbours_are_read_anew() {
     for family in Family::ALL {
         let mut fixture = Fixture::with_rules(1);
