@@ -27,4 +27,4 @@ pub use conntrack::{FlowMode, FlowModeError};
 pub use error::CmError;
 pub use manager::{Cm, Options};
 pub use sink::FpcSink;
-pub use watch::{Finding, JUST_CHANGED, Moved, PortIndex, Watcher};
+pub use watch::{Finding, Moved, PortIndex, Watcher};

@@ -3,7 +3,7 @@
 use crate::decode::link::Link;
 use crate::decode::netconf::{ALL, Settings};
 use crate::sysctl::{PortSettings, PortValues, Setting};
-use crate::watch::{JUST_CHANGED, PortIndex};
+use crate::watch::PortIndex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use towpath_fpc::{FamilySettings, Message, Policy, PolicySource, Port, PortFamily, PortKind, Scope};
 use towpath_tables::{Reason, record::Family};
@@ -180,14 +180,14 @@ impl Ports {
         let policy = |scope| {
             let (reason, detail) = match scope {
                 Scope::Family(_) | Scope::Local(_) => {
-                    (Reason::PolicySysctl, format!("fib_multipath_hash_policy has {JUST_CHANGED}"))
+                    (Reason::PolicySysctl, "fib_multipath_hash_policy has just changed".to_owned())
                 }
                 Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
                     let name = self.index.get(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone());
-                    (Reason::PortNotReady, format!("{name} has {JUST_CHANGED}"))
+                    (Reason::PortNotReady, format!("{name} has just changed"))
                 }
             };
-            Policy::new(PolicySource::Ports, scope, reason, detail)
+            Policy { momentary: true, ..Policy::new(PolicySource::Ports, scope, reason, detail) }
         };
         std::mem::take(&mut self.changed).into_iter().map(policy).collect()
     }

@@ -75,12 +75,19 @@ pub struct Finding {
     pub flows: Option<u32>,
     /// See `Policy`
     pub rules: Option<Vec<Rule>>,
+    /// See `Policy`
+    pub momentary: bool,
 }
 
 impl Finding {
     /// A finding of any scope.
     pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into(), filter: None, flows: None, rules: None }
+        Self { scope, reason, detail: detail.into(), filter: None, flows: None, rules: None, momentary: false }
+    }
+
+    /// The same, but that it is there for a moment only.
+    pub fn for_a_moment(self) -> Self {
+        Self { momentary: true, ..self }
     }
 
     /// The same, but that connections which Linux handed over may pass it, by the rules of this generation.
@@ -93,9 +100,6 @@ impl Finding {
         Self::new(Scope::Family(family), reason, detail)
     }
 }
-
-/// In the text of what stands in the way for a moment, since it changed.
-pub const JUST_CHANGED: &str = "just changed";
 
 /// What rules may ask for that is no rule, and has changed. What comes in pairs is by family (`Family`).
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]

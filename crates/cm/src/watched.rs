@@ -95,7 +95,7 @@ impl Watched {
 
     fn tell(&mut self, findings: Vec<Finding>) -> Found {
         let source = self.watcher.source();
-        let policy = |Finding { scope, reason, detail, filter, flows, rules }| Policy {
+        let policy = |Finding { scope, reason, detail, filter, flows, rules, momentary }| Policy {
             source,
             scope,
             reason,
@@ -103,6 +103,7 @@ impl Watched {
             filter,
             flows,
             rules,
+            momentary,
         };
         let mut set: Vec<_> = findings.into_iter().map(policy).collect();
         set.sort_unstable();

@@ -518,6 +518,9 @@ fn connections_pass_rules_that_answer_all_their_packets_the_same_or_that_they_ne
 /// What a watcher says that no connection may pass now, by family.
 fn stops(nft: &mut Nftables, ports: &PortIndex) -> [BTreeSet<String>; 2] {
     let found = nft.findings(ports).unwrap();
+    for finding in &found {
+        assert_eq!(finding.momentary, finding.detail.contains("just changed"), "{finding:?}");
+    }
     [V4, V6].map(|of| {
         let of = found.iter().filter(|finding| finding.scope == Scope::Family(of));
         of.filter_map(|finding| finding.detail.strip_suffix(" (no connection may pass)").map(str::to_owned)).collect()

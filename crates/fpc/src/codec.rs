@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -450,7 +450,7 @@ structs! {
     Route { key, kind, protocol, via, mtu, unsupported }
     Hop { ifindex, gateway, weight, flags }
     NexthopObject { id, kind }
-    Policy { source, scope, reason, detail, filter, flows, rules }
+    Policy { source, scope, reason, detail, filter, flows, rules, momentary }
     Rule { priority, iif, from, to, by_mark, action }
     Tuple { source, destination, source_port, destination_port, protocol }
     FamilySettings { family, hash_policy }

@@ -445,12 +445,14 @@ pub struct Policy {
     /// All policy routing rules of the family, in the order in which Linux tries them, if they are known: the policy touches
     /// nothing any more once they are repeated
     pub rules: Option<Vec<Rule>>,
+    /// It is there for a moment, since something has just changed, and is no setting that stands
+    pub momentary: bool,
 }
 
 impl Policy {
     /// One that touches all of its scope.
     pub fn new(source: PolicySource, scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { source, scope, reason, detail: detail.into(), filter: None, flows: None, rules: None }
+        Self { source, scope, reason, detail: detail.into(), filter: None, flows: None, rules: None, momentary: false }
     }
 }
 

@@ -9,7 +9,6 @@ use crate::words;
 use crate::workers::Opened;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
-use towpath_cm::JUST_CHANGED;
 use towpath_engine::{Changed, Request, TransmitSupport};
 use towpath_fpc::codec::Packet;
 use towpath_fpc::{Feedback, Message, NeighbourKey, Policy, Port, Snapshot};
@@ -292,8 +291,7 @@ impl Daemon {
 
     fn log_policies(&mut self) {
         // What has just changed is no setting that stands.
-        let stands = |policy: &&Policy| !policy.detail.contains(JUST_CHANGED);
-        let now: BTreeSet<Policy> = self.fpm.policies().filter(stands).cloned().collect();
+        let now: BTreeSet<Policy> = self.fpm.policies().filter(|policy| !policy.momentary).cloned().collect();
         for policy in now.difference(&self.policies) {
             tracing::info!("to Linux: {} ({})", policy.detail, policy.reason.name());
         }

@@ -425,7 +425,7 @@ fn a_rule_that_looks_for_the_way_back_holds_when_routes_change() {
     if !supported("fib in rules of nftables", || net.router.run(["nft", rules]).map(drop)) {
         return;
     }
-    let _daemon = up(&net);
+    let daemon = up(&net);
     let pulse = Pulse::start(&net, 7002);
     pulse.becomes_fast(&net);
     let lost = || {
@@ -449,6 +449,8 @@ fn a_rule_that_looks_for_the_way_back_holds_when_routes_change() {
     assert_eq!((fast_packets(&found)[0], &found["original"]["state"]), (fast, &"waiting".into()), "{found}");
     net.exec(&format!("ip route del {LEFT}/32 dev eth1"));
     pulse.becomes_fast(&net);
+    let log = daemon.log();
+    assert!(!log.contains("just changed"), "what stands in the way for a moment is no news: {log}");
 }
 
 #[test]

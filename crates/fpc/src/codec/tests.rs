@@ -153,17 +153,17 @@ fn policy() -> impl Strategy<Value = Policy> {
     });
     let reason = prop::sample::select(Reason::ALL);
     let rules = proptest::option::of(prop::collection::vec(rule(), 0..4));
-    (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>(), rules).prop_map(
-        |(source, scope, reason, detail, filter, flows, rules)| Policy {
-            source,
-            scope,
-            reason,
-            detail,
-            filter,
-            flows,
-            rules,
-        },
-    )
+    let told = (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>(), rules);
+    (told, any::<bool>()).prop_map(|((source, scope, reason, detail, filter, flows, rules), momentary)| Policy {
+        source,
+        scope,
+        reason,
+        detail,
+        filter,
+        flows,
+        rules,
+        momentary,
+    })
 }
 
 fn tuple() -> impl Strategy<Value = Tuple> {

@@ -22,6 +22,7 @@ fn rules(others: impl IntoIterator<Item = Rule>) -> Policy {
         filter: None,
         flows: None,
         rules: Some(all.collect()),
+        momentary: false,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::super::Finding;
 use super::ruleset::Ruleset;
-use crate::watch::{JUST_CHANGED, Moved};
+use crate::watch::Moved;
 use std::time::{Duration, Instant};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
@@ -43,14 +43,15 @@ impl Aside {
         let mut findings = Vec::new();
         for family in Family::ALL {
             if is_new(self.links, now) {
-                let detail = format!("the name or group of an interface has {JUST_CHANGED} (no connection may pass)");
-                findings.push(Finding::family(family, Reason::PolicyNetfilter, detail));
+                let detail = "the name or group of an interface has just changed (no connection may pass)";
+                findings.push(Finding::family(family, Reason::PolicyNetfilter, detail).for_a_moment());
             }
             let number = family as usize;
             if self.uneven[number] {
                 findings.extend(ruleset.uncertain(family, ", which may answer each packet differently"));
             } else if is_new(self.routes[number], now) {
-                findings.extend(ruleset.uncertain(family, &format!(", which have {JUST_CHANGED}")));
+                let moved = ruleset.uncertain(family, ", which have just changed");
+                findings.extend(moved.into_iter().map(Finding::for_a_moment));
             }
         }
         findings
