@@ -101,6 +101,7 @@ await "another one when one has hung" replaced
 before=$(pid)
 within dpkg -i /new.deb >/dev/null
 await "tables taken over by another version" replaced
+expect "it was killed" grep -q "leaving the fast path to the next daemon" <(within journalctl -u towpath -o cat)
 
 sed -i 's/^ports/prots/' "$settings"
 within systemctl kill --kill-who=main --signal=SIGKILL towpath
