@@ -100,8 +100,8 @@ fn ports() -> Vec<Message> {
         local: ip("198.51.100.2"),
         remote: ip("203.0.113.9"),
         link: 0,
-        input_key: Some(7),
-        output_key: None,
+        input: GreOptions { key: Some(7), checksum: true, sequence: false },
+        output: GreOptions { sequence: true, ..GreOptions::default() },
         ttl: 64,
         tos: 1,
     };

@@ -76,17 +76,18 @@ fn damaged_messages_do_no_harm() {
     }
 }
 
+fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
 /// A VLAN as Linux describes it (net/8021q/vlan_netlink.c, vlan_fill_info), put together by hand.
 #[test]
 fn vlans() {
     use towpath_fpc::PortKind;
-    fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
     let vlan = |extra: &[u8], flags: u32, more: &[u8]| {
         let flags = [flags.to_ne_bytes(), [0xff; 4]].concat();
         let mut data = [attr(5, &0x88a8u16.to_be_bytes()), attr(1, &100u16.to_ne_bytes()), attr(2, &flags)].concat();
@@ -105,4 +106,51 @@ fn vlans() {
     assert_eq!(vlan(&[], 3, &[]).unsupported.as_deref(), Some("VLAN flags 0x3"));
     let qos = attr(3, &attr(1, &[0, 0, 0, 0, 5, 0, 0, 0]));
     assert_eq!(vlan(&[], 1, &qos).unsupported.as_deref(), Some("VLAN egress-qos-map"));
+}
+
+/// A GRE tunnel as Linux describes it (net/ipv4/ip_gre.c, ipgre_fill_info), put together by hand.
+#[test]
+fn tunnels() {
+    use towpath_fpc::{GreOptions, PortKind, Tunnel};
+    let gre = |flags: [u16; 2], more: &[u8]| {
+        let ends = [attr(6, &[192, 0, 2, 1]), attr(7, &[198, 51, 100, 2])].concat();
+        let flags = [attr(2, &flags[0].to_be_bytes()), attr(3, &flags[1].to_be_bytes())].concat();
+        let keys = [attr(4, &7u32.to_be_bytes()), attr(5, &9u32.to_be_bytes())].concat();
+        let rest = [attr(1, &3u32.to_ne_bytes()), attr(8, &[64]), attr(9, &[1]), attr(10, &[1])].concat();
+        let info = [attr(1, b"gre\0"), attr(2, &[&ends, &flags, &keys, &rest, more].concat())].concat();
+        // ARPHRD_IPGRE, interface 9
+        let mut message = vec![0, 0, 0x0a, 3, 9, 0, 0, 0, 0xd1, 0, 1, 0, 0, 0, 0, 0];
+        message.extend([attr(3, b"gre1\0"), attr(18, &info)].concat());
+        decode::link::parse(&message).unwrap().unwrap()
+    };
+    let tunnel = |input, output| {
+        let [local, remote] = ["192.0.2.1", "198.51.100.2"].map(|address| address.parse().unwrap());
+        PortKind::Tunnel(Tunnel { local, remote, link: 3, input, output, ttl: 64, tos: 1 })
+    };
+    let none = GreOptions::default();
+    let cases = [
+        ([0, 0], none, none),
+        ([0x2000, 0x2000], GreOptions { key: Some(7), ..none }, GreOptions { key: Some(9), ..none }),
+        ([0x8000, 0x1000], GreOptions { checksum: true, ..none }, GreOptions { sequence: true, ..none }),
+        (
+            [0x1000, 0xb000],
+            GreOptions { sequence: true, ..none },
+            GreOptions { key: Some(9), checksum: true, sequence: true },
+        ),
+    ];
+    for (flags, input, output) in cases {
+        let link = gre(flags, &[]);
+        assert_eq!((link.kind, link.unsupported), (tunnel(input, output), None), "{flags:x?}");
+    }
+    assert_eq!(gre([0, 0x4000], &[]).unsupported.as_deref(), Some("GRE flags 0x4000"));
+    for (more, what) in [
+        (attr(10, &[0]), "GRE with nopmtudisc"),
+        (attr(14, &1u16.to_ne_bytes()), "GRE in UDP"),
+        (attr(19, &[1]), "GRE with ignore-df"),
+        (attr(20, &1u32.to_ne_bytes()), "GRE with fwmark"),
+        (attr(99, &[]), "GRE attribute 99"),
+    ] {
+        assert_eq!(gre([0, 0], &more).unsupported.as_deref(), Some(what));
+    }
+    assert_eq!(gre([0, 0], &attr(18, &[])).kind, PortKind::Other, "its ends are its packets'");
 }

@@ -175,8 +175,7 @@ impl Linked {
         let function = function.ok_or_else(|| Error::Object(format!("has no code for {name}")))?;
         let mut instructions = function.instructions.clone();
         set_lengths(&mut instructions, &self.maps)?;
-        // Traces' functions return nothing, and the kernel wants a number of each that it verifies by itself.
-        let functions = if name == NAME_TRACED { Vec::new() } else { function.func_info.func_info.clone() };
+        let functions = function.func_info.func_info.clone();
         Ok(Code { license: &program.license, instructions, functions, types: self.types.as_fd() })
     }
 
@@ -198,8 +197,7 @@ impl Code<'_> {
     fn load(&self, name: &str, attach: sys::AttachType) -> Result<OwnedFd> {
         let mut log = vec![0u8; LOG_BYTES];
         let functions = sys::Functions { types: self.types, list: &self.functions };
-        let functions = (!self.functions.is_empty()).then_some(&functions);
-        sys::prog_load(name, self.license, attach, &self.instructions, functions, &mut log)
+        sys::prog_load(name, self.license, attach, &self.instructions, Some(&functions), &mut log)
             .map_err(|e| rejected(e, &log))
     }
 

@@ -225,14 +225,25 @@ pub struct Tunnel {
     /// Interface index of the only way out, 0 if any will do. Of tunnels that a packet may belong to, one that is bound to
     /// the interface that it came in by goes before others
     pub link: u32,
-    /// Key of packets in
-    pub input_key: Option<u32>,
-    /// Key of packets out
-    pub output_key: Option<u32>,
+    /// What packets in bear
+    pub input: GreOptions,
+    /// What packets out bear
+    pub output: GreOptions,
     /// Time to live of packets out; 0 to inherit it
     pub ttl: u8,
     /// TOS of packets out; with the lowest bit set it is inherited
     pub tos: u8,
+}
+
+/// What the GRE header of a tunnel's packets holds in one direction.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct GreOptions {
+    /// The key
+    pub key: Option<u32>,
+    /// A checksum
+    pub checksum: bool,
+    /// A sequence number
+    pub sequence: bool,
 }
 
 /// An address of this host.

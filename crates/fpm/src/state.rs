@@ -557,8 +557,10 @@ impl State {
         (sound && !self.served.is_empty()).then(|| TunnelValue {
             local,
             remote,
-            input_key: own.input_key,
-            output_key: own.output_key,
+            input_key: own.input.key,
+            output_key: own.output.key,
+            input_checksum: own.input.checksum,
+            output_checksum: own.output.checksum,
             ttl: own.ttl,
             tos: own.tos,
             link: own.link,
@@ -682,13 +684,15 @@ impl State {
 
     /// Why packets of a family that come in by a port are exceptions.
     pub fn ingress_policy(&self, chain: &[&Port], family: Family) -> Option<Obstacle> {
-        self.port_policy(chain, |scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family)))
+        let enters = |scope: &Scope| matches!(scope, Scope::Ingress(on, of) if touches(chain, *on, *of, family));
+        sum(self.port_policy(chain, enters).into_iter().chain(numbered(chain, |tunnel| tunnel.input)))
     }
 
     /// Why packets of a family that leave by a port are exceptions, connections or not.
     pub fn egress_policy(&self, chain: &[&Port], family: Family) -> Option<Reason> {
         let leaves = |scope: &Scope| matches!(scope, Scope::Egress(on, of) if touches(chain, *on, *of, family));
-        self.port_policy(chain, leaves).map(|obstacle| obstacle.reason)
+        let obstacles = self.port_policy(chain, leaves).into_iter().chain(numbered(chain, |tunnel| tunnel.output));
+        sum(obstacles).map(|obstacle| obstacle.reason)
     }
 
     /// Addresses for the filter of IPv4 sources: this host's own, and all to which there is no unicast route. Linux
@@ -855,7 +859,7 @@ fn kind_reason(kind: u8) -> Option<Reason> {
 fn is_rival(own: &Tunnel, other: &Port) -> bool {
     let PortKind::Tunnel(other) = other.kind else { return false };
     let (same_local, same_remote) = (other.local == own.local, other.remote == own.remote);
-    other.input_key.unwrap_or(0) == own.input_key.unwrap_or(0)
+    other.input.key.unwrap_or(0) == own.input.key.unwrap_or(0)
         && (same_local || other.local.is_unspecified())
         && (same_remote || other.remote.is_unspecified())
         && other.link != own.link
@@ -882,6 +886,13 @@ fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool
 
 fn unsupported(chain: &[&Port]) -> Option<Reason> {
     chain.iter().any(|port| port.unsupported.is_some()).then_some(Reason::PolicySysctl)
+}
+
+/// Whether a tunnel's packets bear numbers: what is to come is in Linux's memory, where its own packets go on from it. (The
+/// watcher of tunnels tells that as a policy, too, for people.)
+fn numbered(chain: &[&Port], direction: impl Fn(&Tunnel) -> GreOptions) -> Option<Obstacle> {
+    let numbered = |port: &&Port| matches!(&port.kind, PortKind::Tunnel(tunnel) if direction(tunnel).sequence);
+    chain.iter().any(numbered).then_some(Obstacle::new(Reason::TunnelSequence))
 }
 
 /// Family of an address.

@@ -1205,15 +1205,20 @@ fn a_million_routes() {
     }
 }
 
+const NO_OPTIONS: GreOptions = GreOptions { key: None, checksum: false, sequence: false };
 const GRE: Tunnel = Tunnel {
     local: IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 9)),
     remote: IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 7)),
     link: 0,
-    input_key: None,
-    output_key: Some(5),
+    input: NO_OPTIONS,
+    output: GreOptions { key: Some(5), ..NO_OPTIONS },
     ttl: 64,
     tos: 1,
 };
+
+fn keyed(key: u32) -> GreOptions {
+    GreOptions { key: Some(key), ..NO_OPTIONS }
+}
 
 fn tunnel(ifindex: u32, tunnel: Tunnel) -> Port {
     Port { kind: PortKind::Tunnel(tunnel), mac: None, mtu: 1472, ..port(ifindex) }
@@ -1240,7 +1245,7 @@ impl Fixture {
     fn tunnel_for(&self, tunnel: Tunnel) -> Option<(u32, u32, u32, u32)> {
         let (IpAddr::V4(local), IpAddr::V4(remote)) = (tunnel.local, tunnel.remote) else { panic!("no IPv4") };
         let [local, remote] = [local, remote].map(|address| u32::from_ne_bytes(address.octets()));
-        let key = tunnel.input_key.unwrap_or(0).to_be();
+        let key = tunnel.input.key.unwrap_or(0).to_be();
         let first = tunnel_bucket(local, remote, key);
         let view = self.fpm.tables().view();
         (first..first + TUNNEL_PROBES).find_map(|place| {
@@ -1265,7 +1270,7 @@ fn tunnels_are_ports_and_next_hops() {
     assert_eq!(fixture.tunnel_for(GRE), found);
     assert_eq!(fixture.flags(7) & (port_flags::TUNNEL | port_flags::READY), port_flags::TUNNEL | port_flags::READY);
     // It changes.
-    let changed = Tunnel { input_key: Some(8), output_key: None, ttl: 0, tos: 0, ..GRE };
+    let changed = Tunnel { input: keyed(8), output: NO_OPTIONS, ttl: 0, tos: 0, ..GRE };
     fixture.batch([Message::Port(tunnel(7, changed))]).expect("10.7.1.1", INTO_7);
     assert_eq!((fixture.tunnel_for(GRE), fixture.tunnel_for(changed).map(|found| found.0)), (None, Some(7)));
     fixture.batch([Message::Port(tunnel(7, GRE))]);
@@ -1283,6 +1288,39 @@ fn tunnels_are_ports_and_next_hops() {
 }
 
 #[test]
+fn checksums_of_tunnels_are_made_and_asked_for() {
+    let mut fixture = Fixture::with_tunnel();
+    let summed = |options: GreOptions| GreOptions { checksum: true, ..options };
+    for (changed, flag) in [
+        (Tunnel { input: summed(GRE.input), ..GRE }, tunnel_flags::INPUT_CHECKSUM),
+        (Tunnel { output: summed(GRE.output), ..GRE }, tunnel_flags::OUTPUT_CHECKSUM),
+    ] {
+        fixture.batch([Message::Port(tunnel(7, changed))]).expect("10.7.1.1", INTO_7);
+        assert_eq!(fixture.tunnel_for(GRE), Some((7, FLAGS | flag, 0x140, 0)));
+    }
+}
+
+#[test]
+fn numbers_of_tunnels_are_linuxs_in_their_direction() {
+    let mut fixture = Fixture::with_tunnel();
+    let numbered = |options: GreOptions| GreOptions { sequence: true, ..options };
+    let ingress = |fixture: &Fixture| {
+        let view = fixture.fpm.tables().view();
+        let port = view.ports().iter().find(|port| port.ifindex.load() == 7).expect("a slot");
+        port.ingress_policy.each_ref().map(|word| Obstacle::of(word.load()))
+    };
+    let out = Tunnel { output: numbered(GRE.output), ..GRE };
+    fixture.batch([Message::Port(tunnel(7, out))]).exception("10.7.1.1", Reason::TunnelSequence);
+    fixture.exception("2001:db8:7::1", Reason::TunnelSequence);
+    assert_eq!((fixture.tunnel_for(GRE), ingress(&fixture)), (Some((7, FLAGS, 0x140, 0)), [None; 2]));
+    let into = Tunnel { input: numbered(GRE.input), ..GRE };
+    fixture.batch([Message::Port(tunnel(7, into))]).expect("10.7.1.1", INTO_7).expect("2001:db8:7::1", INTO_7);
+    assert_eq!(ingress(&fixture), [Some(Obstacle::new(Reason::TunnelSequence)); 2]);
+    fixture.batch([Message::Port(tunnel(7, GRE))]).expect("10.7.1.1", INTO_7);
+    assert_eq!(ingress(&fixture), [None; 2]);
+}
+
+#[test]
 fn policies_of_the_hosts_own_packets_hold_for_tunnels() {
     let mut fixture = Fixture::with_tunnel();
     let policy_of = |fixture: &Fixture| fixture.tunnel_for(GRE).map(|found| found.3);
@@ -1296,7 +1334,7 @@ fn policies_of_the_hosts_own_packets_hold_for_tunnels() {
 fn tunnels_that_linux_might_mistake_are_its_own() {
     let any = ip("0.0.0.0");
     let others: [(Tunnel, bool); 9] = [
-        (Tunnel { input_key: Some(1), link: 1, ..GRE }, true),
+        (Tunnel { input: keyed(1), link: 1, ..GRE }, true),
         (Tunnel { remote: ip("203.0.113.8"), link: 1, ..GRE }, true),
         (Tunnel { local: any, remote: any, ..GRE }, true),
         (Tunnel { local: any, ..GRE }, true),
@@ -1304,7 +1342,7 @@ fn tunnels_that_linux_might_mistake_are_its_own() {
         (Tunnel { local: any, link: 1, ..GRE }, false),
         (Tunnel { remote: any, link: 1, ..GRE }, false),
         (Tunnel { local: any, remote: any, link: 1, ..GRE }, false),
-        (Tunnel { local: any, remote: any, link: 1, input_key: Some(0), ..GRE }, false),
+        (Tunnel { local: any, remote: any, link: 1, input: keyed(0), ..GRE }, false),
     ];
     for (other, clear) in others {
         let mut fixture = Fixture::with_tunnel();

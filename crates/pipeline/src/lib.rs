@@ -13,6 +13,7 @@ mod accept;
 #[cfg(any(test, feature = "std"))]
 pub mod batch;
 pub mod cache;
+pub mod checksum;
 pub mod filters;
 mod flow;
 mod hash;
@@ -56,7 +57,7 @@ use towpath_tables::record::{
     VlanTable,
 };
 use towpath_tables::trace::Outcome;
-use towpath_wire::View;
+use towpath_wire::{Sum, View};
 
 /// What travels beside a frame instead of in it: what a sender left to its device, where that hands frames over as they are
 /// (veth, TAP).
@@ -103,6 +104,12 @@ pub trait Frame: Sized {
     #[inline(always)]
     fn forget(number: u32) -> u32 {
         number
+    }
+    /// Calls `checksum::sum`, as a function of its own like `tunnelled`.
+    #[cold]
+    #[inline(never)]
+    fn sum(&self, offset: usize, len: usize) -> Option<Sum> {
+        checksum::sum(self, offset, len)
     }
     /// Calls `forward_tunnelled`, as a function of its own: so seldom that what other packets take is not to pay for it.
     #[cold]

@@ -96,8 +96,11 @@ fn way_back<T: Tables>(tables: &T, index: u32) -> Result<Way, Reason> {
     }
     Ok(match Reason::from_index((state >> 8) as u8) {
         Some(Reason::LocalDestination) => Way::Ours,
-        // A unicast route by a served port whose neighbour is not known, or that a policy keeps from the fast path
-        Some(Reason::NoNeighbour | Reason::PolicyTc | Reason::PolicyCapture) => Way::Unicast(port),
+        // A unicast route by a served port whose neighbour is not known, or that a policy or the tunnel's settings keep
+        // from the fast path
+        Some(Reason::NoNeighbour | Reason::PolicyTc | Reason::PolicyCapture | Reason::TunnelSequence) => {
+            Way::Unicast(port)
+        }
         // A unicast route by some other interface, which has no slot
         Some(Reason::EgressNotServed) => Way::Unicast(u32::MAX),
         _ => Way::Other,

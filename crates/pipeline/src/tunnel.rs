@@ -1,5 +1,5 @@
 //! Tunnels: GRE over IPv4 (RFC 2784, keys of RFC 2890), as Linux's tunnel interfaces have it (6.1,
-//! net/ipv4/{ip_gre,ip_tunnel,ip_tunnel_core}.c).
+//! net/ipv4/{gre_demux,ip_gre,ip_tunnel,ip_tunnel_core}.c, include/net/gre.h).
 //!
 //! A packet to the router itself that is one of a tunnel's is looked *through*: what is inside is routed as what came in
 //! by the tunnel. Only if that ends in sending it are the outer headers cut off. Otherwise the packet is Linux's as it
@@ -13,13 +13,19 @@ use crate::{Entry, Frame, Hop, Parsed, Refusal, Stop, Tables, count_forward, has
 use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::record::{Family, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 use towpath_tables::{Reason, opaque, order};
+use towpath_wire::Sum;
 use towpath_wire::ethernet;
-use towpath_wire::gre::{Gre, Keyed};
+use towpath_wire::gre::Gre;
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 use towpath_wire::link::{DoubleTagged, Link, Tagged, Untagged};
 use towpath_wire::transport::protocol;
 use zerocopy::{byteorder::network_endian::U16, native_endian};
+
+/// No packet in a tunnel begins farther behind, tags and all.
+const FARTHEST: usize = 0x7f;
+/// A word of a GRE header, as on the wire
+type Word32 = native_endian::U32;
 
 /// Explicit congestion notification: both bits of TOS, and the values (RFC 3168)
 const ECN: u8 = 3;
@@ -100,20 +106,21 @@ fn look_through<'t, F: Frame, T: Tables>(
     }
     let place = parsed.offset + size_of::<Ipv4>();
     let gre = frame.get::<Gre>(place).ok_or(Reason::Truncated)?;
-    let (flags, key, offset) = match gre.flags.get() {
-        Gre::PLAIN => (tunnel_flags::GRE, 0, place + size_of::<Gre>()),
-        Gre::KEY => {
-            let keyed = frame.get::<Keyed>(place).ok_or(Reason::Truncated)?;
-            (tunnel_flags::GRE | tunnel_flags::INPUT_KEY, keyed.key.get(), place + size_of::<Keyed>())
-        }
-        _ => return Err(Reason::Tunnel),
-    };
+    let flags = gre.flags.get();
+    let offset = place + Gre::len(flags).ok_or(Reason::Tunnel)?;
     let end = parsed.offset + parsed.packet_len;
     if offset > end {
         return Err(Reason::Truncated);
     }
+    let key = match flags & Gre::KEY {
+        0 => 0,
+        _ => frame.get::<Word32>(place + Gre::key_place(flags)).ok_or(Reason::Truncated)?.get(),
+    };
     let from = find(tables, outer, flags, key)?;
     from.ready()?;
+    if flags & Gre::CHECKSUM != 0 && !frame.sum(place, end - place).is_some_and(|sum| sum.folds_to(0xffff)) {
+        return Err(Reason::Tunnel);
+    }
     // Where rules would ask for the interface, tunnels are not ready: any port's routes are the same.
     outer.check_source(tables, entry, entry.slot)?;
     let inner = match gre.protocol.get() {
@@ -134,10 +141,22 @@ fn look_through<'t, F: Frame, T: Tables>(
     }
 }
 
-/// The tunnel that a packet belongs to (ip_tunnel_lookup); the writer indexes only those that Linux could not mistake for
-/// another.
+/// What of a tunnel's flags a packet to us must agree with, by the flags of its GRE header. Sequence numbers Linux passes over
+/// where none are asked for; tunnels that ask for them let nothing in.
 #[inline(always)]
-fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Result<Entry<'t>, Reason> {
+fn asked_for(gre: u16) -> u32 {
+    const _: () = assert!(Gre::KEY == 1 << 13 && tunnel_flags::INPUT_KEY == 1 << 1);
+    const _: () = assert!(Gre::CHECKSUM == 1 << 15 && tunnel_flags::INPUT_CHECKSUM == 1 << 3);
+    let bits = gre & (Gre::KEY | Gre::CHECKSUM);
+    u32::from(bits >> 12) | tunnel_flags::GRE
+}
+
+/// The tunnel that a packet with a GRE header with these flags belongs to (ip_tunnel_lookup); the writer indexes only those
+/// that Linux could not mistake for another.
+#[inline(always)]
+fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, gre: u16, key: u32) -> Result<Entry<'t>, Reason> {
+    const FOUND_BY: u32 = tunnel_flags::GRE | tunnel_flags::INPUT_KEY;
+    let asked = asked_for(gre);
     let (local, remote) = (u32::from_ne_bytes(outer.destination), u32::from_ne_bytes(outer.source));
     let config = tables.config().ok_or(Reason::Internal)?;
     let first = tunnel_bucket(local, remote, key);
@@ -147,9 +166,10 @@ fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Res
         let port = tables.port(slot).ok_or(Reason::Internal)?;
         let tunnel = &port.tunnel;
         let sequence = order::begin(&tunnel.sequence).ok_or(Reason::TableBusy)?;
+        let flags = tunnel.flags.load();
         let same = tunnel.local[0].load() == local
             && tunnel.remote[0].load() == remote
-            && tunnel.flags.load() & !tunnel_flags::OUTPUT_KEY == flags
+            && flags & FOUND_BY == asked & FOUND_BY
             && tunnel.input_key.load() == key;
         let policy = tunnel.policy.load();
         if !order::unchanged(&tunnel.sequence, sequence) {
@@ -157,6 +177,10 @@ fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Res
         }
         if same {
             ingress::strict_policy(policy)?;
+            // ip_tunnel_rcv drops what has a checksum that is not asked for, too.
+            if flags & tunnel_flags::INPUT_CHECKSUM != asked & tunnel_flags::INPUT_CHECKSUM {
+                return Err(Reason::Tunnel);
+            }
             return Ok(Entry::new(slot, port));
         }
     }
@@ -166,13 +190,42 @@ fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, flags: u32, key: u32) -> Res
 /// What is written before a packet that goes into a tunnel, without the link header.
 struct Outer {
     ip: Ipv4,
-    key: Option<u32>,
+    /// Flags of the GRE header
+    gre: u16,
+    /// Its first word
+    first: Gre,
+    /// The key, if there is one
+    key: u32,
+    /// The word with the checksum, if there is one
+    checksum: u32,
 }
 
 impl Outer {
     #[inline(always)]
+    fn gre_len(&self) -> usize {
+        Gre::len(self.gre).unwrap_or(0)
+    }
+
+    #[inline(always)]
     fn len(&self) -> usize {
-        size_of::<Ipv4>() + if self.key.is_some() { size_of::<Keyed>() } else { size_of::<Gre>() }
+        size_of::<Ipv4>() + self.gre_len()
+    }
+
+    /// Makes the checksum, if there is to be one, for a packet that goes in with one hop less.
+    #[inline(always)]
+    fn set_checksum<N: Inner, F: Frame>(&mut self, frame: &F, parsed: &Parsed) -> Result<(), Reason> {
+        if self.gre & Gre::CHECKSUM == 0 {
+            return Ok(());
+        }
+        let packet = frame.sum(parsed.offset, parsed.packet_len).ok_or(Reason::Tunnel)?;
+        let sum = N::sum_of_sent(packet).number(self.gre).number(self.first.protocol.get()).words(&[self.key.into()]);
+        // Of the two zeros Linux takes this one (CSUM_MANGLED_0 in skb_checksum_help, net/core/dev.c).
+        let checksum = match !sum.fold() {
+            0 => 0xffff,
+            checksum => checksum,
+        };
+        self.checksum = zerocopy::transmute!([checksum, 0u16]);
+        Ok(())
     }
 }
 
@@ -205,7 +258,7 @@ fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
     ingress::strict_policy(config.policy[Family::V4 as usize].load())?;
     let tunnel = &tables.port(into).ok_or(Reason::Internal)?.tunnel;
     let sequence = order::begin(&tunnel.sequence).ok_or(Reason::TableBusy)?;
-    let outer = outer(header, parsed, tunnel)?;
+    let mut outer = outer(header, parsed, tunnel)?;
     let (link, way) = (tunnel.link.load(), Word(tunnel.way.load()));
     // Orders what the way leads to behind it, too.
     if !order::unchanged(&tunnel.sequence, sequence) {
@@ -214,6 +267,7 @@ fn encapsulate_packet<N: Inner, F: Frame, T: Tables>(
     let hop = way_out(tables, &outer.ip, way, link)?;
     let sent = Parsed { packet_len: outer.len() + parsed.packet_len, ..*parsed };
     hop.check_len(sent.packet_len)?;
+    outer.set_checksum::<N, F>(frame, parsed)?;
     hop.check_device(tables, parsed)?;
     match hop.tags() {
         0 => write::<Untagged, N, F>(frame, parsed, &hop, &outer)?,
@@ -239,7 +293,8 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
     let class = header.class();
     let tos = if tos & INHERIT != 0 { class } else { tos };
     let ecn = if class & ECN == CONGESTED { ECT_0 } else { class & ECN };
-    let key = (flags & tunnel_flags::OUTPUT_KEY != 0).then(|| tunnel.output_key.load());
+    let flag = |flag, gre| if flags & flag != 0 { gre } else { 0 };
+    let gre = flag(tunnel_flags::OUTPUT_KEY, Gre::KEY) | flag(tunnel_flags::OUTPUT_CHECKSUM, Gre::CHECKSUM);
     let ip = Ipv4 {
         version_ihl: Ipv4::PLAIN,
         tos: tos & !ECN | ecn,
@@ -252,7 +307,8 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
         source: tunnel.local[0].load().to_ne_bytes(),
         destination: tunnel.remote[0].load().to_ne_bytes(),
     };
-    let mut outer = Outer { ip, key };
+    let first = Gre { flags: U16::new(gre), protocol: U16::new(N::ETHERTYPE) };
+    let mut outer = Outer { ip, gre, first, key: tunnel.output_key.load(), checksum: 0 };
     let len = outer.len() + parsed.packet_len;
     outer.ip.total_len.set(u16::try_from(len).map_err(|_| Reason::MtuExceeded)?);
     outer.ip.set_checksum();
@@ -293,40 +349,36 @@ fn write<L: Link, N: Network, F: Frame>(
     outer: &Outer,
 ) -> Result<(), Reason> {
     let link = hop.link::<L>(ethernet::IPV4).ok_or(Reason::TableBusy)?;
-    let base = |flags| Gre { flags: U16::new(flags), protocol: U16::new(N::ETHERTYPE) };
-    match outer.key {
-        None => write_headers::<L, Gre, N, F>(frame, parsed, link, &outer.ip, base(Gre::PLAIN)),
-        Some(key) => {
-            let gre = Keyed { base: base(Gre::KEY), key: native_endian::U32::new(key) };
-            write_headers::<L, Keyed, N, F>(frame, parsed, link, &outer.ip, gre)
-        }
+    if !fit(frame, parsed, size_of::<L>() + outer.len())? {
+        return Ok(());
     }
+    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
+    *frame.get_mut::<Ipv4>(size_of::<L>()).ok_or(Reason::Internal)? = outer.ip;
+    write_gre(frame, size_of::<L>() + size_of::<Ipv4>(), outer).ok_or(Reason::Internal)?;
+    // Last, since that it is in the frame tells a compiler of all that lies before it, but no verifier.
+    let inner = opaque(size_of::<L>() + outer.len()) & FARTHEST;
+    frame.get_mut::<N>(inner).ok_or(Reason::Internal)?.decrement();
+    Ok(())
 }
 
 #[inline(always)]
-fn write_headers<L: Link, G: towpath_wire::View, N: Network, F: Frame>(
-    frame: &mut F,
-    parsed: &Parsed,
-    link: L,
-    ip: &Ipv4,
-    gre: G,
-) -> Result<(), Reason> {
-    let (ip_at, gre_at) = (size_of::<L>(), size_of::<L>() + size_of::<Ipv4>());
-    let inner_at = gre_at + size_of::<G>();
-    if !fit(frame, parsed, inner_at)? {
-        return Ok(());
+fn write_gre<F: Frame>(frame: &mut F, at: usize, outer: &Outer) -> Option<()> {
+    *frame.get_mut::<Gre>(at)? = outer.first;
+    if outer.gre & Gre::CHECKSUM != 0 {
+        frame.get_mut::<Word32>(at + size_of::<Gre>())?.set(outer.checksum);
     }
-    frame.get_mut::<N>(inner_at).ok_or(Reason::Internal)?.decrement();
-    *frame.get_mut::<G>(gre_at).ok_or(Reason::Internal)? = gre;
-    *frame.get_mut::<Ipv4>(ip_at).ok_or(Reason::Internal)? = *ip;
-    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
-    Ok(())
+    if outer.gre & Gre::KEY != 0 {
+        frame.get_mut::<Word32>(at + Gre::key_place(outer.gre))?.set(outer.key);
+    }
+    Some(())
 }
 
 /// What tunnels ask of a packet's header besides.
 trait Inner: Network {
     /// TOS or traffic class
     fn class(&self) -> u8;
+    /// What the sum over a packet becomes when it is sent on, with one hop less
+    fn sum_of_sent(sum: Sum) -> Sum;
 }
 
 impl Inner for Ipv4 {
@@ -334,11 +386,23 @@ impl Inner for Ipv4 {
     fn class(&self) -> u8 {
         self.tos
     }
+
+    /// A right header's sum is zero, before and after.
+    #[inline(always)]
+    fn sum_of_sent(sum: Sum) -> Sum {
+        sum
+    }
 }
 
 impl Inner for Ipv6 {
     #[inline(always)]
     fn class(&self) -> u8 {
         (self.version_class_flow.get() >> 20) as u8
+    }
+
+    /// The hop limit is the low byte of a pair.
+    #[inline(always)]
+    fn sum_of_sent(sum: Sum) -> Sum {
+        sum.number(!1)
     }
 }

@@ -73,7 +73,7 @@ reasons! {
     TableFull = 35, "table-full", "a table had no room for the entry this packet needs";
     Internal = 36, "internal", "an index in the tables was out of range";
     PolicyUnknown = 37, "policy-unknown", "a kernel setting could not be read, so nothing is assumed about it";
-    Tunnel = 38, "tunnel", "a tunnel's packet with something that only Linux does (checksum, sequence number, ECN, …)";
+    Tunnel = 38, "tunnel", "a tunnel's packet with something that only Linux does (ECN, a wrong checksum, …)";
     FlowNew = 39, "flow-new", "rules or connection tracking are on the packet's way, and it is of no connection that Linux handed over";
     FlowWaiting = 40, "flow-waiting", "Linux has not accepted a packet of this connection, direction and way since the rules changed";
     FlowClosing = 41, "flow-closing", "TCP FIN, RST or SYN of a connection, or a packet after its FIN or RST";
@@ -81,6 +81,7 @@ reasons! {
     Mapped = 43, "mapped", "a port with mappings (towpath nat) is on the packet's way, and it is one that is translated in Linux (an ICMP error, …)";
     Filtered = 44, "filtered", "dropped, not handed to Linux: the operator has a filter for it (towpath filter)";
     Unattended = 45, "unattended", "nobody has looked at Linux's settings for longer than --detach-after allows: towpath has died or is stopped";
+    TunnelSequence = 46, "tunnel-sequence", "a tunnel that numbers its packets: Linux counts them, for its own as well, and tells nobody";
 }
 
 const _: () = assert!(Reason::ALL.len() <= REASONS);

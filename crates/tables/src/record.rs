@@ -8,7 +8,7 @@
 use crate::word::{W32, W64};
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 13;
+pub const LAYOUT_VERSION: u32 = 14;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -167,6 +167,10 @@ pub mod tunnel_flags {
     pub const INPUT_KEY: u32 = 1 << 1;
     /// Packets from us bear a key
     pub const OUTPUT_KEY: u32 = 1 << 2;
+    /// Packets to us bear a checksum
+    pub const INPUT_CHECKSUM: u32 = 1 << 3;
+    /// Packets from us bear a checksum
+    pub const OUTPUT_CHECKSUM: u32 = 1 << 4;
 }
 
 /// A tunnel. Changed in place under `sequence`: odd while a change is under way. Addresses and keys are as on the wire.

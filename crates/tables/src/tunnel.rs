@@ -19,6 +19,10 @@ pub struct TunnelValue {
     pub input_key: Option<u32>,
     /// Key of packets from us
     pub output_key: Option<u32>,
+    /// Whether packets to us bear a checksum
+    pub input_checksum: bool,
+    /// Whether packets from us bear a checksum
+    pub output_checksum: bool,
     /// Time to live of packets from us; 0 to inherit it
     pub ttl: u8,
     /// Their TOS; with the lowest bit set it is inherited
@@ -34,7 +38,9 @@ impl TunnelValue {
         let flag = |set: bool, flag| if set { flag } else { 0 };
         let flags = tunnel_flags::GRE
             | flag(self.input_key.is_some(), tunnel_flags::INPUT_KEY)
-            | flag(self.output_key.is_some(), tunnel_flags::OUTPUT_KEY);
+            | flag(self.output_key.is_some(), tunnel_flags::OUTPUT_KEY)
+            | flag(self.input_checksum, tunnel_flags::INPUT_CHECKSUM)
+            | flag(self.output_checksum, tunnel_flags::OUTPUT_CHECKSUM);
         let key = |key: Option<u32>| key.unwrap_or(0).to_be();
         let words = [
             u32::from_ne_bytes(self.local.octets()),
@@ -119,6 +125,8 @@ mod tests {
         remote: Ipv4Addr::new(198, 51, 100, 2),
         input_key: Some(7),
         output_key: None,
+        input_checksum: false,
+        output_checksum: true,
         ttl: 64,
         tos: 1,
         link: 3,
@@ -131,7 +139,8 @@ mod tests {
         let tunnel: Tunnel = unsafe { core::mem::zeroed() };
         tunnel.set(Some(&VALUE));
         assert_eq!(tunnel.sequence.load(), 2);
-        assert_eq!(tunnel.flags.load(), tunnel_flags::GRE | tunnel_flags::INPUT_KEY);
+        let flags = tunnel_flags::GRE | tunnel_flags::INPUT_KEY | tunnel_flags::OUTPUT_CHECKSUM;
+        assert_eq!(tunnel.flags.load(), flags);
         assert_eq!(tunnel.local[0].load().to_ne_bytes(), [192, 0, 2, 1]);
         assert_eq!(tunnel.remote[0].load().to_ne_bytes(), [198, 51, 100, 2]);
         assert_eq!((tunnel.input_key.load().to_ne_bytes(), tunnel.output_key.load()), ([0, 0, 0, 7], 0));

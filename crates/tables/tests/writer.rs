@@ -307,6 +307,8 @@ fn a_tunnels_way_is_that_of_its_other_end() {
         remote: remote.into(),
         input_key: None,
         output_key: None,
+        input_checksum: false,
+        output_checksum: false,
         ttl: 64,
         tos: 0,
         link: 0,

@@ -3,7 +3,8 @@
 use crate::cli::Protocol;
 use crate::control::Packet;
 use std::net::IpAddr;
-use towpath_fpc::Tunnel;
+use towpath_fpc::{GreOptions, Tunnel};
+use towpath_wire::gre::Gre;
 
 /// Frames are padded to this length, as on a wire without the checksum.
 const SHORTEST: usize = 60;
@@ -22,9 +23,7 @@ pub fn tunnelled(packet: &Packet, link: &Link, tunnel: &Tunnel) -> Vec<u8> {
     let mut frame = build(packet, link);
     let inner = frame.split_off(header);
     let ethertype = frame.split_off(header - 2);
-    let flags: u16 = if tunnel.input_key.is_some() { 0x2000 } else { 0 };
-    let mut gre = [&flags.to_be_bytes(), &ethertype[..]].concat();
-    gre.extend(tunnel.input_key.into_iter().flat_map(u32::to_be_bytes));
+    let gre = gre(&tunnel.input, &ethertype, &inner);
     frame[..6].copy_from_slice(&link.mac);
     frame.extend([8, 0]);
     if let (IpAddr::V4(remote), IpAddr::V4(local)) = (tunnel.remote, tunnel.local) {
@@ -34,6 +33,23 @@ pub fn tunnelled(packet: &Packet, link: &Link, tunnel: &Tunnel) -> Vec<u8> {
     frame.extend(gre);
     frame.extend(inner);
     frame
+}
+
+/// The header before a packet, padding and all.
+fn gre(options: &GreOptions, ethertype: &[u8], inner: &[u8]) -> Vec<u8> {
+    let flag = |set: bool, flag: u16| if set { flag } else { 0 };
+    let flags = flag(options.checksum, Gre::CHECKSUM)
+        | flag(options.key.is_some(), Gre::KEY)
+        | flag(options.sequence, Gre::SEQUENCE);
+    let mut header = [&flags.to_be_bytes(), ethertype].concat();
+    header.extend([0; 4].iter().filter(|_| options.checksum));
+    header.extend(options.key.into_iter().flat_map(u32::to_be_bytes));
+    header.extend([0; 4].iter().filter(|_| options.sequence));
+    if options.checksum {
+        let sum = checksum(&[&header, inner].concat());
+        header[4..6].copy_from_slice(&sum.to_be_bytes());
+    }
+    header
 }
 
 /// The frame as it arrives. Lengths are those of the request: at least 48 bytes for IPv4, 60 for IPv6 with TCP.

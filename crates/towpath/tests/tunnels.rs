@@ -4,6 +4,7 @@
 //!     left 192.0.2.2 -- eth0 [router] eth1 -- right 198.51.100.2
 //!                             gre1  ==========  10.99.0.0/24, 2001:db8:99::/64
 //!                             gre2  ==========  10.98.0.0/24, 2001:db8:98::/64   (with keys)
+//!                             gre3  ==========  10.97.0.0/24, 2001:db8:97::/64   (with a key and checksums)
 
 mod common;
 
@@ -18,6 +19,43 @@ const NEAR: &str = "198.51.100.1";
 const IN_KEY: u32 = 70_000;
 const OUT_KEY: u32 = 9;
 
+/// A tunnel of the router's.
+#[derive(Debug)]
+struct Tunnel {
+    name: &'static str,
+    /// A host behind it, by both families
+    behind: [&'static str; 2],
+    /// Key of what comes out of it
+    key: Option<u32>,
+    /// Whether its packets bear checksums
+    checksum: bool,
+}
+
+static GRE1: Tunnel = Tunnel { name: "gre1", behind: ["10.99.0.2", "2001:db8:99::2"], key: None, checksum: false };
+static GRE2: Tunnel =
+    Tunnel { name: "gre2", behind: ["10.98.0.2", "2001:db8:98::2"], key: Some(IN_KEY), checksum: false };
+static GRE3: Tunnel = Tunnel { name: "gre3", behind: ["10.97.0.2", "2001:db8:97::2"], key: Some(3), checksum: true };
+
+impl Tunnel {
+    /// Bytes of its GRE headers
+    fn header(&self) -> usize {
+        4 + [self.key.is_some(), self.checksum].iter().filter(|is| **is).count() * 4
+    }
+
+    /// The GRE header before a packet that comes out of it.
+    fn gre(&self, ethertype: [u8; 2], packet: &[u8]) -> Vec<u8> {
+        let flags = if self.checksum { 0x80 } else { 0 } | if self.key.is_some() { 0x20 } else { 0 };
+        let mut header = [[flags, 0], ethertype].concat();
+        header.extend([0; 4].iter().filter(|_| self.checksum));
+        header.extend(self.key.into_iter().flat_map(u32::to_be_bytes));
+        if self.checksum {
+            let sum = checksum(&[&header, packet].concat());
+            header[4..6].copy_from_slice(&sum.to_be_bytes());
+        }
+        header
+    }
+}
+
 fn networks() -> Option<(Net, Wire)> {
     let net = Net::new();
     let probe = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
@@ -30,17 +68,25 @@ fn networks() -> Option<(Net, Wire)> {
     for line in [
         format!("ip tunnel add gre1 mode gre {other_end}"),
         format!("ip tunnel add gre2 mode gre {other_end} ikey {OUT_KEY} okey {IN_KEY}"),
+        format!("ip tunnel add gre3 mode gre {other_end} key 3 csum"),
         "ip link set gre1 up; ip address add 10.0.1.2/30 dev gre1; ip route add 192.0.2.0/24 via 10.0.1.1".into(),
         "ip link set gre2 up; ip address add 10.0.2.2/30 dev gre2".into(),
+        "ip link set gre3 up; ip address add 10.0.3.2/30 dev gre3".into(),
         "ip address add 10.99.0.2/32 dev lo; ip address add 10.98.0.2/32 dev lo".into(),
         "ip address add 2001:db8:99::2/128 dev lo; ip address add 2001:db8:98::2/128 dev lo".into(),
+        "ip address add 10.97.0.2/32 dev lo; ip address add 2001:db8:97::2/128 dev lo".into(),
     ] {
         net.right.sh(&line).expect("the other end");
     }
     net.ip(&format!(
         "tunnel add gre2 mode gre local {NEAR} remote {RIGHT} ikey {IN_KEY} okey {OUT_KEY} ttl 33 tos 0x48"
     ));
+    net.ip(&format!("tunnel add gre3 mode gre local {NEAR} remote {RIGHT} key 3 csum ttl 64"));
     for line in [
+        "link set gre3 up",
+        "address add 10.0.3.1/30 dev gre3",
+        "route add 10.97.0.0/24 dev gre3",
+        "route add 2001:db8:97::/64 dev gre3",
         "link set gre2 up",
         "address add 10.0.2.1/30 dev gre2",
         "route add 10.98.0.0/24 dev gre2",
@@ -80,7 +126,7 @@ struct Wire {
 struct Path {
     /// Comes in on the right, in the tunnel, and leaves on the left; otherwise the other way
     out_of: bool,
-    keyed: bool,
+    tunnel: &'static Tunnel,
     ipv6: bool,
     tos: u8,
     /// TOS of what it comes in
@@ -88,6 +134,8 @@ struct Path {
     ttl: u8,
     /// Don't fragment (IPv4)
     df: bool,
+    /// What goes in bears a sequence number
+    numbered: bool,
     /// Bytes of the IP packet inside
     length: usize,
     /// None if it is the fast path's
@@ -96,23 +144,24 @@ struct Path {
 
 const INTO: Path = Path {
     out_of: false,
-    keyed: false,
+    tunnel: &GRE1,
     ipv6: false,
     tos: 0,
     outer_tos: 0,
     ttl: 64,
     df: true,
+    numbered: false,
     length: 100,
     reason: None,
 };
 
 fn paths() -> Vec<Path> {
     let mut paths = Vec::new();
-    for (out_of, keyed, ipv6) in [0, 1, 2, 3, 4, 5, 6, 7].map(|bits: u8| (bits & 4 != 0, bits & 2 != 0, bits & 1 != 0))
-    {
-        let path = Path { out_of, keyed, ipv6, ..INTO };
+    let ways = [(false, false), (false, true), (true, false), (true, true)];
+    for (tunnel, (out_of, ipv6)) in [&GRE1, &GRE2, &GRE3].into_iter().flat_map(|tunnel| ways.map(|way| (tunnel, way))) {
+        let path = Path { out_of, tunnel, ipv6, ..INTO };
         // Without the tunnel's headers, what the links carry.
-        let largest = if keyed { 1472 } else { 1476 };
+        let largest = 1480 - tunnel.header();
         paths.extend([path, Path { df: false, ..path }, Path { ttl: 2, ..path }, Path { length: largest, ..path }]);
         paths.extend([0xb8, 1, 2, 3].map(|tos| Path { tos, ..path }));
         paths.push(Path { ttl: 255, length: 61, ..path });
@@ -140,12 +189,7 @@ impl Wire {
 
     /// The frame that comes in by a path.
     fn frame(&self, path: &Path, payload: u8) -> Vec<u8> {
-        let behind = match (path.keyed, path.ipv6) {
-            (false, false) => "10.99.0.2",
-            (true, false) => "10.98.0.2",
-            (false, true) => "2001:db8:99::2",
-            (true, true) => "2001:db8:98::2",
-        };
+        let behind = path.tunnel.behind[usize::from(path.ipv6)];
         let left = if path.ipv6 { LEFT6 } else { LEFT };
         let (source, destination) = if path.out_of { (behind, left) } else { (left, behind) };
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
@@ -165,9 +209,7 @@ impl Wire {
             return frame;
         }
         let ethertype = [frame[12], frame[13]];
-        let mut gre = if path.keyed { vec![0x20, 0] } else { vec![0, 0] };
-        gre.extend(ethertype);
-        gre.extend(IN_KEY.to_be_bytes().into_iter().filter(|_| path.keyed));
+        let gre = path.tunnel.gre(ethertype, &frame[14..]);
         let mut outer = vec![0x45, path.outer_tos, 0, 0, 0x12, 0x34, 0x40, 0, 64, 47, 0, 0];
         outer.extend([198, 51, 100, 2, 198, 51, 100, 1]);
         let length = (outer.len() + gre.len() + frame.len() - 14) as u16;
@@ -186,7 +228,7 @@ impl Wire {
     fn arrival(&self, path: &Path, payload: u8) -> Vec<u8> {
         let at = if path.out_of { &self.left } else { &self.right };
         // Not what hosts answer, which quotes it
-        let headers = if path.out_of { 14 } else { 38 + if path.keyed { 4 } else { 0 } };
+        let headers = if path.out_of { 14 } else { 34 + path.tunnel.header() + if path.numbered { 4 } else { 0 } };
         let ours = |bytes: &[u8]| bytes.len() == headers + path.length && bytes.ends_with(&[payload; 9]);
         let found = at.receive_matching(DEADLINE, |frame| ours(&frame.bytes)).expect("frames");
         let mut bytes = found.unwrap_or_else(|| panic!("a frame in time: {path:?}")).bytes;
@@ -237,7 +279,7 @@ fn packets_pass_tunnels_as_linux_sends_them() {
         .collect();
     let _daemon = net.up(&["eth0", "eth1"]);
     for ((path, number), by_linux) in paths.iter().zip(1..).zip(by_linux) {
-        let (tunnel, port) = (if path.keyed { "gre2" } else { "gre1" }, if path.out_of { "eth1" } else { "eth0" });
+        let (tunnel, port) = (path.tunnel.name, if path.out_of { "eth1" } else { "eth0" });
         let reason = |net: &Net| path.reason.map_or(0, |reason| net.exceptions(reason));
         let (before, excepted) = (Counts::of(&net), reason(&net));
         wire.send(path, number);
@@ -263,7 +305,12 @@ fn becomes(net: &Net, reason: Option<&str>) {
 
 /// Whether packets into gre1 and out of it are forwarded by the fast path.
 fn is_fast(net: &Net, wire: &Wire) -> [bool; 2] {
-    [INTO, Path { out_of: true, ..INTO }].map(|path| {
+    are_fast(net, wire, INTO)
+}
+
+/// The same of those into any tunnel, and out of it.
+fn are_fast(net: &Net, wire: &Wire, into: Path) -> [bool; 2] {
+    [into, Path { out_of: true, ..into }].map(|path| {
         let counts = || Counts::of(net).0["ports"].as_array().expect("ports").iter().map(rx_packets).sum::<u64>();
         let before = counts();
         wire.send(&path, 5);
@@ -338,6 +385,87 @@ fn a_tunnel_changes_vanishes_and_comes_back() {
     make_gre1(&net);
     becomes(&net, None);
     assert_eq!(is_fast(&net, &wire), [true; 2]);
+}
+
+/// The number in a GRE packet without checksum and key that leaves for the right.
+fn number(bytes: &[u8]) -> u32 {
+    assert_eq!(bytes[34..36], [0x10, 0], "a number and nothing else: {bytes:x?}");
+    u32::from_be_bytes(bytes[38..42].try_into().expect("four bytes"))
+}
+
+/// Linux counts what it sends into a tunnel with `oseq`, its own packets and those it forwards, and drops what comes out of one
+/// with `iseq` if its number is old. So each has the direction for itself.
+#[test]
+fn numbers_of_a_tunnel_have_one_writer_and_one_reader() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    becomes(&net, None);
+    // With an MTU, or Linux makes one of the options and does not tell IPv6 (ipgre_link_update).
+    let set = |options: &str| {
+        net.ip(&format!("link set gre1 mtu 1400 type gre local {NEAR} remote {RIGHT} ttl 64 {options}"));
+    };
+    // Sent by Linux alone, without a gap; what comes out is fast, whether it has numbers or not.
+    set("oseq");
+    becomes(&net, Some("tunnel-sequence"));
+    let numbered = Path { numbered: true, ..INTO };
+    assert_eq!(are_fast(&net, &wire, numbered), [false, true]);
+    let number_of = |payload| {
+        wire.send(&numbered, payload);
+        number(&wire.arrival(&numbered, payload))
+    };
+    let first = number_of(1);
+    net.router.sh("ping -c 1 -W 1 10.0.1.2 || true").expect("one of the router's own");
+    assert!(number_of(2) >= first + 2, "one count for both");
+    let told = net.json(&["status"]).to_string();
+    assert!(told.contains("gre1 numbers what it sends (oseq)"), "{told}");
+    let why = net.json(&["explain", LEFT, "10.99.0.2"])["verdict"].to_string();
+    assert!(why.contains("gre1 numbers what it sends (oseq)"), "{why}");
+
+    // Received by Linux alone, which drops what has no number.
+    set("nooseq iseq");
+    becomes(&net, None);
+    let dropped = || net.router.sh("cat /sys/class/net/gre1/statistics/rx_fifo_errors").expect("a count");
+    let (before, excepted) = (dropped(), net.exceptions("tunnel-sequence"));
+    wire.send(&Path { out_of: true, ..INTO }, 3);
+    eventually("Linux has dropped it", || (dropped() != before).then_some(()));
+    assert_eq!(net.exceptions("tunnel-sequence"), excepted + 1);
+    assert!(net.json(&["status"]).to_string().contains("gre1 wants numbers in order (iseq)"));
+    set("noiseq");
+    eventually("as before", || (!net.json(&["status"]).to_string().contains("numbers")).then_some(()));
+    becomes(&net, None);
+    assert_eq!(is_fast(&net, &wire), [true; 2]);
+}
+
+/// What Linux does not take out of a tunnel, and how it counts that.
+#[test]
+fn wrong_and_unwanted_checksums_are_linuxs() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    becomes(&net, None);
+    let errors = |tunnel: &str| -> u64 {
+        let count = net.router.sh(&format!("cat /sys/class/net/{tunnel}/statistics/rx_crc_errors")).expect("a count");
+        count.trim().parse().expect("a number")
+    };
+    let [without, with] = [&GRE1, &GRE3].map(|tunnel| Path { out_of: true, tunnel, ..INTO });
+    let mut unwanted = wire.frame(&without, 1);
+    let bare = Tunnel { checksum: true, ..GRE1 };
+    let gre = bare.gre([8, 0], &unwanted[38..]);
+    unwanted.splice(34..38, gre);
+    let length = (unwanted.len() - 14) as u16;
+    unwanted[16..18].copy_from_slice(&length.to_be_bytes());
+    fix(&mut unwanted[14..34]);
+    let mut missing = wire.frame(&with, 1);
+    missing[34] = 0x20;
+    missing.drain(38..42);
+    let length = (missing.len() - 14) as u16;
+    missing[16..18].copy_from_slice(&length.to_be_bytes());
+    fix(&mut missing[14..34]);
+    for (tunnel, frame) in [("gre1", unwanted), ("gre3", missing)] {
+        let (before, excepted) = (errors(tunnel), net.exceptions("tunnel") + net.exceptions("partial-checksum"));
+        wire.right.send(&frame).expect("sent");
+        eventually("Linux has counted it", || (errors(tunnel) == before + 1).then_some(()));
+        assert_eq!(net.exceptions("tunnel") + net.exceptions("partial-checksum"), excepted + 1, "{tunnel}");
+    }
 }
 
 /// What a router on the tunnel's way would say of a packet that is too large for it.

@@ -23,6 +23,12 @@ impl Sum {
         Self(self.0 + u64::from(number.to_be()))
     }
 
+    /// Adds what a sum was folded to.
+    #[inline(always)]
+    pub fn folded(self, folded: u16) -> Self {
+        Self(self.0 + u64::from(folded))
+    }
+
     /// The sum folded to 16 bits, as on the wire, not complemented. Zero only if everything added was zero.
     #[inline(always)]
     pub fn fold(self) -> u16 {

@@ -6,10 +6,12 @@ use crate::maps::FAR_MAPS;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
 use towpath_pipeline::nat::{self, Choice};
-use towpath_pipeline::{Beside, Candidate, Entry, Frame, Parsed, Refusal, Tables, forward_flow, forward_tunnelled};
+use towpath_pipeline::{
+    Beside, Candidate, Entry, Frame, Parsed, Refusal, Tables, checksum, forward_flow, forward_tunnelled,
+};
 use towpath_tables::record::{Family, PORT_SLOTS};
 use towpath_tables::{Reason, opaque};
-use towpath_wire::View;
+use towpath_wire::{Sum, View};
 
 /// A first buffer with less in it than this is the whole frame: drivers fill it before they begin another, and none gives
 /// it less room (the least is mlx5's, 1472 bytes; drivers/net/ethernet/mellanox/mlx5/core/en/params.c, Linux 6.1). Asking
@@ -105,6 +107,12 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
+    fn sum(&self, offset: usize, len: usize) -> Option<Sum> {
+        let folded = opaque(payload_sum(self.ctx, offset as u32, len as u32) as usize) as u32;
+        u16::try_from(folded).ok().map(|folded| Sum::default().folded(folded))
+    }
+
+    #[inline(always)]
     fn tunnelled<T: Tables>(&mut self, _: &T, entry: &Entry, parsed: &Parsed, refusal: Refusal) -> Result<u32, Reason> {
         let into = match refusal {
             Refusal::Exception(Reason::LocalDestination) => THROUGH,
@@ -186,6 +194,26 @@ fn answer(result: Result<u32, Reason>) -> u32 {
         // objects to adding to what may be anything.
         Err(reason) => opaque(reason as usize) as u32 + REFUSED,
     }
+}
+
+/// In place of a folded sum: there is none.
+const NO_SUM: u32 = 1 << 16;
+/// No header that a sum begins with lies farther behind.
+const PLACES: u32 = 0xff;
+/// Nothing longer is added up, and a verifier follows no place in a packet that may lie beyond 64 KiB.
+const LENGTHS: u32 = 0x1fff;
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn payload_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u32 {
+    if len > LENGTHS {
+        return NO_SUM;
+    }
+    // SAFETY: the caller has the context from the kernel.
+    let frame = unsafe { XdpFrame::new(ctx) };
+    let len = opaque(len as usize) & LENGTHS as usize;
+    let sum = checksum::sum(&frame, (offset & PLACES) as usize, len);
+    sum.map_or(NO_SUM, |sum| sum.fold().into())
 }
 
 #[inline(never)]

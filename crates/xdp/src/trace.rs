@@ -37,11 +37,12 @@ unsafe fn matches<const TRACE: u32>(ctx: *mut xdp_md) -> bool {
     unsafe { filter(ctx) != 0 }
 }
 
-/// Keeps the packet as it arrived, if a trace's filter matches.
+/// Keeps the packet as it arrived, if a trace's filter matches; the traces of which one does, by bits. (The kernel verifies
+/// functions by themselves only if they answer with a number.)
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub fn towpath_trace_begin(ctx: *mut xdp_md) {
-    let Some(packet) = PACKET.get_ptr_mut(0) else { return };
+pub fn towpath_trace_begin(ctx: *mut xdp_md) -> u32 {
+    let Some(packet) = PACKET.get_ptr_mut(0) else { return 0 };
     // SAFETY: this processor's own; `ctx` is the program's context. What was found is kept in memory bit by bit, so that a
     // verifier does not follow each set of filters that match by itself.
     unsafe {
@@ -59,6 +60,7 @@ pub fn towpath_trace_begin(ctx: *mut xdp_md) {
         if traces.read_volatile() != 0 {
             keep(ctx, &mut *packet);
         }
+        traces.read_volatile()
     }
 }
 
@@ -98,20 +100,20 @@ fn keep_beside(frame: &XdpFrame, packet: &mut Traced) {
     }
 }
 
-/// Tells the traces what became of the packet, as far as their rates allow.
+/// Tells the traces what became of the packet, as far as their rates allow; those that were told, by bits.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub fn towpath_trace_end(outcome: u32) {
-    let Some(packet) = PACKET.get_ptr_mut(0) else { return };
+pub fn towpath_trace_end(outcome: u32) -> u32 {
+    let Some(packet) = PACKET.get_ptr_mut(0) else { return 0 };
     // SAFETY: this processor's own.
     let packet = unsafe { &mut *packet };
     if packet.traces == 0 {
-        return;
+        return 0;
     }
     packet.outcome = outcome;
     let mut told = 0;
     for trace in 0..TRACES as u32 {
-        let Some(gate) = GATES.get_ptr(trace) else { return };
+        let Some(gate) = GATES.get_ptr(trace) else { return 0 };
         // SAFETY: a record of the array, of words that processors share.
         let gate = unsafe { &*gate };
         let asked = packet.traces >> trace & 1 != 0 && Wanted::takes(gate.wanted.load(), outcome);
@@ -123,6 +125,7 @@ pub fn towpath_trace_end(outcome: u32) {
     if told != 0 && RING.output::<Traced>(&*packet, 0).is_err() {
         count_lost(told);
     }
+    told
 }
 
 /// Counts a packet for which the ring had no room.

@@ -553,14 +553,14 @@ impl Draft {
         }
     }
 
-    /// The packet inside one of IPv4 with these headers.
+    /// The packet, which is complete, inside one of IPv4 with these headers.
     pub fn carried(mut self, headers: &[u8]) -> Draft {
-        self.complete();
         self.packet.splice(..0, headers.iter().copied());
         Draft { ethertype: 0x0800, v6: false, fix_checksum: true, ..self }
     }
 
-    fn complete(&mut self) {
+    /// Makes the header's checksum right, if it is to be.
+    pub fn complete(&mut self) {
         let header = usize::from(self.packet.first().unwrap_or(&0) & 15) * 4;
         if self.fix_checksum && !self.v6 && header >= 20 && self.packet.len() >= header {
             self.packet[10..12].fill(0);

@@ -3,6 +3,7 @@
 use crate::generate::Draft;
 use crate::random::Random;
 use crate::router::{NEIGHBOURS_V4, ROUTER_V4, Tunnel};
+use towpath_lab::packet::checksum;
 
 /// In IPv4 headers
 pub const PROTOCOL: u8 = 47;
@@ -14,14 +15,18 @@ const PROTOCOLS: &[u16] = &[0x0800, 0x86dd, 0x6558, 0x8847, 0x0000, 0xffff];
 /// Bytes of the outer IPv4 header.
 const OUTER: usize = 20;
 
-/// Bytes in front of a packet in this tunnel.
+/// Bytes in front of a packet in this tunnel at most.
 pub fn overhead(tunnel: &Tunnel) -> usize {
-    OUTER + 4 + tunnel.key.map_or(0, |_| 4)
+    let optional = [tunnel.key.is_some(), tunnel.checksum, true];
+    OUTER + 4 + 4 * optional.iter().filter(|is| **is).count()
 }
 
-/// What is in `draft`, sent through the tunnel by its other end.
-pub fn carried(random: &mut Random, tunnel: &Tunnel, draft: Draft) -> Draft {
-    let length = (draft.packet.len() + overhead(tunnel)) as u16;
+/// What is in `draft`, sent through the tunnel by its other end; some with a number, for which no tunnel asks.
+pub fn carried(random: &mut Random, tunnel: &Tunnel, mut draft: Draft) -> Draft {
+    draft.complete();
+    let number = random.percent(15).then(|| u32::from(random.word()));
+    let gre = header(tunnel, number, draft.ethertype, &draft.packet);
+    let length = (OUTER + gre.len() + draft.packet.len()) as u16;
     let mut headers = vec![0x45, random.pick(&[0, 0, 0, 0xb8, 1, 2, 3])];
     headers.extend(length.to_be_bytes());
     headers.extend(random.word().to_be_bytes());
@@ -29,22 +34,37 @@ pub fn carried(random: &mut Random, tunnel: &Tunnel, draft: Draft) -> Draft {
     headers.extend([random.pick(&[1, 2, 64, 255]), PROTOCOL, 0, 0]);
     headers.extend(NEIGHBOURS_V4[tunnel.port]);
     headers.extend(ROUTER_V4[tunnel.port]);
-    headers.extend(tunnel.key.map_or(0, |_| KEY).to_be_bytes());
-    headers.extend(draft.ethertype.to_be_bytes());
-    headers.extend(tunnel.key.map(u32::to_be_bytes).into_iter().flatten());
+    headers.extend(gre);
     draft.carried(&headers)
+}
+
+/// The GRE header before a packet.
+fn header(tunnel: &Tunnel, number: Option<u32>, ethertype: u16, packet: &[u8]) -> Vec<u8> {
+    let flag = |is: bool, flag| if is { flag } else { 0 };
+    let flags = flag(tunnel.checksum, CHECKSUM) | flag(tunnel.key.is_some(), KEY) | flag(number.is_some(), SEQUENCE);
+    let mut header = [flags.to_be_bytes(), ethertype.to_be_bytes()].concat();
+    header.extend([0; 4].iter().filter(|_| tunnel.checksum));
+    header.extend([tunnel.key, number].into_iter().flatten().flat_map(u32::to_be_bytes));
+    if tunnel.checksum {
+        let sum = checksum(&[&header, packet].concat());
+        header[4..6].copy_from_slice(&sum.to_be_bytes());
+    }
+    header
 }
 
 /// A packet in GRE that is wrong, or belongs to no tunnel.
 pub fn spoil(random: &mut Random, packet: &mut Vec<u8>) {
-    let mut word = |at: usize, value: u16| packet[at..at + 2].copy_from_slice(&value.to_be_bytes());
-    match random.below(7) {
+    let mut word = |at: usize, value: u16| {
+        packet.iter_mut().skip(at).zip(value.to_be_bytes()).for_each(|(place, byte)| *place = byte);
+    };
+    match random.below(8) {
         0 => word(OUTER, random.pick(&[0, KEY, CHECKSUM, SEQUENCE, KEY | SEQUENCE, 0x4000, 1, 0x0800])),
         1 => word(OUTER, random.word()),
         2 => word(OUTER + 2, random.pick(PROTOCOLS)),
         3 => word(OUTER + 4, random.word()),
         4 => word(OUTER + 6, random.word()),
-        5 => word(2, OUTER as u16 + random.below(12) as u16),
+        5 => word(OUTER + 8, random.word()),
+        6 => word(2, OUTER as u16 + random.below(12) as u16),
         _ => packet.truncate(OUTER + random.below(12)),
     }
 }

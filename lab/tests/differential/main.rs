@@ -21,7 +21,7 @@ mod stateful;
 use anyhow::{Context, Result, bail};
 use compare::Pair;
 use normalise::{is_redirect, without_identification};
-use router::{HOST_MACS, PORT_NAMES, PORTS, Profile, ROUTER_MACS, Router};
+use router::{HOST_MACS, PORT_NAMES, PORTS, Profile, ROUTER_MACS, Router, TUNNELS};
 use stateful::Strange;
 use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
@@ -327,9 +327,14 @@ fn towpath_agrees_with_linux_about_tunnels() -> Result<()> {
         return Ok(());
     }
     let (towpath, _pair) = towpath_agrees(&TUNNELLED, &[], frames())?;
-    let through = forwarded(&towpath, |port| ["gre1", "gre2"].contains(&port))?;
+    let through = forwarded(&towpath, |port| port.starts_with("gre"))?;
     eprintln!("lab: {through:?} out of and into tunnels by the fast path");
     assert!(through.iter().all(|packets| *packets > frames() / 20), "only {through:?} passed tunnels");
+    for tunnel in &TUNNELS {
+        let through = forwarded(&towpath, |port| port == tunnel.name)?;
+        let enough = through.iter().all(|packets| *packets > frames() / 100);
+        assert!(enough, "only {through:?} passed {}", tunnel.name);
+    }
     Ok(())
 }
 

@@ -35,12 +35,22 @@ pub struct Tunnel {
     pub third: u8,
     /// Of what comes out of it
     pub key: Option<u32>,
+    /// The same
+    pub checksum: bool,
     options: &'static str,
 }
 
-pub static TUNNELS: [Tunnel; 2] = [
-    Tunnel { name: "gre1", port: 1, third: 0x50, key: None, options: "ttl inherit tos inherit" },
-    Tunnel { name: "gre2", port: 2, third: 0x60, key: Some(70_000), options: "ikey 70000 okey 9 ttl 33 tos 0x48" },
+pub static TUNNELS: [Tunnel; 3] = [
+    Tunnel { name: "gre1", port: 1, third: 0x50, key: None, checksum: false, options: "ttl inherit tos inherit" },
+    Tunnel {
+        name: "gre2",
+        port: 2,
+        third: 0x60,
+        key: Some(70_000),
+        checksum: false,
+        options: "ikey 70000 okey 9 ocsum ttl 33 tos 0x48",
+    },
+    Tunnel { name: "gre3", port: 0, third: 0x70, key: None, checksum: true, options: "csum ttl 64" },
 ];
 
 /// Routes of both families. 198.19.0.0/16 and 2001:db8:f00::/40 hold the sources, a part behind each port.

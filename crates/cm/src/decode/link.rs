@@ -3,7 +3,8 @@
 use super::{attrs, fixed, int16, int32, split};
 use crate::error::CmError;
 use std::net::Ipv4Addr;
-use towpath_fpc::{PortKind, Tunnel};
+use towpath_fpc::{GreOptions, PortKind, Tunnel};
+use towpath_wire::gre::Gre;
 
 const WHAT: &str = "link message";
 const IFLA_ADDRESS: u16 = 1;
@@ -44,8 +45,6 @@ const IFLA_GRE_ENCAP_DPORT: u16 = 17;
 const IFLA_GRE_COLLECT_METADATA: u16 = 18;
 const IFLA_GRE_IGNORE_DF: u16 = 19;
 const IFLA_GRE_FWMARK: u16 = 20;
-/// GRE_KEY of include/uapi/linux/if_tunnel.h
-const GRE_KEY: u16 = 0x2000;
 
 const ARPHRD_ETHER: u16 = 1;
 const ARPHRD_IPGRE: u16 = 778;
@@ -187,7 +186,8 @@ fn has_program(bytes: &[u8]) -> Result<bool, CmError> {
 /// (collect_md) nothing is told but that.
 fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
     let any = Ipv4Addr::UNSPECIFIED.into();
-    let mut tunnel = Tunnel { local: any, remote: any, link: 0, input_key: None, output_key: None, ttl: 0, tos: 0 };
+    let none = GreOptions::default();
+    let mut tunnel = Tunnel { local: any, remote: any, link: 0, input: none, output: none, ttl: 0, tos: 0 };
     let (mut flags, mut keys, mut metadata) = ([0; 2], [0; 2], false);
     let mut refuse = |what: &str| info.unsupported = info.unsupported.take().or_else(|| Some(what.to_owned()));
     for attr in attrs(WHAT, bytes) {
@@ -214,11 +214,15 @@ fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
             (other, _) => refuse(&format!("GRE attribute {other}")),
         }
     }
-    if flags.iter().any(|flags| flags & !GRE_KEY != 0) {
-        refuse("GRE with checksums or sequence numbers");
+    for flags in flags.into_iter().filter(|flags| Gre::len(*flags).is_none()) {
+        refuse(&format!("GRE flags {flags:#x}"));
     }
-    let [input_key, output_key] = [0, 1].map(|at: usize| (flags[at] & GRE_KEY != 0).then_some(keys[at]));
-    info.tunnel = (!metadata).then_some(Tunnel { input_key, output_key, ..tunnel });
+    let [input, output] = [0, 1].map(|at: usize| GreOptions {
+        key: (flags[at] & Gre::KEY != 0).then_some(keys[at]),
+        checksum: flags[at] & Gre::CHECKSUM != 0,
+        sequence: flags[at] & Gre::SEQUENCE != 0,
+    });
+    info.tunnel = (!metadata).then_some(Tunnel { input, output, ..tunnel });
     Ok(())
 }
 

@@ -3,9 +3,13 @@
 //! - A path MTU that Linux has learned for a tunnel's other end: it limits what goes into the tunnel (ip_tunnel.c,
 //!   tnl_update_pmtu), unlike what is only forwarded. Linux tells what it would do with a packet to there, and that what
 //!   it knows will expire (rt_fill_info, net/ipv4/route.c, Linux 6.1).
+//! - Sequence numbers: the last one sent and the next one wanted are in Linux's memory (o_seqno and i_seqno of struct ip_tunnel,
+//!   include/net/ip_tunnels.h), and no interface tells or sets them. Linux sends from there what is its own, and drops what
+//!   comes in with a number below (ip_tunnel_rcv): so both directions can have one writer only. This the descriptions of
+//!   interfaces say, too, and that decides; here it is put into words.
 //! - Raw sockets for GRE, which see its packets beside the tunnels (raw_local_deliver, net/ipv4/raw.c).
 //!
-//! Nothing announces either; both are read at every poll, while there are tunnels.
+//! Nothing announces the first and the last; both are read at every poll, while there are tunnels.
 
 use super::nl::{self, Netlink, attrs, find, ne32};
 use super::proc::ProcNet;
@@ -15,7 +19,7 @@ use crate::watch::{PortIndex, Watcher};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
-use towpath_fpc::{PolicySource, PortKind, Scope, Tunnel};
+use towpath_fpc::{PolicySource, Port, PortKind, Scope, Tunnel};
 use towpath_tables::Reason;
 use towpath_wire::transport::protocol::GRE;
 
@@ -86,6 +90,7 @@ impl Watcher for Tunnels {
                 let detail = format!("Linux has learned a path MTU of {mtu} to {}", tunnel.remote);
                 findings.push(Finding::new(Scope::Egress(port.ifindex, None), Reason::Tunnel, detail));
             }
+            findings.extend(numbered(port, &tunnel));
             if listeners > 0 {
                 let detail = format!("{} for GRE", super::count(listeners, "raw socket"));
                 findings.push(Finding::new(Scope::Ingress(port.ifindex, None), Reason::PolicyCapture, detail));
@@ -93,6 +98,19 @@ impl Watcher for Tunnels {
         }
         Ok(findings)
     }
+}
+
+/// What is told of a tunnel whose packets bear numbers.
+fn numbered(port: &Port, tunnel: &Tunnel) -> Vec<Finding> {
+    let name = &port.name;
+    let finding = |scope, detail: String| Finding::new(scope, Reason::TunnelSequence, detail);
+    let sent = finding(Scope::Egress(port.ifindex, None), format!("{name} numbers what it sends (oseq)"));
+    let wanted = finding(Scope::Ingress(port.ifindex, None), format!("{name} wants numbers in order (iseq)"));
+    [(tunnel.output.sequence, sent), (tunnel.input.sequence, wanted)]
+        .into_iter()
+        .filter(|(is, _)| *is)
+        .map(|(_, f)| f)
+        .collect()
 }
 
 /// rtmsg and attributes: where would a packet of the tunnel go?

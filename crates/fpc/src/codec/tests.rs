@@ -45,17 +45,13 @@ fn listener() -> impl Strategy<Value = Listener> {
     ]
 }
 
+fn gre_options() -> impl Strategy<Value = GreOptions> {
+    any::<(Option<u32>, bool, bool)>().prop_map(|(key, checksum, sequence)| GreOptions { key, checksum, sequence })
+}
+
 fn tunnel() -> impl Strategy<Value = Tunnel> {
-    (ip(), ip(), any::<(u32, Option<u32>, Option<u32>, u8, u8)>()).prop_map(
-        |(local, remote, (link, input_key, output_key, ttl, tos))| Tunnel {
-            local,
-            remote,
-            link,
-            input_key,
-            output_key,
-            ttl,
-            tos,
-        },
+    (ip(), ip(), gre_options(), gre_options(), any::<(u32, u8, u8)>()).prop_map(
+        |(local, remote, input, output, (link, ttl, tos))| Tunnel { local, remote, link, input, output, ttl, tos },
     )
 }
 

@@ -47,7 +47,7 @@ pub fn ipv6(source: [u8; 16], destination: [u8; 16], protocol: u8, payload: &[u8
 }
 
 /// Sum of 16-bit words, folded, as a number.
-fn sum(parts: &[&[u8]]) -> u16 {
+pub fn sum(parts: &[&[u8]]) -> u16 {
     let words = parts.iter().flat_map(|part| part.chunks(2)).map(|word| match word {
         [a, b] => u32::from(u16::from_be_bytes([*a, *b])),
         [a] => u32::from(*a) << 8,

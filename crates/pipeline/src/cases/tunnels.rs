@@ -2,6 +2,7 @@
 
 use super::*;
 use towpath_tables::record::tunnel_flags;
+use towpath_wire::gre::Gre;
 
 /// The router's end of its tunnels
 const NEAR: [u8; 4] = [192, 0, 2, 1];
@@ -18,6 +19,21 @@ fn gre(key: Option<u32>, ethertype: u16) -> Vec<u8> {
     header
 }
 
+/// As `gre`, with this packet behind it and a checksum over both, and a sequence number if one is given.
+fn summed(key: Option<u32>, sequence: Option<u32>, packet: &[u8]) -> Vec<u8> {
+    let flag = |option: Option<u32>, flag: u16| option.map_or(0, |_| flag);
+    let flags = Gre::CHECKSUM | flag(key, Gre::KEY) | flag(sequence, Gre::SEQUENCE);
+    let mut bytes = [flags.to_be_bytes(), ethertype(packet).to_be_bytes(), [0; 2], [0; 2]].concat();
+    bytes.extend([key, sequence].into_iter().flatten().flat_map(u32::to_be_bytes));
+    bytes.extend(packet);
+    let sum = match !sum(&[&bytes]) {
+        0 => 0xffff,
+        sum => sum,
+    };
+    bytes[4..6].copy_from_slice(&sum.to_be_bytes());
+    bytes
+}
+
 fn ethertype(packet: &[u8]) -> u16 {
     if packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd }
 }
@@ -30,6 +46,14 @@ fn wrapped(from: [u8; 4], key: Option<u32>, packet: &[u8]) -> Vec<u8> {
 /// As `wrapped`, the other way, as Linux makes it but for the identification.
 fn wrap(to: [u8; 4], key: Option<u32>, tos: u8, ttl: u8, packet: &[u8]) -> Vec<u8> {
     with4(ipv4(NEAR, to, GRE, &[gre(key, ethertype(packet)), packet.to_vec()].concat()), |p| {
+        (p[1], p[8]) = (tos, ttl);
+        p[4..8].copy_from_slice(&[0, 0, 0x40, 0]);
+    })
+}
+
+/// As `wrap` with everything inherited, with a checksum.
+fn wrap_summed(to: [u8; 4], key: Option<u32>, [tos, ttl]: [u8; 2], packet: &[u8]) -> Vec<u8> {
+    with4(ipv4(NEAR, to, GRE, &summed(key, None, packet)), |p| {
         (p[1], p[8]) = (tos, ttl);
         p[4..8].copy_from_slice(&[0, 0, 0x40, 0]);
     })
@@ -77,6 +101,8 @@ impl Cases {
         self.encapsulated();
         self.not_encapsulated();
         self.between_tunnels();
+        self.with_checksums();
+        self.numbered();
         self.partial_in_tunnels();
     }
 
@@ -157,7 +183,7 @@ impl Cases {
         type Change = fn(&mut Vec<u8>);
         let changes: [(&str, Change, Reason); 12] = [
             ("checksum", |p| p[20] = 0x80, Tunnel),
-            ("sequence number", |p| p[20] = 0x10, Tunnel),
+            ("strict source route", |p| p[20] = 8, Tunnel),
             ("routing", |p| p[20] = 0x40, Tunnel),
             ("version 1", |p| p[21] = 1, Tunnel),
             ("recursion", |p| p[20] = 1, Tunnel),
@@ -420,6 +446,134 @@ impl Cases {
         self.except("out of a tunnel and back into it, redirects", nothing, frame, Reason::Redirect);
     }
 
+    fn with_checksums(&mut self) {
+        let lengths = [0, 1, 2, 3, 22, 63, 64, 65, 1391];
+        let partial = |world: &mut World| world.flag(IN, PARTIAL_CSUM);
+        for (tunnel, far, keys, settings) in
+            [(TUNNEL, FAR, (None, None), [0, 63]), (KEYED, FAR_KEYED, (Some(7), Some(9)), [0x48, 33])]
+        {
+            let asked = move |world: &mut World| world.ask(tunnel, tunnel_flags::INPUT_CHECKSUM);
+            let made = move |world: &mut World| world.ask(tunnel, tunnel_flags::OUTPUT_CHECKSUM);
+            for packet in [plain4(), plain6()].iter().flat_map(|packet| lengths.map(|len| with_data(packet, len))) {
+                let name = format!("{:04x}, key {:?}, {} bytes", ethertype(&packet), keys.0, packet.len());
+                let frame = |change: fn(&mut Vec<u8>)| {
+                    let packet = with4(ipv4(far, NEAR, GRE, &summed(keys.0, None, &packet)), change);
+                    [arrive(&packet), vec![0xee; 7]].concat()
+                };
+                let (expect, counted) = (sent(forwarded(OUT, &[], &packet)), [(tunnel, Way::Out, packet.len())]);
+                self.tunnelled(format!("out with a checksum, {name}"), asked, frame(|_| ()), expect.clone(), &counted);
+                let visible = move |world: &mut World| {
+                    asked(world);
+                    partial(world);
+                };
+                self.tunnelled(
+                    format!("out with a checksum, {name}, looked at"),
+                    visible,
+                    frame(|_| ()),
+                    expect,
+                    &counted,
+                );
+                let last = |p: &mut Vec<u8>| *p.last_mut().expect("a packet") ^= 1;
+                self.except(format!("out with a wrong checksum, {name}"), asked, frame(last), Reason::Tunnel);
+                self.except(format!("out with an unwanted checksum, {name}"), nothing, frame(|_| ()), Reason::Tunnel);
+            }
+            let (second, third) = if tunnel == TUNNEL { (2, 11) } else { (3, 12) };
+            for packet in lengths.iter().flat_map(|len| behind(second, third, *len)) {
+                let name = format!("{:04x}, key {:?}, {} bytes", ethertype(&packet), keys.1, packet.len());
+                let expect = sent(leave(OUT, &wrap_summed(far, keys.1, settings, &aged(&packet))));
+                let counted = [(tunnel, Way::Into, packet.len())];
+                let frame = [arrive(&packet), vec![0xee; 7]].concat();
+                self.tunnelled(format!("into with a checksum, {name}"), made, frame, expect, &counted);
+            }
+        }
+        let asked = |world: &mut World| world.ask(TUNNEL, tunnel_flags::INPUT_CHECKSUM);
+        let made = |world: &mut World| world.ask(TUNNEL, tunnel_flags::OUTPUT_CHECKSUM);
+        for packet in [plain4(), plain6()] {
+            let frame = arrive(&wrapped(FAR, None, &packet));
+            let family = ethertype(&packet);
+            self.except(format!("out without the checksum that is wanted, {family:04x}"), asked, frame, Reason::Tunnel);
+            let large = move |world: &mut World| {
+                asked(world);
+                world.nexthop(HOP).mtu.store(9000);
+            };
+            let frame = arrive(&ipv4(FAR, NEAR, GRE, &summed(None, None, &with_data(&packet, 4200))));
+            self.except(
+                format!("out with a checksum over several buffers, {family:04x}"),
+                large,
+                frame,
+                Reason::Tunnel,
+            );
+        }
+        for packet in behind(2, 11, 22) {
+            let header = if packet[0] >> 4 == 4 { 28 } else { 48 };
+            let name = |what: &str| format!("into with a checksum, {:04x}: {what}", ethertype(&packet));
+            // The checksum takes four bytes of what the way out carries.
+            let wide = move |world: &mut World| {
+                made(world);
+                world.nexthop(INTO).mtu.store(9000);
+            };
+            let largest = with_data(&packet, 1472 - header);
+            let expect = sent(leave(OUT, &wrap_summed(FAR, None, [0, 63], &aged(&largest))));
+            let counted = [(TUNNEL, Way::Into, largest.len())];
+            self.tunnelled(name("largest"), wide, arrive(&largest), expect, &counted);
+            let larger = arrive(&with_data(&packet, 1473 - header));
+            self.except(name("a byte too long for the way out"), wide, larger, Reason::MtuExceeded);
+            let huge = move |world: &mut World| {
+                wide(world);
+                world.nexthop(HOP).mtu.store(9000);
+            };
+            let several = arrive(&with_data(&packet, 4200));
+            self.except(name("several buffers"), huge, several, Reason::Tunnel);
+            // Both zeros: what is inside makes the sum all ones.
+            let none = with_data(&packet, 22);
+            let zero = |checksum: u16| {
+                let mut packet = none.clone();
+                let at = packet.len() - 2;
+                packet[at..].copy_from_slice(&[0; 2]);
+                let rest = u16::from_be_bytes(summed(None, None, &aged(&packet))[4..6].try_into().expect("two bytes"));
+                packet[at..].copy_from_slice(&if checksum == 0 { rest } else { rest.wrapping_sub(1) }.to_be_bytes());
+                packet
+            };
+            for checksum in [0, 1] {
+                let packet = zero(checksum);
+                let expect = sent(leave(OUT, &wrap_summed(FAR, None, [0, 63], &aged(&packet))));
+                let counted = [(TUNNEL, Way::Into, packet.len())];
+                self.tunnelled(name(&format!("its value is {checksum}")), made, arrive(&packet), expect, &counted);
+            }
+        }
+        let transit = |packet: &[u8]| ipv4(SOURCE4, DESTINATION4, GRE, &summed(None, None, packet));
+        self.pass("GRE on its way, complete with a checksum", partial, transit(&plain4()), 0);
+        let wrong = with4(transit(&plain4()), |p| p[24] ^= 1);
+        self.except("GRE on its way, its checksum to be completed", partial, arrive(&wrong), Reason::PartialChecksum);
+    }
+
+    /// Numbers that nobody asked for are passed over.
+    fn numbered(&mut self) {
+        for packet in [plain4(), plain6()] {
+            for key in [None, Some(7)] {
+                let (tunnel, far) = if key.is_some() { (KEYED, FAR_KEYED) } else { (TUNNEL, FAR) };
+                let counted = [(tunnel, Way::Out, packet.len())];
+                let mut header = gre(key, ethertype(&packet));
+                header[0] |= 0x10;
+                header.extend([0, 0, 1, 2]);
+                let frame = arrive(&ipv4(far, NEAR, GRE, &[header, packet.clone()].concat()));
+                let name = format!("out with a number, {:04x}, key {key:?}", ethertype(&packet));
+                self.tunnelled(name, nothing, frame, sent(forwarded(OUT, &[], &packet)), &counted);
+                let asked = move |world: &mut World| world.ask(tunnel, tunnel_flags::INPUT_CHECKSUM);
+                let frame = arrive(&ipv4(far, NEAR, GRE, &summed(key, Some(9), &packet)));
+                let name = format!("out with a number and a checksum, {:04x}, key {key:?}", ethertype(&packet));
+                self.tunnelled(name, asked, frame.clone(), sent(forwarded(OUT, &[], &packet)), &counted);
+                let wanted = move |world: &mut World| {
+                    let policy = &world.port(tunnel).ingress_policy;
+                    policy.iter().for_each(|word| word.store(1 + Reason::TunnelSequence as u32));
+                    asked(world);
+                };
+                let name = format!("not out: numbers are wanted, {:04x}, key {key:?}", ethertype(&packet));
+                self.except(name, wanted, frame, Reason::TunnelSequence);
+            }
+        }
+    }
+
     /// Ports where frames may carry checksums that are to be completed.
     fn partial_in_tunnels(&mut self) {
         let partial = |world: &mut World| world.flag(IN, PARTIAL_CSUM);
@@ -494,6 +648,12 @@ impl World {
             self.insert(1, &[0x20, 1, 0xd, 0xb8, 0, third], hop(next));
         }
         self.index_tunnels();
+    }
+
+    /// Asks for something in a tunnel's packets.
+    fn ask(&mut self, slot: u32, flag: u32) {
+        let flags = &self.port(slot).tunnel.flags;
+        flags.store(flags.load() | flag);
     }
 
     /// Where the tunnel in a slot is looked for first.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use towpath_tables::Tuple;
 use towpath_wire::View;
 use towpath_wire::ethernet::{self, Ethernet, Tag};
-use towpath_wire::gre::{Gre, Keyed};
+use towpath_wire::gre::Gre;
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
 use towpath_wire::transport::{Ports, protocol};
@@ -96,15 +96,11 @@ pub fn has_ports(number: u8) -> bool {
 impl<'a> Packet<'a> {
     /// The packet in this one, if it is GRE.
     pub fn inner(&self) -> Option<Inner<'a>> {
-        let (gre, behind) = view::<Gre>(self.payload).filter(|_| self.subject.tuple.protocol == protocol::GRE)?;
-        let (key, rest) = match gre.flags.get() {
-            Gre::PLAIN => (None, behind),
-            Gre::KEY => {
-                let (keyed, rest) = view::<Keyed>(self.payload)?;
-                (Some(u32::from_be(keyed.key.get())), rest)
-            }
-            _ => return None,
-        };
+        let (gre, _) = view::<Gre>(self.payload).filter(|_| self.subject.tuple.protocol == protocol::GRE)?;
+        let flags = gre.flags.get();
+        let rest = self.payload.get(Gre::len(flags)?..)?;
+        let key = self.payload.get(Gre::key_place(flags)..).and_then(|key| key.first_chunk());
+        let key = key.filter(|_| flags & Gre::KEY != 0).map(|key| u32::from_be_bytes(*key));
         Some(Inner { key, packet: packet(gre.protocol.get(), rest)? })
     }
 }
@@ -120,7 +116,7 @@ mod tests {
     use crate::control;
     use crate::frame::{Link, build, tunnelled};
     use proptest::prelude::*;
-    use towpath_fpc::Tunnel;
+    use towpath_fpc::{GreOptions, Tunnel};
 
     fn made(source: &str, destination: &str) -> control::Packet {
         let [source, destination] = [source, destination].map(|address| address.parse().unwrap());
@@ -165,9 +161,10 @@ mod tests {
     #[test]
     fn a_tunnel_s_packet_is_found() {
         let packet = made("2001:db8::1", "2001:db8::2");
-        for key in [None, Some(0x0102_0304)] {
+        for (key, checksum) in [(None, false), (Some(0x0102_0304), false), (None, true), (Some(7), true)] {
             let [local, remote] = ["203.0.113.1", "203.0.113.2"].map(|address| address.parse().unwrap());
-            let tunnel = Tunnel { local, remote, link: 0, input_key: key, output_key: None, ttl: 0, tos: 0 };
+            let (input, output) = (GreOptions { key, checksum, sequence: false }, GreOptions::default());
+            let tunnel = Tunnel { local, remote, link: 0, input, output, ttl: 0, tos: 0 };
             let frame = tunnelled(&packet, &link(&[]), &tunnel);
             let outer = dissect(&frame, None).unwrap().packet.unwrap();
             assert_eq!((outer.subject.tuple.source, outer.subject.tuple.destination), (remote, local));

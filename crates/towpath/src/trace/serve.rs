@@ -251,7 +251,7 @@ impl Daemon {
         let Tuple { source, destination, .. } = outer.subject.tuple;
         self.fpm.interfaces().find_map(|interface| match interface.kind {
             PortKind::Tunnel(tunnel)
-                if tunnel.local == destination && tunnel.remote == source && tunnel.input_key == inner.key =>
+                if tunnel.local == destination && tunnel.remote == source && tunnel.input.key == inner.key =>
             {
                 Some((interface.ifindex, tunnel, inner.packet.subject))
             }

@@ -1,7 +1,7 @@
 use super::*;
 use towpath_fpc::{
-    Address, Alarm, FamilySettings, Hop, Neighbour, NeighbourKey, NexthopObject, NexthopObjectKind, PolicySource,
-    PortFamily, Prefix, Route, RouteKey, Tunnel, Via,
+    Address, Alarm, FamilySettings, GreOptions, Hop, Neighbour, NeighbourKey, NexthopObject, NexthopObjectKind,
+    PolicySource, PortFamily, Prefix, Route, RouteKey, Tunnel, Via,
 };
 use towpath_tables::Reason;
 
@@ -92,7 +92,15 @@ fn every_message_speaks_of_this_hosts_interfaces() {
     };
     assert_eq!(take(&mut interpreter, vlan(12, 14)), [vlan(2, 14 | ELSEWHERE)]);
     let end = [192, 0, 2, 9].into();
-    let tunnel = Tunnel { local: end, remote: end, link: 12, input_key: None, output_key: None, ttl: 0, tos: 0 };
+    let tunnel = Tunnel {
+        local: end,
+        remote: end,
+        link: 12,
+        input: GreOptions::default(),
+        output: GreOptions::default(),
+        ttl: 0,
+        tos: 0,
+    };
     let of_kind = |ifindex, kind| Message::Port(Port { kind, ..port(ifindex, "gre1") });
     let here = of_kind(15 | ELSEWHERE, PortKind::Other);
     assert_eq!(take(&mut interpreter, of_kind(15, PortKind::Tunnel(tunnel))), [here]);

@@ -78,8 +78,8 @@ fn tunnel(remote: u8) -> Port {
         local: ip("192.0.2.2"),
         remote: [10, 1, 2, remote].into(),
         link: 0,
-        input_key: Some(u32::from(remote)),
-        output_key: Some(u32::from(remote)),
+        input: GreOptions { key: Some(u32::from(remote)), checksum: remote == 1, sequence: false },
+        output: GreOptions { key: Some(u32::from(remote)), checksum: remote == 2, sequence: remote == 3 },
         ttl: remote,
         tos: 0,
     };
