@@ -44,6 +44,8 @@ pub use ingress::{Candidate, Entry, Parsed, Stop, parse};
 pub use rewrite::rewrite;
 pub use route::{Hop, Refusal, route};
 pub use slot_set::SlotSet;
+#[cfg(any(test, feature = "std"))]
+pub use source::accepts;
 pub use source::leads_back;
 pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_forward, count_tx_lost};
 pub use tunnel::forward as forward_tunnelled;

@@ -9,6 +9,8 @@ use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::order;
 use towpath_tables::record::{GROUP_BUCKETS, Nexthop, NexthopKind, port_flags};
 use towpath_wire::ipv4::Ipv4;
+#[cfg(any(test, feature = "std"))]
+use zerocopy::FromZeros;
 
 /// Buckets of a group that are looked at for the port: members with a smaller share may be missed, and their packets
 /// take the slow way.
@@ -25,6 +27,17 @@ pub fn check<T: Tables>(tables: &T, entry: &Entry, header: &Ipv4, out: u32) -> R
     let root = root_for::<Ipv4, T>(tables, port, || words4(header.destination))?;
     let word = tables.lookup4(root, &header.source).map_err(|_| Reason::Internal)?;
     check_route(tables, entry, word, filtered)
+}
+
+/// As `check`, for whoever has two addresses and no packet.
+#[cfg(any(test, feature = "std"))]
+pub fn accepts<T: Tables>(
+    tables: &T,
+    entry: &Entry,
+    [source, destination]: [[u8; 4]; 2],
+    out: u32,
+) -> Result<(), Reason> {
+    check(tables, entry, &Ipv4 { source, destination, ..Ipv4::new_zeroed() }, out)
 }
 
 /// The filter has no false negatives: false proves that the address is not one of this host's, and that the route to it

@@ -17,7 +17,7 @@ use towpath_engine::{Mode, Notice, TransmitSupport};
 use towpath_fpc::{NeighbourKey, Policy, Port, PortKind, Prefix, Route, Tunnel, Via};
 use towpath_fpm::PortState;
 use towpath_pipeline::mapped::Mapped;
-use towpath_pipeline::{SlotSet, roots};
+use towpath_pipeline::{Entry, SlotSet, accepts, roots};
 use towpath_tables::Reason;
 use towpath_tables::flows::{self, FlowStates, FlowView};
 use towpath_tables::mappings;
@@ -69,6 +69,23 @@ impl Facts {
         let text = format!("{}: {}{undo}", notice.port, notice.text);
         log::note(format_args!("note: {text}"));
         self.notices.push(text);
+    }
+}
+
+/// Packets that came in by a port from one address.
+struct Arrived<'t> {
+    source: IpAddr,
+    /// What they are looked up in
+    root: u32,
+    entry: Entry<'t>,
+    tables: Mapped<'t>,
+}
+
+impl Arrived<'_> {
+    /// Why those to an address are refused that would leave by the port in a slot.
+    fn refused(&self, destination: IpAddr, out: u32) -> Option<Reason> {
+        let (IpAddr::V4(source), IpAddr::V4(destination)) = (self.source, destination) else { return None };
+        accepts(&self.tables, &self.entry, [source.octets(), destination.octets()], out).err()
     }
 }
 
@@ -382,32 +399,34 @@ impl Daemon {
         if addresses.len() > control::DESTINATIONS {
             bail!("{} addresses at once are too many: {} at most", addresses.len(), control::DESTINATIONS);
         }
-        let way = |(identity, value): (NexthopIdentity, Option<NexthopValue>)| {
+        let arrived = arrival.map(|arrival| self.arrived(arrival)).transpose()?;
+        let way = |address, (identity, value): (NexthopIdentity, Option<NexthopValue>)| {
             let (lladdr, reason) = does(value);
             let NexthopIdentity { ifindex, gateway, .. } = identity;
-            report::Way { ifindex, gateway, lladdr, reason: reason.map(|reason| reason.name().into()) }
+            let refused = || arrived.as_ref()?.refused(address, self.slot(ifindex)?);
+            report::Way { ifindex, gateway, lladdr, reason: reason.or_else(refused).map(|reason| reason.name().into()) }
         };
-        let root = arrival.map(|arrival| self.root_for(arrival)).transpose()?;
-        let leads_to = |address| match root {
-            Some(root) => self.fpm.leads_to_by(root, address),
+        let leads_to = |address| match &arrived {
+            Some(arrived) => self.fpm.leads_to_by(arrived.root, address),
             None => self.fpm.leads_to(address),
         };
         let ways = |address: &IpAddr| match leads_to(*address) {
-            Ok(ways) => ways.into_iter().map(way).collect(),
+            Ok(ways) => ways.into_iter().map(|hop| way(*address, hop)).collect(),
             Err(reason) => vec![report::Way { reason: Some(reason.name().into()), ..report::Way::default() }],
         };
         Ok(report::Destinations { destinations: addresses.iter().map(ways).collect() })
     }
 
-    /// The root that packets are looked up in which come in by a port from an address.
-    fn root_for(&self, Arrival { ifindex, source }: Arrival) -> Result<u32> {
+    /// Packets that come in by a port from an address.
+    fn arrived(&self, Arrival { ifindex, source }: Arrival) -> Result<Arrived<'_>> {
         let view = self.fpm.tables().view();
         let slot = self.slot(ifindex).with_context(|| format!("interface {ifindex} is no port"))?;
         let port = view.ports().get(slot as usize).context("a port without a record")?;
         let family = if source.is_ipv4() { Family::V4 } else { Family::V6 };
         let tables = Mapped { view, counters: None, transmitters: SlotSet::ALL };
         let root = roots::choose(&tables, port.root[family as usize].load(), || mappings::words(source));
-        root.map_err(|reason| anyhow::anyhow!("no root for {source}: {}", reason.text()))
+        let root = root.map_err(|reason| anyhow::anyhow!("no root for {source}: {}", reason.text()))?;
+        Ok(Arrived { source, root, entry: Entry::new(slot, port), tables })
     }
 
     fn exceptions(&self) -> Result<report::Exceptions> {

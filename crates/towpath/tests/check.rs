@@ -96,6 +96,27 @@ fn where_rules_are_repeated_the_tables_are_compared() {
     eventually("the others to be left to Linux", || counts().filter(|(_, ruled)| *ruled > 2));
 }
 
+/// The way back meets the rules as well: here one that has none.
+#[test]
+fn a_source_that_linux_refuses_is_no_difference() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    net.ip("neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev eth0");
+    net.ip("route add 10.0.0.0/8 via 192.0.2.2");
+    net.router.sysctl("net/ipv4/conf/eth1/rp_filter", "1").expect("set");
+    let forwarded = || {
+        let (audit, same) = check(&net);
+        let mut rows = audit["arrivals"].as_array()?.iter();
+        let row = rows.find(|row| row["port"] == "eth1" && row["from"] == "198.51.100.2")?;
+        row["forwarded"].as_u64().filter(|_| same)
+    };
+    net.ip("rule add iif eth0 priority 103 unreachable");
+    let few = eventually("the rule to be followed", forwarded);
+    net.ip("rule del iif eth0 priority 103");
+    net.ip("rule add iif eth0 priority 103 lookup 100");
+    eventually("sources to be accepted", || (forwarded()? > few).then_some(()));
+}
+
 #[test]
 fn what_rules_lead_to_is_compared_by_port_and_source() {
     let net = Net::new();
