@@ -23,7 +23,7 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// The table of an address's family.
 pub fn root(address: IpAddr) -> u32 {
-    MAIN_ROOT[if address.is_ipv4() { Family::V4 } else { Family::V6 } as usize]
+    MAIN_ROOT[Family::of(address) as usize]
 }
 
 /// Makes a router with two ports and no routes; the leaves of its neighbours.

@@ -89,7 +89,7 @@ pub enum Key {
 
 impl Key {
     fn class(&self) -> Class {
-        let family = |address: &IpAddr| if address.is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = |address: &IpAddr| Family::of(*address);
         match self {
             Key::Netconf(family, _) => Class::Netconf(*family),
             Key::Link(_) => Class::Links,

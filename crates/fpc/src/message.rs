@@ -313,7 +313,7 @@ impl Prefix {
 
     /// Family of the prefix.
     pub fn family(&self) -> Family {
-        if self.address.is_ipv4() { Family::V4 } else { Family::V6 }
+        Family::of(self.address)
     }
 
     /// Whether an address is in it.

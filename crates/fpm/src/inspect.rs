@@ -1,7 +1,7 @@
 //! What tools see: ports, routes, neighbours, next hops, policies, and why a packet to an address goes where it goes.
 
 use crate::Fpm;
-use crate::state::{Choice, Resolved, family_of};
+use crate::state::{Choice, Resolved};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Bound;
@@ -200,7 +200,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
 
     /// Why packets to `address` go where they go.
     pub fn explain(&self, address: IpAddr) -> Explanation {
-        let family = family_of(address);
+        let family = Family::of(address);
         let found = self.mirror.tables.lookup(MAIN_ROOT[family as usize], address).ok().flatten();
         let nexthops = found.map(|found| self.nexthops_of(found.leaf)).unwrap_or_default();
         let of = |nexthop: &NexthopState| {
@@ -243,7 +243,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
     /// and what each of them does; none without a route. Where the tables do not have the rules for such packets: why.
     /// A leaf in use names records that stay as they are while the writer looks.
     pub fn leads_to(&self, address: IpAddr) -> Result<Vec<(NexthopIdentity, Option<NexthopValue>)>, Reason> {
-        let root = self.mirror.rooms.own(&self.state, family_of(address)).ok_or(Reason::PolicyRule)?;
+        let root = self.mirror.rooms.own(&self.state, Family::of(address)).ok_or(Reason::PolicyRule)?;
         self.leads_to_by(root, address)
     }
 

@@ -1,12 +1,11 @@
 //! Mappings of addresses, or of a TCP or UDP port of an address: what the operator asked for, port by port.
 
-use crate::state::family_of;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use towpath_fpc::Prefix;
 use towpath_tables::mapping::Way;
 use towpath_tables::mappings::{MappingValue, Ports, TooMany, check};
-use towpath_tables::record::MAPPINGS;
+use towpath_tables::record::{Family, MAPPINGS};
 
 /// Addresses inside that are others outside, beyond a port.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -184,7 +183,7 @@ fn check_unicast(prefix: Prefix) -> Result<(), MappingError> {
     ];
     for (address, len, why) in none {
         let of: Option<IpAddr> = address.parse().ok();
-        if let Some(of) = of.filter(|of| family_of(*of) == prefix.family()).and_then(|of| Prefix::new(of, *len))
+        if let Some(of) = of.filter(|of| Family::of(*of) == prefix.family()).and_then(|of| Prefix::new(of, *len))
             && overlap(prefix, of)
         {
             return Err(MappingError::NoUnicast(prefix, why));

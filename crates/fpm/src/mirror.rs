@@ -5,7 +5,7 @@ use crate::Transmit;
 use crate::mappings::Mapping;
 use crate::missing::Missing;
 use crate::rooms::{NOWHERE, Rooms};
-use crate::state::{Changes, Choice, Resolved, State, family_of};
+use crate::state::{Changes, Choice, Resolved, State};
 use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -622,7 +622,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn set_host(&mut self, state: &State, key: NeighbourKey) {
-        let family = family_of(key.address);
+        let family = Family::of(key.address);
         let own = host(&key);
         let under = self.hold(state, glean(key.ifindex), family).and_then(Leaf::nexthop);
         let leaf = self.hold(state, own, family).and_then(Leaf::nexthop);
@@ -647,7 +647,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
 
     /// Sets the host entries that there are in another root.
     pub(crate) fn place_hosts(&mut self, root: u32, family: Family) {
-        let of_family = self.hosts.iter().filter(|(key, _)| family_of(key.address) == family);
+        let of_family = self.hosts.iter().filter(|(key, _)| Family::of(key.address) == family);
         let leaf = |key| Leaf::nexthop(self.nexthops.get(&host(key))?.index);
         let hosts: Vec<_> = of_family.filter_map(|(key, under)| Some((key.address, *under, leaf(key)?))).collect();
         hosts.into_iter().for_each(|(address, under, leaf)| self.place_host(root, address, under, leaf));
@@ -659,7 +659,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
     }
 
     fn remove_host(&mut self, state: &State, key: NeighbourKey, under: Leaf) {
-        let family = family_of(key.address);
+        let family = Family::of(key.address);
         for root in self.roots(family) {
             if let Err(error) = self.tables.host_remove(root, key.address, under) {
                 tracing::error!(%error, "host entry of a neighbour");

@@ -171,13 +171,13 @@ impl State {
                 gone.collect::<Vec<_>>().into_iter().for_each(|ifindex| self.remove_port(ifindex));
             }
             Snapshot::Addresses(family) => {
-                let gone = self.addresses.iter().filter(|(a, g)| family_of(a.address) == family && **g != keep);
+                let gone = self.addresses.iter().filter(|(a, g)| Family::of(a.address) == family && **g != keep);
                 gone.map(|(a, _)| *a).collect::<Vec<_>>().into_iter().for_each(|address| self.remove_address(address));
             }
             Snapshot::Neighbours(family) => {
                 self.changes.config = true;
                 let gone =
-                    self.neighbours.iter().filter(|(k, n)| family_of(k.address) == family && n.generation != keep);
+                    self.neighbours.iter().filter(|(k, n)| Family::of(k.address) == family && n.generation != keep);
                 gone.map(|(key, _)| *key).collect::<Vec<_>>().into_iter().for_each(|key| self.remove_neighbour(key));
             }
             Snapshot::Nexthops => {
@@ -325,7 +325,7 @@ impl State {
     }
 
     fn set_address(&mut self, address: Address) {
-        let generation = self.generations.current(Snapshot::Addresses(family_of(address.address)));
+        let generation = self.generations.current(Snapshot::Addresses(Family::of(address.address)));
         if self.addresses.insert(address, generation).is_none() {
             self.own.insert(address.address);
             self.address_changed(address);
@@ -353,7 +353,7 @@ impl State {
     }
 
     fn set_neighbour(&mut self, neighbour: Neighbour) {
-        let generation = self.generations.current(Snapshot::Neighbours(family_of(neighbour.key.address)));
+        let generation = self.generations.current(Snapshot::Neighbours(Family::of(neighbour.key.address)));
         let old = self.neighbours.insert(neighbour.key, Marked { value: neighbour, generation });
         if old.and_then(|old| old.value.lladdr) != neighbour.lladdr {
             self.changes.neighbours.insert(neighbour.key);
@@ -893,9 +893,4 @@ fn unsupported(chain: &[&Port]) -> Option<Reason> {
 fn numbered(chain: &[&Port], direction: impl Fn(&Tunnel) -> GreOptions) -> Option<Obstacle> {
     let numbered = |port: &&Port| matches!(&port.kind, PortKind::Tunnel(tunnel) if direction(tunnel).sequence);
     chain.iter().any(numbered).then_some(Obstacle::new(Reason::TunnelSequence))
-}
-
-/// Family of an address.
-pub(crate) fn family_of(address: IpAddr) -> Family {
-    if address.is_ipv4() { Family::V4 } else { Family::V6 }
 }

@@ -109,7 +109,7 @@ impl Block {
 impl FilterValue {
     /// Its family
     pub fn family(&self) -> Family {
-        if self.source.first.is_ipv4() { Family::V4 } else { Family::V6 }
+        Family::of(self.source.first)
     }
 
     /// Whether it decides over all packets of its sources.

@@ -83,7 +83,7 @@ pub(crate) fn count(records: &[Flow], generation: u32, passes: impl Fn(Family, (
         if state & flow_state::KIND == 0 {
             continue;
         }
-        let family = if state & 0xff == 1 { Family::V4 } else { Family::V6 };
+        let family = if state & 0xff == 1 + Family::V4 as u32 { Family::V4 } else { Family::V6 };
         let mut ways = flow.accepted.iter().filter_map(|word| way(word.load(), generation));
         let fast = ways.any(|way| passes(family, way));
         let of = match (state & flow_state::CLOSED != 0, fast) {

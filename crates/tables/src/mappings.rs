@@ -76,7 +76,7 @@ pub enum TooMany {
 
 impl MappingValue {
     fn family(&self) -> Family {
-        if self.inside.is_ipv4() { Family::V4 } else { Family::V6 }
+        Family::of(self.inside)
     }
 
     /// The length by which it is looked for
@@ -243,9 +243,8 @@ pub fn in_set(set: &MappingSet) -> BTreeMap<u32, MappingValue> {
 
 /// The first address of the prefix of this length that an address is in.
 pub fn first(of: IpAddr, len: u8) -> IpAddr {
-    let family = if of.is_ipv4() { Family::V4 } else { Family::V6 };
     let (words, mask) = (words(of), mask(len.into()));
-    address(family, [words[0] & mask[0], words[1] & mask[1]])
+    address(Family::of(of), [words[0] & mask[0], words[1] & mask[1]])
 }
 
 /// Puts a set into force; nobody may look at the other one any more. Counters of mappings that are new start at 0.

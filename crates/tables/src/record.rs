@@ -6,6 +6,7 @@
 //! nodes are immutable once published and may be read as they are.
 
 use crate::word::{W32, W64};
+use core::net::IpAddr;
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
 pub const LAYOUT_VERSION: u32 = 14;
@@ -25,6 +26,11 @@ pub enum Family {
 impl Family {
     /// In the order of their indices
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address
+    pub const fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
 }
 
 /// Bits of the source address filter (see `Config::local_filter`).

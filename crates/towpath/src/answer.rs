@@ -218,8 +218,7 @@ impl Daemon {
         let passes = self.fpm.passes();
         let direction = |flow: &FlowView, which: usize| {
             let tuple = [flow.connection.original, flow.connection.reply][which];
-            let family = if tuple.source.is_ipv4() { Family::V4 } else { Family::V6 };
-            let way = flow.accepted[which].filter(|way| !flow.closed && passes(family, *way));
+            let way = flow.accepted[which].filter(|way| !flow.closed && passes(Family::of(tuple.source), *way));
             let state = match (flow.closed, way) {
                 (true, _) => "closing",
                 (false, Some(_)) => "fast",
@@ -422,7 +421,7 @@ impl Daemon {
         let view = self.fpm.tables().view();
         let slot = self.slot(ifindex).with_context(|| format!("interface {ifindex} is no port"))?;
         let port = view.ports().get(slot as usize).context("a port without a record")?;
-        let family = if source.is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = Family::of(source);
         let tables = Mapped { view, counters: None, transmitters: SlotSet::ALL };
         let root = roots::choose(&tables, port.root[family as usize].load(), || mappings::words(source));
         let root = root.map_err(|reason| anyhow::anyhow!("no root for {source}: {}", reason.text()))?;

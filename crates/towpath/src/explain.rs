@@ -144,7 +144,7 @@ impl<'a> Walk<'a> {
     }
 
     fn family(&self) -> Family {
-        if self.subject.tuple.source.is_ipv4() { Family::V4 } else { Family::V6 }
+        Family::of(self.subject.tuple.source)
     }
 
     fn run(mut self, mut frame: packet::Packet) -> Explained {

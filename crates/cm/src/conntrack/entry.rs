@@ -214,7 +214,7 @@ fn synproxy(value: &[u8]) -> Result<bool, CmError> {
 
 /// nfgenmsg and attribute that name the entry with this original tuple.
 pub fn named(original: &Tuple) -> Vec<u8> {
-    let family = if original.source.is_ipv4() { Family::V4 } else { Family::V6 };
+    let family = Family::of(original.source);
     let octets = |address: IpAddr| match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),

@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::PipeWriter;
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -99,10 +98,6 @@ pub struct Replay {
     alarms: BTreeSet<AlarmId>,
 }
 
-fn family(address: IpAddr) -> Family {
-    if address.is_ipv4() { Family::V4 } else { Family::V6 }
-}
-
 impl Replay {
     pub fn apply(&mut self, message: Message) {
         self.log.push(message.clone());
@@ -155,8 +150,8 @@ impl Replay {
         self.open.push(snapshot);
         match snapshot {
             Snapshot::Ports => self.ports.clear(),
-            Snapshot::Addresses(of) => self.addresses.retain(|address| family(address.address) != of),
-            Snapshot::Neighbours(of) => self.neighbours.retain(|key| family(key.address) != of),
+            Snapshot::Addresses(of) => self.addresses.retain(|address| Family::of(address.address) != of),
+            Snapshot::Neighbours(of) => self.neighbours.retain(|key| Family::of(key.address) != of),
             Snapshot::Nexthops => self.nexthops.clear(),
             Snapshot::Routes(of) => self.routes.retain(|key| key.prefix.family() != of),
             Snapshot::Flows => self.flows.clear(),
@@ -172,10 +167,10 @@ impl Replay {
         match snapshot {
             Snapshot::Ports => model.ports.retain(|key, _| self.ports.contains(key)),
             Snapshot::Addresses(of) => {
-                model.addresses.retain(|key, _| family(key.address) != of || self.addresses.contains(key));
+                model.addresses.retain(|key, _| Family::of(key.address) != of || self.addresses.contains(key));
             }
             Snapshot::Neighbours(of) => {
-                model.neighbours.retain(|key, _| family(key.address) != of || self.neighbours.contains(key));
+                model.neighbours.retain(|key, _| Family::of(key.address) != of || self.neighbours.contains(key));
             }
             Snapshot::Nexthops => model.nexthops.retain(|key, _| self.nexthops.contains(key)),
             Snapshot::Routes(of) => {

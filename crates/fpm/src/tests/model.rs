@@ -140,9 +140,7 @@ fn a_message() -> impl Strategy<Value = Message> {
 fn class_of(message: &Message) -> Option<Snapshot> {
     Some(match message {
         Message::Port(_) => Snapshot::Ports,
-        Message::Neighbour(neighbour) => {
-            Snapshot::Neighbours(if neighbour.key.address.is_ipv4() { Family::V4 } else { Family::V6 })
-        }
+        Message::Neighbour(neighbour) => Snapshot::Neighbours(Family::of(neighbour.key.address)),
         Message::Route(route) => Snapshot::Routes(route.key.prefix.family()),
         Message::Nexthop(_) => Snapshot::Nexthops,
         Message::Policy(policy) => Snapshot::Policies(policy.source),
