@@ -44,6 +44,8 @@ use towpath_tables::writer::TableWriter;
 const INBOX: usize = 8;
 /// How long the first description of everything may take to begin with; it is extended while messages come.
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(30);
+/// How long a daemon that was asked to end may take.
+const ENDING: Duration = Duration::from_secs(30);
 
 /// What reaches the daemon's thread.
 pub enum Event {
@@ -176,10 +178,9 @@ pub fn run(serve: &Serve, origin: Origin) -> Result<Ended> {
 
 /// `towpath down`: asks the daemon to stop, or removes what a killed one left.
 pub fn down() -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(30);
     let instance = Instance::current()?;
     let mut asked = false;
-    let lock = instance.lock_within(PATIENCE, || {
+    let lock = instance.lock_within(ENDING, || {
         // A daemon that is about to start listens somewhat later.
         if !asked && let Some(mut daemon) = control::Client::connect(&instance.control_socket())? {
             asked = daemon.ask(&Request::Stop)?;
@@ -195,14 +196,13 @@ pub fn down() -> Result<()> {
 
 /// `towpath leave`: asks the daemon to end as it is, and waits until it has.
 pub fn leave() -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(30);
     let instance = Instance::current()?;
     let left = instance.holder();
     let _: bool = connect()?.ask(&Request::Leave)?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + ENDING;
     while let Some(holder) = instance.holder().filter(|holder| left == Some(*holder)) {
         if Instant::now() > deadline {
-            bail!("the daemon (pid {holder}) did not end within {} s", PATIENCE.as_secs());
+            bail!("the daemon (pid {holder}) did not end within {} s", ENDING.as_secs());
         }
         std::thread::sleep(Duration::from_millis(10));
     }
