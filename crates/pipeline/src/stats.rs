@@ -75,9 +75,18 @@ impl Tally {
     }
 }
 
-/// Counts a packet of this length that came out of the tunnel in `slot` and was forwarded.
+/// As `count_forward`, for a packet that came out of the tunnel in slot `from`.
 #[inline(always)]
-pub(crate) fn count_out_of_tunnel<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
+pub(crate) fn count_out_of_tunnel<T: Tables>(tables: &T, slot: u32, packet: &Parsed, hop: &Hop, from: u32) {
+    if let Some(stats) = tables.stats(tables.cpu()) {
+        Tally::of(slot, packet, hop).write_to(stats);
+        received(of_port(stats, from), 1, packet.packet_len as u64);
+    }
+}
+
+/// Counts a packet of this length that came out of the tunnel in `slot`, and was counted where it was sent.
+#[inline(always)]
+pub(crate) fn count_received<T: Tables>(tables: &T, slot: u32, packet_len: usize) {
     if let Some(stats) = tables.stats(tables.cpu()) {
         received(of_port(stats, slot), 1, packet_len as u64);
     }

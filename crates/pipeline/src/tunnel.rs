@@ -8,8 +8,8 @@
 
 use crate::network::Network;
 use crate::rewrite::fit;
-use crate::stats::{count_into_tunnel, count_out_of_tunnel};
-use crate::{Entry, Frame, Hop, Parsed, Refusal, Stop, Tables, count_forward, hash, ingress, rewrite, route};
+use crate::stats::{count_into_tunnel, count_out_of_tunnel, count_received};
+use crate::{Entry, Frame, Hop, Parsed, Refusal, Stop, Tables, hash, ingress, rewrite, route};
 use towpath_tables::lpm::{Kind, Word};
 use towpath_tables::record::{Family, TUNNEL_BUCKETS, TUNNEL_PROBES, Tunnel, tunnel_bucket, tunnel_flags};
 use towpath_tables::{Reason, opaque, order};
@@ -59,20 +59,23 @@ pub fn forward<F: Frame, T: Tables>(
         Some(slot) => Err(Refusal::Into(slot)),
         None => route(frame, tables, &from, &inner),
     };
-    let device = match routed {
+    match routed {
+        // Out of a tunnel, since what goes into one was routed before.
         Ok(hop) => {
             rewrite(frame, &inner, &hop)?;
             hop.mark_hit();
-            count_forward(tables, entry.slot, &inner, &hop);
-            hop.device
+            count_out_of_tunnel(tables, entry.slot, &inner, &hop, from.slot);
+            Ok(hop.device)
         }
-        Err(Refusal::Into(slot)) => encapsulate(frame, tables, slot, entry.slot, &inner)?,
-        Err(Refusal::Exception(reason)) => return Err(reason),
-    };
-    if into.is_none() {
-        count_out_of_tunnel(tables, from.slot, inner.packet_len);
+        Err(Refusal::Into(slot)) => {
+            let device = encapsulate(frame, tables, slot, entry.slot, &inner)?;
+            if into.is_none() {
+                count_received(tables, from.slot, inner.packet_len);
+            }
+            Ok(device)
+        }
+        Err(Refusal::Exception(reason)) => Err(reason),
     }
-    Ok(device)
 }
 
 /// What is known of the packet, found again where the verifier is to have forgotten it.
@@ -107,15 +110,14 @@ fn look_through<'t, F: Frame, T: Tables>(
     let place = parsed.offset + size_of::<Ipv4>();
     let gre = frame.get::<Gre>(place).ok_or(Reason::Truncated)?;
     let flags = gre.flags.get();
-    let offset = place + Gre::len(flags).ok_or(Reason::Tunnel)?;
-    let end = parsed.offset + parsed.packet_len;
+    let (len, key) = match flags {
+        0 => (size_of::<Gre>(), 0),
+        _ => options(frame, place, flags)?,
+    };
+    let (offset, end) = (place + len, parsed.offset + parsed.packet_len);
     if offset > end {
         return Err(Reason::Truncated);
     }
-    let key = match flags & Gre::KEY {
-        0 => 0,
-        _ => frame.get::<Word32>(place + Gre::key_place(flags)).ok_or(Reason::Truncated)?.get(),
-    };
     let from = find(tables, outer, flags, key)?;
     from.ready()?;
     if flags & Gre::CHECKSUM != 0 && !frame.sum(place, end - place).is_some_and(|sum| sum.folds_to(0xffff)) {
@@ -139,6 +141,17 @@ fn look_through<'t, F: Frame, T: Tables>(
         ECT_0 if inner_ecn != 0 => Ok((from, inner)),
         _ => Err(Reason::Tunnel),
     }
+}
+
+/// Length of the GRE header at `place`, which has these flags, and its key.
+#[inline(always)]
+fn options<F: Frame>(frame: &F, place: usize, flags: u16) -> Result<(usize, u32), Reason> {
+    let len = Gre::len(flags).ok_or(Reason::Tunnel)?;
+    let key = match flags & Gre::KEY {
+        0 => 0,
+        _ => frame.get::<Word32>(place + Gre::key_place(flags)).ok_or(Reason::Truncated)?.get(),
+    };
+    Ok((len, key))
 }
 
 /// What of a tunnel's flags a packet to us must agree with, by the flags of its GRE header. Sequence numbers Linux passes over
@@ -190,10 +203,7 @@ fn find<'t, T: Tables>(tables: &'t T, outer: &Ipv4, gre: u16, key: u32) -> Resul
 /// What is written before a packet that goes into a tunnel, without the link header.
 struct Outer {
     ip: Ipv4,
-    /// Flags of the GRE header
-    gre: u16,
-    /// Its first word
-    first: Gre,
+    gre: Gre,
     /// The key, if there is one
     key: u32,
     /// The word with the checksum, if there is one
@@ -201,24 +211,26 @@ struct Outer {
 }
 
 impl Outer {
+    /// Whether the GRE header has this
     #[inline(always)]
-    fn gre_len(&self) -> usize {
-        Gre::len(self.gre).unwrap_or(0)
+    fn has(&self, flag: u16) -> bool {
+        self.gre.flags.get() & flag != 0
     }
 
     #[inline(always)]
     fn len(&self) -> usize {
-        size_of::<Ipv4>() + self.gre_len()
+        size_of::<Ipv4>() + Gre::len(self.gre.flags.get()).unwrap_or(0)
     }
 
     /// Makes the checksum, if there is to be one, for a packet that goes in with one hop less.
     #[inline(always)]
     fn set_checksum<N: Inner, F: Frame>(&mut self, frame: &F, parsed: &Parsed) -> Result<(), Reason> {
-        if self.gre & Gre::CHECKSUM == 0 {
+        if !self.has(Gre::CHECKSUM) {
             return Ok(());
         }
         let packet = frame.sum(parsed.offset, parsed.packet_len).ok_or(Reason::Tunnel)?;
-        let sum = N::sum_of_sent(packet).number(self.gre).number(self.first.protocol.get()).words(&[self.key.into()]);
+        let (first, key) = (zerocopy::transmute!(self.gre), self.key.into());
+        let sum = N::sum_of_sent(packet).words(&[first, key]);
         // Of the two zeros Linux takes this one (CSUM_MANGLED_0 in skb_checksum_help, net/core/dev.c).
         let checksum = match !sum.fold() {
             0 => 0xffff,
@@ -293,8 +305,6 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
     let class = header.class();
     let tos = if tos & INHERIT != 0 { class } else { tos };
     let ecn = if class & ECN == CONGESTED { ECT_0 } else { class & ECN };
-    let flag = |flag, gre| if flags & flag != 0 { gre } else { 0 };
-    let gre = flag(tunnel_flags::OUTPUT_KEY, Gre::KEY) | flag(tunnel_flags::OUTPUT_CHECKSUM, Gre::CHECKSUM);
     let ip = Ipv4 {
         version_ihl: Ipv4::PLAIN,
         tos: tos & !ECN | ecn,
@@ -307,12 +317,21 @@ fn outer<N: Inner>(header: &N, parsed: &Parsed, tunnel: &Tunnel) -> Result<Outer
         source: tunnel.local[0].load().to_ne_bytes(),
         destination: tunnel.remote[0].load().to_ne_bytes(),
     };
-    let first = Gre { flags: U16::new(gre), protocol: U16::new(N::ETHERTYPE) };
-    let mut outer = Outer { ip, gre, first, key: tunnel.output_key.load(), checksum: 0 };
+    let gre = Gre { flags: U16::new(header_flags(flags)), protocol: U16::new(N::ETHERTYPE) };
+    let mut outer = Outer { ip, gre, key: tunnel.output_key.load(), checksum: 0 };
     let len = outer.len() + parsed.packet_len;
     outer.ip.total_len.set(u16::try_from(len).map_err(|_| Reason::MtuExceeded)?);
     outer.ip.set_checksum();
     Ok(outer)
+}
+
+/// Flags of the GRE header of what goes into a tunnel with these.
+#[inline(always)]
+fn header_flags(tunnel: u32) -> u16 {
+    const _: () = assert!(Gre::KEY == 1 << 13 && tunnel_flags::OUTPUT_KEY == 1 << 2);
+    const _: () = assert!(Gre::CHECKSUM == 1 << 15 && tunnel_flags::OUTPUT_CHECKSUM == 1 << 4);
+    let bits = tunnel & (tunnel_flags::OUTPUT_KEY | tunnel_flags::OUTPUT_CHECKSUM);
+    (bits << 11) as u16
 }
 
 /// The next hop of a packet that is the router's own and goes this way. `link`: the only interface it may leave by, if not 0; Linux then
@@ -352,9 +371,14 @@ fn write<L: Link, N: Network, F: Frame>(
     if !fit(frame, parsed, size_of::<L>() + outer.len())? {
         return Ok(());
     }
-    *frame.get_mut::<L>(0).ok_or(Reason::Internal)? = link;
-    *frame.get_mut::<Ipv4>(size_of::<L>()).ok_or(Reason::Internal)? = outer.ip;
-    write_gre(frame, size_of::<L>() + size_of::<Ipv4>(), outer).ok_or(Reason::Internal)?;
+    if outer.gre.flags.get() == 0 {
+        // With what is farthest in the frame at a place that is known, nothing else need be asked for.
+        let inner = size_of::<L>() + size_of::<Ipv4>() + size_of::<Gre>();
+        frame.get_mut::<N>(inner).ok_or(Reason::Internal)?.decrement();
+        return write_headers(frame, link, outer).ok_or(Reason::Internal);
+    }
+    write_headers(frame, link, outer).ok_or(Reason::Internal)?;
+    write_options(frame, size_of::<L>() + size_of::<Ipv4>(), outer).ok_or(Reason::Internal)?;
     // Last, since that it is in the frame tells a compiler of all that lies before it, but no verifier.
     let inner = opaque(size_of::<L>() + outer.len()) & FARTHEST;
     frame.get_mut::<N>(inner).ok_or(Reason::Internal)?.decrement();
@@ -362,13 +386,21 @@ fn write<L: Link, N: Network, F: Frame>(
 }
 
 #[inline(always)]
-fn write_gre<F: Frame>(frame: &mut F, at: usize, outer: &Outer) -> Option<()> {
-    *frame.get_mut::<Gre>(at)? = outer.first;
-    if outer.gre & Gre::CHECKSUM != 0 {
+fn write_headers<L: Link, F: Frame>(frame: &mut F, link: L, outer: &Outer) -> Option<()> {
+    *frame.get_mut::<L>(0)? = link;
+    *frame.get_mut::<Ipv4>(size_of::<L>())? = outer.ip;
+    *frame.get_mut::<Gre>(size_of::<L>() + size_of::<Ipv4>())? = outer.gre;
+    Some(())
+}
+
+/// What lies behind the first word of the GRE header at `at`.
+#[inline(always)]
+fn write_options<F: Frame>(frame: &mut F, at: usize, outer: &Outer) -> Option<()> {
+    if outer.has(Gre::CHECKSUM) {
         frame.get_mut::<Word32>(at + size_of::<Gre>())?.set(outer.checksum);
     }
-    if outer.gre & Gre::KEY != 0 {
-        frame.get_mut::<Word32>(at + Gre::key_place(outer.gre))?.set(outer.key);
+    if outer.has(Gre::KEY) {
+        frame.get_mut::<Word32>(at + Gre::key_place(outer.gre.flags.get()))?.set(outer.key);
     }
     Some(())
 }
