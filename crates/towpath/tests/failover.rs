@@ -475,6 +475,7 @@ fn there_and_back(net: &Net, mode: &str) {
     traffic.goes_by(&a);
     traffic.ends_whole();
     assert_eq!(a.states(), ["backup", "primary", "fault", "backup", "primary"]);
+    b.becomes("fault");
     assert_eq!(b.states(), ["backup", "primary", "fault"]);
 }
 

@@ -489,6 +489,7 @@ fn linux_agrees_with_itself_throughout_histories() -> Result<()> {
 /// The harness itself: what one router alone was told is found out.
 #[test]
 fn histories_of_one_router_alone_are_found() -> Result<()> {
+    const BURSTS: usize = 20;
     let mut trial = Trial::new(LINUX)?;
     trial.run(&["route replace 198.18.0.0/24 via 203.0.113.10"])?;
     for (told, untold) in [
@@ -502,8 +503,9 @@ fn histories_of_one_router_alone_are_found() -> Result<()> {
         ("neighbor replace 198.51.100.11 lladdr 02:00:00:00:00:21 dev eth1", "neighbor del 198.51.100.11 dev eth1"),
     ] {
         trial.command(1, told)?;
-        let found = trial.burst(&mut Random::new(seed()));
-        ensure!(found.is_err_and(|error| error.to_string().contains("differs from linux")), "not found: {told}");
+        // Not every burst has a packet that it matters to.
+        let found = (0..BURSTS).find_map(|_| trial.burst(&mut Random::new(seed())).err());
+        ensure!(found.is_some_and(|error| error.to_string().contains("differs from linux")), "not found: {told}");
         trial.command(1, untold)?;
     }
     Ok(())
