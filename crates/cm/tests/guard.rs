@@ -1023,11 +1023,11 @@ fn a_capture_elsewhere_is_not_ours() {
 
 #[test]
 fn sysctls() {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
     let mut sysctl = Watched::new(Sysctl::new().unwrap(), &lab.ports);
     let reason = Reason::PolicySysctl;
     let set = |name: &str, value: &str| format!("sysctl -qw {name}={value}");
-    let port = |ifindex, family| {
+    let both = |ifindex, family| {
         [(Scope::Ingress(ifindex, Some(family)), reason), (Scope::Egress(ifindex, Some(family)), reason)]
     };
     for (name, on, off, scope) in [
@@ -1042,7 +1042,7 @@ fn sysctls() {
         }
     }
     let name = "net.ipv6.conf.g0.disable_ipv6";
-    sysctl.comes_and_goes(&lab.ports, &set(name, "1"), &port(lab.g0, V6), &set(name, "0"));
+    sysctl.comes_and_goes(&lab.ports, &set(name, "1"), &both(lab.g0, V6), &set(name, "0"));
     let egress = [(Scope::Egress(lab.g1, Some(V6)), reason)];
     let name = "net.ipv6.conf.g1.mtu";
     sysctl.comes_and_goes(&lab.ports, &set(name, "1400"), &egress, &set(name, "1500"));
@@ -1053,8 +1053,18 @@ fn sysctls() {
         "sysctl -qw net.ipv4.conf.all.accept_redirects=0",
     );
     sysctl.comes_and_goes(&lab.ports, on, &egress, off);
+    // Where the port itself does not forward, either says that it accepts them.
+    lab.ports.insert(Port { family: [PortFamily::default(); 2], ..port("g1") });
+    let name = "net.ipv4.conf.all.accept_redirects";
+    run("sysctl -qw net.ipv4.conf.g1.accept_redirects=0");
+    sysctl.comes_and_goes(&lab.ports, &set(name, "1"), &egress, &set(name, "0"));
+    lab.ports.insert(port("g1"));
+    let egress = [(Scope::Egress(lab.g1, Some(V6)), reason)];
+    let name = "net.ipv6.conf.g1.forwarding";
+    run("sysctl -qw net.ipv6.conf.g1.accept_redirects=1 net.ipv6.conf.g0.accept_redirects=0");
+    sysctl.comes_and_goes(&lab.ports, &set(name, "0"), &egress, &set(name, "1"));
     let small = "ip link set g1 mtu 1000";
-    sysctl.comes_and_goes(&lab.ports, small, &port(lab.g1, V6), "ip link set g1 mtu 1500");
+    sysctl.comes_and_goes(&lab.ports, small, &both(lab.g1, V6), "ip link set g1 mtu 1500");
     sysctl.is_harmless(
         &lab.ports,
         "sysctl -qw net.ipv4.fib_multipath_hash_policy=1 net.ipv4.conf.g0.accept_local=1 net.ipv4.conf.all.log_martians=1 \

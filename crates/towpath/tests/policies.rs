@@ -261,6 +261,15 @@ fn netfilter_holds_for_ipv6() {
                 ..SETTING
             },
             Setting {
+                name: "IPv6 redirects accepted by a port that does not forward",
+                before: "sysctl -qw net.ipv6.conf.eth1.accept_redirects=1",
+                set: "sysctl -qw net.ipv6.conf.eth1.forwarding=0",
+                unset: "sysctl -qw net.ipv6.conf.eth1.forwarding=1",
+                effect: Effect::Passes,
+                reason: "policy-sysctl",
+                names: &["net.ipv6.conf.eth1.accept_redirects"],
+            },
+            Setting {
                 name: "IPv6 forwarding off",
                 set: "sysctl -qw net.ipv6.conf.all.forwarding=0",
                 unset: "sysctl -qw net.ipv6.conf.all.forwarding=1",
@@ -368,6 +377,15 @@ fn sysctls_hold_for_the_stream() {
                 before: "sysctl -qw net.ipv4.conf.all.accept_redirects=0 net.ipv4.conf.eth1.accept_redirects=1",
                 set: "sysctl -qw net.ipv4.conf.all.accept_redirects=1",
                 unset: "sysctl -qw net.ipv4.conf.all.accept_redirects=0",
+                effect: Effect::Passes,
+                reason: "policy-sysctl",
+                names: &["accept_redirects", "eth1"],
+            },
+            Setting {
+                name: "redirects accepted by a port that does not forward",
+                before: "sysctl -qw net.ipv4.conf.all.accept_redirects=0 net.ipv4.conf.eth1.accept_redirects=1",
+                set: "sysctl -qw net.ipv4.conf.eth1.forwarding=0",
+                unset: "sysctl -qw net.ipv4.conf.eth1.forwarding=1",
                 effect: Effect::Passes,
                 reason: "policy-sysctl",
                 names: &["accept_redirects", "eth1"],

@@ -9,7 +9,10 @@
 //! - `net.ipv6.conf.X.disable_ipv6`, no such file, or an `mtu` of 0 (MTU below 1280, IPv6 off): IPv6 is dropped
 //!   (ip6_input.c). A file opened before IPv6 left the interface reads 0 for a while (addrconf.c, addrconf_ifdown)
 //! - `net.ipv6.conf.X.mtu` below the interface's: it limits forwarded IPv6 packets (ip6_output.c, addrconf.c)
-//! - `net.ipv4.conf.X.accept_redirects`, all and X, with forwarding: redirects change next hops (IN_DEV_RX_REDIRECTS)
+//! - `net.ipv4.conf.X.accept_redirects`, of all and of X if X forwards, else of either: redirects change next hops by X, for
+//!   what other ports forward too (inetdevice.h, IN_DEV_RX_REDIRECTS; route.c, __ip_do_redirect)
+//! - `net.ipv6.conf.X.accept_redirects` where `net.ipv6.conf.X.forwarding` is off: the same (route.c, rt6_do_redirect);
+//!   IPv6 forwards by the setting of all
 //! - `net.ipv4.conf.X.send_redirects` on, or `route_localnet` off, while the port is still described otherwise: only
 //!   while the change has not been taken over, which may take its time therefore
 //!
@@ -107,18 +110,18 @@ pub struct Sysctl {
     use_pmtu: Number,
     use_neigh: Number,
     proxy_ndp: Number,
-    all: Redirects,
+    all: PortV4,
     ports: HashMap<u32, PortNumbers>,
 }
 
 /// `net.ipv4.conf.X.*` that hold for an interface together with those of `all`.
-struct Redirects {
+struct PortV4 {
     accept: Number,
     send: Number,
     route_localnet: Number,
 }
 
-impl Redirects {
+impl PortV4 {
     fn new(name: &str) -> Self {
         let number = |sysctl| Number::new(&format!("net/ipv4/conf/{name}/{sysctl}"));
         Self {
@@ -129,16 +132,27 @@ impl Redirects {
     }
 
     /// What stands in the way of a port. Only those are read that can make a difference beside those of `all`, of which
-    /// one is `accepted`, and what the port is described as, because none should be read without need.
-    fn findings(&mut self, port: &Port, all: &mut Self, accepted: bool) -> Result<Vec<Finding>, CmError> {
+    /// one is `accepted`, and what the port is described as, because none should be read without need. `forwards`: another
+    /// port may send packets there.
+    fn findings(
+        &mut self,
+        port: &Port,
+        all: &mut Self,
+        accepted: bool,
+        forwards: bool,
+    ) -> Result<Vec<Finding>, CmError> {
         let name = &port.name;
         let family = Some(Family::V4);
         let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
         let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
         let mut findings = Vec::new();
-        if port.family[0].forwarding && accepted && self.accept.is_on()? {
-            let detail = format!("net.ipv4.conf.{name}.accept_redirects is on (all too) while forwarding");
-            findings.push(finding(egress, detail));
+        let accepts = if port.family[0].forwarding {
+            (accepted && self.accept.is_on()?).then(|| "is on (all too) while forwarding")
+        } else {
+            (forwards && (accepted || self.accept.is_on()?)).then(|| "is on (or all) while not forwarding")
+        };
+        if let Some(how) = accepts {
+            findings.push(finding(egress, format!("net.ipv4.conf.{name}.accept_redirects {how}")));
         }
         if !port.send_redirects && (all.send.is_on()? || self.send.is_on()?) {
             findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
@@ -150,22 +164,23 @@ impl Redirects {
     }
 }
 
+/// `net.ipv6.conf.X.*`
+struct PortV6 {
+    disabled: Number,
+    mtu: Number,
+    forwarding: Number,
+    accept: Number,
+}
+
 struct PortNumbers {
     name: String,
-    redirects: Redirects,
-    disable_ipv6: Number,
-    mtu: Number,
+    v4: PortV4,
+    v6: PortV6,
 }
 
 impl PortNumbers {
     fn new(name: &str) -> Self {
-        let v6 = |sysctl| Number::new(&format!("net/ipv6/conf/{name}/{sysctl}"));
-        Self {
-            name: name.to_owned(),
-            redirects: Redirects::new(name),
-            disable_ipv6: v6("disable_ipv6"),
-            mtu: v6("mtu"),
-        }
+        Self { name: name.to_owned(), v4: PortV4::new(name), v6: PortV6::new(name) }
     }
 }
 
@@ -177,7 +192,7 @@ impl Sysctl {
             use_pmtu: Number::new("net/ipv4/ip_forward_use_pmtu"),
             use_neigh: Number::new("net/ipv4/fib_multipath_use_neigh"),
             proxy_ndp: Number::new("net/ipv6/conf/all/proxy_ndp"),
-            all: Redirects::new("all"),
+            all: PortV4::new("all"),
             ports: HashMap::new(),
         })
     }
@@ -221,32 +236,52 @@ impl Watcher for Sysctl {
     fn findings(&mut self, ports: &PortIndex) -> Result<Vec<Finding>, CmError> {
         let mut findings = self.namespace()?;
         let accepted = self.all.accept.is_on()?;
+        let forwards = candidates(ports).any(|port| port.family[0].forwarding);
         self.ports.retain(|ifindex, numbers| ports.get(*ifindex).is_some_and(|port| port.name == numbers.name));
         for port in candidates(ports) {
             let numbers = self.ports.entry(port.ifindex).or_insert_with(|| PortNumbers::new(&port.name));
-            findings.extend(numbers.redirects.findings(port, &mut self.all, accepted)?);
-            findings.extend(port_v6(port, numbers.disable_ipv6.read()?, numbers.mtu.read()?));
+            findings.extend(numbers.v4.findings(port, &mut self.all, accepted, forwards)?);
+            findings.extend(numbers.v6.findings(port)?);
         }
         Ok(findings)
     }
 }
 
-fn port_v6(port: &Port, disabled: Option<u32>, mtu: Option<u32>) -> Vec<Finding> {
-    let name = &port.name;
-    let family = Some(Family::V6);
-    let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
-    let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
-    if disabled != Some(0) || mtu.is_none_or(|mtu| mtu < IPV6_MIN_MTU) {
-        let detail = match disabled {
-            Some(0) | None => format!("{name} has no IPv6 (no net.ipv6.conf.{name})"),
-            Some(_) => format!("net.ipv6.conf.{name}.disable_ipv6 is on"),
-        };
-        return vec![finding(ingress, detail.clone()), finding(egress, detail)];
-    }
-    match mtu {
-        Some(mtu) if mtu < port.mtu => {
-            vec![finding(egress, format!("net.ipv6.conf.{name}.mtu is {mtu}, below the interface's {}", port.mtu))]
+impl PortV6 {
+    fn new(name: &str) -> Self {
+        let number = |sysctl| Number::new(&format!("net/ipv6/conf/{name}/{sysctl}"));
+        Self {
+            disabled: number("disable_ipv6"),
+            mtu: number("mtu"),
+            forwarding: number("forwarding"),
+            accept: number("accept_redirects"),
         }
-        _ => Vec::new(),
+    }
+
+    /// What stands in the way of a port.
+    fn findings(&mut self, port: &Port) -> Result<Vec<Finding>, CmError> {
+        let name = &port.name;
+        let family = Some(Family::V6);
+        let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
+        let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
+        let (disabled, mtu) = (self.disabled.read()?, self.mtu.read()?);
+        if disabled != Some(0) || mtu.is_none_or(|mtu| mtu < IPV6_MIN_MTU) {
+            let detail = match disabled {
+                Some(0) | None => format!("{name} has no IPv6 (no net.ipv6.conf.{name})"),
+                Some(_) => format!("net.ipv6.conf.{name}.disable_ipv6 is on"),
+            };
+            return Ok(vec![finding(ingress, detail.clone()), finding(egress, detail)]);
+        }
+        let mut findings = Vec::new();
+        if let Some(mtu) = mtu.filter(|mtu| *mtu < port.mtu) {
+            let detail = format!("net.ipv6.conf.{name}.mtu is {mtu}, below the interface's {}", port.mtu);
+            findings.push(finding(egress, detail));
+        }
+        if port.family[1].forwarding && !self.forwarding.is_on()? && self.accept.is_on()? {
+            let detail =
+                format!("net.ipv6.conf.{name}.accept_redirects is on while {name} does not forward (but all do)");
+            findings.push(finding(egress, detail));
+        }
+        Ok(findings)
     }
 }
