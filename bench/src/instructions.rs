@@ -16,8 +16,8 @@ use std::process::Command;
 use std::time::Instant;
 use towpath_report::{Bar, Report};
 
-const PACKETS: u32 = 200_000;
-const ROUNDS: usize = 9;
+const PACKETS: u32 = 100_000;
+const ROUNDS: usize = 5;
 
 /// Instructions a packet that Towpath may cost the router: 944 (Linux 6.1.0-56, x86-64, BPF toolchain as pinned), and two
 /// percent. (918 before there were filters, shadow, detaching and rules by source: each is asked about.)

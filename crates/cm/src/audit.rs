@@ -1,6 +1,7 @@
 //! Linux's own answers, asked anew: what an audit of the tables compares them with. Nothing here is remembered from
 //! notifications.
 
+use crate::decode::link::Link;
 use crate::decode::{self, rtm};
 use crate::error::CmError;
 use crate::guard::dump_rules;
@@ -8,6 +9,7 @@ use crate::guard::nl::{Message, Netlink};
 use crate::netlink::Request;
 use netlink_packet_core::Emitable;
 use netlink_packet_route::AddressFamily;
+use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::collections::{BTreeSet, HashMap};
@@ -73,6 +75,22 @@ impl Linux {
         Ok(routes)
     }
 
+    /// An interface; None if there is none with this index.
+    pub fn link(&mut self, ifindex: u32) -> Result<Option<Link>, CmError> {
+        let mut message = LinkMessage::default();
+        message.header.index = ifindex;
+        let mut found = None;
+        self.0.batch(WHAT, rtm::GETLINK, 0, &[bytes(&message)], |_, answer| {
+            found = match answer {
+                Ok(message) => decode::link::parse(message.payload)?,
+                Err(CmError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => None,
+                Err(error) => return Err(error),
+            };
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
     /// All neighbours.
     pub fn neighbours(&mut self) -> Result<Neighbours, CmError> {
         let mut all = Neighbours::new();
@@ -113,6 +131,10 @@ fn question(address: IpAddr, arrival: Option<(u32, IpAddr)>) -> Vec<u8> {
             message.attributes.push(RouteAttribute::Source(source.into()));
         }
     }
+    bytes(&message)
+}
+
+fn bytes(message: &impl Emitable) -> Vec<u8> {
     let mut bytes = vec![0; message.buffer_len()];
     message.emit(&mut bytes);
     bytes

@@ -90,6 +90,7 @@ impl Daemon {
     /// Lets the engine act on what Linux changed about a port's device.
     pub fn tell_engine(&mut self, port: &Port) {
         let (ifindex, name) = (port.ifindex, &port.name);
+        self.workers.iter().for_each(|workers| workers.told(ifindex));
         let now = Told { up: port.up && port.carrier, mtu: port.mtu, promiscuous: port.promiscuous };
         // As the engine takes a port to be before it is told.
         let before = self.told.insert(ifindex, now).unwrap_or(Told { up: true, mtu: now.mtu, promiscuous: false });

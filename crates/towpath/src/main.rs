@@ -17,6 +17,7 @@ mod frame;
 mod generate;
 mod instance;
 mod interfaces;
+mod keeper;
 mod link;
 mod log;
 mod metrics;

@@ -1,15 +1,16 @@
 //! Wires of ports that are no interfaces' own, as the command line names them.
 
+use crate::keeper::Keeper;
 use anyhow::{Context, Result, bail};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use towpath_tables::record::SOCKET_FRAME;
-use towpath_user::PortDriver;
 use towpath_user::af_packet::PacketPort;
 use towpath_user::pcap::PcapPort;
 use towpath_user::tap::{Tap, TapPort};
 use towpath_user::twin::Twinned;
+use towpath_user::{Device, PortDriver};
 
 /// A port, as NAME or NAME=WIRE.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,30 +34,29 @@ pub enum Wire {
     Pcap(Option<PathBuf>, Option<PathBuf>),
 }
 
+/// What moves frames, and what else the device can be asked.
+type Parts = (Box<dyn PortDriver>, Option<Arc<dyn Device>>);
+
 #[cfg(feature = "dpdk")]
-fn dpdk(device: &str, losses: &mut Option<Losses>) -> Result<Box<dyn PortDriver>> {
+fn dpdk(device: &str) -> Result<Parts> {
     let wire = towpath_user::dpdk::DpdkPort::open(device)?;
-    let lost = wire.losses();
-    *losses = Some(Box::new(move || lost.count()));
-    Ok(Box::new(wire))
+    let device = wire.device();
+    Ok((Box::new(wire), Some(Arc::new(device))))
 }
 
 #[cfg(not(feature = "dpdk"))]
-fn dpdk(device: &str, _: &mut Option<Losses>) -> Result<Box<dyn PortDriver>> {
+fn dpdk(device: &str) -> Result<Parts> {
     bail!(
         "{device}: this towpath was built without DPDK; build it with: scripts/dpdk.sh && cargo build --release --features dpdk"
     )
 }
 
-/// Asks where a wire's losses are counted: frames that found no room.
-pub type Losses = Box<dyn Fn() -> u64>;
-
 /// A wire that no worker has yet.
 pub struct Opened {
+    /// Who sees to the rest; to be dropped before the driver. None: the wire has no settings
+    pub keeper: Option<Keeper>,
     /// For the worker, with the twin
     pub driver: Box<dyn PortDriver>,
-    /// Where it is counted what finds no room
-    pub losses: Option<Losses>,
 }
 
 impl std::str::FromStr for PortArgument {
@@ -129,26 +129,25 @@ pub fn without_twin(port: &str, error: anyhow::Error) -> anyhow::Error {
 }
 
 impl Wire {
-    /// Opens it, and the TAP of this name that stands for it in Linux.
-    pub fn open(&self, port: &str) -> Result<Opened> {
+    /// Opens it, and the TAP of this name and index that stands for it in Linux.
+    pub fn open(&self, port: &str, ifindex: u32) -> Result<Opened> {
         if matches!(self, Self::Tap(name) | Self::Packet(name) if name == port) {
             bail!("{port} cannot be its own wire: it is a port's side in Linux, or its wire, but not both");
         }
         let twin = Tap::open(port).with_context(|| format!("{port} cannot stand for a wire in Linux"))?;
         let twin = Arc::new(twin);
-        let mut losses: Option<Losses> = None;
-        let wire: Box<dyn PortDriver> = match self {
+        let (wire, device): Parts = match self {
             Self::Packet(name) => {
                 let wire = PacketPort::open(name, twin.clone())?;
-                let lost = wire.losses().context("cannot keep a socket")?;
-                losses = Some(Box::new(move || lost.count()));
-                Box::new(wire)
+                let device = wire.device().context("cannot keep a socket")?;
+                (Box::new(wire), Some(Arc::new(device)))
             }
-            Self::Dpdk(device) => dpdk(device, &mut losses)?,
-            Self::Tap(name) => Box::new(TapPort(Tap::open(name)?)),
-            Self::Pcap(input, output) => Box::new(PcapPort::open(input.as_deref(), output.as_deref())?),
+            Self::Dpdk(device) => dpdk(device)?,
+            Self::Tap(name) => (Box::new(TapPort(Tap::open(name)?)), None),
+            Self::Pcap(input, output) => (Box::new(PcapPort::open(input.as_deref(), output.as_deref())?), None),
         };
-        Ok(Opened { driver: Box::new(Twinned::new(wire, twin)), losses })
+        let keeper = device.map(|device| Keeper::start(port, ifindex, twin.clone(), device)).transpose()?;
+        Ok(Opened { keeper, driver: Box::new(Twinned::new(wire, twin)) })
     }
 }
 

@@ -3,8 +3,9 @@
 //! Queue q of the n-th port goes to worker n + q, around; a wire is one queue. A worker without a queue of a port that may transmit leaves what
 //! is to be sent by it to one that has one.
 
+use crate::keeper::Keeper;
 use crate::report;
-use crate::wires::{self, Losses, Wire};
+use crate::wires::{self, Wire};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -100,7 +101,7 @@ struct Served {
 
 struct Wired {
     worker: usize,
-    losses: Option<Losses>,
+    keeper: Option<Keeper>,
 }
 
 struct Socket {
@@ -112,12 +113,13 @@ struct Socket {
 /// What of a port no worker has yet.
 pub struct Opened {
     ifindex: u32,
+    /// To be dropped before its driver
+    wire: Option<Wired>,
     /// With the worker that each is for
     drivers: BTreeMap<usize, Box<dyn PortDriver>>,
     /// Workers whose driver may send
     senders: Vec<usize>,
     sockets: Vec<Socket>,
-    wire: Option<Wired>,
 }
 
 impl Opened {
@@ -159,8 +161,8 @@ impl Workers {
         match wire {
             Some(wire) => {
                 let worker = number % self.cores.len().max(1);
-                let wires::Opened { driver, losses } = wire.open(name)?;
-                let (drivers, wire) = ([(worker, driver)].into(), Some(Wired { worker, losses }));
+                let wires::Opened { keeper, driver } = wire.open(name, ifindex)?;
+                let (drivers, wire) = ([(worker, driver)].into(), Some(Wired { worker, keeper }));
                 Ok(Opened { ifindex, drivers, senders: vec![worker], sockets: Vec::new(), wire })
             }
             None => self.open_sockets(ifindex, name, number),
@@ -249,6 +251,12 @@ impl Workers {
         }
     }
 
+    /// Linux has said something about the port.
+    pub fn told(&self, ifindex: u32) {
+        let keeper = self.served.get(&ifindex).and_then(|port| port.wire.as_ref()?.keeper.as_ref());
+        keeper.into_iter().for_each(Keeper::look);
+    }
+
     /// Whether workers serve the port.
     pub fn serves(&self, ifindex: u32) -> bool {
         self.served.contains_key(&ifindex)
@@ -294,7 +302,7 @@ impl Workers {
             }
             for (ifindex, served) in &self.served {
                 if let Some(wire) = served.wire.as_ref().filter(|wire| wire.worker == worker) {
-                    report.rx_lost += wire.losses.as_ref().map_or(0, |count| count());
+                    report.rx_lost += wire.keeper.as_ref().map_or(0, Keeper::lost);
                     report.queues.push(report::Queue { port: name(*ifindex), queue: 0 });
                 }
                 for socket in served.sockets.iter().filter(|socket| socket.worker == worker) {

@@ -22,6 +22,11 @@ fn net() -> Net {
     net
 }
 
+/// Whether lan0 has a carrier.
+fn carrier(net: &Net) -> bool {
+    net.ip("link show lan0").contains("LOWER_UP")
+}
+
 /// Makes tap0, which the daemon has opened, left's interface.
 fn connect_left(net: &Net) {
     net.ip(&format!("link set tap0 netns {}", net.left.netns()));
@@ -157,6 +162,15 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
     let lost: u64 =
         net.json(&["status"])["workers"].as_array().unwrap().iter().map(|w| w["rx_lost"].as_u64().unwrap()).sum();
     assert_eq!(lost, 0);
+    // A cable that is pulled is known to Linux.
+    net.left.run(["ip", "link", "set", "up0", "down"]).expect("down");
+    eventually("lan0 has no carrier", || carrier(&net).eq(&false).then_some(()));
+    net.left
+        .sh("ip link set up0 up; ip address replace 2001:db8:1::2/64 dev up0 nodad; \
+             ip route replace default via 192.0.2.1; ip -6 route replace default via 2001:db8:1::1")
+        .expect("up");
+    eventually("lan0 has a carrier", || carrier(&net).then_some(()));
+    eventually("left is reached once more", || net.ping(&net.left, RIGHT).then_some(()));
     // Nothing of a killed daemon is in the way of the next one, and the twin is what it was.
     daemon.signal(libc::SIGKILL);
     let _daemon = net.up(&up);
@@ -172,9 +186,12 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
 #[test]
 fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
     let net = net();
-    net.ip("link delete tap0");
+    connect_left_to_interface(&net);
     let _daemon = net.up(&["--engine", "user", "lan0=dpdk:net_tap0,iface=tap0", "eth1"]);
-    connect_left(&net);
+    // DPDK's TAP is the device itself. What is beyond it comes and goes by wire0.
+    net.router.run(["nft", BRIDGE]).expect("joined");
+    net.ip("link set tap0 up");
+    eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
     eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
     assert_eq!(port(&net, "lan0")["served_by"], "dpdk:net_tap0,iface=tap0");
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
@@ -187,8 +204,48 @@ fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
     let before = net.exceptions("local-destination");
     net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", "192.0.2.1"]).expect("answers");
     assert!(net.exceptions("local-destination") >= before + 5);
+
+    // The device is what Linux says of lan0, and lan0 has the device's carrier.
+    let device = || net.ip("-d link show tap0");
+    let is = |what: &str| eventually(what, || device().contains(what).then_some(()));
+    is(&format!(
+        "link/ether {} ",
+        net.ip("link show lan0").split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap()
+    ));
+    assert!(!device().contains("PROMISC"), "{}", device());
+    let steps = [
+        ("link set lan0 mtu 1300", " mtu 1300 "),
+        ("link set lan0 address 02:00:00:00:00:77", "link/ether 02:00:00:00:00:77 "),
+        ("link set lan0 promisc on", "PROMISC"),
+    ];
+    for (command, what) in steps {
+        net.ip(command);
+        is(what);
+    }
+    let ordinary = |why: &str| eventually(why, || (!device().contains("PROMISC")).then_some(()));
+    net.ip("link set lan0 promisc off");
+    ordinary("it is promiscuous no more");
+    // This is not announced for lan0.
+    net.ip("link add link lan0 name other0 address 02:00:00:00:00:78 type macvlan");
+    net.ip("link set other0 up");
+    is("PROMISC");
+    net.ip("link delete other0");
+    ordinary("nobody has another address");
+    net.left.run(["ip", "neigh", "flush", "all"]).expect("flushed");
+    eventually("left is reached with the other address", || net.ping(&net.left, RIGHT).then_some(()));
+    net.ip("link set tap0 down");
+    eventually("lan0 has no carrier", || carrier(&net).eq(&false).then_some(()));
+    net.ip("link set tap0 up");
+    eventually("lan0 has a carrier", || carrier(&net).then_some(()));
+    eventually("left is reached again", || net.ping(&net.left, RIGHT).then_some(()));
     assert!(net.towpath(&["down"]).status.success());
 }
+
+/// Has wire0 and tap0 be the two ends of one cable.
+#[cfg(feature = "dpdk")]
+const BRIDGE: &str = "table netdev cable {
+    chain to { type filter hook ingress device wire0 priority 0; fwd to tap0; };
+    chain fro { type filter hook ingress device tap0 priority 0; fwd to wire0; }; };";
 
 #[cfg(not(feature = "dpdk"))]
 #[test]

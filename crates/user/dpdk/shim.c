@@ -18,6 +18,8 @@
 #define DESCRIPTORS 512
 #define BUFFERS 4095
 #define CACHE 250
+/* Of a buffer: the longest frame that a worker takes fits, with what DPDK keeps before it. */
+#define ROOM (4096 + RTE_PKTMBUF_HEADROOM)
 
 /* Starts DPDK; to be called once in a process. 0, or a negative error number. */
 int towpath_start(int argc, char **argv)
@@ -30,6 +32,39 @@ void towpath_thread(void)
 {
 	if (rte_lcore_id() == LCORE_ID_ANY)
 		(void)rte_thread_register();
+}
+
+/* 0, or a negative error number; so for all that follows. Software devices may have no such mode, and receive all. */
+int towpath_set_promiscuous(uint16_t port, uint16_t on)
+{
+	int error = on ? rte_eth_promiscuous_enable(port) : rte_eth_promiscuous_disable(port);
+
+	return error == -ENOTSUP ? 0 : error;
+}
+
+/* A device that knows of no MTU takes what it is given. */
+int towpath_set_mtu(uint16_t port, uint16_t mtu)
+{
+	int error = rte_eth_dev_set_mtu(port, mtu);
+
+	return error == -ENOTSUP ? 0 : error;
+}
+
+int towpath_set_mac(uint16_t port, const uint8_t *mac)
+{
+	struct rte_ether_addr address;
+
+	memcpy(address.addr_bytes, mac, sizeof(address.addr_bytes));
+	return rte_eth_dev_default_mac_addr_set(port, &address);
+}
+
+/* Whether the device has a carrier, or a negative number if it does not say. */
+int towpath_carrier(uint16_t port)
+{
+	struct rte_eth_link link;
+
+	memset(&link, 0, sizeof(link));
+	return rte_eth_link_get_nowait(port, &link) == 0 ? link.link_status == RTE_ETH_LINK_UP : -1;
 }
 
 static int set_up(uint16_t port, struct rte_mempool *pool, const char **what)
@@ -61,10 +96,9 @@ static int set_up(uint16_t port, struct rte_mempool *pool, const char **what)
 		error = rte_eth_dev_start(port);
 	}
 	if (error == 0) {
-		/* The port's address is another one. Software devices may have no such mode, and receive all. */
-		error = rte_eth_promiscuous_enable(port);
-		if (error == -ENOTSUP)
-			error = 0;
+		/* Until it has the port's address. Which groups the port belongs to is not told to the device. */
+		(void)rte_eth_allmulticast_enable(port);
+		error = towpath_set_promiscuous(port, 1);
 		*what = "make the device promiscuous";
 	}
 	return error;
@@ -102,7 +136,7 @@ int towpath_open(const char *device, uint16_t *port, struct rte_mempool **pool, 
 		char name[RTE_MEMPOOL_NAMESIZE];
 
 		snprintf(name, sizeof(name), "towpath%u", *port);
-		*pool = rte_pktmbuf_pool_create(name, BUFFERS, CACHE, 0, RTE_MBUF_DEFAULT_BUF_SIZE, SOCKET_ID_ANY);
+		*pool = rte_pktmbuf_pool_create(name, BUFFERS, CACHE, 0, ROOM, SOCKET_ID_ANY);
 		if (*pool == NULL)
 			return -rte_errno;
 	}

@@ -9,6 +9,7 @@
 
 use crate::blocks::{Blocks, Layout, Seen};
 use crate::deaf::Deaf;
+use crate::device::Device;
 use crate::driver::{BATCH, Passed, PortDriver};
 use crate::mapping::{Mapping, set_option};
 use crate::pool::{Buffer, Pool};
@@ -47,6 +48,7 @@ pub struct PacketPort {
     blocks: Blocks,
     receiver: OwnedFd,
     sender: OwnedFd,
+    index: u32,
     /// For what only Linux can take apart
     twin: Arc<Tap>,
     passed: Passed,
@@ -54,9 +56,11 @@ pub struct PacketPort {
     _deaf: Deaf,
 }
 
-/// Frames that a wire has lost for want of room in its ring, since it was opened.
-pub struct Losses {
+/// The interface. Its settings are Linux's.
+pub struct Interface {
     socket: OwnedFd,
+    index: u32,
+    /// Lost so far
     total: AtomicU64,
 }
 
@@ -111,18 +115,17 @@ impl PacketPort {
         let layout = Layout { start: ring.start(), size: BLOCK, count: BLOCKS };
         // SAFETY: the ring was just mapped, and stays as long as its reader; the kernel fills it.
         let blocks = unsafe { Blocks::new(layout) };
-        Ok(Self { blocks, receiver, sender, twin, passed: Passed::default(), _ring: ring, _deaf: deaf })
+        Ok(Self { blocks, receiver, sender, index, twin, passed: Passed::default(), _ring: ring, _deaf: deaf })
     }
 
-    /// To ask what it loses.
-    pub fn losses(&self) -> io::Result<Losses> {
-        Ok(Losses { socket: self.receiver.try_clone()?, total: AtomicU64::new(0) })
+    /// The interface, for whoever has no frames of it.
+    pub fn device(&self) -> io::Result<Interface> {
+        Ok(Interface { socket: self.receiver.try_clone()?, index: self.index, total: AtomicU64::new(0) })
     }
 }
 
-impl Losses {
-    /// Frames so far.
-    pub fn count(&self) -> u64 {
+impl Device for Interface {
+    fn lost(&self) -> u64 {
         // SAFETY: integers, for which zeros are valid.
         let mut statistics: libc::tpacket_stats_v3 = unsafe { zeroed() };
         let mut length = size_of_val(&statistics) as libc::socklen_t;
@@ -134,6 +137,20 @@ impl Losses {
         // The kernel counts from the last time that it was asked.
         let more = if done == 0 { u64::from(statistics.tp_drops) } else { 0 };
         self.total.fetch_add(more, Ordering::Relaxed) + more
+    }
+
+    /// Also none while it is down.
+    fn carrier(&self) -> Option<bool> {
+        // SAFETY: integers and bytes, for which zeros are valid.
+        let mut request: libc::ifreq = unsafe { zeroed() };
+        request.ifr_ifru.ifru_ifindex = self.index as libc::c_int;
+        // It may have another name than at first.
+        let asked = [libc::SIOCGIFNAME, libc::SIOCGIFFLAGS].map(|what| {
+            // SAFETY: the request, which lives across the call, is what both read and write.
+            unsafe { libc::ioctl(self.socket.as_raw_fd(), what as libc::Ioctl, &raw mut request) }
+        });
+        // SAFETY: flags, where the second one was answered.
+        (asked == [0, 0]).then(|| i32::from(unsafe { request.ifr_ifru.ifru_flags }) & libc::IFF_RUNNING != 0)
     }
 }
 

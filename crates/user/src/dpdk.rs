@@ -4,6 +4,7 @@
 //! Frames are copied between DPDK's buffers and the worker's. DPDK runs without files of its own and opens no device
 //! that it is not told; it takes hugepages if some are free, and does without otherwise.
 
+use crate::device::Device;
 use crate::driver::{BATCH, PortDriver};
 use crate::engine::usable_cores;
 use crate::pool::{Buffer, Pool};
@@ -12,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr::{null, null_mut};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use towpath_tables::record::SOCKET_FRAME;
 
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dpdk.so"));
@@ -50,6 +51,10 @@ struct Library {
     take: Take,
     transmit: Transmit,
     lost: Lost,
+    carrier: Carrier,
+    set_mtu: SetNumber,
+    set_promiscuous: SetNumber,
+    set_mac: SetMac,
 }
 
 type Start = unsafe extern "C" fn(c_int, *mut *mut c_char) -> c_int;
@@ -60,6 +65,9 @@ type Receive = unsafe extern "C" fn(u16, *mut *mut c_void, u16) -> u16;
 type Take = unsafe extern "C" fn(*mut c_void, *mut u8, u32) -> c_int;
 type Transmit = unsafe extern "C" fn(u16, *mut c_void, *const *const u8, *const u16, u16) -> u16;
 type Lost = unsafe extern "C" fn(u16) -> u64;
+type Carrier = unsafe extern "C" fn(u16) -> c_int;
+type SetNumber = unsafe extern "C" fn(u16, u16) -> c_int;
+type SetMac = unsafe extern "C" fn(u16, *const u8) -> c_int;
 
 /// What was found when DPDK was first asked for; it can be started once only.
 fn library() -> Result<&'static Library, Error> {
@@ -110,6 +118,10 @@ fn load() -> Result<Library, String> {
         take: function!(c"towpath_take", Take),
         transmit: function!(c"towpath_transmit", Transmit),
         lost: function!(c"towpath_lost", Lost),
+        carrier: function!(c"towpath_carrier", Carrier),
+        set_mtu: function!(c"towpath_set_mtu", SetNumber),
+        set_promiscuous: function!(c"towpath_set_promiscuous", SetNumber),
+        set_mac: function!(c"towpath_set_mac", SetMac),
     })
 }
 
@@ -152,8 +164,11 @@ fn hugepages_are_free() -> bool {
     free.any(|megabytes| megabytes >= wanted)
 }
 
-/// Devices come and go one at a time.
-static CONTROL: Mutex<()> = Mutex::new(());
+/// Whoever has this is the only one who does more with devices than to move frames.
+fn alone() -> MutexGuard<'static, ()> {
+    static CONTROL: Mutex<()> = Mutex::new(());
+    CONTROL.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The wire.
 pub struct DpdkPort {
@@ -165,18 +180,50 @@ pub struct DpdkPort {
 // SAFETY: a device's queues may be used by any thread, one at a time, and so may its buffers.
 unsafe impl Send for DpdkPort {}
 
-/// What a device has lost, as far as it tells.
-pub struct Losses {
+/// The device, for whoever has no frames of it.
+pub struct Control {
     library: &'static Library,
     port: u16,
 }
 
-impl Losses {
-    /// Frames so far.
-    pub fn count(&self) -> u64 {
+impl Device for Control {
+    fn lost(&self) -> u64 {
         // SAFETY: a number that DPDK checks.
         unsafe { (self.library.lost)(self.port) }
     }
+
+    fn carrier(&self) -> Option<bool> {
+        let _alone = alone();
+        // SAFETY: as above.
+        match unsafe { (self.library.carrier)(self.port) } {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
+    }
+
+    fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        let mtu = u16::try_from(mtu).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let _alone = alone();
+        // SAFETY: as above.
+        done(unsafe { (self.library.set_mtu)(self.port, mtu) })
+    }
+
+    fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
+        let _alone = alone();
+        // SAFETY: as above, and six bytes that are copied.
+        done(unsafe { (self.library.set_mac)(self.port, mac.as_ptr()) })
+    }
+
+    fn set_promiscuous(&self, on: bool) -> io::Result<()> {
+        let _alone = alone();
+        // SAFETY: as above.
+        done(unsafe { (self.library.set_promiscuous)(self.port, on.into()) })
+    }
+}
+
+fn done(code: c_int) -> io::Result<()> {
+    if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) }
 }
 
 impl DpdkPort {
@@ -187,7 +234,7 @@ impl DpdkPort {
         let library = library()?;
         let name = CString::new(device).map_err(|_| fail("find the device", io::ErrorKind::InvalidInput.into(), ""))?;
         let (mut port, mut buffers, mut what) = (0, null_mut(), null());
-        let _alone = CONTROL.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         // SAFETY: a string that ends with a zero, and places for the answers.
         match unsafe { (library.open)(name.as_ptr(), &mut port, &mut buffers, &mut what) } {
             0 => Ok(Self { library, port, buffers }),
@@ -200,15 +247,15 @@ impl DpdkPort {
         }
     }
 
-    /// To ask what it loses.
-    pub fn losses(&self) -> Losses {
-        Losses { library: self.library, port: self.port }
+    /// The device, as long as this is open.
+    pub fn device(&self) -> Control {
+        Control { library: self.library, port: self.port }
     }
 }
 
 impl Drop for DpdkPort {
     fn drop(&mut self) {
-        let _alone = CONTROL.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         // SAFETY: opened by `open`, and nothing of it is in use any more.
         unsafe { (self.library.close)(self.port, self.buffers) };
     }

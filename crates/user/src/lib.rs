@@ -14,6 +14,7 @@ pub mod af_xdp;
 mod bell;
 mod blocks;
 mod deaf;
+mod device;
 #[cfg(feature = "dpdk")]
 pub mod dpdk;
 mod driver;
@@ -29,6 +30,7 @@ pub mod twin;
 mod vnet;
 mod worker;
 
+pub use device::Device;
 pub use driver::{BATCH, Linux, Passed, PortDriver};
 pub use engine::{Core, Engine, Error, Grace, check_cores, usable_cores};
 pub use pool::{Area, Buffer, HEADROOM, Pool};

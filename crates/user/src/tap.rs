@@ -78,6 +78,12 @@ impl Tap {
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Says whether the interface has a carrier; it has one when it was opened. Since Linux 4.20.
+    pub fn set_carrier(&self, on: bool) -> io::Result<()> {
+        let on = libc::c_int::from(on);
+        self.control(libc::TUNSETCARRIER, (&raw const on) as libc::c_ulong)
+    }
+
     /// Puts the next frame that Linux has sent into the buffer; false if there is none.
     pub fn receive(&self, buffer: &mut Buffer) -> bool {
         loop {

@@ -12,7 +12,7 @@ use support::{LIMIT, arrived, quiet};
 use towpath_lab::{Lab, Node, packet, wait_for};
 use towpath_user::af_packet::PacketPort;
 use towpath_user::tap::Tap;
-use towpath_user::{BATCH, Passed, Pool, PortDriver};
+use towpath_user::{BATCH, Device, Passed, Pool, PortDriver};
 
 struct Rig {
     host: Node,
@@ -83,7 +83,7 @@ fn frames_cross_the_wire_both_ways_as_they_are() -> Result<()> {
         assert_eq!(socket.receive(LIMIT)?.context("a frame")?.bytes, *frame);
     }
     assert_eq!(rig.pool.free(), rig.pool.count());
-    assert_eq!(rig.port.losses()?.count(), 0);
+    assert_eq!(rig.port.device()?.lost(), 0);
     Ok(())
 }
 
@@ -115,8 +115,8 @@ fn what_a_sender_leaves_to_its_device_is_completed_or_goes_to_linux() -> Result<
     // Several packets in one, more than a buffer holds.
     send(8500, 1000)?;
     if !tells_segments() {
-        let losses = rig.port.losses()?;
-        return wait_for(LIMIT, "the loss to be counted", || (losses.count() == 1).then_some(()));
+        let device = rig.port.device()?;
+        return wait_for(LIMIT, "the loss to be counted", || (device.lost() == 1).then_some(()));
     }
     let got = wait_for(LIMIT, "Linux to receive it by the twin", || {
         assert!(arrived(&mut rig.port, &mut rig.pool).is_empty());

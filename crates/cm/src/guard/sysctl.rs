@@ -147,9 +147,9 @@ impl PortV4 {
         let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
         let mut findings = Vec::new();
         let accepts = if port.family[0].forwarding {
-            (accepted && self.accept.is_on()?).then(|| "is on (all too) while forwarding")
+            (accepted && self.accept.is_on()?).then_some("is on (all too) while forwarding")
         } else {
-            (forwards && (accepted || self.accept.is_on()?)).then(|| "is on (or all) while not forwarding")
+            (forwards && (accepted || self.accept.is_on()?)).then_some("is on (or all) while not forwarding")
         };
         if let Some(how) = accepts {
             findings.push(finding(egress, format!("net.ipv4.conf.{name}.accept_redirects {how}")));
