@@ -36,15 +36,28 @@ const SYSCTLS: &[Setting] = &[
     repeated(
         "forwarding of IPv4 by one port",
         &[
-            "sysctl net.ipv4.conf.eth0.forwarding=0",
+            "sysctl net.ipv4.conf.eth0.accept_redirects=0; sysctl net.ipv4.conf.eth1.accept_redirects=0; \
+             sysctl net.ipv4.conf.eth0.forwarding=0",
             "sysctl net.ipv4.conf.eth0.forwarding=1; sysctl net.ipv4.conf.eth1.forwarding=0",
-            "sysctl net.ipv4.conf.eth1.forwarding=1",
+            "sysctl net.ipv4.conf.eth1.forwarding=1; sysctl net.ipv4.conf.eth0.accept_redirects=1; \
+             sysctl net.ipv4.conf.eth1.accept_redirects=1",
+        ],
+    ),
+    touches(
+        "redirects to a port that does not forward",
+        &[
+            "sysctl net.ipv4.conf.eth1.forwarding=0",
+            "sysctl net.ipv4.conf.eth1.forwarding=1; sysctl net.ipv6.conf.eth1.forwarding=0",
+            "sysctl net.ipv6.conf.eth1.forwarding=1",
         ],
     ),
     touches("forwarding of IPv6", &["sysctl net.ipv6.conf.all.forwarding=0", "sysctl net.ipv6.conf.all.forwarding=1"]),
     repeated(
         "forwarding of IPv6 by one port",
-        &["sysctl net.ipv6.conf.eth1.forwarding=0", "sysctl net.ipv6.conf.eth1.forwarding=1"],
+        &[
+            "sysctl net.ipv6.conf.eth1.accept_redirects=0; sysctl net.ipv6.conf.eth1.forwarding=0",
+            "sysctl net.ipv6.conf.eth1.forwarding=1; sysctl net.ipv6.conf.eth1.accept_redirects=1",
+        ],
     ),
     repeated(
         "reverse path filter",
