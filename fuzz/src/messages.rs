@@ -86,6 +86,7 @@ fn port(ifindex: u32, kind: PortKind) -> Message {
         up: true,
         carrier: true,
         master: 0,
+        vrf: None,
         promiscuous: false,
         family: [PortFamily { forwarding: true, ignore_linkdown: false }; 2],
         send_redirects: false,

@@ -779,7 +779,9 @@ impl Cm {
     /// Tells a port if it changed; while ports are being read, in any case, because all that is not told is gone.
     fn tell_port(&mut self, ifindex: u32) {
         let always = self.dump.as_ref().is_some_and(|dump| dump.class == Class::Links);
-        self.out.extend(self.ports.message(ifindex, always));
+        for ifindex in self.ports.with_slaves(ifindex) {
+            self.out.extend(self.ports.message(ifindex, always));
+        }
     }
 
     fn retell_ports(&mut self) {

@@ -5,7 +5,7 @@ use crate::decode::netconf::{ALL, Settings};
 use crate::sysctl::{PortSettings, PortValues, Setting};
 use crate::watch::PortIndex;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use towpath_fpc::{FamilySettings, Message, Policy, PolicySource, Port, PortFamily, PortKind, Scope};
+use towpath_fpc::{FamilySettings, Message, Policy, PolicySource, Port, PortFamily, PortKind, Scope, Vrf};
 use towpath_tables::{Reason, record::Family};
 
 struct Known {
@@ -91,6 +91,13 @@ impl Ports {
     /// Indices of all links.
     pub fn indices(&self) -> Vec<u32> {
         self.known.keys().copied().collect()
+    }
+
+    /// An interface and, if it is a VRF, those that belong to it: what they are told as depends on it.
+    pub fn with_slaves(&self, ifindex: u32) -> Vec<u32> {
+        let is_vrf = self.link(ifindex).is_some_and(|link| link.vrf_table.is_some());
+        let slaves = self.known.iter().filter(|(_, known)| is_vrf && known.link.master == ifindex);
+        std::iter::once(ifindex).chain(slaves.map(|(ifindex, _)| *ifindex)).collect()
     }
 
     /// Learns settings of an interface (or `ALL`).
@@ -201,6 +208,7 @@ impl Ports {
         let link = &known.link;
         let netconf = |family, ifindex| self.netconf.get(&(family, ifindex)).copied().unwrap_or_default();
         let ifindex = i32::try_from(link.ifindex).unwrap_or(0);
+        let vrf = self.vrf(link);
         let (v4, v4_all) = (netconf(Family::V4, ifindex), netconf(Family::V4, ALL));
         let (v6, v6_all) = (netconf(Family::V6, ifindex), netconf(Family::V6, ALL));
         let yes = |setting: Option<bool>| setting == Some(true);
@@ -224,15 +232,27 @@ impl Ports {
             kind: link.kind,
             up: link.up && !known.held,
             carrier: link.carrier,
-            master: link.master,
+            master: if vrf.is_some() { 0 } else { link.master },
+            vrf: vrf.and_then(|Known { link, .. }| {
+                Some(Vrf { ifindex: link.ifindex, name: link.name.clone(), table: link.vrf_table? })
+            }),
             promiscuous: link.promiscuous,
             family: [ipv4, ipv6],
             // Not knowing them, the careful value is that redirects may be sent.
             send_redirects: values.send_redirects.unwrap_or(true) || self.all_values.send_redirects.unwrap_or(true),
             rp_filter: v4.rp_filter.unwrap_or(0).max(v4_all.rp_filter.unwrap_or(0)),
             route_localnet: either(values.route_localnet, self.all_values.route_localnet),
-            unsupported: link.unsupported.clone().or_else(|| unsupported_mtu(link, values)),
+            unsupported: link
+                .unsupported
+                .clone()
+                .or_else(|| unsupported_mtu(link, values))
+                .or_else(|| vrf.filter(|vrf| !vrf.link.up).map(|vrf| format!("its VRF {} is down", vrf.link.name))),
         }
+    }
+
+    /// The VRF that a link belongs to.
+    fn vrf(&self, link: &Link) -> Option<&Known> {
+        self.known.get(&link.master).filter(|master| master.link.vrf_table.is_some())
     }
 }
 

@@ -65,6 +65,7 @@ fn port(name: &str) -> Port {
         up: true,
         carrier: true,
         master: 0,
+        vrf: None,
         promiscuous: false,
         family: [PortFamily { forwarding: true, ignore_linkdown: false }; 2],
         send_redirects: true,
@@ -713,10 +714,12 @@ fn routing_rules() {
                             done; {tool} rule delete pref 32767 lookup local"
         );
         rules.comes_and_goes(&lab.ports, &swap, &[family(scope, reason)], &back);
+        let (add, delete) = (format!("{tool} rule add l3mdev pref 1000"), format!("{tool} rule del pref 1000"));
+        rules.comes_and_goes(&lab.ports, &add, &[family(scope, reason)], &delete);
         rules.is_harmless(
             &lab.ports,
-            &format!("{tool} rule add l3mdev pref 1000; {tool} rule add pref 500 lookup local; {tool} rule del pref 0"),
-            &format!("{tool} rule add pref 0 lookup local; {tool} rule del pref 500; {tool} rule del pref 1000"),
+            &format!("{tool} rule add pref 500 lookup local; {tool} rule del pref 0"),
+            &format!("{tool} rule add pref 0 lookup local; {tool} rule del pref 500"),
             &format!("{tool} rule add lookup 100 pref 5"),
             &format!("{tool} rule delete lookup 100 pref 5"),
         );

@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -440,9 +440,10 @@ macro_rules! structs {
 
 structs! {
     Hello { magic, version }
-    Port { ifindex, name, mac, mtu, kind, up, carrier, master, promiscuous, family, send_redirects, rp_filter, route_localnet, unsupported }
+    Port { ifindex, name, mac, mtu, kind, up, carrier, master, vrf, promiscuous, family, send_redirects, rp_filter, route_localnet, unsupported }
     Tunnel { local, remote, link, input, output, ttl, tos }
     GreOptions { key, checksum, sequence }
+    Vrf { ifindex, name, table }
     PortFamily { forwarding, ignore_linkdown }
     Address { ifindex, address, prefix_len }
     NeighbourKey { ifindex, address }

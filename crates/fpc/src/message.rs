@@ -67,6 +67,7 @@ impl Message {
             Self::Port(port) => {
                 change(&mut port.ifindex);
                 change(&mut port.master);
+                port.vrf.iter_mut().for_each(|vrf| change(&mut vrf.ifindex));
                 match &mut port.kind {
                     PortKind::Vlan { lower, .. } => change(lower),
                     PortKind::Tunnel(tunnel) => change(&mut tunnel.link),
@@ -165,8 +166,10 @@ pub struct Port {
     pub up: bool,
     /// Lower layer up (IFF_LOWER_UP) and operational state not down
     pub carrier: bool,
-    /// Index of the master (bridge, bond, VRF, …), 0 if there is none
+    /// Index of the master (bridge, bond, …), 0 if there is none, or it is a VRF
     pub master: u32,
+    /// The VRF that it belongs to
+    pub vrf: Option<Vrf>,
     /// IFF_PROMISC as Linux counts it
     pub promiscuous: bool,
     /// Settings per family, IPv4 first
@@ -180,6 +183,17 @@ pub struct Port {
     /// A port-local setting that the fast path does not repeat, if there is one (proxy_arp does not count; an
     /// egress-qos-map of a VLAN, `accept_local`, `seg6_enabled`, … do): ingress and egress, per family.
     pub unsupported: Option<String>,
+}
+
+/// A VRF, as Linux has it: a device that others are enslaved to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Vrf {
+    /// Interface index of the device
+    pub ifindex: u32,
+    /// Its name
+    pub name: String,
+    /// The routing table
+    pub table: u32,
 }
 
 /// Settings of an interface for one family.

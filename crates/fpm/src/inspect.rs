@@ -1,6 +1,7 @@
 //! What tools see: ports, routes, neighbours, next hops, policies, and why a packet to an address goes where it goes.
 
 use crate::Fpm;
+use crate::mirror::ingress_policy;
 use crate::state::{Choice, Resolved};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -100,7 +101,7 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
 
     fn ingress_reason(&self, chain: &[&Port], family: Family) -> Option<Reason> {
         match self.mirror.rooms.way(&self.state, chain[0].ifindex, family) {
-            Some(_) => Some(self.state.ingress_policy(chain, family)?.reason),
+            Some(_) => Some(ingress_policy(&self.state, chain, family)?.reason),
             None => Some(Reason::PolicyRule),
         }
     }

@@ -71,13 +71,23 @@ enum Filled {
     All,
 }
 
-/// Where packets are translated, connections are not what connection tracking has seen: no flow passes.
-fn ingress_policy(state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
+/// Why packets of a family that come in by a port are exceptions.
+pub(crate) fn ingress_policy(state: &State, chain: &[&Port], family: Family) -> Option<Obstacle> {
     let policy = state.ingress_policy(chain, family);
-    if !state.is_mapped(chain[0].ifindex) {
-        return policy;
+    match passed_by_none(state, chain[0], family) {
+        None => policy,
+        Some(reason) => Some(Obstacle::new(policy.map_or(reason, |obstacle| obstacle.reason))),
     }
-    Some(Obstacle::new(policy.map_or(Reason::Mapped, |obstacle| obstacle.reason)))
+}
+
+/// Why no flow passes, if none does: connections are not what connection tracking has seen where packets are translated, and
+/// not told apart by their addresses where there are VRFs.
+fn passed_by_none(state: &State, port: &Port, family: Family) -> Option<Reason> {
+    match &port.vrf {
+        _ if state.is_mapped(port.ifindex) => Some(Reason::Mapped),
+        Some(_) => state.passed_by_flows(family),
+        None => None,
+    }
 }
 
 /// Identity of the next hop that stands for everything that is an exception for a reason.
@@ -786,7 +796,8 @@ fn is_tunnel(chain: &[&Port]) -> bool {
 
 /// Whether a port takes part: its own settings and those of what is underneath.
 fn is_ready(chain: &[&Port]) -> bool {
-    chain.iter().all(|port| port.master == 0 && (port.mac.is_some() || is_tunnel(chain)))
+    let sound = |port: &&Port| if is_tunnel(chain) { port.vrf.is_none() } else { port.mac.is_some() };
+    chain.iter().all(|port| port.master == 0 && sound(port))
 }
 
 /// The largest packet that the kernel redirects to the device underneath, with its tags: a frame may be longer than the
@@ -816,6 +827,7 @@ fn flags(state: &State, chain: &[&Port]) -> u32 {
         (port.family[0].forwarding, port_flags::FORWARD_V4),
         (port.family[1].forwarding, port_flags::FORWARD_V6),
         (port.send_redirects, port_flags::REDIRECTS),
+        (port.vrf.is_some(), port_flags::VRF),
         (strict, port_flags::RP_STRICT),
         (port.rp_filter == 2 && !strict, port_flags::RP_LOOSE),
         (port.route_localnet, port_flags::ROUTE_LOCALNET),

@@ -4,7 +4,7 @@
 //! exceptions; and so are all of the family until the roots of all ports say what the rules say.
 
 use crate::mirror::Mirror;
-use crate::rules::{self, Plan, Step, Steps};
+use crate::rules::{self, Asking, Plan, Step, Steps};
 use crate::state::{Changes, State};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -79,7 +79,7 @@ impl Rooms {
         if state.has_unapplied_rules(family) {
             return None;
         }
-        self.root(family, &rules::plan(family, state.rules_of(family)?, "lo")?.other)
+        self.root(family, &rules::plan(family, state.rules_of(family)?, Asking::OWN)?.other)
     }
 
     fn root(&self, family: Family, steps: &Steps) -> Option<u32> {
@@ -94,7 +94,7 @@ impl Rooms {
 /// The plan for a port; None while the rules are not known.
 fn wanted(state: &State, ifindex: u32, family: Family) -> Option<Option<Plan>> {
     let rules = state.rules_of(family)?;
-    Some(rules::plan(family, rules, &state.ports.get(&ifindex)?.value.name))
+    Some(rules::plan(family, rules, Asking::of(&state.ports.get(&ifindex)?.value)))
 }
 
 impl<B: Backing, G: Grace> Mirror<B, G> {

@@ -5,7 +5,7 @@ use crate::Transmit;
 use crate::filters::FilterRefused;
 use crate::mappings::{self, Mapping, MappingError};
 use crate::routes::{Candidate, DEFAULT, LOCAL, MAIN, Routes, kind};
-use crate::rules::{Step, Steps};
+use crate::rules::{self, Step, Steps};
 use crate::snapshot::{Generations, Marked};
 use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -512,6 +512,9 @@ impl State {
                 self.by_mark[family as usize] = any;
                 self.changes.config = true;
                 self.changes.rules = true;
+                // Whether connections pass the family's policies makes a difference there.
+                let in_vrfs = self.ports.values().filter(|port| port.value.vrf.is_some());
+                self.changes.ports.extend(in_vrfs.map(|port| port.value.ifindex));
             }
             Scope::Local(_) => {
                 let tunnels: Vec<_> = self.tunnels().collect();
@@ -571,18 +574,30 @@ impl State {
     /// Why packets of tunnels are exceptions. Those to the other end are looked up as packets of this host: by other rules.
     fn tunnel_policy(&self) -> Option<Reason> {
         let policy = self.policy(|scope| matches!(scope, Scope::Local(Family::V4))).map(|obstacle| obstacle.reason);
-        policy.or((self.rules_of(Family::V4) != Some(None)).then_some(Reason::PolicyRule))
+        let own_are_usual = match self.rules_of(Family::V4) {
+            Some(None) => true,
+            Some(Some(rules)) => !self.has_vrfs() && rules::are_usual_beside_vrfs(rules),
+            None => false,
+        };
+        policy.or((!own_are_usual).then_some(Reason::PolicyRule))
     }
 
-    /// The given interfaces and all VLAN sub-interfaces over them; and all tunnels, since what one may be depends on the
-    /// others and on addresses of any interface; and where filters are run, since that depends on what other ports are.
+    /// Whether an interface belongs to a VRF.
+    fn has_vrfs(&self) -> bool {
+        self.ports.values().any(|port| port.value.vrf.is_some())
+    }
+
+    /// The given interfaces, those that belong to them as VRFs, and all VLAN sub-interfaces over them; and all tunnels,
+    /// since what one may be depends on the others and on addresses of any interface; and where filters are run, since
+    /// that depends on what other ports are.
     pub fn with_uppers(&self, interfaces: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = interfaces.clone();
         all.extend(self.tunnels());
         all.extend(self.filtered.iter().filter_map(|policy| interface(policy.scope)));
-        for _ in 0..MAX_TAGS {
-            for (ifindex, port) in &self.ports {
-                if matches!(port.value.kind, PortKind::Vlan { lower, .. } if all.contains(&lower)) {
+        for _ in 0..=MAX_TAGS {
+            for (ifindex, Marked { value: port, .. }) in &self.ports {
+                let in_vrf = port.vrf.as_ref().is_some_and(|vrf| all.contains(&vrf.ifindex));
+                if in_vrf || matches!(port.kind, PortKind::Vlan { lower, .. } if all.contains(&lower)) {
                     all.insert(*ifindex);
                 }
             }
@@ -635,6 +650,12 @@ impl State {
     pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
         let touching = self.policies().filter(|policy| applies(&policy.scope) && !self.is_applied(policy));
         sum(touching.map(|policy| self.obstacle(policy)))
+    }
+
+    /// Why packets of a family are exceptions of which connections pass, if they do.
+    pub fn passed_by_flows(&self, family: Family) -> Option<Reason> {
+        let obstacle = self.policy(|scope| *scope == Scope::Family(family))?;
+        obstacle.flows.then_some(obstacle.reason)
     }
 
     /// Whether a policy touches nothing, since the tables repeat its rules.
@@ -880,8 +901,10 @@ fn interface(scope: Scope) -> Option<u32> {
     }
 }
 
+/// Whether what is about an interface is about a port's packets: they pass what is underneath and, in Linux, the VRF.
 fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool {
-    of.is_none_or(|of| of == family) && chain.iter().any(|port| port.ifindex == on)
+    let in_vrf = chain.first().and_then(|port| port.vrf.as_ref()).is_some_and(|vrf| vrf.ifindex == on);
+    of.is_none_or(|of| of == family) && (in_vrf || chain.iter().any(|port| port.ifindex == on))
 }
 
 fn unsupported(chain: &[&Port]) -> Option<Reason> {

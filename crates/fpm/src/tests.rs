@@ -54,6 +54,7 @@ fn port(ifindex: u32) -> Port {
         up: true,
         carrier: true,
         master: 0,
+        vrf: None,
         promiscuous: false,
         family: [family; 2],
         send_redirects: false,

@@ -22,8 +22,10 @@ pub fn check<T: Tables>(tables: &T, entry: &Entry, header: &Ipv4, out: u32) -> R
     if !filtered && !is_suspect(tables, header.source)? {
         return Ok(());
     }
-    // Linux looks up a packet that comes back: in by the port by which this one is to leave, and from its destination.
-    let port = tables.port(out).ok_or(Reason::Internal)?;
+    // Linux looks up a packet that comes back: in by the port by which this one is to leave, and from its destination, but in
+    // the VRF that this one is in.
+    let in_vrf = entry.flags & port_flags::VRF != 0;
+    let port = if in_vrf { entry.port } else { tables.port(out).ok_or(Reason::Internal)? };
     let root = root_for::<Ipv4, T>(tables, port, || words4(header.destination))?;
     let word = tables.lookup4(root, &header.source).map_err(|_| Reason::Internal)?;
     check_route(tables, entry, word, filtered)

@@ -9,7 +9,7 @@ use crate::word::{W32, W64};
 use core::net::IpAddr;
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 14;
+pub const LAYOUT_VERSION: u32 = 15;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -132,6 +132,8 @@ pub mod port_flags {
     pub const BESIDE: u32 = 1 << 11;
     /// A tunnel (`Port::tunnel`): no XDP link of its own
     pub const TUNNEL: u32 = 1 << 12;
+    /// It belongs to a VRF: the way back to a source is looked up there, too
+    pub const VRF: u32 = 1 << 13;
 }
 
 /// One port: an interface that the fast path serves, a VLAN sub-interface of one, or a tunnel. Its index in the table is

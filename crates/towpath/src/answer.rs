@@ -293,6 +293,7 @@ impl Daemon {
             mtu: Some(port.mtu),
             promiscuous: Some(served.map_or(port.promiscuous, |served| served.promiscuous)),
             forwarding: Some(Forwarding { ipv4: port.family[0].forwarding, ipv6: port.family[1].forwarding }),
+            vrf: port.vrf.as_ref().map(|vrf| report::Vrf { name: vrf.name.clone(), table: vrf.table }),
         }
     }
 
@@ -588,6 +589,11 @@ impl Names for Daemon {
         self.cannot_transmit.get(&ifindex).cloned()
     }
 
+    fn vrf(&self, ifindex: u32) -> Option<String> {
+        let vrf = self.interface_by_index(ifindex)?.vrf.as_ref()?;
+        Some(format!("the VRF {} (table {})", vrf.name, vrf.table))
+    }
+
     fn why_not(&self, ifindex: u32) -> Option<String> {
         let Some(state) = self.fpm.ports().find(|state| state.port.ifindex == ifindex) else {
             return Some(format!("{} is not served", self.interface(ifindex)));
@@ -609,6 +615,7 @@ fn absent(name: &str, ifindex: Option<u32>) -> report::Port {
         mtu: None,
         promiscuous: None,
         forwarding: None,
+        vrf: None,
     }
 }
 

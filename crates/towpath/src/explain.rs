@@ -44,6 +44,8 @@ pub trait Names {
     fn unsupported(&self, ifindex: u32) -> Option<String>;
     /// The tunnel that an interface is
     fn tunnel(&self, ifindex: u32) -> Option<Tunnel>;
+    /// The VRF that an interface belongs to, and its table
+    fn vrf(&self, ifindex: u32) -> Option<String>;
     /// Why nothing can be redirected to an interface
     fn cannot_transmit(&self, ifindex: u32) -> Option<String>;
     /// Why packets that come in by an interface cannot take the fast path
@@ -355,7 +357,8 @@ impl<'a> Walk<'a> {
         let by_rules = root != MAIN_ROOT[family as usize];
         if by_rules {
             let (from, name) = (self.subject.tuple.source, self.names.interface(port.ifindex.load()));
-            self.step("rules", format!("rules (ip rule) for packets from {from} in by {name}: root {root}"));
+            let vrf = self.names.vrf(port.ifindex.load()).map_or(String::new(), |vrf| format!(", in {vrf}"));
+            self.step("rules", format!("rules (ip rule) for packets from {from} in by {name}{vrf}: root {root}"));
         }
         let word = match destination {
             IpAddr::V4(address) => lpm::lookup(&self.tables, root, &address.octets()),

@@ -215,6 +215,7 @@ fn ports_text(ports: &[report::Port]) -> String {
                 None => "ready".to_string(),
                 Some(why) => format!("not ready: {why}"),
             };
+            let vrf = port.vrf.as_ref().map_or(String::new(), |vrf| format!(", VRF {}", vrf.name));
             let forwarding = port.forwarding.map_or("-", |f| match (f.ipv4, f.ipv6) {
                 (true, true) => "IPv4 IPv6",
                 (true, false) => "IPv4",
@@ -230,7 +231,7 @@ fn ports_text(ports: &[report::Port]) -> String {
                 or_dash(&port.mac),
                 or_dash(&port.mtu),
                 forwarding.into(),
-                state,
+                state + &vrf,
             ]
         })
         .collect();

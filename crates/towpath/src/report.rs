@@ -154,6 +154,18 @@ pub struct Port {
     pub promiscuous: Option<bool>,
     /// Linux forwards IPv4 and IPv6 that comes in here
     pub forwarding: Option<Forwarding>,
+    /// The VRF that it belongs to
+    #[serde(default)]
+    pub vrf: Option<Vrf>,
+}
+
+/// A VRF.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Vrf {
+    /// Name of its device
+    pub name: String,
+    /// Routing table
+    pub table: u32,
 }
 
 /// Forwarding by family.

@@ -27,12 +27,36 @@ use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
 use towpath_lab::{Frame, Lab, Towpath, supported};
 
-const PLAIN: Profile =
-    Profile { name: "plain", rp_filter: [0; PORTS], send_redirects: true, vlans: false, tunnels: false, rules: &[] };
+const PLAIN: Profile = Profile {
+    name: "plain",
+    rp_filter: [0; PORTS],
+    send_redirects: true,
+    vlans: false,
+    tunnels: false,
+    vrfs: false,
+    rules: &[],
+};
 const FILTERED: Profile = Profile { name: "filtered", rp_filter: [1, 2, 1], send_redirects: false, ..PLAIN };
 const TAGGED: Profile = Profile { name: "tagged", send_redirects: false, vlans: true, ..PLAIN };
 const TUNNELLED: Profile =
     Profile { name: "tunnelled", rp_filter: [1, 0, 2], send_redirects: false, tunnels: true, ..PLAIN };
+
+/// Packets to the table main come by from neither VRF, but from both to one of its routes.
+const ENSLAVED: Profile = Profile {
+    name: "enslaved",
+    rp_filter: [0, 1, 2],
+    vrfs: true,
+    rules: &[
+        "route add unreachable default metric 4278198272 table 20",
+        "route add 203.0.113.0/24 dev eth2 table 10",
+        "route add 192.0.2.0/24 dev eth0 table 20",
+        "route add 198.51.100.0/24 dev eth1 table 20",
+        "-6 route add 2001:db8:2::/64 dev eth2 table 10",
+        "route add 198.18.10.0/24 via 198.51.100.10 dev eth1 onlink",
+        "-6 route add 2001:db8:110::/48 via 2001:db8:1::10 dev eth1 onlink",
+    ],
+    ..PLAIN
+};
 
 /// Rules by interface, by source and by mark, prefixes in one another, some whose tables have no route for most, some for the rest
 /// of main, and such as leave packets to Linux.
@@ -188,6 +212,16 @@ fn towpath_agrees_with_linux_about_reverse_paths() -> Result<()> {
 #[test]
 fn towpath_agrees_with_linux_about_rules() -> Result<()> {
     towpath_agrees(&RULED, &[], frames()).map(drop)
+}
+
+#[test]
+fn towpath_agrees_with_linux_about_vrfs() -> Result<()> {
+    if vrfs_supported() { towpath_agrees(&ENSLAVED, &[], frames()).map(drop) } else { Ok(()) }
+}
+
+#[test]
+fn workers_agree_with_linux_about_vrfs() -> Result<()> {
+    if vrfs_supported() { workers_agree(&ENSLAVED, "0") } else { Ok(()) }
 }
 
 #[test]
@@ -378,6 +412,10 @@ fn first_redirect(router: &Router, port: usize, frame: &[u8]) -> Result<Frame> {
 fn tunnels_supported() -> bool {
     let add = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
     supported("GRE", || Lab::new("probe")?.node("a")?.sh(add).map(drop))
+}
+
+fn vrfs_supported() -> bool {
+    supported("VRFs", || Lab::new("probe")?.node("a")?.sh("ip link add probe type vrf table 7").map(drop))
 }
 
 fn vlans_supported() -> bool {

@@ -108,9 +108,14 @@ pub struct Profile {
     pub send_redirects: bool,
     pub vlans: bool,
     pub tunnels: bool,
+    /// The first two ports are in one VRF, the third is in another, and routes of each lead to the ports of the other
+    pub vrfs: bool,
     /// Rules and the tables that they lead to: what `ip` is to do
     pub rules: &'static [&'static str],
 }
+
+const VRFS: [(&str, u32); 2] = [("red", 10), ("blue", 20)];
+const PORTS_VRF: [&str; PORTS] = ["red", "red", "blue"];
 
 pub const PORT_NAMES: [&str; PORTS] = ["eth0", "eth1", "eth2"];
 
@@ -219,6 +224,12 @@ fn configure(node: &Node, profile: &Profile) -> Result<()> {
     for (key, value) in SYSCTLS {
         node.sysctl(key, value)?;
     }
+    for (vrf, table) in VRFS.iter().filter(|_| profile.vrfs) {
+        node.sh(&format!("ip link add {vrf} type vrf table {table} && ip link set {vrf} up"))?;
+    }
+    for (port, vrf) in PORT_NAMES.iter().zip(PORTS_VRF).filter(|_| profile.vrfs) {
+        node.run(["ip", "link", "set", port, "master", vrf])?;
+    }
     let redirects = if profile.send_redirects { "1" } else { "0" };
     node.sysctl("net.ipv4.conf.all.send_redirects", redirects)?;
     for port in 0..PORTS {
@@ -248,10 +259,28 @@ fn configure(node: &Node, profile: &Profile) -> Result<()> {
         configure_tunnel(node, tunnel)?;
     }
     for route in ROUTES {
-        node.run(["ip", "route", "add"].into_iter().chain(route.split(' ')))?;
+        match profile.vrfs {
+            false => drop(node.run(["ip", "route", "add"].into_iter().chain(route.split(' ')))?),
+            true => add_to_vrfs(node, route)?,
+        }
     }
     for command in profile.rules {
         node.run(["ip"].into_iter().chain(command.split(' ')))?;
+    }
+    Ok(())
+}
+
+/// Adds a route to the tables of both VRFs, whichever its gateway is in.
+fn add_to_vrfs(node: &Node, route: &str) -> Result<()> {
+    let gateway = route.split(' ').skip_while(|word| *word != "via").nth(1);
+    let of_port = |port: &usize| {
+        let [a, b, c, _] = ROUTER_V4[*port];
+        let six = if *port == 0 { "2001:db8::".into() } else { format!("2001:db8:{port}::") };
+        gateway.is_some_and(|gateway| gateway.starts_with(&six) || gateway.starts_with(&format!("{a}.{b}.{c}.")))
+    };
+    let out = (0..PORTS).find(of_port).map_or(String::new(), |port| format!(" dev {}", PORT_NAMES[port]));
+    for (_, table) in VRFS {
+        node.run(["ip", "route", "add"].into_iter().chain(format!("{route}{out} table {table}").split(' ')))?;
     }
     Ok(())
 }

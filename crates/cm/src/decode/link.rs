@@ -19,6 +19,7 @@ const IFLA_PROMISCUITY: u16 = 30;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_VRF_TABLE: u16 = 1;
 const IFLA_VLAN_ID: u16 = 1;
 const IFLA_VLAN_FLAGS: u16 = 2;
 const IFLA_VLAN_EGRESS_QOS: u16 = 3;
@@ -71,6 +72,8 @@ pub struct Link {
     pub carrier: bool,
     /// Index of the master or 0
     pub master: u32,
+    /// Of a VRF its routing table
+    pub vrf_table: Option<u32>,
     /// Of one end of a veth pair the other, if it is in the same namespace
     pub peer: Option<u32>,
     /// The number of the group that it belongs to
@@ -87,6 +90,7 @@ struct Info<'a> {
     vlan_id: Option<u16>,
     vlan_protocol: Option<u16>,
     tunnel: Option<Tunnel>,
+    vrf_table: Option<u32>,
     unsupported: Option<String>,
 }
 
@@ -146,6 +150,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
         up: flags & libc::IFF_UP != 0,
         carrier: flags & libc::IFF_LOWER_UP != 0 && matches!(operstate, IF_OPER_UNKNOWN | IF_OPER_UP),
         master,
+        vrf_table: info.vrf_table,
         peer: lower.filter(|_| info.kind == b"veth" && !foreign_lower),
         group,
         promiscuous: promiscuity > 0,
@@ -166,6 +171,13 @@ fn link_info(bytes: &[u8]) -> Result<Info<'_>, CmError> {
     match info.kind {
         b"vlan" => vlan_info(data, &mut info)?,
         b"gre" => gre_info(data, &mut info)?,
+        b"vrf" => {
+            for attr in attrs(WHAT, data) {
+                if let (IFLA_VRF_TABLE, value) = attr? {
+                    info.vrf_table = Some(int32(WHAT, value)?);
+                }
+            }
+        }
         _ => {}
     }
     Ok(info)

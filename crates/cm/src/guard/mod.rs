@@ -22,6 +22,7 @@ mod xtables;
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::{Finding, PortIndex, Watcher};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use towpath_fpc::{Port, PortKind};
 use towpath_tables::record::Family;
@@ -74,6 +75,12 @@ pub(crate) fn has_tunnels(ports: &PortIndex) -> bool {
 /// The interfaces that can be ports.
 pub(crate) fn candidates(ports: &PortIndex) -> impl Iterator<Item = &Port> {
     ports.iter().filter(|port| can_be_port(port))
+}
+
+/// The VRFs that they belong to.
+pub(crate) fn vrfs(ports: &PortIndex) -> impl Iterator<Item = &Port> {
+    let vrfs: BTreeSet<u32> = candidates(ports).filter_map(|port| Some(port.vrf.as_ref()?.ifindex)).collect();
+    vrfs.into_iter().filter_map(|ifindex| ports.get(ifindex))
 }
 
 /// "IPv4" or "IPv6".

@@ -245,7 +245,9 @@ fn judge(family: Family, rules: Vec<Rule>) -> Option<Finding> {
     }
     let others = rules.iter().filter(|rule| !is_plain(rule)).map(|rule| rule.priority).collect::<Vec<_>>();
     let name = family_name(family);
+    let vrf = rules.iter().any(|rule| rule.action == RuleAction::Vrf);
     let detail = match others[..] {
+        [] if vrf => format!("{name} rules look up tables of VRFs (ip rule)"),
         [] => format!("{name} rules look up other tables than local, main, default, in this order (ip rule)"),
         [priority] => format!("{name} rule with priority {priority} (ip rule)"),
         [first, ..] => {
@@ -265,11 +267,10 @@ fn is_plain(rule: &Rule) -> bool {
 
 fn is_usual(rules: &[Rule]) -> bool {
     let table = |rule: &Rule| match rule.action {
-        RuleAction::Lookup(table) => Some(table),
-        // Ports belong to no VRF.
-        _ => None,
+        RuleAction::Lookup(table) => table,
+        _ => 0,
     };
-    let tables: Vec<_> = rules.iter().filter_map(table).collect();
+    let tables: Vec<_> = rules.iter().map(table).collect();
     rules.iter().all(is_plain) && matches!(tables[..], [LOCAL, MAIN] | [LOCAL, MAIN, DEFAULT])
 }
 
@@ -331,13 +332,14 @@ mod tests {
     #[test]
     fn only_the_usual_order_needs_no_word() {
         let vrf = Rule { action: RuleAction::Vrf, ..all(0) };
-        for usual in [vec![all(LOCAL), all(MAIN)], vec![all(LOCAL), vrf.clone(), all(MAIN), all(DEFAULT)]] {
+        for usual in [vec![all(LOCAL), all(MAIN)], vec![all(LOCAL), all(MAIN), all(DEFAULT)]] {
             assert_eq!(judge(Family::V4, usual.clone()), None, "{usual:?}");
         }
         let other = Rule { priority: 5, action: RuleAction::Unknown, ..all(0) };
         let unusual = [
             vec![],
             vec![all(MAIN), all(LOCAL)],
+            vec![all(LOCAL), vrf, all(MAIN), all(DEFAULT)],
             vec![all(LOCAL), all(100), all(MAIN)],
             vec![all(LOCAL), other, all(MAIN), all(DEFAULT)],
             vec![all(LOCAL), Rule { iif: Some("eth0".into()), ..all(MAIN) }, all(MAIN)],

@@ -10,7 +10,8 @@
 //!   (ip6_input.c). A file opened before IPv6 left the interface reads 0 for a while (addrconf.c, addrconf_ifdown)
 //! - `net.ipv6.conf.X.mtu` below the interface's: it limits forwarded IPv6 packets (ip6_output.c, addrconf.c)
 //! - `net.ipv4.conf.X.accept_redirects`, of all and of X if X forwards, else of either: redirects change next hops by X, for
-//!   what other ports forward too (inetdevice.h, IN_DEV_RX_REDIRECTS; route.c, __ip_do_redirect)
+//!   what other ports forward too (inetdevice.h, IN_DEV_RX_REDIRECTS; route.c, __ip_do_redirect). Those that come in by a
+//!   VRF's port come in by the VRF (vrf.c, vrf_ip_rcv): its setting decides
 //! - `net.ipv6.conf.X.accept_redirects` where `net.ipv6.conf.X.forwarding` is off: the same (route.c, rt6_do_redirect);
 //!   IPv6 forwards by the setting of all
 //! - `net.ipv4.conf.X.send_redirects` on, or `route_localnet` off, while the port is still described otherwise: only
@@ -24,7 +25,7 @@
 //! themselves, give it one); shared_media (redirects to the sender, on which the packet is Linux's); ARP and ND
 //! (proxy_arp, arp_*); and ip_forward_update_priority (orders packets within a full queue).
 
-use super::{Finding, POLL, candidates, family_name};
+use super::{Finding, POLL, candidates, family_name, vrfs};
 use crate::error::CmError;
 use crate::watch::{PortIndex, Watcher};
 use std::collections::HashMap;
@@ -243,8 +244,22 @@ impl Watcher for Sysctl {
             findings.extend(numbers.v4.findings(port, &mut self.all, accepted, forwards)?);
             findings.extend(numbers.v6.findings(port)?);
         }
+        for vrf in vrfs(ports) {
+            let numbers = self.ports.entry(vrf.ifindex).or_insert_with(|| PortNumbers::new(&vrf.name));
+            findings.extend(vrf_v4(vrf, numbers.v4.accept.is_on()?, accepted));
+            findings.extend(numbers.v6.findings(vrf)?);
+        }
         Ok(findings)
     }
+}
+
+/// What stands in the way of a VRF's ports, if redirects are accepted by it, or by all.
+fn vrf_v4(vrf: &Port, own: bool, all: bool) -> Vec<Finding> {
+    let accepted = if vrf.family[0].forwarding { own && all } else { own || all };
+    let detail = format!("the VRF {} accepts redirects (net.ipv4.conf.{}.accept_redirects)", vrf.name, vrf.name);
+    let scopes = [Scope::Ingress, Scope::Egress].map(|of| of(vrf.ifindex, Some(Family::V4)));
+    let finding = |scope| Finding::new(scope, Reason::PolicySysctl, detail.clone());
+    scopes.into_iter().filter(|_| accepted).map(finding).collect()
 }
 
 impl PortV6 {

@@ -67,6 +67,8 @@ fn port() -> impl Strategy<Value = Port> {
     let settings =
         any::<(bool, bool)>().prop_map(|(forwarding, ignore_linkdown)| PortFamily { forwarding, ignore_linkdown });
     let text = proptest::option::of(".{0,20}");
+    let vrf = (any::<u32>(), ".{0,15}", any::<u32>()).prop_map(|(ifindex, name, table)| Vrf { ifindex, name, table });
+    let vrf = proptest::option::of(vrf);
     (
         any::<(u32, Option<[u8; 6]>, u32, u32, u8)>(),
         ".{0,15}",
@@ -74,8 +76,9 @@ fn port() -> impl Strategy<Value = Port> {
         any::<[bool; 5]>(),
         [settings.clone(), settings],
         text,
+        vrf,
     )
-        .prop_map(|((ifindex, mac, mtu, master, rp_filter), name, kind, b, family, unsupported)| Port {
+        .prop_map(|((ifindex, mac, mtu, master, rp_filter), name, kind, b, family, unsupported, vrf)| Port {
             ifindex,
             name,
             mac,
@@ -84,6 +87,7 @@ fn port() -> impl Strategy<Value = Port> {
             up: b[0],
             carrier: b[1],
             master,
+            vrf,
             promiscuous: b[2],
             family,
             send_redirects: b[3],

@@ -172,6 +172,60 @@ fn no_connection_passes_where_rules_ask_for_marks() {
 }
 
 #[test]
+fn a_port_in_a_vrf_is_led_by_its_table() {
+    let mut fixture = Fixture::new();
+    let red = Vrf { ifindex: 9, name: "red".into(), table: 10 };
+    let in_red = |ifindex| Port { vrf: Some(red.clone()), ..port(ifindex) };
+    let l3mdev = Rule { action: RuleAction::Vrf, ..lookup(None, None, 0) };
+    fixture.batch([in_table(10, route("203.0.113.0/24", &[hop(1, Some("192.0.2.1"))]))]);
+    fixture.snapshot(POLICIES, [Message::Policy(rules([l3mdev.clone()]))]);
+    assert_eq!([1, 2].map(|ifindex| fixture.root(ifindex)), [MAIN_ROOT[0]; 2]);
+    fixture.batch([Message::Port(in_red(1))]);
+    let slot = |fixture: &Fixture, ifindex| {
+        let slot = fixture.fpm.ports().find(|port| port.port.ifindex == ifindex).unwrap().slot;
+        fixture.fpm.tables().view().ports()[slot as usize].flags.load()
+    };
+    assert_eq!([1, 2].map(|ifindex| slot(&fixture, ifindex) & port_flags::VRF != 0), [true, false]);
+    assert_ne!(slot(&fixture, 1) & port_flags::READY, 0);
+    fixture.leads(fixture.root(1), "203.0.113.7", by_1());
+    fixture.expect("203.0.113.7", via_2());
+    // What is about the VRF is about its ports.
+    let capture = Policy {
+        source: PolicySource::Capture,
+        scope: Scope::Ingress(9, None),
+        reason: Reason::PolicyCapture,
+        rules: None,
+        ..rules([])
+    };
+    let captures = Snapshot::Policies(PolicySource::Capture);
+    fixture.snapshot(captures, [Message::Policy(capture)]);
+    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [Some(Reason::PolicyCapture), None]);
+    fixture.snapshot(captures, []);
+    assert_eq!(enters(&fixture, 1), None);
+    // Rules by which the way back cannot be told are not repeated.
+    fixture.snapshot(POLICIES, [Message::Policy(rules([l3mdev, lookup(Some("red"), None, 100)]))]);
+    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [Some(Reason::PolicyRule), None]);
+    // Without a rule the VRF's table counts for nothing.
+    fixture.snapshot(POLICIES, []);
+    assert_eq!((fixture.root(1), enters(&fixture, 1)), (MAIN_ROOT[0], None));
+}
+
+#[test]
+fn no_connection_passes_in_a_vrf() {
+    let mut fixture = Fixture::new();
+    let red = Vrf { ifindex: 9, name: "red".into(), table: 10 };
+    fixture.batch([Message::Port(Port { vrf: Some(red), ..port(1) })]);
+    let reason = Reason::PolicyNetfilter;
+    let passed = Policy { source: PolicySource::Nftables, reason, flows: Some(5), rules: None, ..rules([]) };
+    let nftables = Snapshot::Policies(PolicySource::Nftables);
+    fixture.snapshot(nftables, [Message::Policy(passed)]);
+    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [Some(reason), None]);
+    assert_eq!(fixture.policy_word(), Obstacle::word(Some(Obstacle { reason, flows: true })));
+    fixture.snapshot(nftables, []);
+    assert_eq!(enters(&fixture, 1), None);
+}
+
+#[test]
 fn new_rules_stop_the_family_until_they_are_repeated() {
     let mut fixture = Fixture::new();
     let new = rules([lookup(None, Some("10.0.0.0/8"), 100)]);

@@ -10,15 +10,14 @@ use towpath_cm::audit::Neighbours;
 use towpath_fpc::{Prefix, Rule};
 use towpath_tables::record::Family;
 
-/// All of them; none where rules ask neither for ports nor for sources.
+/// All of them; none where rules ask neither for ports nor for sources, but for ports in VRFs.
 pub fn all(ports: &[report::Port], rules: &[(Family, Vec<Rule>)], neighbours: &Neighbours) -> Vec<Arrival> {
     let mut all = Vec::new();
     for (family, rules) in rules {
-        if rules.iter().all(|rule| rule.iif.is_none() && rule.from.is_none()) {
-            continue;
-        }
+        let asks = rules.iter().any(|rule| rule.iif.is_some() || rule.from.is_some());
         // What comes out of a tunnel is Linux's while there are rules.
-        for port in ports.iter().filter(|port| port.mode != "tunnel") {
+        let ports = ports.iter().filter(|port| port.mode != "tunnel" && (asks || port.vrf.is_some()));
+        for port in ports.filter(|port| port.vrf.is_none() || can_be_asked(*family, rules)) {
             let Some(ifindex) = port.ifindex else { continue };
             let near = neighbours.keys().filter(|key| key.ifindex == ifindex).map(|key| key.address).filter(is_routed);
             let near: BTreeSet<_> = near.filter(|address| address.is_ipv4() == (*family == Family::V4)).collect();
@@ -27,6 +26,11 @@ pub fn all(ports: &[report::Port], rules: &[(Family, Vec<Rule>)], neighbours: &N
         }
     }
     all
+}
+
+/// Whether Linux, asked for a VRF's port, answers as it does for packets: those of IPv6 come in by the VRF's device then.
+fn can_be_asked(family: Family, rules: &[Rule]) -> bool {
+    family == Family::V4 || rules.iter().all(|rule| rule.iif.is_none())
 }
 
 /// A source for each prefix that rules for a port name, and one that is in none; the port's neighbours before others,

@@ -17,6 +17,7 @@ fn port(ifindex: u32, name: &str) -> Port {
         up: true,
         carrier: true,
         master: 0,
+        vrf: None,
         promiscuous: false,
         family: [PortFamily { forwarding: true, ignore_linkdown: false }; 2],
         send_redirects: false,

@@ -206,12 +206,13 @@ impl Commands {
     fn link(&mut self) -> String {
         let port = self.random.below(PORTS);
         let device = PORT_NAMES[port];
-        match self.random.below(14) {
+        match self.random.below(15) {
             10 | 11 => {
                 self.remedies.push(format!("link set away name {device}"));
                 format!("link set {device} name away")
             }
             12 | 13 => self.vlan(device),
+            14 => self.vrf(port),
             0..5 => {
                 self.remedies.push(self.up(port));
                 format!("link set {device} down")
@@ -240,6 +241,16 @@ impl Commands {
             format!("route replace 198.18.8.0/22 via 198.18.{}.9", 210 + number),
         ]
         .join("; ")
+    }
+
+    /// A port in a VRF, where the kernel has such, whose table rules lead to, too.
+    fn vrf(&mut self, port: usize) -> String {
+        let (device, other, up) = (PORT_NAMES[port], (port + 1) % PORTS, self.up(port));
+        let ([a, b, c, _], out) = (ROUTER_V4[other], PORT_NAMES[other]);
+        self.remedies.push(format!("link set {device} nomaster; {up}"));
+        let add = "link add red type vrf table 100; link set red up";
+        let leak = format!("route replace 198.18.0.0/24 via {a}.{b}.{c}.10 dev {out} onlink table 100");
+        format!("{add}; link set {device} master red; {up}; {leak}")
     }
 
     /// What brings a port back with what it loses when it goes down.
