@@ -6,8 +6,9 @@ use crate::decode::route::KernelRoute;
 use crate::netlink::Request;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::Duration;
 use towpath_fpc::{Address, NeighbourKey, RouteKey, Snapshot};
+use towpath_tables::clock;
 use towpath_tables::record::Family;
 
 /// Passes after which a dump is taken for complete although objects were deleted during each. A pass misses at most
@@ -107,8 +108,8 @@ pub struct Dump {
     pub class: Class,
     /// How many dumps of the class were begun, this one included
     pub run: u64,
-    /// When it began
-    pub started: Instant,
+    /// `clock::worked` when it began
+    pub begun: Duration,
     /// Sequence number of the request under way
     pub sequence: u32,
     /// The kernel has shown everything; what is left is to look at the notifications that came meanwhile
@@ -135,7 +136,7 @@ impl Dump {
         Self {
             class,
             run,
-            started: Instant::now(),
+            begun: clock::worked(),
             sequence: 0,
             finished: false,
             interrupted: false,

@@ -37,7 +37,7 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const TOGETHER: Duration = Duration::from_millis(10);
 /// What Linux removes silently is read again after this time, so that one reading serves several events.
 const RESYNC_DELAY: Duration = Duration::from_millis(20);
-/// Between two dumps of a class lies at least this multiple of the time the last one took.
+/// Between two dumps of a class lies at least this multiple of the work that the last one was.
 const RESYNC_REST: u32 = 4;
 /// Classes that change without notice when an interface stops or starts being usable.
 const SILENT: [Class; 3] = [Class::Nexthops, Class::Routes(Family::V4), Class::Routes(Family::V6)];
@@ -532,9 +532,9 @@ impl Cm {
             Class::Addresses(_) | Class::Neighbours(_) => {}
         }
         self.out.extend(dump.class.snapshot().map(Message::SnapshotEnd));
-        let now = Instant::now();
-        let rest = now.saturating_duration_since(dump.started) * RESYNC_REST;
-        self.runs.insert(dump.class, (dump.run, now + rest));
+        // Time for which it waited (for a processor, or while Linux moved interfaces) costs nobody anything.
+        let rest = clock::worked().saturating_sub(dump.begun) * RESYNC_REST;
+        self.runs.insert(dump.class, (dump.run, Instant::now() + rest));
         self.release(dump.class, dump.run);
         Ok(())
     }
