@@ -84,7 +84,8 @@ for name, *tests in selected:
     print(name, *found[name], *tests)' "$@"
 }
 
-# The guest translates instructions: fewer frames and rounds there, and no second run beside the first.
+# The guest translates instructions: fewer frames and rounds there, more patience, and no second run beside the first.
+export TOWPATH_PATIENCE=${TOWPATH_PATIENCE:-5}
 export TOWPATH_DIFF_FRAMES=${TOWPATH_VM_DIFF_FRAMES:-6000}
 export TOWPATH_ROUNDS=${TOWPATH_ROUNDS:-1}
 export TOWPATH_LOAD_ROUTES=${TOWPATH_LOAD_ROUTES:-10000}

@@ -88,6 +88,7 @@ fn count_in_machine(half: Half) -> Result<BTreeMap<String, f64>> {
             Half::Connections => "connections",
         })
         .env("TOWPATH_BIN", towpath_binary()?)
+        .env("TOWPATH_PATIENCE", "10")
         .stderr(std::process::Stdio::inherit())
         .output()
         .context("start lab/vm (run the benchmarks in the project's folder)")?;

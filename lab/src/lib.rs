@@ -43,8 +43,17 @@ pub use towpath::{Towpath, towpath_binary};
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
 
-/// Asks `condition` until it gives a value, which is returned; an error naming `what` once `limit` has passed.
+/// So long, or as many times longer as TOWPATH_PATIENCE says: a virtual machine that translates instructions is slow, and how
+/// slow is no subject of a test.
+pub fn patience(limit: Duration) -> Duration {
+    let times =
+        std::env::var("TOWPATH_PATIENCE").ok().map(|times| times.parse().expect("TOWPATH_PATIENCE is a number"));
+    limit * times.unwrap_or(1u32)
+}
+
+/// Asks `condition` until it gives a value, which is returned; an error naming `what` once `limit` has passed (see `patience`).
 pub fn wait_for<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> Result<T> {
+    let limit = patience(limit);
     let deadline = Instant::now() + limit;
     let mut pause = Duration::from_millis(1);
     loop {

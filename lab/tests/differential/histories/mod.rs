@@ -27,7 +27,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use towpath_fpc::Prefix;
-use towpath_lab::{Towpath, wait_for};
+use towpath_lab::{Towpath, patience, wait_for};
 
 const PROFILE: Profile = Profile { name: "history", send_redirects: false, ..PLAIN };
 /// Steps of one history: its routers are its own.
@@ -263,7 +263,7 @@ impl Trial {
     /// Sends these, again while what comes out differs, for as long as Towpath may be behind.
     fn same(&mut self, cases: &[Case]) -> Result<()> {
         self.sums.sent += cases.len();
-        let deadline = Instant::now() + if self.towpath.is_some() { LIMIT } else { Duration::ZERO };
+        let deadline = Instant::now() + if self.towpath.is_some() { patience(LIMIT) } else { Duration::ZERO };
         let mut late = 0;
         let outputs = loop {
             let difference = match self.pair.exchange(cases)? {
