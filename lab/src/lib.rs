@@ -78,3 +78,8 @@ pub fn supported(what: &str, probe: impl FnOnce() -> Result<()>) -> bool {
     eprintln!("SKIP: this kernel has no {what}: {error:#}");
     false
 }
+
+/// Whether the kernel has VRFs.
+pub fn vrfs_supported() -> bool {
+    supported("VRFs", || Lab::new("probe")?.node("a")?.sh("ip link add probe type vrf table 7").map(drop))
+}

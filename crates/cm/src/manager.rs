@@ -17,6 +17,7 @@ use crate::sink::FpcSink;
 use crate::watch::{Moved, Watcher};
 use crate::watched::{Alarms, Watched};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 use towpath_fpc::{Listener, Message, PolicySource};
@@ -776,17 +777,21 @@ impl Cm {
         self.ports_changed();
     }
 
-    /// Tells a port if it changed; while ports are being read, in any case, because all that is not told is gone.
+    /// Tells a port if it changed, and the ports of a VRF with it.
     fn tell_port(&mut self, ifindex: u32) {
-        let always = self.dump.as_ref().is_some_and(|dump| dump.class == Class::Links);
-        for ifindex in self.ports.with_slaves(ifindex) {
-            self.out.extend(self.ports.message(ifindex, always));
-        }
+        let slaves = self.ports.slaves(ifindex);
+        self.tell_ports(iter::once(ifindex).chain(slaves));
     }
 
     fn retell_ports(&mut self) {
-        for ifindex in self.ports.indices() {
-            self.tell_port(ifindex);
+        self.tell_ports(self.ports.indices());
+    }
+
+    /// Tells those that changed; while ports are being read all of them, because what is not told then is gone.
+    fn tell_ports(&mut self, ports: impl IntoIterator<Item = u32>) {
+        let always = self.dump.as_ref().is_some_and(|dump| dump.class == Class::Links);
+        for ifindex in ports {
+            self.out.extend(self.ports.message(ifindex, always));
         }
     }
 

@@ -93,11 +93,12 @@ impl Ports {
         self.known.keys().copied().collect()
     }
 
-    /// An interface and, if it is a VRF, those that belong to it: what they are told as depends on it.
-    pub fn with_slaves(&self, ifindex: u32) -> Vec<u32> {
-        let is_vrf = self.link(ifindex).is_some_and(|link| link.vrf_table.is_some());
-        let slaves = self.known.iter().filter(|(_, known)| is_vrf && known.link.master == ifindex);
-        std::iter::once(ifindex).chain(slaves.map(|(ifindex, _)| *ifindex)).collect()
+    /// The ports of a VRF, if it is one: what they are told as depends on it.
+    pub fn slaves(&self, vrf: u32) -> Vec<u32> {
+        if self.link(vrf).is_none_or(|link| link.vrf_table.is_none()) {
+            return Vec::new();
+        }
+        self.known.iter().filter(|(_, known)| known.link.master == vrf).map(|(ifindex, _)| *ifindex).collect()
     }
 
     /// Learns settings of an interface (or `ALL`).
@@ -209,6 +210,7 @@ impl Ports {
         let netconf = |family, ifindex| self.netconf.get(&(family, ifindex)).copied().unwrap_or_default();
         let ifindex = i32::try_from(link.ifindex).unwrap_or(0);
         let vrf = self.vrf(link);
+        let vrf_down = vrf.filter(|vrf| !vrf.link.up).map(|vrf| format!("its VRF {} is down", vrf.link.name));
         let (v4, v4_all) = (netconf(Family::V4, ifindex), netconf(Family::V4, ALL));
         let (v6, v6_all) = (netconf(Family::V6, ifindex), netconf(Family::V6, ALL));
         let yes = |setting: Option<bool>| setting == Some(true);
@@ -233,20 +235,14 @@ impl Ports {
             up: link.up && !known.held,
             carrier: link.carrier,
             master: if vrf.is_some() { 0 } else { link.master },
-            vrf: vrf.and_then(|Known { link, .. }| {
-                Some(Vrf { ifindex: link.ifindex, name: link.name.clone(), table: link.vrf_table? })
-            }),
+            vrf: vrf.and_then(|vrf| vrf_info(&vrf.link)),
             promiscuous: link.promiscuous,
             family: [ipv4, ipv6],
             // Not knowing them, the careful value is that redirects may be sent.
             send_redirects: values.send_redirects.unwrap_or(true) || self.all_values.send_redirects.unwrap_or(true),
             rp_filter: v4.rp_filter.unwrap_or(0).max(v4_all.rp_filter.unwrap_or(0)),
             route_localnet: either(values.route_localnet, self.all_values.route_localnet),
-            unsupported: link
-                .unsupported
-                .clone()
-                .or_else(|| unsupported_mtu(link, values))
-                .or_else(|| vrf.filter(|vrf| !vrf.link.up).map(|vrf| format!("its VRF {} is down", vrf.link.name))),
+            unsupported: link.unsupported.clone().or_else(|| unsupported_mtu(link, values)).or(vrf_down),
         }
     }
 
@@ -258,6 +254,10 @@ impl Ports {
 
 fn scopes(ifindex: u32) -> [Scope; 2] {
     [Scope::Ingress(ifindex, None), Scope::Egress(ifindex, None)]
+}
+
+fn vrf_info(link: &Link) -> Option<Vrf> {
+    Some(Vrf { ifindex: link.ifindex, name: link.name.clone(), table: link.vrf_table? })
 }
 
 fn unsupported_mtu(link: &Link, values: PortValues) -> Option<String> {

@@ -70,7 +70,7 @@ impl Drop for Keeper {
 }
 
 /// What the device was told.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Settings {
     mtu: u32,
     mac: Option<[u8; 6]>,

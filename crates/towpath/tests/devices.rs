@@ -38,12 +38,6 @@ fn all_arrive(net: &Net, count: usize, size: usize) {
     }
 }
 
-fn port(net: &Net, name: &str) -> serde_json::Value {
-    let ports = net.json(&["show", "ports"]);
-    let found = ports["ports"].as_array().expect("ports").iter().find(|port| port["name"] == name);
-    found.expect("the port").clone()
-}
-
 #[test]
 fn a_changed_mtu_is_followed_while_packets_flow() {
     let net = Net::new();
@@ -56,8 +50,8 @@ fn a_changed_mtu_is_followed_while_packets_flow() {
     // Each MTU, and whether packets of 1456 and of 3028 bytes fit.
     for (mtu, fits) in [(9000, [true, true]), (1400, [false, false]), (1500, [true, false]), (9000, [true, true])] {
         net.ip(&format!("link set eth1 mtu {mtu}"));
-        eventually("the MTU is known", || (port(&net, "eth1")["mtu"] == mtu).then_some(()));
-        assert_eq!(port(&net, "eth1")["ready"], true);
+        eventually("the MTU is known", || (net.port("eth1")["mtu"] == mtu).then_some(()));
+        assert_eq!(net.port("eth1")["ready"], true);
         for (size, fits) in [1456, 3028].into_iter().zip(fits) {
             let before = net.exceptions("mtu-exceeded");
             all_arrive(&net, 50, size);
@@ -84,7 +78,7 @@ fn frames_for_others_are_not_forwarded_in_promiscuous_mode_either() {
     net.flows(100);
     for promiscuous in [false, true, false] {
         net.ip(&format!("link set eth0 promisc {}", if promiscuous { "on" } else { "off" }));
-        eventually("the mode is known", || (port(&net, "eth0")["promiscuous"] == promiscuous).then_some(()));
+        eventually("the mode is known", || (net.port("eth0")["promiscuous"] == promiscuous).then_some(()));
         let before = net.exceptions("not-for-us");
         for _ in 0..20 {
             socket.send(&frame([0x02, 0, 0x5e, 0, 0x53, 1], b"for others")).expect("sent");
@@ -111,10 +105,10 @@ fn a_program_that_was_taken_off_is_noticed_and_comes_back_with_the_next_mtu() {
     let detached = Command::new("bpftool").args(["link", "detach", "pinned", &pin]).status().expect("bpftool");
     assert!(detached.success());
     assert!(!link("eth0").contains("xdp"));
-    let seen = port(&net, "eth0");
+    let seen = net.port("eth0");
     assert_eq!((&seen["mode"], &seen["ready"]), (&"none".into(), &false.into()), "{seen}");
     net.ip("link set eth0 mtu 1600");
-    eventually("the program is back", || (port(&net, "eth0")["mode"] == "native").then_some(()));
+    eventually("the program is back", || (net.port("eth0")["mode"] == "native").then_some(()));
     assert!(link("eth0").contains("xdp"));
     net.flows(100);
     // It is the engine's own again: it stays when the daemon dies, and goes with it.
@@ -131,7 +125,7 @@ fn a_port_that_is_down_at_the_start_is_told_and_comes_up() {
     net.ip("link set eth1 down");
     let mut daemon = net.up(&["eth0", "eth1"]);
     assert!(daemon.log().contains("port eth1 is down"), "{}", daemon.log());
-    assert_eq!(port(&net, "eth1")["why_not"], "down");
+    assert_eq!(net.port("eth1")["why_not"], "down");
     net.ip("link set eth1 up");
     daemon.await_log("port eth1 is up");
     // Linux forgot it when the interface went down.

@@ -7,11 +7,11 @@ mod common;
 use common::{Beat, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, at, datagrams, eventually};
 use serde_json::Value;
 use std::net::UdpSocket;
-use towpath_lab::{Lab, Node, supported, wait_for};
+use towpath_lab::{Node, vrfs_supported, wait_for};
 
 /// The network, with a VRF red (table 10) to which nothing belongs yet; None where the kernel has none.
 fn network() -> Option<Net> {
-    if !supported("VRFs", || Lab::new("probe")?.node("a")?.sh("ip link add probe type vrf table 7").map(drop)) {
+    if !vrfs_supported() {
         return None;
     }
     let net = Net::new();
@@ -22,8 +22,8 @@ fn network() -> Option<Net> {
     Some(net)
 }
 
-fn enslave(net: &Net, port: &str, vrf: &str) {
-    net.ip(&format!("link set {port} master {vrf}"));
+fn enslave(net: &Net, ports: &[&str], vrf: &str) {
+    ports.iter().for_each(|port| drop(net.ip(&format!("link set {port} master {vrf}"))));
 }
 
 /// What `explain` says of a packet from left to right.
@@ -55,12 +55,6 @@ fn all_fast(net: &Net) {
     }
 }
 
-fn port(net: &Net, name: &str) -> Value {
-    let ports = net.json(&["show", "ports"]);
-    let all = ports["ports"].as_array().expect("ports");
-    all.iter().find(|port| port["name"] == name).cloned().unwrap_or_default()
-}
-
 fn up(net: &Net) -> Daemon {
     net.up(&["eth0", "eth1"])
 }
@@ -79,12 +73,10 @@ fn ports_forward_fast_in_a_vrf_and_out_of_it_again() {
     let Some(net) = network() else { return };
     let _daemon = up(&net);
     all_fast(&net);
-    for port in ["eth0", "eth1"] {
-        enslave(&net, port, "red");
-    }
+    enslave(&net, &["eth0", "eth1"], "red");
     net.ip("route add vrf red unreachable default metric 4278198272");
     all_fast(&net);
-    assert_eq!(port(&net, "eth0")["vrf"], serde_json::json!({"name": "red", "table": 10}));
+    assert_eq!(net.port("eth0")["vrf"], serde_json::json!({"name": "red", "table": 10}));
     let explained = net.json(&["explain", LEFT, RIGHT, "in", "eth0"])["steps"].to_string();
     assert!(explained.contains("the VRF red (table 10)"), "{explained}");
     assert_eq!(net.json(&["status"])["policies"], serde_json::json!([]));
@@ -116,12 +108,11 @@ fn ports_forward_fast_in_a_vrf_and_out_of_it_again() {
     // From one VRF into another, and the VRF goes with all that is in it.
     net.ip("link add blue type vrf table 20");
     net.ip("link set blue up");
-    enslave(&net, "eth1", "blue");
-    enslave(&net, "eth0", "blue");
+    enslave(&net, &["eth1", "eth0"], "blue");
     all_fast(&net);
     net.ip("link delete blue");
     all_fast(&net);
-    assert_eq!(port(&net, "eth0")["vrf"], Value::Null);
+    assert_eq!(net.port("eth0")["vrf"], Value::Null);
 }
 
 #[test]
@@ -130,9 +121,7 @@ fn enslaving_and_releasing_lose_only_what_linux_loses() {
     let _daemon = up(&net);
     let beat = Beat::start(&net, RIGHT);
     for _ in 0..3 {
-        for port in ["eth0", "eth1"] {
-            enslave(&net, port, "red");
-        }
+        enslave(&net, &["eth0", "eth1"], "red");
         eventually("packets arrive", || net.ping(&net.left, RIGHT).then_some(()));
         becomes(&net, (LEFT, RIGHT), "eth0", "fast");
         net.flows(100);
@@ -150,9 +139,7 @@ fn enslaving_and_releasing_lose_only_what_linux_loses() {
 #[test]
 fn the_vrf_s_device_decides() {
     let Some(net) = network() else { return };
-    for port in ["eth0", "eth1"] {
-        enslave(&net, port, "red");
-    }
+    enslave(&net, &["eth0", "eth1"], "red");
     let _daemon = up(&net);
     all_fast(&net);
     let v4 = (LEFT, RIGHT);
@@ -207,10 +194,10 @@ fn hosts_in_two_vrfs_may_have_the_same_addresses() {
     let Some(net) = network() else { return };
     net.ip("link add blue type vrf table 20");
     net.ip("link set blue up");
-    ["eth0", "eth1"].iter().for_each(|port| enslave(&net, port, "red"));
+    enslave(&net, &["eth0", "eth1"], "red");
     let left = net.add_host("left2", "eth2", "192.0.2", "2001:db8:1");
     let right = net.add_host("right2", "eth3", "198.51.100", "2001:db8:2");
-    ["eth2", "eth3"].iter().for_each(|port| enslave(&net, port, "blue"));
+    enslave(&net, &["eth2", "eth3"], "blue");
     let _daemon = net.up(&["eth0", "eth1", "eth2", "eth3"]);
     for ends in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let receivers = [&net.right, &right].map(|host| datagrams(host, ends.1, 7000));
@@ -241,9 +228,7 @@ fn hosts_in_two_vrfs_may_have_the_same_addresses() {
 #[test]
 fn no_connection_passes_in_a_vrf() {
     let Some(net) = network() else { return };
-    for port in ["eth0", "eth1"] {
-        enslave(&net, port, "red");
-    }
+    enslave(&net, &["eth0", "eth1"], "red");
     let rules = "add table inet filter; add chain inet filter forward { type filter hook forward priority 0; policy drop; }; \
         add rule inet filter forward ct state established,related accept; add rule inet filter forward ip protocol icmp accept; \
         add rule inet filter forward udp dport 7000 accept";
@@ -271,7 +256,7 @@ fn a_vlan_sub_interface_in_a_vrf_is_told_from_its_port() {
     net.right
         .sh("ip address add 203.0.113.2/32 dev up0; ip route add 198.18.10.0/24 via 198.51.100.1")
         .expect("a route");
-    enslave(&net, "eth0.10", "red");
+    enslave(&net, &["eth0.10"], "red");
     net.ip("route add vrf red 203.0.113.0/24 via 198.51.100.2 dev eth1");
     net.ip("route add 198.18.10.0/24 dev eth0.10");
     let _daemon = up(&net);
@@ -279,8 +264,8 @@ fn a_vlan_sub_interface_in_a_vrf_is_told_from_its_port() {
     becomes(&net, ("198.18.10.2", "203.0.113.2"), "eth0.10", "fast");
     // Without a tag it is not in the VRF.
     becomes(&net, (LEFT, "203.0.113.2"), "eth0", "no-route");
-    assert_eq!(port(&net, "eth0.10")["vrf"]["name"], "red");
-    assert_eq!(port(&net, "eth0")["vrf"], Value::Null);
+    assert_eq!(net.port("eth0.10")["vrf"]["name"], "red");
+    assert_eq!(net.port("eth0")["vrf"], Value::Null);
     let before = net.forwarded();
     assert!(net.ping(&net.left, "203.0.113.2"));
     assert!(net.forwarded() >= before + 2);

@@ -37,11 +37,6 @@ fn connect_left(net: &Net) {
     eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
 }
 
-fn port(net: &Net, name: &str) -> serde_json::Value {
-    let ports = net.json(&["show", "ports"]);
-    ports["ports"].as_array().expect("ports").iter().find(|port| port["name"] == name).expect("the port").clone()
-}
-
 fn count(net: &Net, port: &str, what: &str) -> u64 {
     let stats = net.json(&["show", "stats"]);
     let stats = stats["ports"].as_array().expect("ports").iter().find(|stats| stats["port"] == port).cloned();
@@ -53,8 +48,8 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     let net = net();
     let daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
     connect_left(&net);
-    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
-    let modes = |name| (port(&net, name)["mode"].clone(), port(&net, name)["served_by"].clone());
+    eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
+    let modes = |name| (net.port(name)["mode"].clone(), net.port(name)["served_by"].clone());
     assert_eq!(modes("lan0"), ("user".into(), "tap:tap0".into()));
     assert_eq!(modes("eth1"), ("user".into(), "af_xdp".into()));
     // To and fro by workers, in both families.
@@ -84,7 +79,7 @@ fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
     net.ip("link set lan0 up");
     net.ip("address replace 2001:db8:1::1/64 dev lan0 nodad");
     eventually("left is reached again", || net.ping(&net.left, RIGHT).then_some(()));
-    eventually("lan0 is ready again", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    eventually("lan0 is ready again", || (net.port("lan0")["ready"] == true).then_some(()));
     eventually("lan0 forwards again", || {
         let before = count(&net, "lan0", "rx_packets");
         net.left.run(["ping", "-c5", "-w20", "-i0.01", "-q", RIGHT]).expect("answers");
@@ -136,8 +131,8 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
     let up = ["--engine", "user", "lan0=af_packet:wire0", "eth1"];
     let mut daemon = net.up(&up);
     eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
-    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
-    assert_eq!(port(&net, "lan0")["served_by"], "af_packet:wire0");
+    eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
+    assert_eq!(net.port("lan0")["served_by"], "af_packet:wire0");
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         for (from, to) in [(&net.left, there), (&net.right, here)] {
@@ -192,8 +187,8 @@ fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
     net.router.run(["nft", BRIDGE]).expect("joined");
     net.ip("link set tap0 up");
     eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
-    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
-    assert_eq!(port(&net, "lan0")["served_by"], "dpdk:net_tap0,iface=tap0");
+    eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
+    assert_eq!(net.port("lan0")["served_by"], "dpdk:net_tap0,iface=tap0");
     for (here, there) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
         let before = (count(&net, "lan0", "rx_packets"), count(&net, "lan0", "tx_packets"));
         net.left.run(["ping", "-c20", "-w20", "-i0.01", "-q", "-s1400", there]).expect("answers");
@@ -292,7 +287,7 @@ fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
         assert_eq!((&arrived[26..], arrived[22]), (&sent[26..], 63));
     }
     // What goes back is written.
-    eventually("lan0 is ready", || (port(&net, "lan0")["ready"] == true).then_some(()));
+    eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
     net.right.command("ping").args(["-c3", "-i0.01", "-W1", "-q", "-p", "a5", LEFT]).output().expect("run");
     let written = || {
         let text = net.router.command("tcpdump").args(["-enr", &output.to_string_lossy()]).output().expect("tcpdump");

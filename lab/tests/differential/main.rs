@@ -25,7 +25,7 @@ use router::{HOST_MACS, PORT_NAMES, PORTS, Profile, ROUTER_MACS, Router, TUNNELS
 use stateful::Strange;
 use std::time::{Duration, Instant};
 use towpath_lab::packet::udp;
-use towpath_lab::{Frame, Lab, Towpath, supported};
+use towpath_lab::{Frame, Lab, Towpath, supported, vrfs_supported};
 
 const PLAIN: Profile = Profile {
     name: "plain",
@@ -412,10 +412,6 @@ fn first_redirect(router: &Router, port: usize, frame: &[u8]) -> Result<Frame> {
 fn tunnels_supported() -> bool {
     let add = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
     supported("GRE", || Lab::new("probe")?.node("a")?.sh(add).map(drop))
-}
-
-fn vrfs_supported() -> bool {
-    supported("VRFs", || Lab::new("probe")?.node("a")?.sh("ip link add probe type vrf table 7").map(drop))
 }
 
 fn vlans_supported() -> bool {

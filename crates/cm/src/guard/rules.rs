@@ -266,12 +266,9 @@ fn is_plain(rule: &Rule) -> bool {
 }
 
 fn is_usual(rules: &[Rule]) -> bool {
-    let table = |rule: &Rule| match rule.action {
-        RuleAction::Lookup(table) => table,
-        _ => 0,
-    };
-    let tables: Vec<_> = rules.iter().map(table).collect();
-    rules.iter().all(is_plain) && matches!(tables[..], [LOCAL, MAIN] | [LOCAL, MAIN, DEFAULT])
+    let tables = [LOCAL, MAIN, DEFAULT].map(RuleAction::Lookup);
+    let are = |tables: &[RuleAction]| rules.iter().map(|rule| &rule.action).eq(tables);
+    rules.iter().all(is_plain) && (are(&tables[..2]) || are(&tables))
 }
 
 #[cfg(test)]

@@ -132,6 +132,13 @@ impl PortV4 {
         }
     }
 
+    /// Whether redirects that come in here are accepted, where those of all are `accepted` (inetdevice.h,
+    /// IN_DEV_RX_REDIRECTS).
+    fn accepts_redirects(&mut self, forwarding: bool, accepted: bool) -> Result<bool, CmError> {
+        // One of the two decides by itself.
+        Ok(if forwarding == accepted { self.accept.is_on()? } else { accepted })
+    }
+
     /// What stands in the way of a port. Only those are read that can make a difference beside those of `all`, of which
     /// one is `accepted`, and what the port is described as, because none should be read without need. `forwards`: another
     /// port may send packets there.
@@ -147,13 +154,10 @@ impl PortV4 {
         let (ingress, egress) = (Scope::Ingress(port.ifindex, family), Scope::Egress(port.ifindex, family));
         let finding = |scope, detail| Finding::new(scope, Reason::PolicySysctl, detail);
         let mut findings = Vec::new();
-        let accepts = if port.family[0].forwarding {
-            (accepted && self.accept.is_on()?).then_some("is on (all too) while forwarding")
-        } else {
-            (forwards && (accepted || self.accept.is_on()?)).then_some("is on (or all) while not forwarding")
-        };
-        if let Some(how) = accepts {
-            findings.push(finding(egress, format!("net.ipv4.conf.{name}.accept_redirects {how}")));
+        let forwarding = port.family[0].forwarding;
+        if (forwarding || forwards) && self.accepts_redirects(forwarding, accepted)? {
+            let how = if forwarding { "on (all too) while forwarding" } else { "on (or all) while not forwarding" };
+            findings.push(finding(egress, format!("net.ipv4.conf.{name}.accept_redirects is {how}")));
         }
         if !port.send_redirects && (all.send.is_on()? || self.send.is_on()?) {
             findings.push(finding(ingress, format!("net.ipv4.conf.{name}.send_redirects has just been turned on")));
@@ -246,20 +250,20 @@ impl Watcher for Sysctl {
         }
         for vrf in vrfs(ports) {
             let numbers = self.ports.entry(vrf.ifindex).or_insert_with(|| PortNumbers::new(&vrf.name));
-            findings.extend(vrf_v4(vrf, numbers.v4.accept.is_on()?, accepted));
+            if numbers.v4.accepts_redirects(vrf.family[0].forwarding, accepted)? {
+                findings.extend(redirected(vrf));
+            }
             findings.extend(numbers.v6.findings(vrf)?);
         }
         Ok(findings)
     }
 }
 
-/// What stands in the way of a VRF's ports, if redirects are accepted by it, or by all.
-fn vrf_v4(vrf: &Port, own: bool, all: bool) -> Vec<Finding> {
-    let accepted = if vrf.family[0].forwarding { own && all } else { own || all };
+/// What stands in the way of the ports of a VRF that accepts redirects.
+fn redirected(vrf: &Port) -> [Finding; 2] {
     let detail = format!("the VRF {} accepts redirects (net.ipv4.conf.{}.accept_redirects)", vrf.name, vrf.name);
     let scopes = [Scope::Ingress, Scope::Egress].map(|of| of(vrf.ifindex, Some(Family::V4)));
-    let finding = |scope| Finding::new(scope, Reason::PolicySysctl, detail.clone());
-    scopes.into_iter().filter(|_| accepted).map(finding).collect()
+    scopes.map(|scope| Finding::new(scope, Reason::PolicySysctl, detail.clone()))
 }
 
 impl PortV6 {

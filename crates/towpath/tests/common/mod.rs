@@ -316,6 +316,13 @@ impl Net {
         rows.iter().filter(|row| row["reason"] == reason).map(|row| row["packets"].as_u64().expect("count")).sum()
     }
 
+    /// What `show ports` says of a port; null if it does not.
+    pub fn port(&self, name: &str) -> serde_json::Value {
+        let ports = self.json(&["show", "ports"]);
+        let all = ports["ports"].as_array().expect("ports");
+        all.iter().find(|port| port["name"] == name).cloned().unwrap_or_default()
+    }
+
     /// Inode of the router's namespace, which names its instance.
     pub fn inode(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
