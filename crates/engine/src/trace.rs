@@ -108,9 +108,8 @@ const WORDS: usize = size_of::<Gate>() / size_of::<u64>();
 
 /// A `Gate` that nothing has passed.
 fn gate(trace: &Trace) -> [u64; WORDS] {
-    const SECOND: u64 = 1_000_000_000;
-    let interval = SECOND / u64::from(trace.rate.max(1));
-    [interval, SECOND - interval, 0, trace.wanted.word(), 0, 0]
+    let Gate { interval, room, due, wanted, matched, missed } = Gate::new(trace.rate, trace.wanted);
+    [interval, room, due, wanted, matched, missed].map(|word| word.load())
 }
 
 fn create() -> Result<[OwnedFd; MAPS.len()]> {

@@ -7,15 +7,18 @@
 //! The contract: a [`Filter`] is a program that Linux would take too (net/core/filter.c, `bpf_check_classic`, 6.1) and that
 //! this crate can repeat: its jumps go forward and stay inside, it ends, it divides by no constant 0. What
 //! [`translate`] makes of it says "match" whenever Linux's own run would, for the frame as it arrived; if
-//! [`Filter::survives_forwarding`], also whenever Linux's run on the frame as it would leave would.
+//! [`Filter::survives_forwarding`], also whenever Linux's run on the frame as it would leave would. A [`Runnable`] says the same
+//! of frames that no XDP program sees.
 
 mod assemble;
 mod decode;
+mod run;
 mod sample;
 mod survive;
 mod translate;
 
 pub use decode::{Unsupported, instruction};
+pub use run::Runnable;
 pub use sample::one_in;
 pub use translate::{Capture, TooLong, translate};
 

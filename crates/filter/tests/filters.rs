@@ -46,11 +46,13 @@ fn frames() -> Vec<Vec<u8>> {
     frames
 }
 
-/// The translation says of every frame what Linux says.
+/// The translation says of every frame what Linux says, and so does the filter run here.
 fn agrees(name: &str, code: &[u64]) {
-    let (classic, xdp) = (Classic::new(code).expect(name), translated(&[link(code)]));
+    let (classic, xdp, runnable) = (Classic::new(code).expect(name), translated(&[link(code)]), link(code).runnable());
     for frame in frames() {
-        assert_eq!(xdp.answer(&frame), u32::from(classic.matches(&frame)), "{name}: {frame:02x?}");
+        let matches = classic.matches(&frame);
+        assert_eq!(xdp.answer(&frame), u32::from(matches), "{name}: {frame:02x?}");
+        assert_eq!(runnable.matches(&frame), matches, "{name}, run here: {frame:02x?}");
     }
 }
 

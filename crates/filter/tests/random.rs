@@ -76,10 +76,12 @@ proptest! {
         let Ok(classic) = Classic::new(&code) else { return Ok(()) };
         let filter = Filter::new(Layer::Link, code).expect("what Linux takes can be run");
         let survives = filter.survives_forwarding();
+        let runnable = filter.runnable();
         let captures = [Capture { filter, only: None }];
         let xdp = Xdp::load(&translate(&captures).expect("short")).expect("the verifier takes it");
         for frame in frames {
             let (answer, arrived) = (xdp.answer(&frame) == 1, classic.matches(&frame));
+            prop_assert_eq!(answer, runnable.matches(&frame), "run here it says the same");
             // A place before the packet may mean anything, so it matches.
             prop_assert!(answer || !arrived, "it matches");
             let left = classic.matches(&forwarded(&frame));

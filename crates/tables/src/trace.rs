@@ -145,6 +145,14 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// One that nothing has passed. `rate`: packets a second, and so many at once at most.
+    pub fn new(rate: u32, wanted: Wanted) -> Self {
+        const SECOND: u64 = 1_000_000_000;
+        let interval = SECOND / u64::from(rate.max(1));
+        let (interval, room, wanted) = (W64::new(interval), W64::new(SECOND - interval), W64::new(wanted.word()));
+        Self { interval, room, wanted, ..Self::default() }
+    }
+
     /// Whether a packet may be told; it is counted. Several processors may ask at once: then a few more may.
     #[inline(always)]
     pub fn admits(&self, now: u64) -> bool {

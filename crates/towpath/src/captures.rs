@@ -32,7 +32,7 @@ pub struct Captures {
     wanted: BTreeSet<Policy>,
     /// Of those, what FPM takes to be filtered
     narrow: BTreeSet<Policy>,
-    /// What the program filters
+    /// What the program filters, and workers for what they take from wires
     loaded: Vec<Capture>,
     /// Why some see everything by way of Linux that have a filter which could be run
     refused: Option<String>,
@@ -48,6 +48,11 @@ impl Captures {
         }
     }
 
+    /// What is filtered.
+    pub fn loaded(&self) -> &[Capture] {
+        &self.loaded
+    }
+
     /// What people are to know.
     pub fn notice(&self) -> Option<String> {
         let refused = self.refused.as_ref()?;
@@ -58,8 +63,7 @@ impl Captures {
 impl Daemon {
     /// Does what is due for captures.
     pub fn follow_captures(&mut self) {
-        // Frames that a worker takes from a wire never meet the program.
-        let wanted = if self.wanted.has_wires() { BTreeSet::new() } else { self.fpm.filters() };
+        let wanted = self.fpm.filters();
         if wanted != self.captures.wanted {
             let narrow = self.captures.narrow.intersection(&wanted).cloned().collect();
             self.captures.wanted = wanted;
@@ -85,6 +89,7 @@ impl Daemon {
                 return;
             }
             self.captures.loaded = captures;
+            self.look_out();
         }
         self.captures.next = Step::Narrow(policies, Instant::now() + SETTLE);
     }

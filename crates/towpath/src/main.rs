@@ -20,6 +20,7 @@ mod interfaces;
 mod keeper;
 mod link;
 mod log;
+mod lookout;
 mod metrics;
 mod nat;
 mod notify;

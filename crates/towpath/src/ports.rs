@@ -45,11 +45,6 @@ impl Wanted {
         self.ports.iter().filter(|port| port.wire.is_none()).filter_map(|port| port.ifindex).collect()
     }
 
-    /// Whether there are ports with a wire that is not their interface's own.
-    pub fn has_wires(&self) -> bool {
-        self.ports.iter().any(|port| port.wire.is_some())
-    }
-
     /// The wire of a port, if it is not its interface's own.
     pub fn wire(&self, ifindex: u32) -> Option<&Wire> {
         self.ports.iter().find(|port| port.ifindex == Some(ifindex))?.wire.as_ref()

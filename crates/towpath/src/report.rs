@@ -765,10 +765,7 @@ pub enum Became {
 
 /// A trace has begun.
 #[derive(Serialize, Deserialize, Debug)]
-pub struct TraceBegun {
-    /// What the user should know
-    pub notes: Vec<String>,
-}
+pub struct TraceBegun {}
 
 /// `towpath explain`
 #[derive(Serialize, Deserialize, Clone, Debug)]

@@ -262,6 +262,11 @@ impl Workers {
         self.served.contains_key(&ifindex)
     }
 
+    /// Has this see what comes in by wires, or nobody.
+    pub fn set_lookout(&self, lookout: Option<&Arc<dyn towpath_user::Lookout>>) {
+        self.engine.set_lookout(lookout);
+    }
+
     /// What the tables' writer is to wait by.
     pub fn grace(&self) -> towpath_user::Grace {
         self.engine.grace()

@@ -319,3 +319,19 @@ fn what_a_filter_matches_never_reaches_a_worker() {
     prove(&flows, "-i eth1 udp port 7001", BOTH, [2 * COUNT, 0], [2 * COUNT, 2 * COUNT]);
     prove(&flows, "-i any udp port 7001", BOTH, [4 * COUNT, 0], [2 * COUNT, 2 * COUNT]);
 }
+
+#[test]
+fn what_a_filter_matches_is_linuxs_where_it_comes_in_by_a_wire() {
+    let net = Net::wired();
+    let _daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
+    net.connect_tap();
+    for flows in [Flows::v4(&net), Flows::v6(&net)] {
+        flows.exchange();
+        for port in ["lan0", "eth1"] {
+            prove(&flows, &format!("-i {port} udp port 7001"), BOTH, [2 * COUNT, 0], [2 * COUNT, 2 * COUNT]);
+        }
+    }
+    let flows = Flows::v4(&net);
+    prove(&flows, "-i lan0 ip[8] = 64 and udp port 7001", IN, [COUNT, 0], [COUNT, 3 * COUNT]);
+    prove(&flows, "-i lan0", &[], [2 * COUNT, 2 * COUNT], [0, 4 * COUNT]);
+}

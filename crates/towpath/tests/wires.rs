@@ -7,34 +7,12 @@
 mod common;
 
 use common::{LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
+use serde_json::Value;
 use std::path::Path;
-
-/// A router with the port lan0 instead of eth0, and lan0's TAP.
-fn net() -> Net {
-    let net = Net::new();
-    net.ip("link delete eth0");
-    for device in ["lan0", "tap0"] {
-        net.ip(&format!("tuntap add dev {device} mode tap"));
-    }
-    net.ip("link set lan0 up");
-    net.ip("address add 192.0.2.1/24 dev lan0");
-    net.ip("address add 2001:db8:1::1/64 dev lan0 nodad");
-    net
-}
 
 /// Whether lan0 has a carrier.
 fn carrier(net: &Net) -> bool {
     net.ip("link show lan0").contains("LOWER_UP")
-}
-
-/// Makes tap0, which the daemon has opened, left's interface.
-fn connect_left(net: &Net) {
-    net.ip(&format!("link set tap0 netns {}", net.left.netns()));
-    net.left
-        .sh("ip link set tap0 up; ip address add 192.0.2.2/24 dev tap0; ip address add 2001:db8:1::2/64 dev tap0 nodad; \
-             ip route replace default via 192.0.2.1; ip -6 route replace default via 2001:db8:1::1")
-        .expect("left's interface");
-    eventually("left is reached", || (net.ping(&net.left, RIGHT) && net.ping(&net.left, RIGHT6)).then_some(()));
 }
 
 fn count(net: &Net, port: &str, what: &str) -> u64 {
@@ -45,9 +23,9 @@ fn count(net: &Net, port: &str, what: &str) -> u64 {
 
 #[test]
 fn a_port_on_a_tap_forwards_and_linux_gets_and_sends_the_rest() {
-    let net = net();
+    let net = Net::wired();
     let daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
-    connect_left(&net);
+    net.connect_tap();
     eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
     let modes = |name| (net.port(name)["mode"].clone(), net.port(name)["served_by"].clone());
     assert_eq!(modes("lan0"), ("user".into(), "tap:tap0".into()));
@@ -126,7 +104,7 @@ fn transfer(net: &Net, bytes: usize) {
 
 #[test]
 fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
-    let net = net();
+    let net = Net::wired();
     connect_left_to_interface(&net);
     let up = ["--engine", "user", "lan0=af_packet:wire0", "eth1"];
     let mut daemon = net.up(&up);
@@ -180,7 +158,7 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
 #[cfg(feature = "dpdk")]
 #[test]
 fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
-    let net = net();
+    let net = Net::wired();
     connect_left_to_interface(&net);
     let _daemon = net.up(&["--engine", "user", "lan0=dpdk:net_tap0,iface=tap0", "eth1"]);
     // DPDK's TAP is the device itself. What is beyond it comes and goes by wire0.
@@ -245,7 +223,7 @@ const BRIDGE: &str = "table netdev cable {
 #[cfg(not(feature = "dpdk"))]
 #[test]
 fn without_dpdk_its_devices_are_refused_with_what_helps() {
-    let net = net();
+    let net = Net::wired();
     let message = net.refused(&["up", "--engine", "user", "lan0=dpdk:net_tap0", "eth1"]);
     assert!(message.contains("built without DPDK") && message.contains("--features dpdk"), "{message}");
 }
@@ -266,7 +244,7 @@ fn write_frames(path: &Path, mac: [u8; 6], count: u16) -> Vec<Vec<u8>> {
 
 #[test]
 fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
-    let net = net();
+    let net = Net::wired();
     let (input, output) = (net.router.folder("in.pcap"), net.router.folder("out.pcap"));
     let mac = net.router.mac("lan0").expect("a MAC address");
     net.ip("neighbour add 192.0.2.2 lladdr 02:00:00:00:00:09 dev lan0 nud permanent");
@@ -302,9 +280,9 @@ fn frames_of_a_file_are_forwarded_and_what_leaves_is_written() {
 
 #[test]
 fn a_wire_ends_with_the_daemon_and_detach_after_says_so() {
-    let net = net();
+    let net = Net::wired();
     let mut daemon = net.up(&["--detach-after", "3", "--engine", "user", "lan0=tap:tap0", "eth1"]);
-    connect_left(&net);
+    net.connect_tap();
     let status = net.json(&["status"]);
     let notices = status["notices"].as_array().expect("notices").iter().filter_map(|notice| notice.as_str());
     let of_no_use: Vec<_> = notices.filter(|notice| notice.contains("--detach-after is of no use")).collect();
@@ -314,9 +292,66 @@ fn a_wire_ends_with_the_daemon_and_detach_after_says_so() {
     assert!(!net.ping(&net.left, RIGHT) && !net.ping(&net.left, "192.0.2.1"), "nobody takes what left sends");
 }
 
+/// Runs `towpath trace` for so many packets while `packets` sends them; what is told of each.
+fn traced(net: &Net, count: usize, filter: &[&str], packets: impl FnOnce()) -> Vec<Value> {
+    let mut command = net.router.command(env!("CARGO_BIN_EXE_towpath"));
+    command.args(["trace", "--json", "--count", &count.to_string()]).args(filter);
+    let mut trace = net.start(command);
+    trace.await_log("tracing");
+    packets();
+    let status = trace.wait();
+    assert!(status.success(), "{}", trace.log());
+    let log = trace.log();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines.filter_map(|line| line.get("packet").cloned()).collect()
+}
+
+#[test]
+fn what_comes_in_by_a_wire_is_traced_and_in_the_sample() {
+    let net = Net::wired();
+    let _daemon = net.up(&["--engine", "user", "lan0=tap:tap0", "eth1"]);
+    net.connect_tap();
+    eventually("lan0 is ready", || (net.port("lan0")["ready"] == true).then_some(()));
+    let ping = |count: &str, to: &str| drop(net.left.run(["ping", "-c", count, "-w20", "-i0.01", "-q", to]));
+    // Of what comes in by both ports the filter takes what left sends to right.
+    let packets = traced(&net, 5, &["src", "host", LEFT, "and", "dst", "host", RIGHT], || {
+        ping("3", "198.51.100.1");
+        ping("5", RIGHT);
+    });
+    assert_eq!(packets.len(), 5);
+    for packet in &packets {
+        assert_eq!((&packet["port"], &packet["became"]["path"]), (&"lan0".into(), &"worker".into()), "{packet}");
+        assert_eq!((&packet["verdict"]["path"], &packet["verdict"]["port"]), (&"fast".into(), &"eth1".into()));
+        let what = packet["packet"].as_str().expect("text");
+        assert!(what.contains(LEFT) && what.contains(RIGHT), "{packet}");
+    }
+    // Those that are Linux's, and those that the operator has dropped.
+    let packets = traced(&net, 2, &["--reason", "local-destination", "icmp"], || {
+        ping("5", RIGHT);
+        ping("2", "198.51.100.1");
+    });
+    assert!(packets.iter().all(|packet| packet["verdict"]["reason"] == "local-destination"), "{packets:?}");
+    assert!(net.towpath(&["filter", "add", "--port", "lan0", "--from", LEFT, "--protocol", "icmp"]).status.success());
+    let dropped = net.exceptions("filtered");
+    let packets = traced(&net, 2, &["icmp"], || {
+        let _none = net.left.run(["ping", "-c", "2", "-W1", "-i0.01", "-q", RIGHT]);
+    });
+    assert!(packets.iter().all(|packet| packet["became"]["reason"] == "filtered"), "{packets:?}");
+    assert_eq!(net.exceptions("filtered"), dropped + 2, "each is counted once");
+    // The busiest prefix is where the stream goes.
+    let stream = Stream::start(&net, RIGHT);
+    let top = net.towpath(&["top", "--prefixes", "-n", "2", "--json"]);
+    stream.finish_complete();
+    let top = String::from_utf8(top.stdout).expect("text");
+    let last: Value = serde_json::from_str(top.lines().last().expect("lines")).expect("JSON");
+    let busiest = &last["prefixes"]["busiest"][0];
+    assert_eq!((&busiest["prefix"], &busiest["fast"]), (&"198.51.100.0/24".into(), &1.0.into()), "{last}");
+    assert!(busiest["seen"].as_u64() > Some(5), "{last}");
+}
+
 #[test]
 fn wires_that_cannot_be_are_refused_and_nothing_changes() {
-    let net = net();
+    let net = Net::wired();
     net.ip("tuntap add dev big0 mode tap");
     net.ip("link set big0 mtu 9000");
     let [failure, usage] = [1, 2];

@@ -4,6 +4,7 @@ use crate::pool::{Buffer, Pool};
 use std::os::fd::BorrowedFd;
 
 pub use towpath_pipeline::batch::BATCH;
+use towpath_tables::trace::Outcome;
 
 /// The queues of one interface that a worker has to itself.
 pub trait PortDriver: Send {
@@ -27,7 +28,8 @@ pub trait PortDriver: Send {
         None
     }
 
-    /// Whether the operator's filters have been looked at for the frames that it receives.
+    /// Whether an XDP program has seen the frames that it receives: then the operator's filters, captures and traces have had
+    /// them (see `Lookout`).
     fn filtered(&self) -> bool {
         false
     }
@@ -51,6 +53,15 @@ pub struct Passed {
     pub frames: u64,
     /// Those of them that Linux did not take
     pub lost: u64,
+}
+
+/// What an XDP program does besides the packet path, for frames that none has seen.
+pub trait Lookout: Send + Sync {
+    /// Whether a capture is to see a frame that came in by the interface with this index, so that it is Linux's.
+    fn captures(&self, ifindex: u32, frame: &[u8]) -> bool;
+
+    /// This became of a frame, which is as it arrived.
+    fn trace(&self, ifindex: u32, frame: &[u8], outcome: Outcome);
 }
 
 /// The way to Linux for what is not forwarded.

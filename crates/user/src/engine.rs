@@ -1,7 +1,7 @@
 //! Workers in threads of their own, and what the rest of the process tells them.
 
 use crate::bell::Bell;
-use crate::driver::{Linux, PortDriver};
+use crate::driver::{Linux, Lookout, PortDriver};
 use crate::exchange::Exchange;
 use crate::pool::{Area, Pool};
 use crate::worker::{Port, Reading, TableSource, Worker};
@@ -61,6 +61,7 @@ enum Order<S> {
     /// Leave what is to be sent by the interface with this index and slot to another worker
     LeaveTo(u32, u32, usize),
     Tables(Arc<S>),
+    Lookout(Option<Arc<dyn Lookout>>),
     Stop,
 }
 
@@ -165,6 +166,11 @@ impl<S: TableSource + Send + Sync + 'static> Engine<S> {
         self.tell(|| Order::Tables(tables.clone()));
     }
 
+    /// Has this see the frames that no XDP program sees, or nobody. When it returns, nobody else does.
+    pub fn set_lookout(&self, lookout: Option<&Arc<dyn Lookout>>) {
+        self.tell(|| Order::Lookout(lookout.cloned()));
+    }
+
     /// What the tables' writer is to wait by.
     pub fn grace(&self) -> Grace {
         Grace(grace::Workers(self.workers.iter().map(|worker| worker.reading.clone()).collect()))
@@ -266,6 +272,7 @@ fn work<S: TableSource>(mut worker: Worker<S>, desk: &Desk<S>) {
                 }
                 Order::LeaveTo(ifindex, slot, other) => worker.leave_to(ifindex, slot, other),
                 Order::Tables(tables) => worker.set_tables(tables),
+                Order::Lookout(lookout) => worker.set_lookout(lookout),
                 Order::Stop => return,
             }
         }

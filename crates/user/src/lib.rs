@@ -31,7 +31,7 @@ mod vnet;
 mod worker;
 
 pub use device::Device;
-pub use driver::{BATCH, Linux, Passed, PortDriver};
+pub use driver::{BATCH, Linux, Lookout, Passed, PortDriver};
 pub use engine::{Core, Engine, Error, Grace, check_cores, usable_cores};
 pub use pool::{Area, Buffer, HEADROOM, Pool};
 pub use vnet::Vnet;

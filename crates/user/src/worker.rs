@@ -1,17 +1,18 @@
 //! A worker: every frame from receipt to transmission, a batch at a time.
 
-use crate::driver::{BATCH, Linux, PortDriver};
+use crate::driver::{BATCH, Linux, Lookout, PortDriver};
 use crate::exchange::Exchange;
 use crate::pool::{Area, Buffer, Pool};
 use std::sync::Arc;
 use towpath_pipeline::batch::{Ways, process_batch};
 use towpath_pipeline::filters::{self, Bytes};
 use towpath_pipeline::mapped::Mapped;
-use towpath_pipeline::{SlotSet, Tables, count_exceptions, count_exceptions_lost, count_tx_lost};
+use towpath_pipeline::{SlotSet, Tables, Verdict, capture, count_exceptions, count_exceptions_lost, count_tx_lost};
 use towpath_tables::Reason;
 use towpath_tables::backing::Backing;
 use towpath_tables::grace;
 use towpath_tables::record::PORT_SLOTS;
+use towpath_tables::trace::Outcome;
 use towpath_tables::word::W32;
 
 /// Where a worker finds the tables.
@@ -108,6 +109,7 @@ struct Sorter {
     ways: [Way; PORT_SLOTS as usize],
     /// None if there is no other worker
     exchange: Option<Exchange>,
+    lookout: Option<Arc<dyn Lookout>>,
     batch: Vec<Buffer>,
     exceptions: Vec<Buffer>,
 }
@@ -122,6 +124,7 @@ impl<S: TableSource> Worker<S> {
             ports: Vec::new(),
             ways: [Way::None; PORT_SLOTS as usize],
             exchange: None,
+            lookout: None,
             batch: Vec::with_capacity(BATCH),
             exceptions: Vec::with_capacity(BATCH),
         };
@@ -152,6 +155,11 @@ impl<S: TableSource> Worker<S> {
     /// Looks at these tables from now on.
     pub fn set_tables(&mut self, tables: Arc<S>) {
         self.tables = tables;
+    }
+
+    /// Has this see what comes in by wires from now on.
+    pub(crate) fn set_lookout(&mut self, lookout: Option<Arc<dyn Lookout>>) {
+        self.sorter.lookout = lookout;
     }
 
     /// Serves a port; one with the same index is replaced.
@@ -223,10 +231,18 @@ impl<S: TableSource> Worker<S> {
 impl Sorter {
     /// Forwards a batch of a port; how many frames were received.
     fn serve<T: Tables>(&mut self, tables: &T, place: usize) -> usize {
-        let Self { pool, ports, batch, .. } = self;
+        let Self { pool, ports, lookout, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         let (ifindex, filters) = (port.ifindex, filters::are_there(tables));
-        let drops = |bytes: &[u8]| filters && filters::drops(&Bytes(bytes), tables, ifindex);
+        let lookout = lookout.as_deref();
+        let drops = |bytes: &[u8]| {
+            let dropped = filters && filters::drops(&Bytes(bytes), tables, ifindex);
+            if let Some(lookout) = lookout {
+                let reason = if dropped { Reason::Filtered } else { Reason::PartialChecksum };
+                lookout.trace(ifindex, bytes, Outcome::Exception(reason));
+            }
+            dropped
+        };
         port.driver.receive_unless(pool, batch, &drops);
         let (received, passed) = (batch.len(), port.driver.passed());
         if passed.frames != 0 {
@@ -234,8 +250,11 @@ impl Sorter {
             count_exceptions_lost(tables, port.slot, passed.lost);
         }
         if received != 0 {
-            let entered = (port.ifindex, port.slot);
-            let ways = forward(tables, entered.0, batch, !port.driver.filtered());
+            let (entered, filter) = ((port.ifindex, port.slot), !port.driver.filtered());
+            if filter && let Some(lookout) = self.lookout.clone() {
+                self.look_out(tables, &*lookout, ifindex);
+            }
+            let ways = forward(tables, entered.0, &mut self.batch, filter && self.lookout.is_none());
             self.sort_out(tables, &ways);
             let Self { pool, linux, ports, exceptions, .. } = self;
             if !exceptions.is_empty() {
@@ -247,6 +266,28 @@ impl Sorter {
             ports.iter_mut().for_each(|served| transmit(tables, pool, served));
         }
         received
+    }
+
+    /// What the XDP program does before the packet path: by filters, then for captures, and it tells the traces.
+    fn look_out<T: Tables>(&mut self, tables: &T, lookout: &dyn Lookout, ifindex: u32) {
+        let Self { pool, batch, exceptions, .. } = self;
+        let filters = filters::are_there(tables);
+        let mut at = 0;
+        while let Some(frame) = batch.get(at) {
+            let outcome = if filters && filters::drops(frame, tables, ifindex) {
+                Verdict::Drop.into()
+            } else if lookout.captures(ifindex, frame.bytes()) {
+                capture(frame, tables, ifindex).into()
+            } else {
+                Outcome::Worker
+            };
+            lookout.trace(ifindex, frame.bytes(), outcome);
+            match outcome {
+                Outcome::Worker => at += 1,
+                Outcome::Exception(Reason::Filtered) => pool.give(batch.remove(at)),
+                _ => exceptions.push(batch.remove(at)),
+            }
+        }
     }
 
     /// Puts each frame of the batch where it is to go.

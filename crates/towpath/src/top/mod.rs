@@ -6,7 +6,6 @@ mod view;
 
 use crate::cli;
 use crate::control::{Client, Request};
-use crate::log;
 use crate::read::{connect, write_out};
 use crate::report::{Top, TopPrefixes};
 use crate::text::table;
@@ -36,7 +35,7 @@ fn batch(wanted: &cli::Top, interval: Duration) -> Result<()> {
     if let Some(sampler) = &mut sampler {
         std::thread::sleep(FIRST_LOOK);
         let now = read(&mut client)?;
-        sampler.begin(&now.since(&before))?.iter().for_each(|note| log::note(format_args!("note: {note}")));
+        sampler.begin(&now.since(&before))?;
         before = read(&mut client)?;
     }
     for number in 0.. {

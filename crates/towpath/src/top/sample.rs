@@ -58,24 +58,24 @@ struct Count {
 }
 
 impl Sampler {
-    /// Draws from now on as befits these rates; what the user should know of it.
-    pub fn begin(&mut self, rates: &Top) -> Result<Vec<String>> {
+    /// Draws from now on as befits these rates.
+    pub fn begin(&mut self, rates: &Top) -> Result<()> {
         self.running = None;
         let one_in = fitting(rates);
         let mut client = connect()?;
         let wanted = Wanted { filter: None, exceptions: false, reason: None, rate: MOST, one_in: Some(one_in) };
-        let begun: TraceBegun = client.ask(&Request::Trace(wanted))?;
+        let TraceBegun {} = client.ask(&Request::Trace(wanted))?;
         let (connection, counts) = (client.hang_up()?, Arc::new(Mutex::new(Counts::new(now()))));
         let noted = counts.clone();
         crate::source::thread("sample", move || read(&mut client, &noted))?;
         self.running = Some(Running { one_in, counts, connection });
-        Ok(begun.notes)
+        Ok(())
     }
 
     /// Adds to the rates of an interval what was drawn in it. If that was far too much or too little, or nothing is drawn any
     /// more, it is begun anew.
     pub fn add(&mut self, rates: &mut Top) -> Result<()> {
-        let Some(running) = &self.running else { return self.begin(rates).map(drop) };
+        let Some(running) = &self.running else { return self.begin(rates) };
         let counts = lock(&running.counts).take();
         let ended = counts.ended;
         rates.prefixes = Some(estimates(counts, running.one_in));

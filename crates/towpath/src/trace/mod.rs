@@ -22,10 +22,7 @@ pub fn run(trace: &cli::Trace) -> Result<()> {
     let request = Request::Trace(wanted(trace)?);
     let termination = Termination::block()?;
     let mut client = connect()?;
-    let begun: TraceBegun = client.ask(&request)?;
-    for note in &begun.notes {
-        log::note(format_args!("note: {note}"));
-    }
+    let TraceBegun {} = client.ask(&request)?;
     log::note("tracing; end with Ctrl-C");
     let leave = client.hang_up()?;
     let signalled = leave.try_clone()?;

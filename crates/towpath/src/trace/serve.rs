@@ -6,6 +6,7 @@ use super::expression;
 use crate::control::{self, Wanted};
 use crate::daemon::{Daemon, Event};
 use crate::explain::{Explained, HEADROOM, Ingress, Names, Subject, explain_frame};
+use crate::lookout::WireTrace;
 use crate::report::{Became, Drawn, TraceBegun, TraceLine, TracedPacket, Verdict};
 use crate::source::thread;
 use crate::words;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use towpath_engine::{Frames, Ring, Trace};
+use towpath_engine::{Frames, Ring, Seen, Trace};
 use towpath_fpc::{PortKind, Tunnel};
 use towpath_pipeline::{Beside, packet};
 use towpath_tables::clock;
@@ -48,6 +49,15 @@ struct Running {
     lines: SyncSender<String>,
     /// Packets that the client was too slow for
     missed: u64,
+    /// What it sees of wires
+    wires: Arc<WireTrace>,
+}
+
+impl Traces {
+    /// Those that run, by number, as far as they are about wires.
+    pub fn of_wires(&self) -> impl Iterator<Item = (usize, Arc<WireTrace>)> {
+        self.running.iter().enumerate().filter_map(|(number, running)| Some((number, running.as_ref()?.wires.clone())))
+    }
 }
 
 /// The thread that takes what the program tells; it ends with this.
@@ -122,14 +132,16 @@ impl Daemon {
             rate: wanted.rate,
         };
         let (first, gated) = (self.traces.running.iter().all(Option::is_none), trace.wanted);
+        let wires = Arc::new(WireTrace::new(&trace));
         self.engine.set_trace(number, Some(trace)).context("this trace cannot be run")?;
         if first && let Err(error) = self.open_ring() {
             self.engine.set_trace(number, None)?;
             return Err(error);
         }
         let brief = wanted.one_in.is_some();
-        self.traces.running[number] = Some(Running { client, wanted: gated, brief, lines, missed: 0 });
-        Ok(TraceBegun { notes: self.unseen() })
+        self.traces.running[number] = Some(Running { client, wanted: gated, brief, lines, missed: 0, wires });
+        self.look_out();
+        Ok(TraceBegun {})
     }
 
     fn open_ring(&mut self) -> Result<()> {
@@ -138,21 +150,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// What no trace sees.
-    fn unseen(&self) -> Vec<String> {
-        let wired =
-            self.wanted.iter().filter(|(_, ifindex)| ifindex.is_some_and(|index| self.wanted.wire(index).is_some()));
-        wired.map(|(name, _)| format!("what comes in by {name} is not seen: a worker takes it from a wire")).collect()
-    }
-
     /// Ends the trace of a client, and says what it has met; nothing if there is none.
     pub fn end_trace(&mut self, client: u64) {
         let of_client = |running: &Option<Running>| running.as_ref().is_some_and(|running| running.client == client);
         let Some(number) = self.traces.running.iter().position(of_client) else { return };
         let Some(running) = self.traces.running[number].take() else { return };
-        let seen = self.engine.traced(number).unwrap_or_default();
-        let end = TraceLine::End { matched: seen.matched, missed: seen.missed + running.missed };
-        let _ = running.lines.try_send(control::answer(Ok(end)));
+        self.look_out();
+        let Seen { matched, missed } = self.seen(number, &running);
+        let _ = running.lines.try_send(control::answer(Ok(TraceLine::End { matched, missed })));
         drop(running);
         if self.traces.running.iter().all(Option::is_none) {
             self.traces.reader = None;
@@ -162,9 +167,20 @@ impl Daemon {
         }
     }
 
+    /// What a trace has met, and not told.
+    fn seen(&self, number: usize, running: &Running) -> Seen {
+        let (program, wires) = (self.engine.traced(number).unwrap_or_default(), running.wires.seen());
+        let missed = program.missed + wires.missed + running.missed;
+        Seen { matched: program.matched + wires.matched, missed }
+    }
+
     /// Tells the traces of packets.
     pub fn tell_traces(&mut self, packets: &[Traced]) {
-        let seen = std::array::from_fn::<_, TRACES, _>(|number| self.engine.traced(number).unwrap_or_default());
+        let missed = |number: usize| {
+            let running = self.traces.running[number].as_ref();
+            running.map_or(0, |running| self.seen(number, running).missed - running.missed)
+        };
+        let missed = std::array::from_fn::<_, TRACES, _>(missed);
         let brief = self.traces.running.iter().flatten().any(|running| running.brief);
         for traced in packets {
             let Some(told) = self.explain_traced(traced) else { continue };
@@ -172,7 +188,7 @@ impl Daemon {
             for (number, running) in self.traces.running.iter_mut().enumerate() {
                 let Some(running) = running.as_mut().filter(|_| traced.traces >> number & 1 != 0) else { continue };
                 if told.is_for(running.wanted) {
-                    let missed = seen[number].missed + running.missed;
+                    let missed = missed[number] + running.missed;
                     let line = match running.brief {
                         true => TraceLine::Drawn(told.in_brief(prefix.clone(), missed)),
                         false => TraceLine::Packet(Box::new(TracedPacket { missed, ..told.packet.clone() })),

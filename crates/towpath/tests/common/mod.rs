@@ -118,6 +118,31 @@ impl Net {
         Self { router, left, right, lab, binary: Mutex::new(built()) }
     }
 
+    /// A router with the port lan0 instead of eth0, which is to have the wire tap0, a TAP.
+    pub fn wired() -> Self {
+        let net = Self::new();
+        net.ip("link delete eth0");
+        for device in ["lan0", "tap0"] {
+            net.ip(&format!("tuntap add dev {device} mode tap"));
+        }
+        net.ip("link set lan0 up");
+        net.ip("address add 192.0.2.1/24 dev lan0");
+        net.ip("address add 2001:db8:1::1/64 dev lan0 nodad");
+        net
+    }
+
+    /// Makes tap0, which the daemon has opened, left's interface.
+    pub fn connect_tap(&self) {
+        self.ip(&format!("link set tap0 netns {}", self.left.netns()));
+        self.left
+            .sh("ip link set tap0 up; ip address add 192.0.2.2/24 dev tap0; \
+                 ip address add 2001:db8:1::2/64 dev tap0 nodad; ip route replace default via 192.0.2.1; \
+                 ip -6 route replace default via 2001:db8:1::1")
+            .expect("left's interface");
+        let reached = || (self.ping(&self.left, RIGHT) && self.ping(&self.left, RIGHT6)).then_some(());
+        eventually("left is reached", reached);
+    }
+
     /// Has another build of the command be run from now on.
     pub fn set_binary(&self, path: &Path) {
         *self.binary.lock().expect("lock") = path.into();
