@@ -8,10 +8,11 @@ use crate::rewrite::rewrite_packet;
 use crate::roots::root_for;
 use crate::route::Last;
 use crate::stats::Tally;
-use crate::{Entry, Frame, Parsed, Stop, Tables, count_exception, filters};
+use crate::{Entry, Frame, Parsed, Stop, Tables, Verdict, count_exception, filters};
 use arrayvec::ArrayVec;
 use towpath_tables::Reason;
 use towpath_tables::lpm::{Kind, Walk};
+use towpath_tables::trace::Outcome;
 use towpath_wire::ethernet::{self, Ethernet};
 use towpath_wire::ipv4::Ipv4;
 use towpath_wire::ipv6::Ipv6;
@@ -19,20 +20,36 @@ use towpath_wire::ipv6::Ipv6;
 /// Frames at once.
 pub const BATCH: usize = 64;
 
-/// For each frame of a batch the slot of the interface that is to transmit it, `LINUX` or `NOWHERE`.
+/// What becomes of each frame of a batch: a number below `LINUX` is the slot of the interface that is to transmit it.
 pub struct Ways(pub [u32; BATCH]);
 
 impl Ways {
-    /// Stands for a frame that is Linux's.
-    pub const LINUX: u32 = u32::MAX;
+    /// From here on numbers stand for frames that are Linux's.
+    pub const LINUX: u32 = 1 << 16;
+    /// Stands for a frame that is Linux's since it came in by no port.
+    const NOT_A_PORT: u32 = u32::MAX - 1;
     /// Stands for a frame that is dropped.
-    pub const NOWHERE: u32 = u32::MAX - 1;
+    pub const NOWHERE: u32 = u32::MAX;
+
+    fn linux(reason: Reason) -> u32 {
+        Self::LINUX | reason as u32
+    }
+
+    /// What became of the frame at this place.
+    pub fn outcome(&self, place: usize) -> Option<Outcome> {
+        Some(match *self.0.get(place)? {
+            Self::NOT_A_PORT => Outcome::NotAPort,
+            Self::NOWHERE => Verdict::Drop.into(),
+            slot if slot < Self::LINUX => Outcome::Forward(slot),
+            reason => Outcome::Exception(Reason::from_index((reason - Self::LINUX) as u8)?),
+        })
+    }
 
     /// The slot of the interface that transmits the first frames, if one does for all of them.
     #[inline]
     pub fn all_one(&self, frames: usize) -> Option<u32> {
         let (first, rest) = self.0.get(..frames)?.split_first()?;
-        (*first < Self::NOWHERE && rest.iter().all(|slot| slot == first)).then_some(*first)
+        (*first < Self::LINUX && rest.iter().all(|slot| slot == first)).then_some(*first)
     }
 }
 
@@ -72,7 +89,7 @@ type Jobs<'t, const BYTES: usize> = ArrayVec<Job<'t, BYTES>, BATCH>;
 /// alone. `filter`: whether the operator's filters have not been looked at yet.
 #[inline(always)]
 pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut [F], filter: bool) -> Ways {
-    let mut ways = Ways([Ways::LINUX; BATCH]);
+    let mut ways = Ways([Ways::NOT_A_PORT; BATCH]);
     let Some(entry) = Entry::find(tables, ifindex) else { return ways };
     frames.iter().filter_map(|frame| frame.get::<Ethernet>(0)).for_each(prefetch);
     let filter = filter && filters::are_there(tables);
@@ -83,22 +100,26 @@ pub fn process_batch<F: Frame, T: Tables>(tables: &T, ifindex: u32, frames: &mut
             continue;
         }
         let mut entry = entry;
-        match parse(frame, tables, &mut entry, place, &mut four, &mut six) {
-            Ok(()) => {}
-            Err(Stop::Exception(reason)) => count_exception(tables, entry.slot, reason),
-            Err(Stop::Flow(candidate)) => match frame.flow(tables, &entry, candidate) {
-                Ok(slot) => ways.0[place] = slot,
-                Err(reason) => count_exception(tables, entry.slot, reason),
-            },
-            Err(Stop::Mapped(candidate)) => match frame.mapped(tables, &entry, candidate) {
-                Ok(slot) => ways.0[place] = slot,
-                Err(reason) => count_exception(tables, entry.slot, reason),
-            },
-        }
+        let done = match parse(frame, tables, &mut entry, place, &mut four, &mut six) {
+            Ok(()) => continue,
+            Err(Stop::Exception(reason)) => Err(reason),
+            Err(Stop::Flow(candidate)) => frame.flow(tables, &entry, candidate),
+            Err(Stop::Mapped(candidate)) => frame.mapped(tables, &entry, candidate),
+        };
+        ways.0[place] = way(tables, &entry, done);
     }
     finish::<Ipv4, 4, F, T>(tables, frames, &mut four, &mut ways);
     finish::<Ipv6, 16, F, T>(tables, frames, &mut six, &mut ways);
     ways
+}
+
+/// The way of a frame that came in by this port; counts what is Linux's.
+#[inline(always)]
+fn way<T: Tables>(tables: &T, entry: &Entry, done: Result<u32, Reason>) -> u32 {
+    done.unwrap_or_else(|reason| {
+        count_exception(tables, entry.slot, reason);
+        Ways::linux(reason)
+    })
 }
 
 #[inline(always)]
@@ -150,10 +171,7 @@ fn finish<N: Network, const BYTES: usize, F: Frame, T: Tables>(
     let (mut tally, mut last) = (Tally::default(), Last::NONE);
     for job in jobs {
         let (Some(frame), Some(way)) = (frames.get_mut(job.place), ways.0.get_mut(job.place)) else { continue };
-        match forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally) {
-            Ok(slot) => *way = slot,
-            Err(reason) => count_exception(tables, job.entry.slot, reason),
-        }
+        *way = self::way(tables, &job.entry, forward::<N, BYTES, F, T>(tables, frame, job, &mut last, &mut tally));
     }
     tally.write(tables);
 }
@@ -213,7 +231,7 @@ mod tests {
     use crate::cases::frames::{address6, ipv4, ipv6, link, udp};
     use crate::cases::world::*;
     use crate::packet::Packet;
-    use crate::{Verdict, process};
+    use crate::process;
     use std::collections::BTreeSet;
     use towpath_tables::record::TableId;
 
@@ -241,18 +259,16 @@ mod tests {
         for batch in 0..8 {
             let (mut one, mut all) = (frames(batch), frames(batch));
             let ways = process_batch(&together.slices(), INGRESS, &mut all, true);
-            for (place, (frame, way)) in one.iter_mut().zip(ways.0).enumerate() {
-                let wanted = match process(frame, &alone.slices(), INGRESS) {
-                    Verdict::Forward(slot) => slot,
-                    Verdict::Drop => Ways::NOWHERE,
-                    _ => Ways::LINUX,
-                };
-                assert_eq!(way, wanted, "batch {batch}, frame {place}");
-                seen.insert(way);
+            for (place, frame) in one.iter_mut().enumerate() {
+                let (outcome, wanted) = (ways.outcome(place), process(frame, &alone.slices(), INGRESS).into());
+                assert_eq!(outcome, Some(wanted), "batch {batch}, frame {place}");
+                seen.insert(wanted.word());
             }
+            assert_eq!(ways.outcome(BATCH), None);
             assert!(one == all, "batch {batch}");
         }
-        assert_eq!(seen, [OUT, OTHER, Ways::LINUX].into(), "both of the group's, and Linux's");
+        let outcomes = [Outcome::Forward(OUT), Outcome::Forward(OTHER), Outcome::Exception(Reason::NoRoute)];
+        assert_eq!(seen, outcomes.map(Outcome::word).into(), "both of the group's, and Linux's");
         alone.watched_like(&together);
         for id in TableId::ALL {
             assert!(alone.table(id) == together.table(id), "table {}", id.name());

@@ -49,8 +49,6 @@ impl Traced {
 pub enum Outcome {
     /// Linux's: it came in by no port
     NotAPort,
-    /// A worker's of the user engine
-    Worker,
     /// Forwarded by the interface in this slot
     Forward(u32),
     /// Linux's, for this reason
@@ -59,9 +57,8 @@ pub enum Outcome {
 
 /// Kinds of outcomes, in the upper half of the word.
 const NOT_A_PORT: u32 = 0;
-const WORKER: u32 = 1 << 16;
-const FORWARD: u32 = 2 << 16;
-const EXCEPTION: u32 = 3 << 16;
+const FORWARD: u32 = 1 << 16;
+const EXCEPTION: u32 = 2 << 16;
 const VALUE: u32 = 0xffff;
 
 impl Outcome {
@@ -70,7 +67,6 @@ impl Outcome {
     pub fn word(self) -> u32 {
         match self {
             Self::NotAPort => NOT_A_PORT,
-            Self::Worker => WORKER,
             Self::Forward(slot) => FORWARD | slot & VALUE,
             Self::Exception(reason) => EXCEPTION | reason as u32,
         }
@@ -81,7 +77,6 @@ impl Outcome {
         let value = word & VALUE;
         Some(match word & !VALUE {
             NOT_A_PORT => Self::NotAPort,
-            WORKER => Self::Worker,
             FORWARD => Self::Forward(value),
             EXCEPTION => Self::Exception(Reason::from_index(u8::try_from(value).ok()?)?),
             _ => return None,
@@ -113,12 +108,11 @@ impl Wanted {
         }
     }
 
-    /// Whether a word asks for packets of which this became. What a worker does is not known yet.
+    /// Whether a word asks for packets of which this became.
     #[inline(always)]
     pub fn takes(word: u64, outcome: u32) -> bool {
         match word {
             0 => true,
-            _ if outcome == WORKER => true,
             1 => outcome & !VALUE == EXCEPTION,
             reason => u64::from(outcome ^ EXCEPTION) == reason - FIRST_REASON,
         }
@@ -176,7 +170,7 @@ mod tests {
     #[test]
     fn outcomes_are_numbers_and_back() {
         let reasons = Reason::ALL.iter().map(|reason| Outcome::Exception(*reason));
-        let others = [Outcome::NotAPort, Outcome::Worker, Outcome::Forward(0), Outcome::Forward(1023)];
+        let others = [Outcome::NotAPort, Outcome::Forward(0), Outcome::Forward(1023)];
         for outcome in reasons.chain(others) {
             assert_eq!(Outcome::from_word(outcome.word()), Some(outcome));
         }
@@ -187,12 +181,12 @@ mod tests {
     #[test]
     fn a_trace_takes_what_it_is_for() {
         let no_route = Outcome::Exception(Reason::NoRoute);
-        let outcomes = [Outcome::NotAPort, Outcome::Worker, Outcome::Forward(Reason::NoRoute as u32), no_route];
+        let outcomes = [Outcome::NotAPort, Outcome::Forward(Reason::NoRoute as u32), no_route];
         let taken = |wanted: Wanted| outcomes.map(|outcome| Wanted::takes(wanted.word(), outcome.word()));
-        assert_eq!(taken(Wanted::Everything), [true; 4]);
-        assert_eq!(taken(Wanted::Exceptions), [false, true, false, true]);
-        assert_eq!(taken(Wanted::For(Reason::NoRoute)), [false, true, false, true]);
-        assert_eq!(taken(Wanted::For(Reason::TtlExpired)), [false, true, false, false]);
+        assert_eq!(taken(Wanted::Everything), [true; 3]);
+        assert_eq!(taken(Wanted::Exceptions), [false, false, true]);
+        assert_eq!(taken(Wanted::For(Reason::NoRoute)), [false, false, true]);
+        assert_eq!(taken(Wanted::For(Reason::TtlExpired)), [false; 3]);
         let first = Outcome::Exception(Reason::PortNotReady);
         assert!(Wanted::takes(Wanted::For(Reason::PortNotReady).word(), first.word()));
     }

@@ -759,8 +759,6 @@ pub enum Became {
         /// The reason in words
         text: String,
     },
-    /// It was handed to a worker of the user engine, which decides as the tables say
-    Worker,
 }
 
 /// A trace has begun.

@@ -262,7 +262,7 @@ impl Workers {
         self.served.contains_key(&ifindex)
     }
 
-    /// Has this see what comes in by wires, or nobody.
+    /// Has this see what workers receive, or nobody.
     pub fn set_lookout(&self, lookout: Option<&Arc<dyn towpath_user::Lookout>>) {
         self.engine.set_lookout(lookout);
     }

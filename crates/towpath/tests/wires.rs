@@ -320,8 +320,8 @@ fn what_comes_in_by_a_wire_is_traced_and_in_the_sample() {
     });
     assert_eq!(packets.len(), 5);
     for packet in &packets {
-        assert_eq!((&packet["port"], &packet["became"]["path"]), (&"lan0".into(), &"worker".into()), "{packet}");
-        assert_eq!((&packet["verdict"]["path"], &packet["verdict"]["port"]), (&"fast".into(), &"eth1".into()));
+        assert_eq!(packet["became"], serde_json::json!({"path": "fast", "port": "eth1"}), "{packet}");
+        assert_eq!((&packet["port"], &packet["agrees"]), (&"lan0".into(), &true.into()), "{packet}");
         let what = packet["packet"].as_str().expect("text");
         assert!(what.contains(LEFT) && what.contains(RIGHT), "{packet}");
     }

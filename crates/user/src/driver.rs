@@ -28,8 +28,7 @@ pub trait PortDriver: Send {
         None
     }
 
-    /// Whether an XDP program has seen the frames that it receives: then the operator's filters, captures and traces have had
-    /// them (see `Lookout`).
+    /// Whether an XDP program has asked the operator's filters and captures about the frames that it receives.
     fn filtered(&self) -> bool {
         false
     }
@@ -55,13 +54,17 @@ pub struct Passed {
     pub lost: u64,
 }
 
-/// What an XDP program does besides the packet path, for frames that none has seen.
+/// What is to be done with frames besides taking them along the packet path.
 pub trait Lookout: Send + Sync {
-    /// Whether a capture is to see a frame that came in by the interface with this index, so that it is Linux's.
+    /// Whether a capture is to see a frame that came in by the interface with this index, so that it is Linux's. Asked where
+    /// no XDP program has done so (`PortDriver::filtered`).
     fn captures(&self, ifindex: u32, frame: &[u8]) -> bool;
 
-    /// This became of a frame, which is as it arrived.
-    fn trace(&self, ifindex: u32, frame: &[u8], outcome: Outcome);
+    /// The traces that look at a frame, by bits.
+    fn traces(&self, frame: &[u8]) -> u32;
+
+    /// Tells them what became of it. The frame is as it arrived by the interface with this index.
+    fn tell(&self, traces: u32, ifindex: u32, frame: &[u8], outcome: Outcome);
 }
 
 /// The way to Linux for what is not forwarded.

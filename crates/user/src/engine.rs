@@ -166,7 +166,7 @@ impl<S: TableSource + Send + Sync + 'static> Engine<S> {
         self.tell(|| Order::Tables(tables.clone()));
     }
 
-    /// Has this see the frames that no XDP program sees, or nobody. When it returns, nobody else does.
+    /// Has this see what workers receive, or nobody. When it returns, nobody else does.
     pub fn set_lookout(&self, lookout: Option<&Arc<dyn Lookout>>) {
         self.tell(|| Order::Lookout(lookout.cloned()));
     }

@@ -157,7 +157,7 @@ impl<S: TableSource> Worker<S> {
         self.tables = tables;
     }
 
-    /// Has this see what comes in by wires from now on.
+    /// Has this see what is received from now on, or nobody.
     pub(crate) fn set_lookout(&mut self, lookout: Option<Arc<dyn Lookout>>) {
         self.sorter.lookout = lookout;
     }
@@ -234,13 +234,12 @@ impl Sorter {
         let Self { pool, ports, lookout, batch, .. } = self;
         let Some(Served { port, .. }) = ports.get_mut(place) else { return 0 };
         let (ifindex, filters) = (port.ifindex, filters::are_there(tables));
-        let lookout = lookout.as_deref();
+        let lookout = lookout.clone();
         let drops = |bytes: &[u8]| {
             let dropped = filters && filters::drops(&Bytes(bytes), tables, ifindex);
-            if let Some(lookout) = lookout {
-                let reason = if dropped { Reason::Filtered } else { Reason::PartialChecksum };
-                lookout.trace(ifindex, bytes, Outcome::Exception(reason));
-            }
+            let reason = if dropped { Reason::Filtered } else { Reason::PartialChecksum };
+            let told = |lookout| tell(lookout, ifindex, bytes, Outcome::Exception(reason));
+            lookout.as_deref().into_iter().for_each(told);
             dropped
         };
         port.driver.receive_unless(pool, batch, &drops);
@@ -251,10 +250,10 @@ impl Sorter {
         }
         if received != 0 {
             let (entered, filter) = ((port.ifindex, port.slot), !port.driver.filtered());
-            if filter && let Some(lookout) = self.lookout.clone() {
-                self.look_out(tables, &*lookout, ifindex);
-            }
-            let ways = forward(tables, entered.0, &mut self.batch, filter && self.lookout.is_none());
+            let ways = match lookout {
+                None => forward(tables, entered.0, batch, filter),
+                Some(lookout) => self.forward_seen(tables, entered.0, filter, &*lookout),
+            };
             self.sort_out(tables, &ways);
             let Self { pool, linux, ports, exceptions, .. } = self;
             if !exceptions.is_empty() {
@@ -268,25 +267,41 @@ impl Sorter {
         received
     }
 
-    /// What the XDP program does before the packet path: by filters, then for captures, and it tells the traces.
-    fn look_out<T: Tables>(&mut self, tables: &T, lookout: &dyn Lookout, ifindex: u32) {
+    /// As `forward`, with somebody who looks.
+    fn forward_seen<T: Tables>(&mut self, tables: &T, ifindex: u32, filter: bool, lookout: &dyn Lookout) -> Ways {
+        if filter {
+            self.take_out(tables, ifindex, lookout);
+        }
+        let copy = |(place, frame): (usize, &Buffer)| {
+            let traces = lookout.traces(frame.bytes());
+            (traces != 0).then(|| (place, traces, frame.bytes().to_vec()))
+        };
+        let kept: Vec<_> = self.batch.iter().enumerate().filter_map(copy).collect();
+        let ways = forward(tables, ifindex, &mut self.batch, false);
+        for (place, traces, frame) in kept {
+            ways.outcome(place).into_iter().for_each(|outcome| lookout.tell(traces, ifindex, &frame, outcome));
+        }
+        ways
+    }
+
+    /// Takes out of the batch what the operator has dropped and what captures are to see, as an XDP program does before the
+    /// packet path.
+    fn take_out<T: Tables>(&mut self, tables: &T, ifindex: u32, lookout: &dyn Lookout) {
         let Self { pool, batch, exceptions, .. } = self;
         let filters = filters::are_there(tables);
         let mut at = 0;
         while let Some(frame) = batch.get(at) {
-            let outcome = if filters && filters::drops(frame, tables, ifindex) {
-                Verdict::Drop.into()
+            let verdict = if filters && filters::drops(frame, tables, ifindex) {
+                Verdict::Drop
             } else if lookout.captures(ifindex, frame.bytes()) {
-                capture(frame, tables, ifindex).into()
+                capture(frame, tables, ifindex)
             } else {
-                Outcome::Worker
+                at += 1;
+                continue;
             };
-            lookout.trace(ifindex, frame.bytes(), outcome);
-            match outcome {
-                Outcome::Worker => at += 1,
-                Outcome::Exception(Reason::Filtered) => pool.give(batch.remove(at)),
-                _ => exceptions.push(batch.remove(at)),
-            }
+            tell(lookout, ifindex, frame.bytes(), verdict.into());
+            let frame = batch.remove(at);
+            if verdict == Verdict::Drop { pool.give(frame) } else { exceptions.push(frame) }
         }
     }
 
@@ -303,12 +318,12 @@ impl Sorter {
         }
         for (frame, slot) in batch.drain(..).zip(ways.0) {
             match slot {
-                Ways::LINUX => {
-                    self.exceptions.push(frame);
-                    continue;
-                }
                 Ways::NOWHERE => {
                     pool.give(frame);
+                    continue;
+                }
+                Ways::LINUX.. => {
+                    self.exceptions.push(frame);
                     continue;
                 }
                 _ => {}
@@ -353,6 +368,14 @@ impl Sorter {
             ports.iter_mut().for_each(|served| transmit(tables, pool, served));
         }
         taken
+    }
+}
+
+/// Tells the traces of a frame that is as it arrived.
+fn tell(lookout: &dyn Lookout, ifindex: u32, frame: &[u8], outcome: Outcome) {
+    let traces = lookout.traces(frame);
+    if traces != 0 {
+        lookout.tell(traces, ifindex, frame, outcome);
     }
 }
 

@@ -64,14 +64,13 @@ fn towpath_traced(ctx: *mut xdp_md) -> u32 {
     }
     // SAFETY: as above.
     let (mut frame, ifindex, queue) = unsafe { (XdpFrame::new(ctx), (*ctx).ingress_ifindex, (*ctx).rx_queue_index) };
-    let (action, outcome) = if is_for_socket(&frame, ifindex, queue) {
-        (xdp_action::XDP_REDIRECT, Outcome::Worker)
-    } else {
-        let verdict = process_unfiltered(&mut frame, &MAPS, ifindex);
-        (action(verdict), verdict.into())
-    };
-    trace::towpath_trace_end(outcome.word());
-    action
+    if is_for_socket(&frame, ifindex, queue) {
+        // Its worker traces it.
+        return xdp_action::XDP_REDIRECT;
+    }
+    let verdict = process_unfiltered(&mut frame, &MAPS, ifindex);
+    trace::towpath_trace_end(Outcome::from(verdict).word());
+    action(verdict)
 }
 
 /// What is decided before the packet path, and how a trace tells it (`Outcome::word`): by filters, then since nobody looks at

@@ -96,7 +96,6 @@ fn packet_text(packet: &TracedPacket, missed: &mut u64) -> String {
     let head = format!("{} {} {what}, {} bytes\n", time(packet.time_ns), packet.port, packet.length);
     let verdict = verdict_text(&packet.explanation.verdict);
     let became = match (&packet.became, packet.agrees) {
-        (Became::Worker, _) => format!("=> a worker; by the tables: {verdict}"),
         (_, true) => format!("=> {verdict}"),
         (Became::Fast { port }, false) => format!("=> fast path: out {port}; by the tables as they are now: {verdict}"),
         (Became::Linux { reason, text }, false) => {

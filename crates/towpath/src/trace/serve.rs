@@ -6,7 +6,7 @@ use super::expression;
 use crate::control::{self, Wanted};
 use crate::daemon::{Daemon, Event};
 use crate::explain::{Explained, HEADROOM, Ingress, Names, Subject, explain_frame};
-use crate::lookout::WireTrace;
+use crate::lookout::WorkersTrace;
 use crate::report::{Became, Drawn, TraceBegun, TraceLine, TracedPacket, Verdict};
 use crate::source::thread;
 use crate::words;
@@ -43,20 +43,22 @@ pub struct Traces {
 struct Running {
     /// Its client
     client: u64,
-    wanted: Gated,
     /// Packets are told in brief
     brief: bool,
     lines: SyncSender<String>,
     /// Packets that the client was too slow for
     missed: u64,
-    /// What it sees of wires
-    wires: Arc<WireTrace>,
+    /// What it sees of workers
+    workers: Arc<WorkersTrace>,
 }
 
 impl Traces {
-    /// Those that run, by number, as far as they are about wires.
-    pub fn of_wires(&self) -> impl Iterator<Item = (usize, Arc<WireTrace>)> {
-        self.running.iter().enumerate().filter_map(|(number, running)| Some((number, running.as_ref()?.wires.clone())))
+    /// Those that run, by number, as far as they are about workers.
+    pub fn of_workers(&self) -> impl Iterator<Item = (usize, Arc<WorkersTrace>)> {
+        self.running
+            .iter()
+            .enumerate()
+            .filter_map(|(number, running)| Some((number, running.as_ref()?.workers.clone())))
     }
 }
 
@@ -131,15 +133,15 @@ impl Daemon {
             wanted: gated(wanted.exceptions, wanted.reason.as_deref())?,
             rate: wanted.rate,
         };
-        let (first, gated) = (self.traces.running.iter().all(Option::is_none), trace.wanted);
-        let wires = Arc::new(WireTrace::new(&trace));
+        let first = self.traces.running.iter().all(Option::is_none);
+        let workers = Arc::new(WorkersTrace::new(&trace));
         self.engine.set_trace(number, Some(trace)).context("this trace cannot be run")?;
         if first && let Err(error) = self.open_ring() {
             self.engine.set_trace(number, None)?;
             return Err(error);
         }
         let brief = wanted.one_in.is_some();
-        self.traces.running[number] = Some(Running { client, wanted: gated, brief, lines, missed: 0, wires });
+        self.traces.running[number] = Some(Running { client, brief, lines, missed: 0, workers });
         self.look_out();
         Ok(TraceBegun {})
     }
@@ -169,9 +171,9 @@ impl Daemon {
 
     /// What a trace has met, and not told.
     fn seen(&self, number: usize, running: &Running) -> Seen {
-        let (program, wires) = (self.engine.traced(number).unwrap_or_default(), running.wires.seen());
-        let missed = program.missed + wires.missed + running.missed;
-        Seen { matched: program.matched + wires.matched, missed }
+        let (program, workers) = (self.engine.traced(number).unwrap_or_default(), running.workers.seen());
+        let missed = program.missed + workers.missed + running.missed;
+        Seen { matched: program.matched + workers.matched, missed }
     }
 
     /// Tells the traces of packets.
@@ -187,14 +189,12 @@ impl Daemon {
             let prefix = told.destination.filter(|_| brief).and_then(|destination| self.prefix(destination));
             for (number, running) in self.traces.running.iter_mut().enumerate() {
                 let Some(running) = running.as_mut().filter(|_| traced.traces >> number & 1 != 0) else { continue };
-                if told.is_for(running.wanted) {
-                    let missed = missed[number] + running.missed;
-                    let line = match running.brief {
-                        true => TraceLine::Drawn(told.in_brief(prefix.clone(), missed)),
-                        false => TraceLine::Packet(Box::new(TracedPacket { missed, ..told.packet.clone() })),
-                    };
-                    running.missed += u64::from(running.lines.try_send(control::answer(Ok(line))).is_err());
-                }
+                let missed = missed[number] + running.missed;
+                let line = match running.brief {
+                    true => TraceLine::Drawn(told.in_brief(prefix.clone(), missed)),
+                    false => TraceLine::Packet(Box::new(TracedPacket { missed, ..told.packet.clone() })),
+                };
+                running.missed += u64::from(running.lines.try_send(control::answer(Ok(line))).is_err());
             }
         }
     }
@@ -214,7 +214,6 @@ impl Daemon {
         let offset = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64);
         Some(Told {
             outcome,
-            result: explained.result,
             destination: explained.destination.or(subject.map(|subject| subject.tuple.destination)),
             packet: TracedPacket {
                 time_ns: offset.saturating_sub(clock::exact().saturating_sub(traced.time)),
@@ -278,7 +277,6 @@ impl Daemon {
     fn became(&self, outcome: Outcome) -> Became {
         let linux = |reason: &str, text: &str| Became::Linux { reason: reason.into(), text: text.into() };
         match outcome {
-            Outcome::Worker => Became::Worker,
             Outcome::Forward(slot) => Became::Fast { port: self.interface_in(slot) },
             Outcome::Exception(reason) => linux(reason.name(), reason.text()),
             Outcome::NotAPort => linux("not-a-port", "it came in by an interface that is not in the tables"),
@@ -294,29 +292,14 @@ impl Daemon {
 /// What is told of a packet.
 struct Told {
     outcome: Outcome,
-    result: Result<u32, Reason>,
     /// Where it goes, if it is an IP packet
     destination: Option<IpAddr>,
     packet: TracedPacket,
 }
 
 impl Told {
-    /// What a worker does is only known here.
-    fn became(&self) -> Outcome {
-        match (self.outcome, self.result) {
-            (Outcome::Worker, Ok(slot)) => Outcome::Forward(slot),
-            (Outcome::Worker, Err(reason)) => Outcome::Exception(reason),
-            (outcome, _) => outcome,
-        }
-    }
-
-    /// Of packets that are no worker's the program has told what they are wanted for.
-    fn is_for(&self, wanted: Gated) -> bool {
-        Gated::takes(wanted.word(), self.became().word())
-    }
-
     fn in_brief(&self, prefix: Option<String>, missed: u64) -> Drawn {
-        let (fast, length) = (matches!(self.became(), Outcome::Forward(_)), self.packet.length);
+        let (fast, length) = (matches!(self.outcome, Outcome::Forward(_)), self.packet.length);
         Drawn { time_ns: self.packet.time_ns, prefix, fast, length, missed }
     }
 }
@@ -356,10 +339,9 @@ fn whole(traced: &Traced, head: &[u8], tag: Option<(u16, u16)>) -> packet::Packe
     packet::Packet::with_linear(&frame, HEADROOM, traced.first_len as usize).with_beside(Beside { partial, tag })
 }
 
-/// Whether the pipeline came to the same again. A worker's verdict is not told, and captures are not asked again.
+/// Whether the pipeline came to the same again; captures are not asked again.
 fn agrees(outcome: Outcome, explained: &Explained) -> bool {
     match (outcome, explained.result) {
-        (Outcome::Worker, _) => true,
         (Outcome::Forward(slot), result) => result == Ok(slot),
         (Outcome::Exception(reason), result) => result == Err(reason),
         (Outcome::NotAPort, result) => result == Err(Reason::PortNotReady),
