@@ -15,6 +15,8 @@ use towpath_user::tap::Tap;
 
 /// Between two looks at the device.
 const TURN: Duration = Duration::from_millis(100);
+/// Every device has this MTU.
+const ETHERNET_MTU: u32 = 1500;
 /// Turns between two looks at the twin.
 const TURNS: u32 = 10;
 
@@ -120,18 +122,16 @@ impl Pair {
             Ok(None) => return,
             Err(error) => return tracing::warn!("cannot ask Linux about {}: {error}", self.port),
         };
-        let (port, before) = (&self.port, self.settings);
+        let before = self.settings;
+        let mtu = before.map(|before| before.mtu).filter(|mtu| *mtu == link.mtu);
+        let mtu = mtu.unwrap_or_else(|| self.agree_on_mtu(link.mtu));
+        let port = &self.port;
         if let Some(mac) = link.mac.filter(|mac| before.is_none_or(|before| before.mac != Some(*mac))) {
             let refused = self.device.set_mac(mac).err();
             self.foreign = refused.is_some();
             if let Some(error) = refused {
                 tracing::warn!("the wire of {port} keeps its MAC address, and is promiscuous instead: {error}");
             }
-        }
-        if before.is_none_or(|before| before.mtu != link.mtu)
-            && let Err(error) = self.device.set_mtu(link.mtu)
-        {
-            tracing::warn!("the wire of {port} cannot have the port's MTU of {}: {error}", link.mtu);
         }
         let promiscuous = link.promiscuous || self.foreign;
         if before.is_none_or(|before| before.promiscuous != promiscuous)
@@ -140,6 +140,21 @@ impl Pair {
             let wanted = if promiscuous { "cannot be" } else { "stays" };
             tracing::warn!("the wire of {port} {wanted} promiscuous: {error}");
         }
-        self.settings = Some(Settings { mtu: link.mtu, mac: link.mac, promiscuous });
+        self.settings = Some(Settings { mtu, mac: link.mac, promiscuous });
+    }
+
+    /// Gives the device the MTU of the twin, or the twin that of the device, as an interface keeps its own if its driver refuses
+    /// another; what both have then.
+    fn agree_on_mtu(&self, wanted: u32) -> u32 {
+        let (port, had) = (&self.port, self.settings.map_or(ETHERNET_MTU, |settings| settings.mtu));
+        let Err(refused) = self.device.set_mtu(wanted) else { return wanted };
+        if let Err(error) = self.twin.set_mtu(had) {
+            tracing::warn!(
+                "the wire of {port} cannot have the port's MTU of {wanted}: {refused}; nor can the port have {had}: {error}"
+            );
+            return wanted;
+        }
+        tracing::warn!("{port} has an MTU of {had} again: its wire cannot have {wanted} ({refused})");
+        had
     }
 }

@@ -160,7 +160,7 @@ fn a_port_on_an_interface_by_packet_sockets_forwards_each_packet_once() {
 fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
     let net = Net::wired();
     connect_left_to_interface(&net);
-    let _daemon = net.up(&["--engine", "user", "lan0=dpdk:net_tap0,iface=tap0", "eth1"]);
+    let mut daemon = net.up(&["--engine", "user", "lan0=dpdk:net_tap0,iface=tap0", "eth1"]);
     // DPDK's TAP is the device itself. What is beyond it comes and goes by wire0.
     net.router.run(["nft", BRIDGE]).expect("joined");
     net.ip("link set tap0 up");
@@ -195,6 +195,11 @@ fn a_port_on_a_device_of_dpdks_forwards_and_linux_gets_and_sends_the_rest() {
         net.ip(command);
         is(what);
     }
+    // A device that refuses an MTU keeps its own, and so does lan0.
+    net.ip("link set lan0 mtu 2900");
+    daemon.await_log("lan0 has an MTU of 1300 again: its wire cannot have 2900");
+    assert!(net.ip("link show lan0").contains(" mtu 1300 ") && device().contains(" mtu 1300 "));
+    eventually("the MTU is known", || (net.port("lan0")["mtu"] == 1300).then_some(()));
     let ordinary = |why: &str| eventually(why, || (!device().contains("PROMISC")).then_some(()));
     net.ip("link set lan0 promisc off");
     ordinary("it is promiscuous no more");

@@ -10,6 +10,7 @@ use crate::vnet::Vnet;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use towpath_tables::record::SOCKET_FRAME;
 
 /// A TAP could not be opened.
@@ -82,6 +83,18 @@ impl Tap {
     pub fn set_carrier(&self, on: bool) -> io::Result<()> {
         let on = libc::c_int::from(on);
         self.control(libc::TUNSETCARRIER, (&raw const on) as libc::c_ulong)
+    }
+
+    /// Gives the interface this MTU, whatever its name is by now.
+    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        let socket = UnixDatagram::unbound()?;
+        // SAFETY: integers and bytes, for which zeros are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        self.control(libc::TUNGETIFF, (&raw mut request) as libc::c_ulong)?;
+        request.ifr_ifru.ifru_mtu = mtu.cast_signed();
+        // SAFETY: the address of what it reads, which lives across the call.
+        let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw const request) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// Puts the next frame that Linux has sent into the buffer; false if there is none.
