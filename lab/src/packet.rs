@@ -243,6 +243,24 @@ pub fn checksum(bytes: &[u8]) -> u16 {
     !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
+/// Whether a frame asks for the address as Linux probes a neighbour: by an ARP request (RFC 826), or a neighbour solicitation
+/// (RFC 4861, 4.3).
+pub fn asks_for(frame: &[u8], address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => {
+            frame.get(12..14) == Some(&[8, 6])
+                && frame.get(20..22) == Some(&[0, 1])
+                && frame.get(38..42) == Some(&address.octets())
+        }
+        IpAddr::V6(address) => {
+            frame.get(12..14) == Some(&[0x86, 0xdd])
+                && frame.get(20) == Some(&58)
+                && frame.get(54) == Some(&135)
+                && frame.get(62..78) == Some(&address.octets())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,10 +5,10 @@
 //! ```
 
 use anyhow::{Context, Result, bail, ensure};
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 use towpath_fpc::NeighbourKey;
 use towpath_hitflags::{HitFlags, Netlink, Refresh};
+use towpath_lab::packet::asks_for;
 use towpath_lab::{Lab, Node, wait_for};
 
 const USED: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
@@ -62,22 +62,6 @@ fn key(router: &Node, address: &str) -> Result<NeighbourKey> {
     Ok(NeighbourKey { ifindex: router.ifindex("eth0")?, address: address.parse()? })
 }
 
-/// Whether a frame asks for this address by ARP (RFC 826) or neighbour solicitation (RFC 4861, 4.3).
-fn asks_for(frame: &[u8], address: &IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => {
-            frame.get(12..14) == Some(&[8, 6])
-                && frame.get(20..22) == Some(&[0, 1])
-                && frame.get(38..42) == Some(&address.octets())
-        }
-        IpAddr::V6(address) => {
-            frame.get(12..14) == Some(&[0x86, 0xdd])
-                && frame.get(54) == Some(&135)
-                && frame.get(62..78) == Some(&address.octets())
-        }
-    }
-}
-
 #[test]
 fn used_neighbours_stay_valid_and_idle_ones_age() -> Result<()> {
     let (_lab, router, host) = lab("hitused")?;
@@ -101,7 +85,7 @@ fn used_neighbours_stay_valid_and_idle_ones_age() -> Result<()> {
         report()?;
         if let Some(frame) = socket.receive(Duration::from_millis(100))? {
             for (count, address) in probes.iter_mut().zip(USED.iter().chain(&IDLE)) {
-                *count += usize::from(asks_for(&frame.bytes, &address.parse()?));
+                *count += usize::from(asks_for(&frame.bytes, address.parse()?));
             }
         }
         for address in USED {

@@ -3,8 +3,9 @@
 mod common;
 
 use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
-use std::net::{IpAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
+use towpath_lab::packet::asks_for;
 use towpath_lab::wait_for;
 
 #[test]
@@ -87,23 +88,6 @@ fn neighbours_in_use_stay_valid_over_many_expiry_periods() {
     assert!(stale.iter().all(|stale| *stale < Duration::from_secs(3)), "stale for {stale:?} while in use");
     assert_eq!(exceptions(), at_start, "no packet of the flows became an exception");
     streams.into_iter().for_each(Stream::finish_complete);
-}
-
-/// Whether a frame asks for the address as Linux probes a neighbour: an ARP request, or a neighbour solicitation.
-fn asks_for(frame: &[u8], address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => {
-            frame.get(12..14) == Some(&[8, 6])
-                && frame.get(20..22) == Some(&[0, 1])
-                && frame.get(38..42) == Some(&address.octets())
-        }
-        IpAddr::V6(address) => {
-            frame.get(12..14) == Some(&[0x86, 0xdd])
-                && frame.get(20) == Some(&58)
-                && frame.get(54) == Some(&135)
-                && frame.get(62..78) == Some(&address.octets())
-        }
-    }
 }
 
 #[test]

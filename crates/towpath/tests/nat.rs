@@ -222,6 +222,15 @@ fn mappings_come_and_go_and_outlast_the_daemon() {
     assert_eq!(seen(), LEFT, "nothing is left");
 }
 
+/// Nothing is translated, until there is a mapping again.
+fn begins_anew(net: &Net) {
+    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
+    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
+    assert_eq!(seen(), LEFT);
+    nat(net, "add", PREFIXES[0]);
+    assert_eq!(seen(), OUTSIDE);
+}
+
 #[test]
 fn another_interface_inherits_no_mappings() {
     let net = Net::new();
@@ -232,11 +241,7 @@ fn another_interface_inherits_no_mappings() {
     net.connect_right_by_index(index);
     let daemon = net.up(&["eth0", "eth1"]);
     assert!(list(&net).is_empty() && daemon.log().contains("its mappings are ended"), "{}", daemon.log());
-    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
-    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
-    assert_eq!(seen(), LEFT);
-    nat(&net, "add", PREFIXES[0]);
-    assert_eq!(seen(), OUTSIDE);
+    begins_anew(&net);
 }
 
 #[test]
@@ -368,11 +373,7 @@ fn mappings_end_where_their_programs_are_gone_at_start() {
     for name in ["natin", "natout", "natinfilter", "natoutfilter"] {
         assert!(!std::path::Path::new(&pin(name)).exists(), "{name} is left");
     }
-    let (here, there) = (datagrams(&net.left, LEFT, 4000), datagrams(&net.right, RIGHT, 5000));
-    let seen = || talk(&here, (&there, at(RIGHT, 5000)), 9)[0].to_string();
-    assert_eq!(seen(), LEFT);
-    nat(&net, "add", PREFIXES[0]);
-    assert_eq!(seen(), OUTSIDE);
+    begins_anew(&net);
 }
 
 #[test]
