@@ -104,7 +104,9 @@ fn ports() -> Vec<Message> {
         input: GreOptions { key: Some(7), checksum: true, sequence: false },
         output: GreOptions { sequence: true, ..GreOptions::default() },
         ttl: 64,
-        tos: 1,
+        class: None,
+        label: Some(1),
+        limit: Some(4),
     };
     vec![
         port(1, PortKind::Ethernet),
@@ -197,6 +199,6 @@ fn policies() -> Vec<Message> {
         Message::Policy(policy(Scope::Ingress(1, Some(Family::V4)), None, Some(3))),
         Message::Policy(policy(Scope::Egress(2, None), Some(matching), None)),
         Message::Alarm(Alarm { id: ALARM, policies: vec![policy(Scope::Family(Family::V6), None, None)] }),
-        Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1 }),
+        Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1, flow_labels: false }),
     ]
 }

@@ -92,7 +92,7 @@ pub struct Cm {
     /// None was raised yet
     first_alarm: bool,
     settings_due: Instant,
-    hash_policy_due: Instant,
+    families_due: Instant,
     heartbeat_due: Instant,
     shared: Shared,
     nexthops: HashSet<u32>,
@@ -148,7 +148,7 @@ impl Cm {
             port_alarms: Alarms::of(PolicySource::Ports),
             first_alarm: true,
             settings_due: Instant::now(),
-            hash_policy_due: Instant::now(),
+            families_due: Instant::now(),
             heartbeat_due: Instant::now(),
             shared: Shared::default(),
             nexthops: HashSet::new(),
@@ -261,7 +261,7 @@ impl Cm {
     /// When the first of it is due.
     fn poll_due(&self) -> Instant {
         let watchers = self.watchers.iter().filter_map(Watched::due).filter(|_| self.ports_complete);
-        let own = self.settings_due.min(self.hash_policy_due).min(self.heartbeat_due);
+        let own = self.settings_due.min(self.families_due).min(self.heartbeat_due);
         watchers.chain(self.flows.due()).fold(own, Instant::min)
     }
 
@@ -272,9 +272,9 @@ impl Cm {
             return Ok(());
         }
         let soon = now + TOGETHER;
-        if self.hash_policy_due <= soon {
-            self.hash_policy_due = now + POLL;
-            self.out.extend(self.ports.poll_hash_policy());
+        if self.families_due <= soon {
+            self.families_due = now + POLL;
+            self.out.extend(self.ports.poll_families());
         }
         if self.settings_due <= soon {
             self.settings_due = now + SETTINGS_INTERVAL;
@@ -512,9 +512,9 @@ impl Cm {
                         self.link_gone(ifindex);
                     }
                 }
-                self.ports.retell_hash_policy();
+                self.ports.retell_families();
                 self.settings_due = Instant::now();
-                self.hash_policy_due = self.settings_due;
+                self.families_due = self.settings_due;
                 self.ports_complete = true;
                 self.ports_changed();
             }

@@ -22,7 +22,10 @@ pub struct Ports {
     netconf: HashMap<(Family, i32), Settings>,
     all: PortSettings,
     all_values: PortValues,
-    hash_policy: [(Setting, Option<u8>); 2],
+    hash_policy: [Setting; 2],
+    flow_labels: Setting,
+    /// What FPM was told of both families
+    told: [Option<FamilySettings>; 2],
     index: PortIndex,
     /// What was described otherwise before, since `take_changed`
     changed: BTreeSet<Scope>,
@@ -32,7 +35,7 @@ pub struct Ports {
 impl Ports {
     /// Nothing known yet. `serve`: names of the interfaces whose settings must be followed closely; None for all.
     pub fn new(serve: Option<Vec<String>>) -> Self {
-        let hash_policy = |family| (Setting::new(&format!("{family}/fib_multipath_hash_policy")), None);
+        let hash_policy = |family| Setting::new(&format!("{family}/fib_multipath_hash_policy"));
         let mut all = PortSettings::new("all");
         let all_values = all.read();
         Self {
@@ -41,6 +44,8 @@ impl Ports {
             all,
             all_values,
             hash_policy: ["ipv4", "ipv6"].map(hash_policy),
+            flow_labels: Setting::new("ipv6/auto_flowlabels"),
+            told: [None; 2],
             index: PortIndex::default(),
             changed: BTreeSet::new(),
             serve,
@@ -167,16 +172,17 @@ impl Ports {
         changed.into_iter().filter_map(|ifindex| self.message(ifindex, false)).collect()
     }
 
-    /// Reads which fields choose among next hops, and gives the messages that follow.
-    pub fn poll_hash_policy(&mut self) -> Vec<Message> {
+    /// Reads what `FamilySettings` tells, and gives the messages that follow.
+    pub fn poll_families(&mut self) -> Vec<Message> {
         let mut messages = Vec::new();
-        for (family, (setting, known)) in Family::ALL.into_iter().zip(&mut self.hash_policy) {
-            let hash_policy = setting.read().map(|value| value.clamp(0, 255) as u8);
-            if hash_policy != *known {
-                self.changed.extend(known.is_some().then_some(Scope::Family(family)));
-                *known = hash_policy;
-                let hash_policy = hash_policy.unwrap_or(u8::MAX);
-                messages.push(Message::FamilySettings(FamilySettings { family, hash_policy }));
+        let labels = self.flow_labels.read().is_some_and(|value| value != 0);
+        for ((family, setting), told) in Family::ALL.into_iter().zip(&mut self.hash_policy).zip(&mut self.told) {
+            let hash_policy = setting.read().map_or(u8::MAX, |value| value.clamp(0, 255) as u8);
+            let settings = FamilySettings { family, hash_policy, flow_labels: labels && family == Family::V6 };
+            if *told != Some(settings) {
+                self.changed.extend(told.is_some().then_some(Scope::Family(family)));
+                *told = Some(settings);
+                messages.push(Message::FamilySettings(settings));
             }
         }
         messages
@@ -188,7 +194,7 @@ impl Ports {
         let policy = |scope| {
             let (reason, detail) = match scope {
                 Scope::Family(_) | Scope::Local(_) => {
-                    (Reason::PolicySysctl, "fib_multipath_hash_policy has just changed".to_owned())
+                    (Reason::PolicySysctl, "fib_multipath_hash_policy or auto_flowlabels has just changed".to_owned())
                 }
                 Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
                     let name = self.index.get(ifindex).map_or_else(|| format!("#{ifindex}"), |port| port.name.clone());
@@ -201,8 +207,8 @@ impl Ports {
     }
 
     /// Forgets what FPM was told about whole families, so that the next poll tells it again.
-    pub fn retell_hash_policy(&mut self) {
-        self.hash_policy.iter_mut().for_each(|(_, known)| *known = None);
+    pub fn retell_families(&mut self) {
+        self.told = [None; 2];
     }
 
     fn compose(&self, known: &Known) -> Port {

@@ -125,7 +125,17 @@ fn tunnels() {
     };
     let tunnel = |input, output| {
         let [local, remote] = ["192.0.2.1", "198.51.100.2"].map(|address| address.parse().unwrap());
-        PortKind::Tunnel(Tunnel { local, remote, link: 3, input, output, ttl: 64, tos: 1 })
+        PortKind::Tunnel(Tunnel {
+            local,
+            remote,
+            link: 3,
+            input,
+            output,
+            ttl: 64,
+            class: None,
+            label: Some(0),
+            limit: None,
+        })
     };
     let none = GreOptions::default();
     let cases = [
@@ -153,4 +163,60 @@ fn tunnels() {
         assert_eq!(gre([0, 0], &more).unsupported.as_deref(), Some(what));
     }
     assert_eq!(gre([0, 0], &attr(18, &[])).kind, PortKind::Other, "its ends are its packets'");
+}
+
+/// A GRE tunnel over IPv6 as Linux describes it (net/ipv6/ip6_gre.c, ip6gre_fill_info), put together by hand.
+#[test]
+fn tunnels_over_ipv6() {
+    use towpath_fpc::{GreOptions, PortKind, Tunnel};
+    let ends = ["2001:db8::1", "2001:db8::2"].map(|address| address.parse::<std::net::Ipv6Addr>().unwrap());
+    let gre = |settings: u32, more: &[u8]| {
+        let ends = [attr(6, &ends[0].octets()), attr(7, &ends[1].octets())].concat();
+        let flags = [attr(2, &0x2000u16.to_be_bytes()), attr(3, &0x8000u16.to_be_bytes())].concat();
+        let keys = [attr(4, &7u32.to_be_bytes()), attr(5, &0u32.to_be_bytes())].concat();
+        let rest = [attr(1, &3u32.to_ne_bytes()), attr(8, &[64]), attr(11, &[4])].concat();
+        let six = [attr(12, &0x0b8_54321u32.to_be_bytes()), attr(13, &settings.to_ne_bytes())].concat();
+        let others = [attr(20, &0u32.to_ne_bytes()), attr(14, &0u16.to_ne_bytes()), attr(16, &[0; 2])].concat();
+        let data = [&ends, &flags, &keys, &rest, &six, &others, more].concat();
+        let info = [attr(1, b"ip6gre\0"), attr(2, &data)].concat();
+        // ARPHRD_IP6GRE, interface 9
+        let mut message = vec![0, 0, 0x37, 3, 9, 0, 0, 0, 0xd1, 0, 1, 0, 0, 0, 0, 0];
+        message.extend([attr(3, b"gre6\0"), attr(18, &info)].concat());
+        decode::link::parse(&message).unwrap().unwrap()
+    };
+    let none = GreOptions::default();
+    let tunnel = Tunnel {
+        local: ends[0].into(),
+        remote: ends[1].into(),
+        link: 3,
+        input: GreOptions { key: Some(7), ..none },
+        output: GreOptions { checksum: true, ..none },
+        ttl: 64,
+        class: Some(0xb8),
+        label: Some(0x54321),
+        limit: Some(4),
+    };
+    for (settings, expected) in [
+        (0, tunnel),
+        (0x3_0000, tunnel),
+        (0x4_0040, tunnel),
+        (1, Tunnel { limit: None, ..tunnel }),
+        (2, Tunnel { class: None, ..tunnel }),
+        (4, Tunnel { label: None, ..tunnel }),
+        (7, Tunnel { class: None, label: None, limit: None, ..tunnel }),
+    ] {
+        let link = gre(settings, &[]);
+        assert_eq!((link.kind, link.unsupported), (PortKind::Tunnel(expected), None), "{settings:x}");
+    }
+    for (settings, more, what) in [
+        (0x10, vec![], "GRE with dscp inherit"),
+        (0x20, vec![], "GRE with fwmark inherit"),
+        (0x8, vec![], "GRE with flags 0x8"),
+        (0, attr(20, &1u32.to_ne_bytes()), "GRE with fwmark"),
+        (0, attr(14, &1u16.to_ne_bytes()), "GRE in UDP"),
+        (0, attr(9, &[1]), "GRE attribute 9"),
+    ] {
+        assert_eq!(gre(settings, &more).unsupported.as_deref(), Some(what));
+    }
+    assert_eq!(gre(0, &attr(18, &[])).kind, PortKind::Other, "its ends are its packets'");
 }

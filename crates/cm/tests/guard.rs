@@ -11,7 +11,7 @@ use std::ffi::CString;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::FamilyReader, watchers};
+use towpath_cm::guard::{Capture, Nftables, POLL, Rules, Sysctl, Tc, Xfrm, Xtables, sysctl::HashPolicies, watchers};
 use towpath_cm::{Finding, FlowMode, Moved, PortIndex, Watcher};
 use towpath_fpc::{Port, PortFamily, PortKind, Scope};
 use towpath_tables::Reason;
@@ -1106,14 +1106,13 @@ fn sysctls_follow_a_renamed_interface() {
 }
 
 #[test]
-fn family_settings_are_read() {
+fn hash_policies_are_read() {
     let _lab = Lab::new();
-    let mut reader = FamilyReader::default();
-    let policies = |reader: &mut FamilyReader| reader.read().unwrap().map(|settings| settings.hash_policy);
-    assert_eq!(policies(&mut reader), [0, 0]);
+    let mut policies = HashPolicies::default();
+    assert_eq!(policies.read().unwrap(), [0, 0]);
     run("sysctl -qw net.ipv4.fib_multipath_hash_policy=1");
     let v6 = works("sysctl -qw net.ipv6.fib_multipath_hash_policy=1");
-    assert_eq!(policies(&mut reader), [1, u8::from(v6)]);
+    assert_eq!(policies.read().unwrap(), [1, u32::from(v6)]);
 }
 
 /// CPU time of the thread so far.

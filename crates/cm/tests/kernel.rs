@@ -360,7 +360,7 @@ fn changed_interfaces_are_linux_s_while_their_description_waits() {
             told(&|m| matches!(m, Message::Port(p) if p.ifindex == v0 && p.family[0].forwarding)) < over(forwarding)
         );
         assert!(told(&|m| port(m, v1) && matches!(m, Message::Port(p) if !p.up)) < over(down));
-        let settings = FamilySettings { family: Family::V4, hash_policy: 1 };
+        let settings = FamilySettings { family: Family::V4, hash_policy: 1, flow_labels: false };
         assert!(told(&|m| *m == Message::FamilySettings(settings)) < over(hash_policy));
         drop(stop);
         cm.join().unwrap().unwrap();

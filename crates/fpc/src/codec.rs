@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 11;
+pub const VERSION: u16 = 12;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -441,7 +441,7 @@ macro_rules! structs {
 structs! {
     Hello { magic, version }
     Port { ifindex, name, mac, mtu, kind, up, carrier, master, vrf, promiscuous, family, send_redirects, rp_filter, route_localnet, unsupported }
-    Tunnel { local, remote, link, input, output, ttl, tos }
+    Tunnel { local, remote, link, input, output, ttl, class, label, limit }
     GreOptions { key, checksum, sequence }
     Vrf { ifindex, name, table }
     PortFamily { forwarding, ignore_linkdown }
@@ -455,7 +455,7 @@ structs! {
     Policy { source, scope, reason, detail, filter, flows, rules, momentary }
     Rule { priority, iif, from, to, by_mark, action }
     Tuple { source, destination, source_port, destination_port, protocol }
-    FamilySettings { family, hash_policy }
+    FamilySettings { family, hash_policy, flow_labels }
     AlarmId { source, number }
     Alarm { id, policies }
 }

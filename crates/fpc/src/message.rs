@@ -245,8 +245,19 @@ pub struct Tunnel {
     pub output: GreOptions,
     /// Time to live of packets out; 0 to inherit it
     pub ttl: u8,
-    /// TOS of packets out; with the lowest bit set it is inherited
-    pub tos: u8,
+    /// TOS or traffic class of packets out; None to inherit it
+    pub class: Option<u8>,
+    /// Flow label of packets out over IPv6, 0 if they have none of their own; None to inherit it
+    pub label: Option<u32>,
+    /// Encapsulation limit that packets out over IPv6 bear (RFC 2473), if they do
+    pub limit: Option<u8>,
+}
+
+impl Tunnel {
+    /// The family of its packets outside
+    pub fn family(&self) -> Family {
+        Family::of(self.remote)
+    }
 }
 
 /// What the GRE header of a tunnel's packets holds in one direction.
@@ -594,4 +605,6 @@ pub struct FamilySettings {
     pub family: Family,
     /// `fib_multipath_hash_policy`; other values than 0 and 1 are reported as a policy too
     pub hash_policy: u8,
+    /// Whether Linux gives tunnels' packets a flow label that would have none: IPv6 `auto_flowlabels`
+    pub flow_labels: bool,
 }

@@ -11,7 +11,7 @@ use crate::via::{RTNH_F_DEAD, Target, ViaId, ViaKey, Vias};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use towpath_fpc::*;
-use towpath_tables::tunnel::TunnelValue;
+use towpath_tables::tunnel::{Label, TunnelValue};
 use towpath_tables::{Connection, Obstacle, Reason, record::Family};
 
 /// A frame carries at most this many VLAN tags on the fast path.
@@ -76,6 +76,8 @@ pub(crate) struct State {
     /// Those whose filter the engine runs
     filtered: BTreeSet<Policy>,
     pub hash_policy: [u8; 2],
+    /// Whether Linux makes flow labels for its tunnels' packets, per family
+    flow_labels: [bool; 2],
     /// By their numbers in the tables
     pub mappings: BTreeMap<u32, Mapping>,
     /// Nobody follows Linux's rules
@@ -139,6 +141,10 @@ impl State {
             Message::FamilySettings(settings) => {
                 self.hash_policy[settings.family as usize] = settings.hash_policy;
                 self.changes.config = true;
+                if self.flow_labels[settings.family as usize] != settings.flow_labels {
+                    self.flow_labels[settings.family as usize] = settings.flow_labels;
+                    self.tunnels_changed();
+                }
             }
         }
     }
@@ -516,14 +522,16 @@ impl State {
                 let in_vrfs = self.ports.values().filter(|port| port.value.vrf.is_some());
                 self.changes.ports.extend(in_vrfs.map(|port| port.value.ifindex));
             }
-            Scope::Local(_) => {
-                let tunnels: Vec<_> = self.tunnels().collect();
-                self.changes.ports.extend(tunnels);
-            }
+            Scope::Local(_) => self.tunnels_changed(),
             Scope::Ingress(ifindex, _) | Scope::Egress(ifindex, _) => {
                 self.changes.ports.insert(ifindex);
             }
         }
+    }
+
+    fn tunnels_changed(&mut self) {
+        let tunnels: Vec<_> = self.tunnels().collect();
+        self.changes.ports.extend(tunnels);
     }
 
     // ---- answers
@@ -548,33 +556,35 @@ impl State {
     /// be mistaken for another.
     pub fn tunnel(&self, port: &Port) -> Option<TunnelValue> {
         let PortKind::Tunnel(own) = port.kind else { return None };
-        let (IpAddr::V4(local), IpAddr::V4(remote)) = (own.local, own.remote) else { return None };
-        let is_host = |address: Ipv4Addr| {
-            !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast() && !address.is_loopback()
-        };
-        // Without it Linux finds no way out (ip_route_output_key_hash_rcu, net/ipv4/route.c).
+        let family = own.family();
+        // Without it Linux finds no way out (ip_route_output_key_hash_rcu, net/ipv4/route.c; ip6_tnl_xmit_ctl,
+        // net/ipv6/ip6_tunnel.c).
         let ours = self.own.contains(&own.local);
         let clear =
             !self.ports.values().any(|other| other.value.ifindex != port.ifindex && is_rival(&own, &other.value));
-        let sound = port.unsupported.is_none() && is_host(local) && is_host(remote) && ours && clear;
+        let ends = Family::of(own.local) == family && is_host(own.local) && is_host(own.remote);
+        let sound = port.unsupported.is_none() && ends && ours && clear;
         (sound && !self.served.is_empty()).then(|| TunnelValue {
-            local,
-            remote,
+            local: own.local,
+            remote: own.remote,
             input_key: own.input.key,
             output_key: own.output.key,
             input_checksum: own.input.checksum,
             output_checksum: own.output.checksum,
             ttl: own.ttl,
-            tos: own.tos,
+            class: own.class,
+            label: Label { fixed: own.label, made: self.flow_labels[family as usize] },
+            limit: own.limit,
             link: own.link,
-            policy: self.tunnel_policy(),
+            policy: self.tunnel_policy(family),
         })
     }
 
-    /// Why packets of tunnels are exceptions. Those to the other end are looked up as packets of this host: by other rules.
-    fn tunnel_policy(&self) -> Option<Reason> {
-        let policy = self.policy(|scope| matches!(scope, Scope::Local(Family::V4))).map(|obstacle| obstacle.reason);
-        let own_are_usual = match self.rules_of(Family::V4) {
+    /// Why packets of tunnels over a family are exceptions. Those to the other end are looked up as packets of this host: by
+    /// other rules.
+    fn tunnel_policy(&self, family: Family) -> Option<Reason> {
+        let policy = self.policy(|scope| *scope == Scope::Local(family)).map(|obstacle| obstacle.reason);
+        let own_are_usual = match self.rules_of(family) {
             Some(None) => true,
             Some(Some(rules)) => !self.has_vrfs() && rules::are_usual_beside_vrfs(rules),
             None => false,
@@ -874,11 +884,23 @@ fn kind_reason(kind: u8) -> Option<Reason> {
     }
 }
 
-/// Whether Linux might take a packet of the one tunnel for one of the other (ip_tunnel_lookup, net/ipv4/ip_tunnel.c): one
-/// for any address goes before if it is bound to the interface that the packet came in by, and so may one for the same
-/// addresses.
+/// Whether an address is one that a tunnel over it can be between: link-local ones are told apart by interface.
+fn is_host(address: IpAddr) -> bool {
+    let other = match address {
+        IpAddr::V4(address) => address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local() || address.to_ipv4_mapped().is_some(),
+    };
+    !(other || address.is_unspecified() || address.is_multicast() || address.is_loopback())
+}
+
+/// Whether Linux might take a packet of the one tunnel for one of the other (ip_tunnel_lookup, net/ipv4/ip_tunnel.c;
+/// ip6gre_tunnel_lookup, net/ipv6/ip6_gre.c): one for any address goes before if it is bound to the interface that the packet
+/// came in by, and so may one for the same addresses.
 fn is_rival(own: &Tunnel, other: &Port) -> bool {
     let PortKind::Tunnel(other) = other.kind else { return false };
+    if other.family() != own.family() {
+        return false;
+    }
     let (same_local, same_remote) = (other.local == own.local, other.remote == own.remote);
     other.input.key.unwrap_or(0) == own.input.key.unwrap_or(0)
         && (same_local || other.local.is_unspecified())

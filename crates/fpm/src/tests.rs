@@ -634,7 +634,7 @@ fn policies_of_a_family_settings_and_own_addresses_reach_the_config() {
     fixture.batch([
         policy(Scope::Family(Family::V6), Reason::PolicyXfrm),
         policy(Scope::Family(Family::V6), Reason::PolicyConntrack),
-        Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1 }),
+        Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1, flow_labels: false }),
         Message::Address(address),
     ]);
     let bits = |fixture: &Fixture| -> u32 {
@@ -1214,7 +1214,9 @@ const GRE: Tunnel = Tunnel {
     input: NO_OPTIONS,
     output: GreOptions { key: Some(5), ..NO_OPTIONS },
     ttl: 64,
-    tos: 1,
+    class: None,
+    label: Some(0),
+    limit: None,
 };
 
 fn keyed(key: u32) -> GreOptions {
@@ -1244,8 +1246,14 @@ impl Fixture {
 
     /// Interface of the tunnel that packets with these addresses and this key belong to, and its words.
     fn tunnel_for(&self, tunnel: Tunnel) -> Option<(u32, u32, u32, u32)> {
-        let (IpAddr::V4(local), IpAddr::V4(remote)) = (tunnel.local, tunnel.remote) else { panic!("no IPv4") };
-        let [local, remote] = [local, remote].map(|address| u32::from_ne_bytes(address.octets()));
+        let words = |address: IpAddr| match address {
+            IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
+            IpAddr::V6(address) => {
+                let word = |at: usize| u32::from_ne_bytes(address.octets()[at..at + 4].try_into().unwrap());
+                [word(0), word(4), word(8), word(12)]
+            }
+        };
+        let [local, remote] = [tunnel.local, tunnel.remote].map(words);
         let key = tunnel.input.key.unwrap_or(0).to_be();
         let first = tunnel_bucket(local, remote, key);
         let view = self.fpm.tables().view();
@@ -1253,25 +1261,25 @@ impl Fixture {
             let slot = view.config().tunnels[place % TUNNEL_BUCKETS].load().checked_sub(1)?;
             let port = &view.ports()[slot as usize];
             let record = &port.tunnel;
-            let same =
-                (record.local[0].load(), record.remote[0].load(), record.input_key.load()) == (local, remote, key);
+            let ends = [&record.local, &record.remote].map(|end| [0, 1, 2, 3].map(|word: usize| end[word].load()));
+            let same = (ends, record.input_key.load()) == ([local, remote], key);
             same.then(|| (port.ifindex.load(), record.flags.load(), record.ttl_tos.load(), record.policy.load()))
         })
     }
 }
 
 const INTO_7: Outcome = Outcome::Tunnel { port: 7, mtu: 1472 };
-const FLAGS: u32 = tunnel_flags::GRE | tunnel_flags::OUTPUT_KEY;
+const FLAGS: u32 = tunnel_flags::GRE | tunnel_flags::OUTPUT_KEY | tunnel_flags::INHERIT_CLASS;
 
 #[test]
 fn tunnels_are_ports_and_next_hops() {
     let mut fixture = Fixture::with_tunnel();
-    let found = Some((7, FLAGS, 0x140, 0));
+    let found = Some((7, FLAGS, 0x40, 0));
     fixture.expect("10.7.1.1", INTO_7).expect("2001:db8:7::1", INTO_7);
     assert_eq!(fixture.tunnel_for(GRE), found);
     assert_eq!(fixture.flags(7) & (port_flags::TUNNEL | port_flags::READY), port_flags::TUNNEL | port_flags::READY);
     // It changes.
-    let changed = Tunnel { input: keyed(8), output: NO_OPTIONS, ttl: 0, tos: 0, ..GRE };
+    let changed = Tunnel { input: keyed(8), output: NO_OPTIONS, ttl: 0, class: Some(0), ..GRE };
     fixture.batch([Message::Port(tunnel(7, changed))]).expect("10.7.1.1", INTO_7);
     assert_eq!((fixture.tunnel_for(GRE), fixture.tunnel_for(changed).map(|found| found.0)), (None, Some(7)));
     fixture.batch([Message::Port(tunnel(7, GRE))]);
@@ -1297,7 +1305,7 @@ fn checksums_of_tunnels_are_made_and_asked_for() {
         (Tunnel { output: summed(GRE.output), ..GRE }, tunnel_flags::OUTPUT_CHECKSUM),
     ] {
         fixture.batch([Message::Port(tunnel(7, changed))]).expect("10.7.1.1", INTO_7);
-        assert_eq!(fixture.tunnel_for(GRE), Some((7, FLAGS | flag, 0x140, 0)));
+        assert_eq!(fixture.tunnel_for(GRE), Some((7, FLAGS | flag, 0x40, 0)));
     }
 }
 
@@ -1313,7 +1321,7 @@ fn numbers_of_tunnels_are_linuxs_in_their_direction() {
     let out = Tunnel { output: numbered(GRE.output), ..GRE };
     fixture.batch([Message::Port(tunnel(7, out))]).exception("10.7.1.1", Reason::TunnelSequence);
     fixture.exception("2001:db8:7::1", Reason::TunnelSequence);
-    assert_eq!((fixture.tunnel_for(GRE), ingress(&fixture)), (Some((7, FLAGS, 0x140, 0)), [None; 2]));
+    assert_eq!((fixture.tunnel_for(GRE), ingress(&fixture)), (Some((7, FLAGS, 0x40, 0)), [None; 2]));
     let into = Tunnel { input: numbered(GRE.input), ..GRE };
     fixture.batch([Message::Port(tunnel(7, into))]).expect("10.7.1.1", INTO_7).expect("2001:db8:7::1", INTO_7);
     assert_eq!(ingress(&fixture), [Some(Obstacle::new(Reason::TunnelSequence)); 2]);
@@ -1369,7 +1377,7 @@ fn tunnels_that_cannot_be_served_are_linuxs() {
         ("multicast", tunnel(7, Tunnel { remote: ip("224.0.0.9"), ..GRE })),
         ("no end of ours", tunnel(7, Tunnel { local: ip("0.0.0.0"), ..GRE })),
         ("another's end", tunnel(7, Tunnel { local: ip("198.51.100.10"), ..GRE })),
-        ("IPv6", tunnel(7, Tunnel { local: ip("2001:db8::1"), remote: ip("2001:db8::2"), ..GRE })),
+        ("two families", tunnel(7, Tunnel { local: ip("2001:db8::1"), ..GRE })),
         ("unsupported", Port { unsupported: Some("GRE in UDP".into()), ..tunnel(7, GRE) }),
     ];
     for (name, port) in cases {
@@ -1383,4 +1391,87 @@ fn tunnels_that_cannot_be_served_are_linuxs() {
     assert_eq!(fixture.tunnel_for(GRE), None);
     fixture.batch([Message::Address(own("198.51.100.9"))]).expect("10.7.1.1", INTO_7);
     assert!(fixture.tunnel_for(GRE).is_some());
+}
+
+/// The same over IPv6
+fn gre6() -> Tunnel {
+    let outside = Tunnel { class: Some(0xb8), label: Some(0x54321), limit: Some(4), ..GRE };
+    Tunnel { local: ip("2001:db8:5::9"), remote: ip("2001:db8:6::7"), ..outside }
+}
+
+fn own6() -> Address {
+    Address { ifindex: 2, address: ip("2001:db8:5::9"), prefix_len: 64 }
+}
+
+/// `auto_flowlabels`
+fn flow_labels(family: Family, flow_labels: bool) -> Message {
+    Message::FamilySettings(FamilySettings { family, hash_policy: 0, flow_labels })
+}
+
+#[test]
+fn tunnels_over_ipv6_are_ports_and_next_hops() {
+    let mut fixture = Fixture::with_tunnel();
+    fixture.batch([Message::Address(own6()), Message::Port(tunnel(7, gre6()))]);
+    let flags = FLAGS & !tunnel_flags::INHERIT_CLASS | tunnel_flags::V6 | tunnel_flags::LIMIT;
+    let found = |more: u32, policy: Option<Reason>| {
+        let policy = policy.map_or(0, |reason| 1 + reason as u32);
+        Some((7, flags | 0x54321 << tunnel_flags::LABEL_SHIFT | more, 0x4_b840, policy))
+    };
+    fixture.expect("10.7.1.1", INTO_7).expect("2001:db8:7::1", INTO_7);
+    assert_eq!(fixture.tunnel_for(gre6()), found(0, None));
+    assert_eq!(fixture.tunnel_for(GRE), None);
+
+    // Labels are made if Linux makes some, of IPv6.
+    fixture.batch([flow_labels(Family::V4, true)]);
+    assert_eq!(fixture.tunnel_for(gre6()), found(0, None));
+    fixture.batch([flow_labels(Family::V6, true)]);
+    assert_eq!(fixture.tunnel_for(gre6()), found(tunnel_flags::MAKE_LABEL, None));
+    fixture.batch([flow_labels(Family::V6, false)]);
+
+    // What is in the way of the router's own packets is so by family.
+    fixture.batch([policy(Scope::Local(Family::V4), Reason::PolicyNetfilter)]);
+    assert_eq!(fixture.tunnel_for(gre6()), found(0, None));
+    fixture.batch([policy(Scope::Local(Family::V6), Reason::PolicyXfrm)]);
+    assert_eq!(fixture.tunnel_for(gre6()), found(0, Some(Reason::PolicyXfrm)));
+
+    let mut fixture = Fixture::with_tunnel();
+    fixture.batch([Message::Address(own6()), Message::Port(tunnel(8, gre6()))]).expect("10.7.1.1", INTO_7);
+    assert!(fixture.tunnel_for(GRE).is_some() && fixture.tunnel_for(gre6()).is_some(), "beside each other");
+    fixture.batch([Message::AddressDelete(own6())]);
+    assert!(fixture.tunnel_for(GRE).is_some() && fixture.tunnel_for(gre6()).is_none(), "not ours any more");
+}
+
+#[test]
+fn tunnels_over_ipv6_that_cannot_be_served_are_linuxs() {
+    let any = ip("::");
+    let with = |change: fn(&mut Tunnel)| {
+        let mut tunnel = gre6();
+        change(&mut tunnel);
+        tunnel
+    };
+    for (name, other) in [
+        ("no other end", Tunnel { remote: any, ..gre6() }),
+        ("no end of ours", Tunnel { local: any, ..gre6() }),
+        ("multicast", with(|tunnel| tunnel.remote = ip("ff02::1"))),
+        ("link-local", with(|tunnel| tunnel.remote = ip("fe80::1"))),
+        ("loopback", with(|tunnel| tunnel.remote = ip("::1"))),
+        ("IPv4 in IPv6", with(|tunnel| tunnel.remote = ip("::ffff:1.2.3.4"))),
+        ("two families", with(|tunnel| tunnel.remote = ip("203.0.113.7"))),
+    ] {
+        let mut fixture = Fixture::with_tunnel();
+        fixture.batch([Message::Address(own6()), Message::Port(tunnel(7, other))]);
+        fixture.exception("10.7.1.1", Reason::EgressNotServed);
+        assert_eq!(fixture.tunnel_for(other), None, "{name}");
+    }
+    for (other, clear) in [
+        (Tunnel { link: 1, ..gre6() }, false),
+        (Tunnel { local: any, link: 1, ..gre6() }, false),
+        (Tunnel { local: any, remote: any, link: 1, ..gre6() }, false),
+        (Tunnel { input: keyed(1), link: 1, ..gre6() }, true),
+        (Tunnel { local: ip("0.0.0.0"), remote: ip("0.0.0.0"), link: 1, ..gre6() }, true),
+    ] {
+        let mut fixture = Fixture::with_tunnel();
+        fixture.batch([Message::Address(own6()), Message::Port(tunnel(7, gre6())), Message::Port(tunnel(8, other))]);
+        assert_eq!(fixture.tunnel_for(gre6()).is_some_and(|found| found.0 == 7), clear, "{other:?}");
+    }
 }

@@ -31,6 +31,15 @@ pub fn bucket_of_tunnel<N: Network>(config: &Config, header: &N) -> usize {
     bucket_of_hash(addresses(u64::from(config.hash_seed.load()), header))
 }
 
+/// A flow label for what has this packet inside: one of those that are given without a state (RFC 6437, section 3; as Linux
+/// marks them, IPV6_FLOWLABEL_STATELESS_FLAG).
+#[inline(always)]
+pub fn flow_label<N: Network>(config: &Config, header: &N) -> u32 {
+    const STATELESS: u32 = 0x8_0000;
+    let hash = mix(addresses(u64::from(config.hash_seed.load()), header), header.flow_extra());
+    (hash >> 45) as u32 | STATELESS
+}
+
 #[inline(always)]
 fn bucket_of_hash(hash: u64) -> usize {
     (mix(hash, 0) >> 56) as usize % GROUP_BUCKETS

@@ -48,7 +48,9 @@ pub use slot_set::SlotSet;
 pub use source::accepts;
 pub use source::leads_back;
 pub use stats::{count_exception, count_exceptions, count_exceptions_lost, count_forward, count_tx_lost};
-pub use tunnel::forward as forward_tunnelled;
+pub use tunnel::{
+    Entering, Inside, Place, Turn, advance as advance_tunnelled, enter6, forward as forward_tunnelled, look_through6,
+};
 
 use towpath_tables::Reason;
 use towpath_tables::flow::{self as flows, FlowRead, Found, Key};

@@ -2,11 +2,11 @@
 //! net/ipv4/{ip_input,route,ip_forward}.c, net/ipv6/{ip6_input,ip6_output}.c); where Linux answers, drops or delivers,
 //! the packet is an exception.
 
-use crate::{Tables, ingress::Entry, source};
+use crate::{Frame, Tables, ingress::Entry, source};
 use towpath_tables::record::{Family, port_flags};
-use towpath_tables::{Reason, lpm};
+use towpath_tables::{Reason, lpm, opaque};
 use towpath_wire::ipv4::Ipv4;
-use towpath_wire::ipv6::Ipv6;
+use towpath_wire::ipv6::{EncapsulationLimit, Ipv6};
 use towpath_wire::transport::protocol;
 use towpath_wire::{Sum, View, ethernet};
 
@@ -52,6 +52,9 @@ pub trait Network: View {
     fn protocol(&self) -> u8;
     /// What part of a datagram the payload is
     fn part(&self) -> Part;
+    /// Where the GRE header of a packet that has one begins, if this header is at `offset`. It may lie behind an encapsulation
+    /// limit (RFC 2473), and behind nothing else.
+    fn gre<F: Frame>(&self, frame: &F, offset: usize) -> Option<usize>;
     /// Whether an ICMP message of this type quotes the packet that it is about
     fn icmp_quotes(kind: u8) -> bool;
     /// Sum of the addresses for a pseudo header
@@ -152,6 +155,11 @@ impl Network for Ipv4 {
             Ipv4::MORE_FRAGMENTS => Part::First,
             _ => Part::Later,
         }
+    }
+
+    #[inline(always)]
+    fn gre<F: Frame>(&self, _frame: &F, offset: usize) -> Option<usize> {
+        (self.protocol == protocol::GRE).then_some(offset + size_of::<Self>())
     }
 
     /// icmp_is_err (6.1, include/linux/icmp.h)
@@ -276,6 +284,25 @@ impl Network for Ipv6 {
     #[inline(always)]
     fn part(&self) -> Part {
         if self.next_header == protocol::FRAGMENT { Part::Later } else { Part::Whole }
+    }
+
+    /// Linux passes over an option that it does not know, as this one is to it (ip6_parse_tlv, net/ipv6/exthdrs.c), if sysctls
+    /// let it (`max_dst_opts_number`).
+    #[inline(always)]
+    fn gre<F: Frame>(&self, frame: &F, offset: usize) -> Option<usize> {
+        /// No GRE header lies farther behind.
+        const FARTHEST: usize = 0x7f;
+        let place = offset + size_of::<Self>();
+        let place = match self.next_header {
+            protocol::GRE => place,
+            protocol::DESTINATION_OPTIONS => {
+                let options = frame.get::<EncapsulationLimit>(place)?;
+                let limit = EncapsulationLimit::new(options.limit, protocol::GRE);
+                (*options == limit).then_some(place + size_of::<EncapsulationLimit>())?
+            }
+            _ => return None,
+        };
+        Some(opaque(place) & FARTHEST)
     }
 
     /// icmpv6_is_err (6.1, include/linux/icmpv6.h)

@@ -25,9 +25,13 @@ const ENCAPSULATIONS: [u16; 6] = [1701, 2152, 4789, 8472, 4790, 6081];
 #[cfg_attr(target_arch = "bpf", inline(always))]
 #[cfg_attr(not(target_arch = "bpf"), inline(never))]
 pub fn check<N: Network, F: Frame>(frame: &F, header: &N, offset: usize, packet_len: usize) -> Result<(), Reason> {
-    let complete = is_complete(frame, header, offset, packet_len)?
-        || header.protocol() == protocol::GRE && tunnelled(frame, offset + size_of::<N>(), offset + packet_len)?;
-    if complete { Ok(()) } else { Err(Reason::PartialChecksum) }
+    if is_complete(frame, header, offset, packet_len)? {
+        return Ok(());
+    }
+    match header.gre(frame, offset) {
+        Some(gre) if tunnelled(frame, gre, offset + packet_len)? => Ok(()),
+        _ => Err(Reason::PartialChecksum),
+    }
 }
 
 /// Whether the checksum of what is in a GRE packet is certainly complete, and GRE's own. The latter covers all of the

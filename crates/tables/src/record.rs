@@ -9,7 +9,7 @@ use crate::word::{W32, W64};
 use core::net::IpAddr;
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 15;
+pub const LAYOUT_VERSION: u32 = 16;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -81,10 +81,13 @@ pub const TUNNEL_BUCKETS: usize = 128;
 /// Longest chain of places looked at to find a tunnel.
 pub const TUNNEL_PROBES: usize = 4;
 
-/// The first place to look for a tunnel at: addresses and key as on the wire (`u32::from_ne_bytes`), no key is key 0.
+/// The first place to look for a tunnel at: addresses and key as on the wire (as in `Tunnel`), no key is key 0.
 #[inline(always)]
-pub const fn tunnel_bucket(local: u32, remote: u32, key: u32) -> usize {
-    let mixed = (local.rotate_left(16) ^ remote ^ key.rotate_left(8)).wrapping_mul(0x9e37_79b1);
+pub const fn tunnel_bucket(local: [u32; 4], remote: [u32; 4], key: u32) -> usize {
+    const fn fold([a, b, c, d]: [u32; 4]) -> u32 {
+        a ^ b ^ c ^ d
+    }
+    let mixed = (fold(local).rotate_left(16) ^ fold(remote) ^ key.rotate_left(8)).wrapping_mul(0x9e37_79b1);
     (mixed >> 25) as usize % TUNNEL_BUCKETS
 }
 
@@ -169,7 +172,7 @@ const _: () = assert!(size_of::<Port>() == 128 && core::mem::offset_of!(Port, tu
 
 /// `Tunnel::flags`
 pub mod tunnel_flags {
-    /// It is one: GRE over IPv4, as RFC 2784 and 2890 have it
+    /// It is one: GRE, as RFC 2784 and 2890 have it
     pub const GRE: u32 = 1 << 0;
     /// Packets to us bear a key
     pub const INPUT_KEY: u32 = 1 << 1;
@@ -179,6 +182,18 @@ pub mod tunnel_flags {
     pub const INPUT_CHECKSUM: u32 = 1 << 3;
     /// Packets from us bear a checksum
     pub const OUTPUT_CHECKSUM: u32 = 1 << 4;
+    /// Over IPv6
+    pub const V6: u32 = 1 << 5;
+    /// Packets from us have the TOS or traffic class of what is inside
+    pub const INHERIT_CLASS: u32 = 1 << 6;
+    /// IPv6: they have the flow label of what is inside, if that has one
+    pub const INHERIT_LABEL: u32 = 1 << 7;
+    /// IPv6: where they would have no flow label they get one that follows from what is inside
+    pub const MAKE_LABEL: u32 = 1 << 8;
+    /// IPv6: they bear an encapsulation limit (RFC 2473)
+    pub const LIMIT: u32 = 1 << 9;
+    /// The flow label of packets from us, or 0, from this bit on
+    pub const LABEL_SHIFT: u32 = 12;
 }
 
 /// A tunnel. Changed in place under `sequence`: odd while a change is under way. Addresses and keys are as on the wire.
@@ -188,7 +203,7 @@ pub struct Tunnel {
     pub sequence: W32,
     /// `tunnel_flags`; 0 if the port is no tunnel
     pub flags: W32,
-    /// Our end; IPv4 in the first word
+    /// Our end; IPv4 in the first word, and the others 0
     pub local: [W32; 4],
     /// The other end
     pub remote: [W32; 4],
@@ -196,8 +211,8 @@ pub struct Tunnel {
     pub input_key: W32,
     /// Key of packets from us, or 0
     pub output_key: W32,
-    /// Bits 0..8: time to live of packets from us, 0 to inherit it. Bits 8..16: their TOS as Linux has it (the lowest bit
-    /// set: inherited)
+    /// Bits 0..8: time to live of packets from us, 0 to inherit it. Bits 8..16: their TOS or traffic class. Bits 16..24: their
+    /// encapsulation limit
     pub ttl_tos: W32,
     /// Interface index of the only way out for packets from us, or 0
     pub link: W32,

@@ -11,7 +11,7 @@ use towpath_tables::lpm::{Kind, Leaf, Word, lookup};
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
 use towpath_tables::record::*;
 use towpath_tables::rib::Entry;
-use towpath_tables::tunnel::TunnelValue;
+use towpath_tables::tunnel::{Label, TunnelValue};
 use towpath_tables::writer::{MAIN_ROOT, PortValue, RouteError, TableWriter};
 use towpath_tables::{Obstacle, Reason};
 
@@ -298,38 +298,50 @@ fn damaged_tables_are_refused() {
 
 #[test]
 fn a_tunnels_way_is_that_of_its_other_end() {
+    way_of_a_tunnel(Family::V4, ["192.0.2.1", "198.51.100.7", "198.51.100.8"], ("198.51.100.0", 24, 32), "0.0.0.0");
+    way_of_a_tunnel(Family::V6, ["2001:db8::1", "2001:db8:1::7", "2001:db8:1::8"], ("2001:db8:1::", 48, 128), "::");
+}
+
+/// Our end and two others, a prefix with its length and that of an address, and the family's first address
+fn way_of_a_tunnel(family: Family, ends: [&str; 3], (prefix, len, whole): (&str, u8, u8), zero: &str) {
+    let [near, far, other] = ends.map(|end| end.parse::<IpAddr>().unwrap());
+    let [prefix, zero] = [prefix, zero].map(|address| address.parse::<IpAddr>().unwrap());
+    let root = MAIN_ROOT[family as usize];
     let mut writer = writer();
     let slot = writer.alloc_upper_port(9).unwrap();
     let [first, second] = [1, 2].map(|n| writer.alloc_nexthop(identity(n)).unwrap());
     let way = |writer: &Writer| Word(writer.view().ports()[slot as usize].tunnel.way.load()).kind();
-    let tunnel = |remote: [u8; 4]| TunnelValue {
-        local: [192, 0, 2, 1].into(),
-        remote: remote.into(),
+    let tunnel = |remote: IpAddr| TunnelValue {
+        local: near,
+        remote,
         input_key: None,
         output_key: None,
         input_checksum: false,
         output_checksum: false,
         ttl: 64,
-        tos: 0,
+        class: Some(0),
+        label: Label::NONE,
+        limit: None,
         link: 0,
         policy: None,
     };
-    writer.set_tunnel(slot, Some(&tunnel([198, 51, 100, 7])));
+    writer.set_port(slot, &PortValue::plain(slot));
+    writer.set_tunnel(slot, Some(&tunnel(far)));
     assert_eq!(way(&writer), Kind::None);
     let leaf = |index| to(Leaf::nexthop(index));
-    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24, leaf(first)).unwrap();
+    writer.route_set(root, prefix, len, leaf(first)).unwrap();
     assert_eq!(way(&writer), Kind::None, "nothing is published yet");
     writer.publish();
     assert_eq!(way(&writer), Kind::Nexthop(first));
-    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 7].into(), 32, leaf(second)).unwrap();
+    writer.route_set(root, far, whole, leaf(second)).unwrap();
     writer.publish();
     assert_eq!(way(&writer), Kind::Nexthop(second), "the longest match");
-    writer.set_tunnel(slot, Some(&tunnel([198, 51, 100, 8])));
+    writer.set_tunnel(slot, Some(&tunnel(other)));
     assert_eq!(way(&writer), Kind::Nexthop(first), "another end");
-    writer.route_remove(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24).unwrap();
+    writer.route_remove(root, prefix, len).unwrap();
     writer.free_nexthop(first);
     let group = writer.alloc_group(&[(second, 1)]).unwrap();
-    writer.route_set(MAIN_ROOT[0], [0, 0, 0, 0].into(), 0, to(Leaf::group(group))).unwrap();
+    writer.route_set(root, zero, 0, to(Leaf::group(group))).unwrap();
     writer.publish();
     assert_eq!(way(&writer), Kind::Group(group), "the default route");
 
@@ -340,7 +352,7 @@ fn a_tunnels_way_is_that_of_its_other_end() {
     writer.publish();
     assert_eq!(way(&writer), Kind::None, "no route was set");
     writer.set_tunnel(slot, None);
-    writer.route_set(MAIN_ROOT[0], [198, 51, 100, 0].into(), 24, leaf(second)).unwrap();
+    writer.route_set(root, prefix, len, leaf(second)).unwrap();
     writer.publish();
     assert_eq!(way(&writer), Kind::None, "no tunnel any more");
 }

@@ -443,9 +443,12 @@ impl<'a> Walk<'a> {
 
     fn policies(&self, reason: Reason, target: Option<Target>) -> Vec<String> {
         let family = self.family();
+        let into = target.and_then(|target| self.names.tunnel(target.ifindex?));
+        let tunnels = [self.ingress.tunnel, into];
+        let outside = |of| tunnels.iter().flatten().any(|tunnel| tunnel.family() == of);
         let touches = |scope: Scope| match scope {
-            Scope::Family(of) => of == family,
-            Scope::Local(of) => of == Family::V4,
+            Scope::Family(of) => of == family || outside(of),
+            Scope::Local(of) => outside(of),
             Scope::Ingress(ifindex, of) => ifindex == self.ingress.port && of.is_none_or(|of| of == family),
             Scope::Egress(ifindex, of) => {
                 target.is_none_or(|target| target.ifindex == Some(ifindex)) && of.is_none_or(|of| of == family)

@@ -5,6 +5,7 @@ use crate::control::Packet;
 use std::net::IpAddr;
 use towpath_fpc::{GreOptions, Tunnel};
 use towpath_wire::gre::Gre;
+use towpath_wire::transport::protocol;
 
 /// Frames are padded to this length, as on a wire without the checksum.
 const SHORTEST: usize = 60;
@@ -17,7 +18,7 @@ pub struct Link {
     pub tags: Vec<(u16, u16)>,
 }
 
-/// The frame as it arrives in a tunnel from its other end (GRE over IPv4).
+/// The frame as it arrives in a tunnel from its other end.
 pub fn tunnelled(packet: &Packet, link: &Link, tunnel: &Tunnel) -> Vec<u8> {
     let header = 14 + 4 * link.tags.len();
     let mut frame = build(packet, link);
@@ -25,10 +26,16 @@ pub fn tunnelled(packet: &Packet, link: &Link, tunnel: &Tunnel) -> Vec<u8> {
     let ethertype = frame.split_off(header - 2);
     let gre = gre(&tunnel.input, &ethertype, &inner);
     frame[..6].copy_from_slice(&link.mac);
-    frame.extend([8, 0]);
-    if let (IpAddr::V4(remote), IpAddr::V4(local)) = (tunnel.remote, tunnel.local) {
-        let length = (20 + gre.len() + inner.len()) as u16;
-        frame.extend(ipv4_header(length, [64, 47], remote.octets(), local.octets()));
+    let length = (gre.len() + inner.len()) as u16;
+    match (tunnel.remote, tunnel.local) {
+        (IpAddr::V4(remote), IpAddr::V4(local)) => {
+            frame.extend(0x0800u16.to_be_bytes());
+            frame.extend(ipv4_header(20 + length, [64, protocol::GRE], remote.octets(), local.octets()));
+        }
+        (remote, local) => {
+            frame.extend(0x86ddu16.to_be_bytes());
+            frame.extend(ipv6_header(length, [protocol::GRE, 64], octets(remote), octets(local)));
+        }
     }
     frame.extend(gre);
     frame.extend(inner);
@@ -66,16 +73,20 @@ pub fn build(packet: &Packet, link: &Link) -> Vec<u8> {
             frame.extend(ipv4(packet, source.octets(), destination.octets()));
         }
         (source, destination) => {
-            let octets = |address| match address {
-                IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-                IpAddr::V6(v6) => v6.octets(),
-            };
             frame.extend(0x86ddu16.to_be_bytes());
             frame.extend(ipv6(packet, octets(source), octets(destination)));
         }
     }
     frame.resize(frame.len().max(SHORTEST), 0);
     frame
+}
+
+/// An address of IPv6
+fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
 }
 
 /// The MAC address a neighbour sends to: the port's, or that of a group (RFC 1112, section 6.4; RFC 2464, section 7).
@@ -111,10 +122,15 @@ fn ipv4_header(length: u16, [ttl, protocol]: [u8; 2], source: [u8; 4], destinati
 
 fn ipv6(packet: &Packet, source: [u8; 16], destination: [u8; 16]) -> Vec<u8> {
     let payload = packet.length.saturating_sub(40);
-    let [high, low] = payload.to_be_bytes();
-    let mut bytes = vec![0x60, 0, 0, 0, high, low, packet.protocol.number(), packet.ttl];
-    bytes.extend(source.into_iter().chain(destination));
+    let mut bytes = ipv6_header(payload, [packet.protocol.number(), packet.ttl], source, destination);
     bytes.extend(transport(packet, &source, &destination, payload.into()));
+    bytes
+}
+
+fn ipv6_header(payload: u16, [protocol, hops]: [u8; 2], source: [u8; 16], destination: [u8; 16]) -> Vec<u8> {
+    let [high, low] = payload.to_be_bytes();
+    let mut bytes = vec![0x60, 0, 0, 0, high, low, protocol, hops];
+    bytes.extend(source.into_iter().chain(destination));
     bytes
 }
 

@@ -5,10 +5,12 @@
 //!                             gre1  ==========  10.99.0.0/24, 2001:db8:99::/64
 //!                             gre2  ==========  10.98.0.0/24, 2001:db8:98::/64   (with keys)
 //!                             gre3  ==========  10.97.0.0/24, 2001:db8:97::/64   (with a key and checksums)
+//!                             gre4  ==========  10.96.0.0/24, 2001:db8:96::/64   (over IPv6)
+//!                             gre5  ==========  10.95.0.0/24, 2001:db8:95::/64   (over IPv6, with a key and checksums)
 
 mod common;
 
-use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, Stream, eventually};
+use common::{DEADLINE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Stream, eventually};
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,6 +18,9 @@ use towpath_lab::packet::{checksum, udp};
 use towpath_lab::{Frr, PacketSocket, supported, wait_for};
 
 const NEAR: &str = "198.51.100.1";
+/// Ends of tunnels over IPv6
+const NEAR6: &str = "2001:db8:2::1";
+const FAR6: &str = RIGHT6;
 const IN_KEY: u32 = 70_000;
 const OUT_KEY: u32 = 9;
 
@@ -29,14 +34,50 @@ struct Tunnel {
     key: Option<u32>,
     /// Whether its packets bear checksums
     checksum: bool,
+    /// Over IPv6: whether its packets bear an encapsulation limit
+    limit: Option<bool>,
 }
 
-static GRE1: Tunnel = Tunnel { name: "gre1", behind: ["10.99.0.2", "2001:db8:99::2"], key: None, checksum: false };
+static GRE1: Tunnel =
+    Tunnel { name: "gre1", behind: ["10.99.0.2", "2001:db8:99::2"], key: None, checksum: false, limit: None };
 static GRE2: Tunnel =
-    Tunnel { name: "gre2", behind: ["10.98.0.2", "2001:db8:98::2"], key: Some(IN_KEY), checksum: false };
-static GRE3: Tunnel = Tunnel { name: "gre3", behind: ["10.97.0.2", "2001:db8:97::2"], key: Some(3), checksum: true };
+    Tunnel { name: "gre2", behind: ["10.98.0.2", "2001:db8:98::2"], key: Some(IN_KEY), checksum: false, limit: None };
+static GRE3: Tunnel =
+    Tunnel { name: "gre3", behind: ["10.97.0.2", "2001:db8:97::2"], key: Some(3), checksum: true, limit: None };
+static GRE4: Tunnel =
+    Tunnel { name: "gre4", behind: ["10.96.0.2", "2001:db8:96::2"], key: None, checksum: false, limit: Some(true) };
+static GRE5: Tunnel =
+    Tunnel { name: "gre5", behind: ["10.95.0.2", "2001:db8:95::2"], key: Some(3), checksum: true, limit: Some(false) };
 
 impl Tunnel {
+    /// Bytes before its GRE headers
+    fn outer(&self) -> usize {
+        match self.limit {
+            None => 20,
+            Some(false) => 40,
+            Some(true) => 48,
+        }
+    }
+
+    /// The headers before so many bytes from its other end.
+    fn outer_header(&self, tos: u8, length: usize) -> Vec<u8> {
+        let [high, low] = ((self.outer() + length) as u16).to_be_bytes();
+        if self.limit.is_none() {
+            let mut outer = vec![0x45, tos, high, low, 0x12, 0x34, 0x40, 0, 64, 47, 0, 0];
+            outer.extend([198, 51, 100, 2, 198, 51, 100, 1]);
+            fix(&mut outer);
+            return outer;
+        }
+        let limit: &[u8] = if self.limit == Some(true) { &[47, 0, 4, 1, 3, 1, 1, 0] } else { &[] };
+        let [high, low] = ((limit.len() + length) as u16).to_be_bytes();
+        let next = if limit.is_empty() { 47 } else { 60 };
+        let mut outer = vec![0x60 | tos >> 4, tos << 4, 0, 0, high, low, next, 64];
+        for end in [FAR6, NEAR6] {
+            outer.extend(end.parse::<std::net::Ipv6Addr>().expect("an address").octets());
+        }
+        [&outer, limit].concat()
+    }
+
     /// Bytes of its GRE headers
     fn header(&self) -> usize {
         4 + [self.key.is_some(), self.checksum].iter().filter(|is| **is).count() * 4
@@ -58,14 +99,20 @@ impl Tunnel {
 
 fn networks() -> Option<(Net, Wire)> {
     let net = Net::new();
-    let probe = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
+    let probe = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78 &&
+                 ip link add probe6 type ip6gre local 2001:db8:7::77 remote 2001:db8:7::78 && ip link delete probe6";
     if !supported("GRE", || net.router.sh(probe).map(drop)) {
         return None;
     }
     net.ip("tunnel delete probe");
     make_gre1(&net);
     let other_end = format!("local {RIGHT} remote {NEAR}");
+    let other_end6 = format!("local {FAR6} remote {NEAR6}");
     for line in [
+        format!("ip link add gre4 type ip6gre {other_end6} && ip link set gre4 up"),
+        format!("ip link add gre5 type ip6gre {other_end6} key 3 csum && ip link set gre5 up"),
+        "ip address add 10.96.0.2/32 dev lo; ip address add 2001:db8:96::2/128 dev lo".into(),
+        "ip address add 10.95.0.2/32 dev lo; ip address add 2001:db8:95::2/128 dev lo".into(),
         format!("ip tunnel add gre1 mode gre {other_end}"),
         format!("ip tunnel add gre2 mode gre {other_end} ikey {OUT_KEY} okey {IN_KEY}"),
         format!("ip tunnel add gre3 mode gre {other_end} key 3 csum"),
@@ -81,6 +128,8 @@ fn networks() -> Option<(Net, Wire)> {
     net.ip(&format!(
         "tunnel add gre2 mode gre local {NEAR} remote {RIGHT} ikey {IN_KEY} okey {OUT_KEY} ttl 33 tos 0x48"
     ));
+    make_over_ipv6(&net, "gre4", "");
+    make_over_ipv6(&net, "gre5", "key 3 csum encaplimit none hoplimit 0 tclass inherit flowlabel inherit");
     net.ip(&format!("tunnel add gre3 mode gre local {NEAR} remote {RIGHT} key 3 csum ttl 64"));
     for line in [
         "link set gre3 up",
@@ -108,6 +157,19 @@ fn make_gre1(net: &Net) {
         "route add 2001:db8:99::/64 dev gre1",
     ] {
         net.ip(line);
+    }
+}
+
+/// Makes a tunnel over IPv6, and the routes that lead there.
+fn make_over_ipv6(net: &Net, name: &str, options: &str) {
+    let third = if name == "gre4" { 96 } else { 95 };
+    for line in [
+        format!("link add {name} type ip6gre local {NEAR6} remote {FAR6} {options}"),
+        format!("link set {name} up"),
+        format!("route add 10.{third}.0.0/24 dev {name}"),
+        format!("route add 2001:db8:{third}::/64 dev {name}"),
+    ] {
+        net.ip(&line);
     }
 }
 
@@ -155,13 +217,15 @@ const INTO: Path = Path {
     reason: None,
 };
 
+static TUNNELS: [&Tunnel; 5] = [&GRE1, &GRE2, &GRE3, &GRE4, &GRE5];
+
 fn paths() -> Vec<Path> {
     let mut paths = Vec::new();
     let ways = [(false, false), (false, true), (true, false), (true, true)];
-    for (tunnel, (out_of, ipv6)) in [&GRE1, &GRE2, &GRE3].into_iter().flat_map(|tunnel| ways.map(|way| (tunnel, way))) {
+    for (tunnel, (out_of, ipv6)) in TUNNELS.into_iter().flat_map(|tunnel| ways.map(|way| (tunnel, way))) {
         let path = Path { out_of, tunnel, ipv6, ..INTO };
         // Without the tunnel's headers, what the links carry.
-        let largest = 1480 - tunnel.header();
+        let largest = 1500 - tunnel.outer() - tunnel.header();
         paths.extend([path, Path { df: false, ..path }, Path { ttl: 2, ..path }, Path { length: largest, ..path }]);
         paths.extend([0xb8, 1, 2, 3].map(|tos| Path { tos, ..path }));
         paths.push(Path { ttl: 255, length: 61, ..path });
@@ -210,12 +274,9 @@ impl Wire {
         }
         let ethertype = [frame[12], frame[13]];
         let gre = path.tunnel.gre(ethertype, &frame[14..]);
-        let mut outer = vec![0x45, path.outer_tos, 0, 0, 0x12, 0x34, 0x40, 0, 64, 47, 0, 0];
-        outer.extend([198, 51, 100, 2, 198, 51, 100, 1]);
-        let length = (outer.len() + gre.len() + frame.len() - 14) as u16;
-        outer[2..4].copy_from_slice(&length.to_be_bytes());
-        fix(&mut outer);
-        [&frame[..12], &[8, 0], &outer, &gre, &frame[14..]].concat()
+        let outer = path.tunnel.outer_header(path.outer_tos, gre.len() + frame.len() - 14);
+        let ethertype = if path.tunnel.limit.is_some() { [0x86, 0xdd] } else { [8, 0] };
+        [&frame[..12], &ethertype, &outer, &gre, &frame[14..]].concat()
     }
 
     fn send(&self, path: &Path, payload: u8) {
@@ -223,16 +284,22 @@ impl Wire {
         from.send(&self.frame(path, payload)).expect("sent");
     }
 
-    /// The frame with this payload that comes out at the other side. The identification of packets into tunnels, which
-    /// nobody can foretell, is blotted out, as is what follows from it.
+    /// The frame with this payload that comes out at the other side. The identification of packets into tunnels and the flow
+    /// label that they are given, which nobody can foretell, are blotted out, as is what follows from them.
     fn arrival(&self, path: &Path, payload: u8) -> Vec<u8> {
         let at = if path.out_of { &self.left } else { &self.right };
         // Not what hosts answer, which quotes it
-        let headers = if path.out_of { 14 } else { 34 + path.tunnel.header() + if path.numbered { 4 } else { 0 } };
+        let (outer, numbered) = (path.tunnel.outer(), if path.numbered { 4 } else { 0 });
+        let headers = if path.out_of { 14 } else { 14 + outer + path.tunnel.header() + numbered };
         let ours = |bytes: &[u8]| bytes.len() == headers + path.length && bytes.ends_with(&[payload; 9]);
         let found = at.receive_matching(DEADLINE, |frame| ours(&frame.bytes)).expect("frames");
         let mut bytes = found.unwrap_or_else(|| panic!("a frame in time: {path:?}")).bytes;
-        if !path.out_of {
+        if !path.out_of && path.tunnel.limit.is_some() {
+            let label = u32::from_be_bytes([0, bytes[15] & 15, bytes[16], bytes[17]]);
+            assert!(label != 0, "a flow label that was made: {bytes:x?}");
+            bytes[15] &= 0xf0;
+            bytes[16..18].fill(0);
+        } else if !path.out_of {
             assert_eq!((bytes[20] & 0x40, bytes[23]), (0x40, 47), "don't fragment, GRE: {bytes:x?}");
             assert_eq!(checksum(&bytes[14..34]), 0, "header checksum: {bytes:x?}");
             bytes[18..20].fill(0);
@@ -533,4 +600,61 @@ fn ospf_comes_up_and_stays_up_beside_the_fast_paths_traffic() {
     assert!(fast >= sent, "{fast} of {sent} by the fast path");
     assert_eq!(full_after(&router), Some(changes), "the adjacency is the same");
     assert!(net.exceptions("multicast") > 10, "hellos reach Linux");
+}
+
+/// What decides over tunnels over IPv6 and is no setting of theirs.
+#[test]
+fn a_tunnel_over_ipv6_is_linuxs_while_something_is_in_its_way() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    let verdict = || net.json(&["explain", LEFT, "10.96.0.2"])["verdict"].clone();
+    let becomes = |reason: Option<&str>| {
+        eventually(&format!("{reason:?}"), || {
+            let now = verdict();
+            (now["reason"].as_str() == reason && (reason.is_some() || now["path"] == "fast")).then_some(())
+        });
+    };
+    let into = Path { tunnel: &GRE4, ..INTO };
+    becomes(None);
+    assert_eq!(are_fast(&net, &wire, into), [true; 2]);
+    let said = net.json(&["explain", "10.96.0.2", LEFT, "in", "gre4"]);
+    assert_eq!(said["verdict"]["path"], "fast", "{said}");
+    assert!(said["steps"].to_string().contains("out of gre4: in GRE from 2001:db8:2::2 to 2001:db8:2::1"), "{said}");
+
+    // Rules for the router's own packets count by family, and are named.
+    for (family, slow) in [("ip", false), ("ip6", true)] {
+        net.exec(&format!("nft add table {family} own"));
+        net.exec(&format!("nft add chain {family} own out {{ type filter hook output priority 0 ; }}"));
+        net.exec(&format!("nft add rule {family} own out counter accept"));
+        let rule = format!("table {family} own");
+        let told = || net.json(&["status"]).to_string().contains(&rule);
+        eventually("the rule is seen", || told().then_some(()));
+        becomes(slow.then_some("policy-netfilter"));
+        assert_eq!(are_fast(&net, &wire, into), [!slow; 2], "{family}");
+        if slow {
+            let detail = verdict()["detail"].to_string();
+            assert!(detail.contains(&rule) && !detail.contains("table ip own"), "{detail}");
+        }
+        net.exec(&format!("nft delete table {family} own"));
+        eventually("it is gone", || (!told()).then_some(()));
+    }
+    becomes(None);
+
+    // Linux drops limits if it is told to accept no options.
+    net.router.sysctl("net.ipv6.max_dst_opts_number", "0").expect("set");
+    eventually("options are refused", || net.json(&["status"]).to_string().contains("max_dst_opts").then_some(()));
+    let refused = net.exceptions("policy-sysctl");
+    wire.send(&Path { out_of: true, ..into }, 7);
+    eventually("Linux has it", || (net.exceptions("policy-sysctl") > refused).then_some(()));
+    net.router.sysctl("net.ipv6.max_dst_opts_number", "8").expect("set");
+    eventually("accepted", || (!net.json(&["status"]).to_string().contains("max_dst_opts")).then_some(()));
+
+    // What the fast path does not repeat
+    net.ip(&format!("link set gre4 type ip6gre local {NEAR6} remote {FAR6} dscp inherit"));
+    becomes(Some("egress-not-served"));
+    assert_eq!(are_fast(&net, &wire, into), [false; 2]);
+    net.ip("link delete gre4");
+    make_over_ipv6(&net, "gre4", "");
+    becomes(None);
+    assert_eq!(are_fast(&net, &wire, into), [true; 2]);
 }

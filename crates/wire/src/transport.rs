@@ -23,6 +23,8 @@ pub mod protocol {
     pub const FRAGMENT: u8 = 44;
     /// Encapsulating security payload
     pub const ESP: u8 = 50;
+    /// IPv6 authentication header
+    pub const AUTHENTICATION: u8 = 51;
     /// ICMPv6
     pub const ICMPV6: u8 = 58;
     /// IPv6: nothing follows

@@ -7,7 +7,8 @@ use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len};
 use towpath_pipeline::nat::{self, Choice};
 use towpath_pipeline::{
-    Beside, Candidate, Entry, Frame, Parsed, Refusal, Tables, checksum, forward_flow, forward_tunnelled,
+    Beside, Candidate, Entering, Entry, Frame, Inside, Parsed, Place, Refusal, Tables, Turn, advance_tunnelled,
+    checksum, enter6, forward_flow, look_through6,
 };
 use towpath_tables::record::{Family, PORT_SLOTS};
 use towpath_tables::{Reason, opaque};
@@ -114,13 +115,17 @@ impl Frame for XdpFrame {
 
     #[inline(always)]
     fn tunnelled<T: Tables>(&mut self, _: &T, entry: &Entry, parsed: &Parsed, refusal: Refusal) -> Result<u32, Reason> {
-        let into = match refusal {
-            Refusal::Exception(Reason::LocalDestination) => THROUGH,
-            Refusal::Exception(reason) => return Err(reason),
-            Refusal::Into(slot) => slot << INTO_SHIFT,
+        let at = entry.slot << SLOT_SHIFT | parsed.offset as u32 & PLACES;
+        let what = match Place::of(refusal, parsed)? {
+            Place::Outside(Parsed { family: Family::V6, .. }) => {
+                INSIDE | entry.slot << OTHER_SHIFT | result(through6(self.ctx, Self::forget(at)))?
+            }
+            Place::Outside(_) => OUTSIDE | at,
+            Place::Inside(_) => return Err(Reason::Internal),
+            Place::Before(slot, _) => slot << OTHER_SHIFT | at,
         };
-        let what = into | entry.slot << SLOT_SHIFT | parsed.offset as u32 & OFFSET;
-        let answer = tunnelled(self.ctx, Self::forget(what));
+        let turn = opaque(tunnelled(self.ctx, Self::forget(what)) as usize) as u64;
+        let answer = if turn & ENTERS == 0 { turn as u32 } else { into6(self.ctx, turn) };
         self.reload();
         result(answer)
     }
@@ -161,18 +166,22 @@ impl Frame for XdpFrame {
     }
 }
 
-/// What `tunnelled` is told: the IP header's place, whether the packet is to be looked through, the slot that it came in by
-/// and that of the tunnel that it goes into.
+/// What functions are told of a packet: the IP header's place, and the slot that it came in by
 const OFFSET: u32 = 0x1f;
-const THROUGH: u32 = 0x20;
 const SLOT_SHIFT: u32 = 8;
-const INTO_SHIFT: u32 = 16;
-const _: () = assert!(PORT_SLOTS << SLOT_SHIFT <= 1 << INTO_SHIFT);
+/// What `tunnelled` is told besides: the packet is to be looked through; or it was, and the slots are that of the tunnel that it
+/// came out of and that of the port that it came in by; or neither, and the second slot is that of the tunnel that it goes into
+const OUTSIDE: u32 = 1 << 24;
+const INSIDE: u32 = 1 << 25;
+const OTHER_SHIFT: u32 = 16;
+const _: () = assert!(PORT_SLOTS << SLOT_SHIFT <= 1 << OTHER_SHIFT && PORT_SLOTS << OTHER_SHIFT <= OUTSIDE);
+/// What it answers, beside what all do: what `into6` is to be told
+const ENTERS: u64 = 1 << 48;
 /// What `flow4` and `flow6` are told besides place and slot: checksums may be incomplete, and the policy's reason.
 const PARTIAL: u32 = 0x20;
 const REASON_SHIFT: u32 = 16;
-/// What both answer: a slot, or a reason from here on
-const REFUSED: u32 = PORT_SLOTS;
+/// What all answer: a slot, or what is inside of a tunnel's packet, or a reason from here on
+const REFUSED: u32 = PORT_SLOTS << 8;
 
 /// From an answer. The kernel verifies such functions by themselves and takes every number for possible; so that the compiler
 /// does the same, no answer is judged before it is opaque.
@@ -218,10 +227,32 @@ fn payload_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u32 {
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-fn tunnelled(ctx: *mut xdp_md, what: u32) -> u32 {
+fn tunnelled(ctx: *mut xdp_md, what: u32) -> u64 {
     // SAFETY: the caller has the context from the kernel.
     let mut frame = unsafe { XdpFrame::new(ctx) };
-    answer(go_on(&mut frame, what))
+    match go_on(&mut frame, what) {
+        Ok(Turn::Enters(Entering(entering))) => ENTERS | entering,
+        Ok(Turn::Sent(device)) => answer(Ok(device)).into(),
+        Err(reason) => answer(Err(reason)).into(),
+    }
+}
+
+/// Apart from `tunnelled`, so that the stack has room for both and a verifier goes through each by itself.
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn through6(ctx: *mut xdp_md, what: u32) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let frame = unsafe { XdpFrame::new(ctx) };
+    answer(find_inside(&frame, what))
+}
+
+/// See `through6`.
+#[inline(never)]
+#[unsafe(no_mangle)]
+fn into6(ctx: *mut xdp_md, what: u64) -> u32 {
+    // SAFETY: the caller has the context from the kernel.
+    let mut frame = unsafe { XdpFrame::new(ctx) };
+    answer(enter6(&mut frame, &FAR_MAPS, Entering(what)))
 }
 
 #[inline(never)]
@@ -312,11 +343,22 @@ fn go_on_by_flow(frame: &mut XdpFrame, family: Family, what: u32) -> Result<u32,
 }
 
 #[inline(always)]
-fn go_on(frame: &mut XdpFrame, what: u32) -> Result<u32, Reason> {
-    let through = what & THROUGH != 0;
-    let refusal = if through { Reason::LocalDestination.into() } else { Refusal::Into(what >> INTO_SHIFT) };
+fn go_on(frame: &mut XdpFrame, what: u32) -> Result<Turn, Reason> {
+    let (slot, other) = (what >> SLOT_SHIFT & (PORT_SLOTS - 1), what >> OTHER_SHIFT & (PORT_SLOTS - 1));
+    let parsed = || Parsed::again(frame, (what & PLACES) as usize);
+    let (slot, place) = match what & (OUTSIDE | INSIDE) {
+        0 => (slot, Place::Before(other, parsed()?)),
+        OUTSIDE => (slot, Place::Outside(parsed()?)),
+        _ => (other, Place::Inside(Inside(what & ((1 << OTHER_SHIFT) - 1)))),
+    };
+    let entry = Entry::new(slot, FAR_MAPS.port(slot).ok_or(Reason::Internal)?);
+    advance_tunnelled(frame, &FAR_MAPS, &entry, place)
+}
+
+#[inline(always)]
+fn find_inside(frame: &XdpFrame, what: u32) -> Result<u32, Reason> {
     let slot = what >> SLOT_SHIFT & (PORT_SLOTS - 1);
     let entry = Entry::new(slot, FAR_MAPS.port(slot).ok_or(Reason::Internal)?);
-    let parsed = Parsed::again(frame, (what & OFFSET) as usize)?;
-    forward_tunnelled(frame, &FAR_MAPS, &entry, &parsed, refusal)
+    let parsed = Parsed::again(frame, (what & PLACES) as usize)?;
+    look_through6(frame, &FAR_MAPS, &entry, &parsed).map(|Inside(inside)| inside)
 }

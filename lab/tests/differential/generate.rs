@@ -236,6 +236,8 @@ impl Generator {
             if !plain && self.random.percent(30) {
                 if self.random.percent(50) {
                     gre::spoil(&mut self.random, &mut draft.packet);
+                } else if draft.v6 {
+                    self.spoil_v6(&mut draft);
                 } else {
                     self.spoil_v4(&mut draft);
                 }
@@ -553,10 +555,11 @@ impl Draft {
         }
     }
 
-    /// The packet, which is complete, inside one of IPv4 with these headers.
+    /// The packet, which is complete, inside one with these headers.
     pub fn carried(mut self, headers: &[u8]) -> Draft {
         self.packet.splice(..0, headers.iter().copied());
-        Draft { ethertype: 0x0800, v6: false, fix_checksum: true, ..self }
+        let v6 = headers.first().is_some_and(|first| first >> 4 == 6);
+        Draft { ethertype: if v6 { 0x86dd } else { 0x0800 }, v6, fix_checksum: true, ..self }
     }
 
     /// Makes the header's checksum right, if it is to be.
@@ -603,16 +606,17 @@ pub fn depends_on_time(bytes: &[u8]) -> bool {
 }
 
 fn packet_depends_on_time(ethertype: [u8; 2], packet: &[u8]) -> bool {
+    let gre = gre::place(packet).and_then(|at| packet.get(at..));
+    let inside = gre.and_then(|gre| gre::inside(gre).map(|(at, ethertype)| (ethertype, &gre[at..])));
+    if inside.is_some_and(|(ethertype, packet)| packet_depends_on_time(ethertype, packet)) {
+        return true;
+    }
     match ethertype {
         [8, 0] => {
             let header = usize::from(packet.first().unwrap_or(&0) & 15) * 4;
             let options = packet.get(20..header.min(packet.len())).unwrap_or_default();
             let timestamp = packet.get(9) == Some(&1) && packet.get(header) == Some(&13);
-            let gre = packet.get(header..).filter(|_| packet.get(9) == Some(&gre::PROTOCOL));
-            let carried = gre.is_some_and(|gre| {
-                gre::inside(gre).is_some_and(|(at, ethertype)| packet_depends_on_time(ethertype, &gre[at..]))
-            });
-            options.contains(&68) || timestamp || packet.get(9) == Some(&2) || carried
+            options.contains(&68) || timestamp || packet.get(9) == Some(&2)
         }
         // The type lies behind any extension headers: eight bytes each, or more.
         [0x86, 0xdd] => {

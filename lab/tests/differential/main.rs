@@ -411,7 +411,8 @@ fn first_redirect(router: &Router, port: usize, frame: &[u8]) -> Result<Frame> {
 
 fn tunnels_supported() -> bool {
     let add = "ip tunnel add probe mode gre local 192.0.2.77 remote 192.0.2.78";
-    supported("GRE", || Lab::new("probe")?.node("a")?.sh(add).map(drop))
+    let add6 = "ip link add probe6 type ip6gre local 2001:db8::77 remote 2001:db8::78";
+    supported("GRE", || Lab::new("probe")?.node("a")?.sh(&format!("{add} && {add6}")).map(drop))
 }
 
 fn vlans_supported() -> bool {

@@ -2,7 +2,7 @@
 
 use crate::generate::{is_router_v4, marker_batch};
 use crate::gre;
-use crate::router::PORTS;
+use crate::router::{PORTS, end_v6};
 use std::borrow::Cow;
 use std::collections::HashSet;
 use towpath_lab::Frame;
@@ -53,9 +53,10 @@ fn unpacked(bytes: &[u8]) -> Cow<'_, [u8]> {
 
 /// Where the packet begins that the router has put into a tunnel, and its EtherType.
 fn carried(bytes: &[u8]) -> Option<(usize, [u8; 2])> {
-    let packet = from_router(bytes).filter(|packet| packet[9] == gre::PROTOCOL)?;
-    let (at, ethertype) = gre::inside(packet.get(header_length(packet)..)?)?;
-    Some((bytes.len() - packet.len() + header_length(packet) + at, ethertype))
+    let packet = from_router(bytes).or_else(|| from_router_v6(bytes))?;
+    let place = gre::place(packet)?;
+    let (at, ethertype) = gre::inside(packet.get(place..)?)?;
+    Some((bytes.len() - packet.len() + place + at, ethertype))
 }
 
 /// Outputs whose order does not matter.
@@ -107,6 +108,13 @@ fn icmp_error(bytes: &[u8]) -> Option<(Vec<u8>, [u8; 2])> {
 fn from_router(bytes: &[u8]) -> Option<&[u8]> {
     let packet = bytes.get(start_of_ipv4(bytes)?..)?;
     is_router_v4(packet.get(12..16)?).then_some(packet).filter(|packet| packet.len() >= 20)
+}
+
+/// The same for IPv6.
+fn from_router_v6(bytes: &[u8]) -> Option<&[u8]> {
+    let packet = bytes.get(14..).filter(|_| bytes[12..14] == [0x86, 0xdd])?;
+    let source = packet.get(8..24)?;
+    (0..PORTS).any(|port| source == end_v6(port, 1).octets()).then_some(packet)
 }
 
 fn start_of_ipv4(bytes: &[u8]) -> Option<usize> {

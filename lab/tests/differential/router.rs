@@ -9,7 +9,7 @@
 
 use crate::memory;
 use anyhow::{Context, Result};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use towpath_lab::{Frame, Lab, Node, PacketSocket};
@@ -27,7 +27,7 @@ pub const NEIGHBOURS_V4: [[u8; 4]; PORTS] = [[192, 0, 2, 10], [198, 51, 100, 10]
 /// VLAN sub-interfaces of eth2, where the kernel has them: identifier, and third byte of 198.18.<n>.1/24.
 pub const VLANS: [(u16, u8); 2] = [(100, 100), (200, 101)];
 
-/// A GRE tunnel from the router's own address on a port to the neighbour there, where the kernel has them. Routes lead
+/// A GRE tunnel from the router's own address on a port to the neighbour there, over either family. Routes lead
 /// 198.18.<third>.0/24 and 2001:db8:1<third>::/48 there (the latter in hexadecimal digits).
 pub struct Tunnel {
     pub name: &'static str,
@@ -37,20 +37,58 @@ pub struct Tunnel {
     pub key: Option<u32>,
     /// The same
     pub checksum: bool,
+    /// Over IPv6
+    pub six: bool,
     options: &'static str,
 }
 
-pub static TUNNELS: [Tunnel; 3] = [
-    Tunnel { name: "gre1", port: 1, third: 0x50, key: None, checksum: false, options: "ttl inherit tos inherit" },
+pub static TUNNELS: [Tunnel; 6] = [
+    Tunnel {
+        name: "gre1",
+        port: 1,
+        third: 0x50,
+        key: None,
+        checksum: false,
+        six: false,
+        options: "ttl inherit tos inherit",
+    },
     Tunnel {
         name: "gre2",
         port: 2,
         third: 0x60,
         key: Some(70_000),
         checksum: false,
+        six: false,
         options: "ikey 70000 okey 9 ocsum ttl 33 tos 0x48",
     },
-    Tunnel { name: "gre3", port: 0, third: 0x70, key: None, checksum: true, options: "csum ttl 64" },
+    Tunnel { name: "gre3", port: 0, third: 0x70, key: None, checksum: true, six: false, options: "csum ttl 64" },
+    Tunnel {
+        name: "gre4",
+        port: 1,
+        third: 0x51,
+        key: None,
+        checksum: false,
+        six: true,
+        options: "hoplimit 0 tclass inherit flowlabel inherit",
+    },
+    Tunnel {
+        name: "gre5",
+        port: 2,
+        third: 0x61,
+        key: Some(70_000),
+        checksum: false,
+        six: true,
+        options: "ikey 70000 okey 9 ocsum encaplimit none hoplimit 33 tclass 0x49 flowlabel 0x12345",
+    },
+    Tunnel {
+        name: "gre6",
+        port: 0,
+        third: 0x71,
+        key: None,
+        checksum: true,
+        six: true,
+        options: "csum encaplimit 7 hoplimit 64",
+    },
 ];
 
 /// Routes of both families. 198.19.0.0/16 and 2001:db8:f00::/40 hold the sources, a part behind each port.
@@ -305,14 +343,24 @@ fn configure_vlans(node: &Node) -> Result<()> {
 }
 
 fn configure_tunnel(node: &Node, tunnel: &Tunnel) -> Result<()> {
-    let Tunnel { name, port, third, options, .. } = tunnel;
-    let [local, remote] = [ROUTER_V4[*port], NEIGHBOURS_V4[*port]].map(Ipv4Addr::from);
+    let Tunnel { name, port, third, options, six, .. } = tunnel;
+    let (kind, [local, remote]) = match six {
+        false => ("gre", [ROUTER_V4[*port], NEIGHBOURS_V4[*port]].map(|end| Ipv4Addr::from(end).to_string())),
+        true => ("ip6gre", [1, 10].map(|last| end_v6(*port, last).to_string())),
+    };
     node.sh(&format!(
-        "ip tunnel add {name} mode gre local {local} remote {remote} {options} && ip link set {name} up &&
+        "sysctl -qw net.ipv6.auto_flowlabels=0 &&
+         ip link add {name} type {kind} local {local} remote {remote} {options} && ip link set {name} up &&
          sysctl -qw net.ipv4.conf.{name}.send_redirects=0 &&
          ip route add 198.18.{third}.0/24 dev {name} && ip route add 2001:db8:1{third:x}::/48 dev {name}"
     ))?;
     Ok(())
+}
+
+/// The router's IPv6 address on a port, or that of the neighbour there, which both end in a byte in decimal digits.
+pub fn end_v6(port: usize, last: u16) -> Ipv6Addr {
+    let last = if last == 10 { 0x10 } else { last };
+    Ipv6Addr::new(0x2001, 0xdb8, port as u16, 0, 0, 0, 0, last)
 }
 
 /// As `ip` takes it.

@@ -2,7 +2,7 @@
 
 use super::{attrs, fixed, int16, int32, split};
 use crate::error::CmError;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use towpath_fpc::{GreOptions, PortKind, Tunnel};
 use towpath_wire::gre::Gre;
 
@@ -39,6 +39,9 @@ const IFLA_GRE_REMOTE: u16 = 7;
 const IFLA_GRE_TTL: u16 = 8;
 const IFLA_GRE_TOS: u16 = 9;
 const IFLA_GRE_PMTUDISC: u16 = 10;
+const IFLA_GRE_ENCAP_LIMIT: u16 = 11;
+const IFLA_GRE_FLOWINFO: u16 = 12;
+const IFLA_GRE_FLAGS: u16 = 13;
 const IFLA_GRE_ENCAP_TYPE: u16 = 14;
 const IFLA_GRE_ENCAP_FLAGS: u16 = 15;
 const IFLA_GRE_ENCAP_SPORT: u16 = 16;
@@ -47,8 +50,21 @@ const IFLA_GRE_COLLECT_METADATA: u16 = 18;
 const IFLA_GRE_IGNORE_DF: u16 = 19;
 const IFLA_GRE_FWMARK: u16 = 20;
 
+/// IFLA_GRE_FLAGS (include/uapi/linux/ip6_tunnel.h): what is asked for
+const IP6_TNL_F_IGN_ENCAP_LIMIT: u32 = 0x1;
+const IP6_TNL_F_USE_ORIG_TCLASS: u32 = 0x2;
+const IP6_TNL_F_USE_ORIG_FLOWLABEL: u32 = 0x4;
+const IP6_TNL_F_RCV_DSCP_COPY: u32 = 0x10;
+const IP6_TNL_F_USE_ORIG_FWMARK: u32 = 0x20;
+/// That the other end may be this host, which makes no difference; and what Linux has found out of both ends
+/// (IP6_TNL_F_CAP_*, include/net/ip6_tunnel.h)
+const IP6_TNL_F_WITHOUT_EFFECT: u32 = 0x40 | 0x1_0000 | 0x2_0000 | 0x4_0000;
+
 const ARPHRD_ETHER: u16 = 1;
+/// The lowest bit of a tunnel's TOS
+const TOS_INHERITED: u8 = 1;
 const ARPHRD_IPGRE: u16 = 778;
+const ARPHRD_IP6GRE: u16 = 823;
 const ARPHRD_LOOPBACK: u16 = 772;
 const IF_OPER_UNKNOWN: u8 = 0;
 const IF_OPER_UP: u8 = 6;
@@ -132,7 +148,7 @@ pub fn parse(payload: &[u8]) -> Result<Option<Link>, CmError> {
             (Some(lower), Some(protocol), Some(id)) if !foreign_lower => PortKind::Vlan { lower, protocol, id },
             _ => PortKind::Other,
         },
-        (ARPHRD_IPGRE, b"gre") => info.tunnel.map_or(PortKind::Other, PortKind::Tunnel),
+        (ARPHRD_IPGRE, b"gre") | (ARPHRD_IP6GRE, b"ip6gre") => info.tunnel.map_or(PortKind::Other, PortKind::Tunnel),
         _ => PortKind::Other,
     };
     if let PortKind::Tunnel(_) = kind {
@@ -170,7 +186,7 @@ fn link_info(bytes: &[u8]) -> Result<Info<'_>, CmError> {
     }
     match info.kind {
         b"vlan" => vlan_info(data, &mut info)?,
-        b"gre" => gre_info(data, &mut info)?,
+        b"gre" | b"ip6gre" => gre_info(data, &mut info)?,
         b"vrf" => {
             for attr in attrs(WHAT, data) {
                 if let (IFLA_VRF_TABLE, value) = attr? {
@@ -194,13 +210,25 @@ fn has_program(bytes: &[u8]) -> Result<bool, CmError> {
     Ok(false)
 }
 
-/// ipgre_fill_info (net/ipv4/ip_gre.c, Linux 6.1). Of a tunnel that takes its other end from routes or sockets
-/// (collect_md) nothing is told but that.
+/// ipgre_fill_info (net/ipv4/ip_gre.c, Linux 6.1) and ip6gre_fill_info (net/ipv6/ip6_gre.c). Of a tunnel that takes its other
+/// end from routes or sockets (collect_md) nothing is told but that.
 fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
-    let any = Ipv4Addr::UNSPECIFIED.into();
+    let six = info.kind == b"ip6gre";
+    let any = if six { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     let none = GreOptions::default();
-    let mut tunnel = Tunnel { local: any, remote: any, link: 0, input: none, output: none, ttl: 0, tos: 0 };
+    let mut tunnel = Tunnel {
+        local: any,
+        remote: any,
+        link: 0,
+        input: none,
+        output: none,
+        ttl: 0,
+        class: Some(0),
+        label: Some(0),
+        limit: None,
+    };
     let (mut flags, mut keys, mut metadata) = ([0; 2], [0; 2], false);
+    let (mut limit, mut flow, mut settings) = (0, 0, IP6_TNL_F_IGN_ENCAP_LIMIT);
     let mut refuse = |what: &str| info.unsupported = info.unsupported.take().or_else(|| Some(what.to_owned()));
     for attr in attrs(WHAT, bytes) {
         match attr? {
@@ -209,10 +237,16 @@ fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
             (IFLA_GRE_OFLAGS, value) => flags[1] = u16::from_be(int16(WHAT, value)?),
             (IFLA_GRE_IKEY, value) => keys[0] = u32::from_be(int32(WHAT, value)?),
             (IFLA_GRE_OKEY, value) => keys[1] = u32::from_be(int32(WHAT, value)?),
-            (IFLA_GRE_LOCAL, value) => tunnel.local = Ipv4Addr::from(fixed::<4>(WHAT, value)?).into(),
-            (IFLA_GRE_REMOTE, value) => tunnel.remote = Ipv4Addr::from(fixed::<4>(WHAT, value)?).into(),
+            (IFLA_GRE_LOCAL, value) => tunnel.local = end(six, value)?,
+            (IFLA_GRE_REMOTE, value) => tunnel.remote = end(six, value)?,
             (IFLA_GRE_TTL, value) => [tunnel.ttl] = fixed(WHAT, value)?,
-            (IFLA_GRE_TOS, value) => [tunnel.tos] = fixed(WHAT, value)?,
+            (IFLA_GRE_TOS, value) if !six => {
+                let [tos] = fixed(WHAT, value)?;
+                tunnel.class = (tos & TOS_INHERITED == 0).then_some(tos);
+            }
+            (IFLA_GRE_ENCAP_LIMIT, value) if six => [limit] = fixed(WHAT, value)?,
+            (IFLA_GRE_FLOWINFO, value) if six => flow = u32::from_be(int32(WHAT, value)?),
+            (IFLA_GRE_FLAGS, value) if six => settings = int32(WHAT, value)?,
             (IFLA_GRE_PMTUDISC, value) if value == [0] => refuse("GRE with nopmtudisc"),
             (IFLA_GRE_ENCAP_TYPE, value) if int16(WHAT, value)? != 0 => refuse("GRE in UDP"),
             (IFLA_GRE_COLLECT_METADATA, _) => metadata = true,
@@ -226,6 +260,27 @@ fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
             (other, _) => refuse(&format!("GRE attribute {other}")),
         }
     }
+    if settings & IP6_TNL_F_RCV_DSCP_COPY != 0 {
+        refuse("GRE with dscp inherit");
+    }
+    if settings & IP6_TNL_F_USE_ORIG_FWMARK != 0 {
+        refuse("GRE with fwmark inherit");
+    }
+    let known = IP6_TNL_F_IGN_ENCAP_LIMIT
+        | IP6_TNL_F_USE_ORIG_TCLASS
+        | IP6_TNL_F_USE_ORIG_FLOWLABEL
+        | IP6_TNL_F_RCV_DSCP_COPY
+        | IP6_TNL_F_USE_ORIG_FWMARK
+        | IP6_TNL_F_WITHOUT_EFFECT;
+    if settings & !known != 0 {
+        refuse(&format!("GRE with flags {:#x}", settings & !known));
+    }
+    if six {
+        let without = |flag| settings & flag == 0;
+        tunnel.class = without(IP6_TNL_F_USE_ORIG_TCLASS).then_some((flow >> 20) as u8);
+        tunnel.label = without(IP6_TNL_F_USE_ORIG_FLOWLABEL).then_some(flow & 0xf_ffff);
+        tunnel.limit = without(IP6_TNL_F_IGN_ENCAP_LIMIT).then_some(limit);
+    }
     for flags in flags.into_iter().filter(|flags| Gre::len(*flags).is_none()) {
         refuse(&format!("GRE flags {flags:#x}"));
     }
@@ -236,6 +291,11 @@ fn gre_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {
     });
     info.tunnel = (!metadata).then_some(Tunnel { input, output, ..tunnel });
     Ok(())
+}
+
+/// One end of a tunnel.
+fn end(six: bool, value: &[u8]) -> Result<IpAddr, CmError> {
+    Ok(if six { IpAddr::from(fixed::<16>(WHAT, value)?) } else { IpAddr::from(fixed::<4>(WHAT, value)?) })
 }
 
 fn vlan_info(bytes: &[u8], info: &mut Info<'_>) -> Result<(), CmError> {

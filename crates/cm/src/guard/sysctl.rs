@@ -33,7 +33,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
-use towpath_fpc::{FamilySettings, PolicySource, Port, Scope};
+use towpath_fpc::{PolicySource, Port, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -81,33 +81,29 @@ impl Number {
     }
 }
 
-/// Reads what `FamilySettings` tells of both families of the thread's namespace.
-pub struct FamilyReader {
+/// Reads by which fields both families of the thread's namespace choose among next hops.
+pub struct HashPolicies {
     hash_policy: [Number; 2],
 }
 
-impl Default for FamilyReader {
+impl Default for HashPolicies {
     fn default() -> Self {
         let hash_policy = ["net/ipv4", "net/ipv6"].map(|dir| Number::new(&format!("{dir}/fib_multipath_hash_policy")));
         Self { hash_policy }
     }
 }
 
-impl FamilyReader {
-    /// The settings of now, IPv4 first. A kernel without multipath routing counts as policy 0.
-    pub fn read(&mut self) -> Result<[FamilySettings; 2], CmError> {
+impl HashPolicies {
+    /// The policies of now, IPv4 first. A kernel without multipath routing counts as policy 0.
+    pub fn read(&mut self) -> Result<[u32; 2], CmError> {
         let [v4, v6] = &mut self.hash_policy;
-        let read = |family, number: &mut Number| {
-            let value = number.read()?.unwrap_or(0);
-            Ok(FamilySettings { family, hash_policy: u8::try_from(value).unwrap_or(u8::MAX) })
-        };
-        Ok([read(Family::V4, v4)?, read(Family::V6, v6)?])
+        Ok([v4.read()?.unwrap_or(0), v6.read()?.unwrap_or(0)])
     }
 }
 
 /// The watcher of sysctls.
 pub struct Sysctl {
-    settings: FamilyReader,
+    hash_policies: HashPolicies,
     use_pmtu: Number,
     use_neigh: Number,
     proxy_ndp: Number,
@@ -193,7 +189,7 @@ impl Sysctl {
     /// Watches the thread's network namespace.
     pub fn new() -> Result<Self, CmError> {
         Ok(Self {
-            settings: FamilyReader::default(),
+            hash_policies: HashPolicies::default(),
             use_pmtu: Number::new("net/ipv4/ip_forward_use_pmtu"),
             use_neigh: Number::new("net/ipv4/fib_multipath_use_neigh"),
             proxy_ndp: Number::new("net/ipv6/conf/all/proxy_ndp"),
@@ -214,10 +210,10 @@ impl Sysctl {
                 findings.push(Finding::family(family, Reason::PolicySysctl, format!("{name} is on")));
             }
         }
-        for (settings, family) in self.settings.read()?.iter().zip(Family::ALL) {
-            if settings.hash_policy > 1 {
+        for (policy, family) in self.hash_policies.read()?.iter().zip(Family::ALL) {
+            if *policy > 1 {
                 let family_name = family_name(family).to_lowercase();
-                let detail = format!("net.{family_name}.fib_multipath_hash_policy is {}", settings.hash_policy);
+                let detail = format!("net.{family_name}.fib_multipath_hash_policy is {policy}");
                 findings.push(Finding::family(family, Reason::PolicySysctl, detail));
             }
         }

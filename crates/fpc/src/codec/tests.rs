@@ -50,8 +50,19 @@ fn gre_options() -> impl Strategy<Value = GreOptions> {
 }
 
 fn tunnel() -> impl Strategy<Value = Tunnel> {
-    (ip(), ip(), gre_options(), gre_options(), any::<(u32, u8, u8)>()).prop_map(
-        |(local, remote, input, output, (link, ttl, tos))| Tunnel { local, remote, link, input, output, ttl, tos },
+    let outside = any::<(u32, u8, Option<u8>, Option<u32>, Option<u8>)>();
+    (ip(), ip(), gre_options(), gre_options(), outside).prop_map(
+        |(local, remote, input, output, (link, ttl, class, label, limit))| Tunnel {
+            local,
+            remote,
+            link,
+            input,
+            output,
+            ttl,
+            class,
+            label,
+            limit,
+        },
     )
 }
 
@@ -225,8 +236,9 @@ fn packet() -> impl Strategy<Value = Packet> {
         alarm_id().prop_map(Message::AlarmOver),
         any::<u64>().prop_map(Message::Heartbeat),
         listener().prop_map(Message::Lost),
-        (family(), any::<u8>())
-            .prop_map(|(family, hash_policy)| Message::FamilySettings(FamilySettings { family, hash_policy })),
+        (family(), any::<(u8, bool)>()).prop_map(|(family, (hash_policy, flow_labels))| Message::FamilySettings(
+            FamilySettings { family, hash_policy, flow_labels }
+        )),
     ];
     prop_oneof![
         1 => any::<(u32, u16)>().prop_map(|(magic, version)| Packet::Hello(Hello { magic, version })),

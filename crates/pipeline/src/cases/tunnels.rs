@@ -1,7 +1,9 @@
 //! Cases of tunnels: out of them, into them, from one into another.
 
+mod over_ipv6;
+
 use super::*;
-use towpath_tables::record::tunnel_flags;
+use towpath_tables::record::{TUNNEL_BUCKETS, TUNNEL_PROBES, tunnel_flags};
 use towpath_wire::gre::Gre;
 
 /// The router's end of its tunnels
@@ -10,6 +12,16 @@ const NEAR: [u8; 4] = [192, 0, 2, 1];
 const FAR: [u8; 4] = [198, 51, 100, 50];
 /// See `FAR`
 const FAR_KEYED: [u8; 4] = [198, 51, 100, 51];
+
+/// As `NEAR` over IPv6
+fn near6() -> [u8; 16] {
+    address6(0, 0, 1)
+}
+
+/// As `FAR` over IPv6: the last group of the address
+fn far6(last: u16) -> [u8; 16] {
+    address6(1, 0, last)
+}
 
 /// What comes before a packet in a GRE packet.
 fn gre(key: Option<u32>, ethertype: u16) -> Vec<u8> {
@@ -104,6 +116,7 @@ impl Cases {
         self.with_checksums();
         self.numbered();
         self.partial_in_tunnels();
+        self.tunnels_over_ipv6();
     }
 
     fn decapsulated(&mut self) {
@@ -140,7 +153,7 @@ impl Cases {
         };
         let frame = arrive(&wrapped(FAR, None, &to_tags));
         self.tunnelled("out of a tunnel, into tags", nothing, frame, expect, &counted);
-        for (outer, inner) in [(0, 0), (0, 1), (0, 2), (0, 3), (2, 1), (2, 2), (2, 3)] {
+        for (outer, inner) in [(0, 0), (0, 1), (0, 2), (0, 3), (2, 1), (2, 2), (2, 3), (1, 1), (3, 3)] {
             let packet = with4(plain4(), |p| p[1] = 0xb8 | inner);
             let frame = arrive(&with4(wrapped(FAR, None, &packet), |p| p[1] = 0x20 | outer));
             let name = format!("out of a tunnel, ECN {outer} outside, {inner} inside");
@@ -198,7 +211,7 @@ impl Cases {
         for (name, change, reason) in changes {
             self.except(format!("not out of a tunnel: {name}"), nothing, arrive(&with4(good(), change)), reason);
         }
-        for (outer, inner) in [(1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (3, 1), (3, 2), (3, 3)] {
+        for (outer, inner) in [(1, 0), (2, 0), (3, 0), (1, 2), (3, 1), (3, 2)] {
             let packet = with4(plain4(), |p| p[1] = inner);
             let frame = arrive(&with4(wrapped(FAR, None, &packet), |p| p[1] = outer));
             self.except(format!("not out of a tunnel: ECN {outer} outside, {inner} inside"), nothing, frame, Tunnel);
@@ -294,7 +307,10 @@ impl Cases {
                 let expect = sent(leave(OUT, &wrap(FAR, None, outer, 63, &aged(&packet))));
                 let name = format!("into a tunnel, {family:04x}, class {class:x}");
                 self.tunnelled(name, nothing, arrive(&packet), expect, &counted(&packet));
-                let inherit = |world: &mut World| world.port(TUNNEL).tunnel.ttl_tos.store(0x4100);
+                let inherit = |world: &mut World| {
+                    world.port(TUNNEL).tunnel.ttl_tos.store(0x4000);
+                    world.ask(TUNNEL, tunnel_flags::INHERIT_CLASS);
+                };
                 let expect = sent(leave(OUT, &wrap(FAR, None, 0xb8 | outer, 63, &aged(&packet))));
                 let name = format!("into a tunnel, {family:04x}, class {class:x} inherited");
                 let inherit = move |world: &mut World| {
@@ -625,12 +641,20 @@ fn with_data(packet: &[u8], len: usize) -> Vec<u8> {
 
 impl World {
     /// Adds the tunnels: `TUNNEL` without key and with everything inherited but TOS, `KEYED` with a key in each
-    /// direction and settings of its own. 10.2 and 2001:db8:b are behind the one, 10.3 and 2001:db8:c behind the other.
+    /// direction and settings of its own. 10.2 and 2001:db8:b are behind the one, 10.3 and 2001:db8:c behind the other. The same
+    /// over IPv6, with 10.4 and 2001:db8:d, 10.5 and 2001:db8:e behind, and an encapsulation limit for `KEYED6`.
     pub(super) fn add_tunnels(&mut self) {
         let keys = tunnel_flags::INPUT_KEY | tunnel_flags::OUTPUT_KEY;
+        let six = tunnel_flags::V6;
+        let words = |address: &[u8]| -> Vec<u32> {
+            address.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
+        };
+        let own = 0x48 << 8 | 33;
         for (slot, next, remote, flags, keys, ttl_tos, second, third) in [
-            (TUNNEL, INTO, FAR, 0, (0, 0), 0, 2, 11),
-            (KEYED, INTO_KEYED, FAR_KEYED, keys, (7, 9), 0x48 << 8 | 33, 3, 12),
+            (TUNNEL, INTO, words(&FAR), 0, (0, 0), 0, 2, 11),
+            (KEYED, INTO_KEYED, words(&FAR_KEYED), keys, (7, 9), own, 3, 12),
+            (TUNNEL6, INTO6, words(&far6(0x50)), six, (0, 0), 0, 4, 13),
+            (KEYED6, INTO_KEYED6, words(&far6(0x51)), six | tunnel_flags::LIMIT | keys, (7, 9), 4 << 16 | 33, 5, 14),
         ] {
             self.add_port(slot, slot, 0);
             self.flag(slot, TUNNEL_FLAG);
@@ -638,8 +662,9 @@ impl World {
             let tunnel = &self.port(slot).tunnel;
             tunnel.sequence.store(2);
             tunnel.flags.store(tunnel_flags::GRE | flags);
-            tunnel.local[0].store(u32::from_ne_bytes(NEAR));
-            tunnel.remote[0].store(u32::from_ne_bytes(remote));
+            let local = if flags & six != 0 { words(&near6()) } else { words(&NEAR) };
+            tunnel.local.iter().zip(local).for_each(|(word, value)| word.store(value));
+            tunnel.remote.iter().zip(remote).for_each(|(word, value)| word.store(value));
             tunnel.input_key.store(u32::to_be(keys.0));
             tunnel.output_key.store(u32::to_be(keys.1));
             tunnel.ttl_tos.store(ttl_tos);
@@ -659,12 +684,17 @@ impl World {
     /// Where the tunnel in a slot is looked for first.
     pub(super) fn tunnel_place(&self, slot: u32) -> usize {
         let tunnel = &self.port(slot).tunnel;
-        tunnel_bucket(tunnel.local[0].load(), tunnel.remote[0].load(), tunnel.input_key.load())
+        let [local, remote] =
+            [&tunnel.local, &tunnel.remote].map(|end| [0, 1, 2, 3].map(|word: usize| end[word].load()));
+        tunnel_bucket(local, remote, tunnel.input_key.load())
     }
 
     pub(super) fn index_tunnels(&self) {
-        for slot in [TUNNEL, KEYED] {
-            self.config().tunnels[self.tunnel_place(slot)].store(1 + slot);
+        for slot in [TUNNEL, KEYED, TUNNEL6, KEYED6] {
+            let first = self.tunnel_place(slot);
+            let mut places = (first..first + TUNNEL_PROBES).map(|place| &self.config().tunnels[place % TUNNEL_BUCKETS]);
+            let place = places.find(|place| [0, 1 + slot].contains(&place.load()));
+            place.expect("a place").store(1 + slot);
         }
     }
 }

@@ -44,6 +44,10 @@ pub const OUT_DOUBLE: u32 = 14;
 pub const TUNNEL: u32 = 200;
 /// A tunnel with keys
 pub const KEYED: u32 = 201;
+/// As `TUNNEL`, over IPv6
+pub const TUNNEL6: u32 = 202;
+/// As `KEYED`, over IPv6
+pub const KEYED6: u32 = 203;
 pub(super) const TUNNEL_FLAG: u32 = towpath_tables::record::port_flags::TUNNEL;
 
 /// Next hops: the router itself
@@ -62,6 +66,10 @@ pub const HOP_BACK: u32 = 6;
 pub const INTO: u32 = 7;
 /// Next hop into `KEYED`
 pub const INTO_KEYED: u32 = 8;
+/// Next hop into `TUNNEL6`
+pub const INTO6: u32 = 9;
+/// Next hop into `KEYED6`
+pub const INTO_KEYED6: u32 = 10;
 /// Next hops of kind exception, one for each reason from here on
 pub const HOP_REASON: u32 = 16;
 /// The group of `HOP` and `HOP_OTHER`, by turns

@@ -7,7 +7,7 @@ use towpath_wire::View;
 use towpath_wire::ethernet::{self, Ethernet, Tag};
 use towpath_wire::gre::Gre;
 use towpath_wire::ipv4::Ipv4;
-use towpath_wire::ipv6::Ipv6;
+use towpath_wire::ipv6::{EncapsulationLimit, Ipv6};
 use towpath_wire::transport::{Ports, protocol};
 
 /// Tags that are looked for.
@@ -96,10 +96,18 @@ pub fn has_ports(number: u8) -> bool {
 impl<'a> Packet<'a> {
     /// The packet in this one, if it is GRE.
     pub fn inner(&self) -> Option<Inner<'a>> {
-        let (gre, _) = view::<Gre>(self.payload).filter(|_| self.subject.tuple.protocol == protocol::GRE)?;
+        let payload = match self.subject.tuple.protocol {
+            protocol::GRE => self.payload,
+            protocol::DESTINATION_OPTIONS => {
+                let (options, rest) = view::<EncapsulationLimit>(self.payload)?;
+                (*options == EncapsulationLimit::new(options.limit, protocol::GRE)).then_some(rest)?
+            }
+            _ => return None,
+        };
+        let (gre, _) = view::<Gre>(payload)?;
         let flags = gre.flags.get();
-        let rest = self.payload.get(Gre::len(flags)?..)?;
-        let key = self.payload.get(Gre::key_place(flags)..).and_then(|key| key.first_chunk());
+        let rest = payload.get(Gre::len(flags)?..)?;
+        let key = payload.get(Gre::key_place(flags)..).and_then(|key| key.first_chunk());
         let key = key.filter(|_| flags & Gre::KEY != 0).map(|key| u32::from_be_bytes(*key));
         Some(Inner { key, packet: packet(gre.protocol.get(), rest)? })
     }
@@ -161,16 +169,26 @@ mod tests {
     #[test]
     fn a_tunnel_s_packet_is_found() {
         let packet = made("2001:db8::1", "2001:db8::2");
-        for (key, checksum) in [(None, false), (Some(0x0102_0304), false), (None, true), (Some(7), true)] {
-            let [local, remote] = ["203.0.113.1", "203.0.113.2"].map(|address| address.parse().unwrap());
+        let ends = [["203.0.113.1", "203.0.113.2"], ["2001:db8:7::1", "2001:db8:7::2"]];
+        let options = [(None, false), (Some(0x0102_0304), false), (None, true), (Some(7), true)];
+        for (ends, (key, checksum)) in ends.into_iter().flat_map(|ends| options.map(|options| (ends, options))) {
+            let [local, remote] = ends.map(|address| address.parse::<IpAddr>().unwrap());
             let (input, output) = (GreOptions { key, checksum, sequence: false }, GreOptions::default());
-            let tunnel = Tunnel { local, remote, link: 0, input, output, ttl: 0, tos: 0 };
-            let frame = tunnelled(&packet, &link(&[]), &tunnel);
-            let outer = dissect(&frame, None).unwrap().packet.unwrap();
-            assert_eq!((outer.subject.tuple.source, outer.subject.tuple.destination), (remote, local));
-            let inner = outer.inner().unwrap();
-            assert_eq!((inner.key, inner.packet.subject), (key, Subject::from(&packet)));
-            assert_eq!(inner.packet.inner(), None);
+            let tunnel =
+                Tunnel { local, remote, link: 0, input, output, ttl: 0, class: None, label: None, limit: None };
+            let plain = tunnelled(&packet, &link(&[]), &tunnel);
+            let mut limited = plain.clone();
+            if local.is_ipv6() {
+                limited[20] = protocol::DESTINATION_OPTIONS;
+                limited.splice(54..54, [protocol::GRE, 0, 4, 1, 3, 1, 1, 0]);
+            }
+            for frame in [plain, limited] {
+                let outer = dissect(&frame, None).unwrap().packet.unwrap();
+                assert_eq!((outer.subject.tuple.source, outer.subject.tuple.destination), (remote, local));
+                let inner = outer.inner().unwrap();
+                assert_eq!((inner.key, inner.packet.subject), (key, Subject::from(&packet)));
+                assert_eq!(inner.packet.inner(), None);
+            }
         }
     }
 

@@ -72,7 +72,7 @@ fn every_message_speaks_of_this_hosts_interfaces() {
         Message::Route(Route { key: route_key, kind: 1, protocol: 4, via, mtu: 0, unsupported: false })
     };
     let object = |ifindex| Message::Nexthop(NexthopObject { id: 1, kind: NexthopObjectKind::Hop(hop(ifindex)) });
-    let settings = Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1 });
+    let settings = Message::FamilySettings(FamilySettings { family: Family::V4, hash_policy: 1, flow_labels: false });
     for (there, here) in [
         (Message::Address(address(12)), Message::Address(address(2))),
         (Message::AddressDelete(address(12)), Message::AddressDelete(address(2))),
@@ -100,7 +100,9 @@ fn every_message_speaks_of_this_hosts_interfaces() {
         input: GreOptions::default(),
         output: GreOptions::default(),
         ttl: 0,
-        tos: 0,
+        class: None,
+        label: None,
+        limit: None,
     };
     let of_kind = |ifindex, kind| Message::Port(Port { kind, ..port(ifindex, "gre1") });
     let here = of_kind(15 | ELSEWHERE, PortKind::Other);

@@ -81,7 +81,9 @@ fn tunnel(remote: u8) -> Port {
         input: GreOptions { key: Some(u32::from(remote)), checksum: remote == 1, sequence: false },
         output: GreOptions { key: Some(u32::from(remote)), checksum: remote == 2, sequence: remote == 3 },
         ttl: remote,
-        tos: 0,
+        class: Some(0),
+        label: Some(0),
+        limit: None,
     };
     Port { kind: PortKind::Tunnel(tunnel), mac: None, mtu: 1476, ..port(TUNNEL) }
 }
