@@ -97,9 +97,7 @@ impl Audit {
 
     /// Compares what becomes of packets that come in so, provided that Linux forwards any from there.
     fn audit_arrival(&mut self, all: &[IpAddr], arrival: Arrival, now: &mut Now, check: &mut Check) -> Result<()> {
-        // Packets to groups are looked up in no root, and of them Linux 6.18 answers with EMSGSIZE if a port is named.
-        let asked = |address: &&IpAddr| address.is_ipv4() == arrival.source.is_ipv4() && !address.is_multicast();
-        let addresses: Vec<_> = all.iter().filter(asked).copied().collect();
+        let addresses: Vec<_> = all.iter().filter(|address| can_arrive(**address, arrival)).copied().collect();
         if !self.is_believed(&addresses, arrival, now)? {
             return Ok(());
         }
@@ -303,6 +301,13 @@ fn forwarded(address: IpAddr) -> IpAddr {
         IpAddr::V4(Ipv4Addr::BROADCAST) => Ipv4Addr::new(223, 255, 255, 255).into(),
         _ => address,
     }
+}
+
+/// Whether packets to an address may be looked up that come in so. Those to groups are looked up in no root (and of them Linux
+/// 6.18 answers with EMSGSIZE if a port is named); the loopback net is martian, whatever routes lead there, which the packet
+/// path says before it looks (with `route_localnet` it is not, and then nothing is compared).
+fn can_arrive(to: IpAddr, arrival: Arrival) -> bool {
+    to.is_ipv4() == arrival.source.is_ipv4() && !to.is_multicast() && !to.is_loopback()
 }
 
 /// Whether a neighbour's address is one that packets are forwarded to.

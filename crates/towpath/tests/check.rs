@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Net, eventually};
+use common::{LEFT, Net, eventually};
 use serde_json::Value;
 use std::process::Command;
 
@@ -115,6 +115,29 @@ fn a_source_that_linux_refuses_is_no_difference() {
     net.ip("rule del iif eth0 priority 103");
     net.ip("rule add iif eth0 priority 103 lookup 100");
     eventually("sources to be accepted", || (forwarded()? > few).then_some(()));
+}
+
+/// Once what is local comes last, routes lead to the loopback net, which stays martian wherever packets come in.
+#[test]
+fn the_loopback_net_is_compared_for_no_port() {
+    let net = Net::new();
+    let _daemon = net.up(&["eth0", "eth1"]);
+    for command in [
+        "neigh replace 198.51.100.77 lladdr 02:00:00:00:00:77 dev eth1",
+        "route add default via 198.51.100.77",
+        "rule add iif eth0 priority 100 lookup 100",
+        "rule add priority 40000 lookup local",
+        "rule del priority 0 lookup local",
+    ] {
+        net.ip(command);
+    }
+    let explained = eventually("the default route to be followed", || {
+        let (audit, same) = check(&net);
+        let mut arrivals = audit["arrivals"].as_array()?.iter();
+        let forwarded = arrivals.find(|arrival| arrival["port"] == "eth0")?["forwarded"].as_u64()?;
+        (same && forwarded > 0).then(|| net.json(&["explain", LEFT, "127.0.0.1", "in", "eth0"]))
+    });
+    assert_eq!(explained["verdict"]["reason"], "martian-destination", "{explained}");
 }
 
 #[test]
