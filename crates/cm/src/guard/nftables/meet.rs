@@ -8,11 +8,14 @@
 //! that does something by such an answer. What only counts or logs does nothing. Rules that such a packet cannot come to do
 //! not matter: behind an answer of never (`ct state new`, `meta l4proto icmp`, `tcp flags syn`), behind a rule that accepts
 //! all established, or in a chain for address translation, which only sees a connection's first packet.
+//!
+//! A limit, a quota, chance in turn take account of every packet that comes to them, and answer others by it. So what a rule
+//! does behind them matters even if no packet of a connection gets there (`limit rate 5/second ct state new accept`).
 
 use super::super::nl::{attrs, be32, find, text_of};
 use super::bits::{Answer, Byte, Registers, changing, compare, is, value};
 use super::packet::{self, Class};
-use super::xt;
+use super::xt::{self, Account};
 use crate::error::CmError;
 use std::collections::{BTreeMap, HashMap};
 
@@ -123,6 +126,8 @@ struct Rule<'a> {
     certain: bool,
     /// What may have answered differently
     varies: Option<String>,
+    /// It took account of the packet
+    accounts: bool,
     /// What was loaded last
     last: String,
 }
@@ -130,9 +135,11 @@ struct Rule<'a> {
 /// What an expression does.
 enum Step {
     Answers(Answer, String),
+    /// What answers otherwise once it has seen a packet; in this rule alone
+    Accounts(String),
     /// Something that not all packets may come to
     Does,
-    /// One of these, or nothing
+    /// One of these, or nothing; none if only other packets get one
     Verdicts(Vec<Verdict>),
     Nothing,
 }
@@ -176,22 +183,31 @@ impl<'a> Walk<'a> {
     }
 
     fn rule(&mut self, chain: &str, list: &[u8]) -> Result<Course, CmError> {
-        let mut rule = Rule { chain, registers: Registers::new(), certain: true, varies: None, last: String::new() };
+        let registers = Registers::new();
+        let mut rule = Rule { chain, registers, certain: true, varies: None, accounts: false, last: String::new() };
         for (_, expression) in attrs(WHAT, list)? {
             let expression = attrs(WHAT, expression)?;
             let name = find(&expression, 1).map(text_of).unwrap_or_default();
             let data = attrs(WHAT, find(&expression, 2).unwrap_or_default())?;
             match self.step(&mut rule, &name, &data)? {
                 Step::Nothing | Step::Answers(Answer::Always, _) => {}
+                // What follows is done to others, by what was taken account of.
+                Step::Answers(Answer::Never, _) if rule.accounts => {}
                 Step::Answers(Answer::Never, _) => return Ok(Course::Next),
                 Step::Answers(Answer::Fixed, _) => rule.certain = false,
                 Step::Answers(Answer::Varies, name) => {
                     rule.certain = false;
                     rule.varies.get_or_insert(name);
                 }
+                Step::Accounts(name) => {
+                    (rule.certain, rule.accounts) = (false, true);
+                    rule.varies.get_or_insert(name);
+                }
                 Step::Does => self.does(&rule),
                 Step::Verdicts(verdicts) => {
-                    self.does(&rule);
+                    if rule.accounts || !verdicts.is_empty() {
+                        self.does(&rule);
+                    }
                     return self.leads(&rule, verdicts);
                 }
             }
@@ -269,27 +285,39 @@ impl<'a> Walk<'a> {
                 if xt::asks_routes(&extension) {
                     self.asks_routes(rule, &format!("match {extension}"));
                 }
-                xt::answer(class, data).map_or(Step::Nothing, |(answer, name)| Step::Answers(answer, name))
+                match xt::answer(class, data) {
+                    None => Step::Nothing,
+                    Some((Answer::Varies, name)) => match xt::account(&extension) {
+                        Account::Nothing => Step::Answers(Answer::Varies, name),
+                        Account::Rule => Step::Accounts(name),
+                        Account::Anywhere => rule.keeps(&name),
+                    },
+                    Some((answer, name)) => Step::Answers(answer, name),
+                }
             }
             "target" if xt::does_nothing(&find(data, 1).map(text_of).unwrap_or_default()) => Step::Nothing,
             "counter" | "last" | "log" => Step::Nothing,
             // The maximum segment size is in SYNs only.
             "exthdr" if sets(7) && find(data, 2) == Some(&[super::barrier::MAXSEG]) => Step::Nothing,
-            "dynset" => {
-                rule.varies.get_or_insert_with(|| name.to_owned());
-                Step::Does
-            }
             "dup" | "exthdr" | "flow_offload" | "fwd" | "masq" | "nat" | "notrack" | "queue" | "redir" | "reject"
             | "synproxy" | "target" | "tproxy"
                 if name != "exthdr" || sets(7) =>
             {
                 Step::Does
             }
-            // Limits, quotas, counts, chance, and what next hops, sockets and options say; and whatever is unknown.
-            _ => {
+            // What next hops, sockets, options and chance say.
+            "exthdr" | "hash" | "inner" | "numgen" | "osf" | "rt" | "socket" | "tunnel" | "xfrm"
+                if name != "numgen" || number(3) == Some(RANDOM) =>
+            {
                 rule.registers = Registers::new();
                 Step::Answers(Answer::Varies, name.to_owned())
             }
+            "connlimit" | "limit" | "numgen" | "quota" => {
+                rule.registers = Registers::new();
+                Step::Accounts(name.to_owned())
+            }
+            // And whatever is unknown.
+            _ => rule.keeps(name),
         })
     }
 
@@ -303,7 +331,12 @@ impl<'a> Walk<'a> {
         let inverted = number(5).unwrap_or(0) & 1 != 0;
         let Some(set) = self.table.sets.get(&name).filter(|set| !set.changes()) else {
             rule.registers = Registers::new();
-            rule.answer(Answer::Varies, &format!("set {name}"));
+            let accounts = self.table.sets.get(&name).is_none_or(|set| set.answers);
+            let name = format!("set {name}");
+            if accounts {
+                return Ok(rule.keeps(&name));
+            }
+            rule.answer(Answer::Varies, &name);
             return Ok(if number(3) == Some(0) { Step::Does } else { Step::Nothing });
         };
         let asked = rule.asked();
@@ -318,8 +351,7 @@ impl<'a> Walk<'a> {
         });
         if number(3) == Some(0) {
             if let Some(found) = found {
-                let verdict = found.and_then(|element| element.verdict.clone());
-                return Ok(verdict.map_or(Step::Answers(Answer::Never, asked), |verdict| Step::Verdicts(vec![verdict])));
+                return Ok(Step::Verdicts(Vec::from_iter(found.and_then(|element| element.verdict.clone()))));
             }
             rule.answer(changing(&key), &asked);
             rule.certain = false;
@@ -345,7 +377,7 @@ impl<'a> Walk<'a> {
         chains.cloned().map(Verdict::Jump).collect()
     }
 
-    fn object(&mut self, rule: &Rule<'_>, data: &Attributes<'_>) -> Step {
+    fn object(&mut self, rule: &mut Rule<'_>, data: &Attributes<'_>) -> Step {
         let number = |kind| find(data, kind).and_then(be32);
         let set = find(data, 4).map(text_of).and_then(|name| self.table.sets.get(&name));
         let kind = number(1).or(set.and_then(|set| set.objects));
@@ -354,14 +386,17 @@ impl<'a> Walk<'a> {
             (Some(object::COUNTER), Some(set)) if !set.changes() => {
                 Step::Answers(rule.asks(number(3), set.key), rule.asked())
             }
-            (Some(object::QUOTA), _) => Step::Answers(Answer::Varies, "quota".to_owned()),
-            (Some(object::LIMIT), _) => Step::Answers(Answer::Varies, "limit".to_owned()),
-            (Some(object::CONNLIMIT), _) => Step::Answers(Answer::Varies, "ct count".to_owned()),
+            (Some(object::QUOTA), _) => rule.keeps("quota"),
+            (Some(object::LIMIT), _) => rule.keeps("limit"),
+            (Some(object::CONNLIMIT), _) => rule.keeps("ct count"),
             (Some(_), None) if find(data, 4).is_none() => Step::Does,
-            _ => Step::Answers(Answer::Varies, "objref".to_owned()),
+            _ => rule.keeps("objref"),
         }
     }
 }
+
+/// NFT_NG_RANDOM
+const RANDOM: u32 = 1;
 
 /// NFT_OBJECT_*
 mod object {
@@ -390,6 +425,12 @@ impl Rule<'_> {
         let answer = self.asks(register, length);
         let asked = if answer == Answer::Varies { self.asked() } else { name.to_owned() };
         self.answer(answer, &asked);
+        Step::Does
+    }
+
+    /// It answers otherwise once it has seen a packet, and others than this rule may ask it.
+    fn keeps(&mut self, name: &str) -> Step {
+        self.answer(Answer::Varies, name);
         Step::Does
     }
 

@@ -16,6 +16,33 @@ const FIXED: &[&str] = &[
 /// Matches of which that is true while routes are what they are.
 const ROUTED: &[&str] = &["addrtype", "rpfilter"];
 
+/// Matches that leave no trace of the packets they see, though they may answer each differently; all of `FIXED` too.
+#[rustfmt::skip]
+const READING: &[&str] = &[
+    "bpf", "cgroup", "connbytes", "conntrack", "cpu", "dscp", "ecn", "frag", "hl", "ipv6header", "length", "mac", "physdev",
+    "policy", "realm", "socket", "state", "string", "tcp", "tcpmss", "time", "tos", "ttl", "u32",
+];
+
+/// Matches that take account of each packet they see, for the rule alone.
+const COUNTING: &[&str] = &["connlimit", "limit", "quota", "statistic"];
+
+/// Whom it may matter to that a match has seen a packet.
+pub enum Account {
+    Nothing,
+    Rule,
+    /// Other rules, too
+    Anywhere,
+}
+
+/// What a match takes account of that may answer each packet differently.
+pub fn account(name: &str) -> Account {
+    match name {
+        name if READING.contains(&name) || FIXED.contains(&name) => Account::Nothing,
+        name if COUNTING.contains(&name) => Account::Rule,
+        _ => Account::Anywhere,
+    }
+}
+
 /// Whether a match asks for routes.
 pub fn asks_routes(name: &str) -> bool {
     ROUTED.contains(&name)
