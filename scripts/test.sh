@@ -9,6 +9,10 @@ mkdir -p $logs
 # Tests that make network namespaces and load programs run as root, whoever builds them.
 [ "$(id -u)" = 0 ] || export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo -E"
 export TOWPATH_BIN=$PWD/target/release/towpath
+# What random tests begin with: of the sources, so that it is no matter of chance what a commit is tested with, and the next
+# one is tested with something else. (Another one each time is for longer runs; see docs/testing.md.)
+sources() { find crates lab bench fuzz -name target -prune -o -name '*.rs' -print0 | LC_ALL=C sort -z | xargs -0 cat; }
+export TOWPATH_SEED=${TOWPATH_SEED:-$(sources | cksum | cut -d ' ' -f 1)}
 export CARGO_TERM_COLOR=never RUST_BACKTRACE=1 RUST_LIB_BACKTRACE=0
 
 steps=(build fmt clippy unit dpdk loom miri vm instructions)

@@ -1,7 +1,7 @@
 //! Linux is the oracle: the same frames through a plain Linux router and through one with Towpath, and whatever comes
 //! out of any port, ICMP errors included, compared byte for byte.
 //!
-//! TOWPATH_DIFF_FRAMES sets the number of frames (of all tests together), TOWPATH_DIFF_SEED repeats a run.
+//! TOWPATH_DIFF_FRAMES sets the number of frames (of all tests together), TOWPATH_SEED repeats a run.
 
 mod compare;
 mod ends;
@@ -118,8 +118,8 @@ fn number(variable: &str) -> Option<u64> {
 /// What a run begins with. It is printed, so that whatever fails can be run again.
 fn seed() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let seed = number("TOWPATH_DIFF_SEED").unwrap_or_else(|| since.map_or(0, |d| d.as_nanos() as u64));
-    eprintln!("lab: TOWPATH_DIFF_SEED={seed}");
+    let seed = number("TOWPATH_SEED").unwrap_or_else(|| since.map_or(0, |d| d.as_nanos() as u64));
+    eprintln!("lab: TOWPATH_SEED={seed}");
     seed
 }
 

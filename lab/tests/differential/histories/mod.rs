@@ -1,7 +1,7 @@
 //! Histories: random commands of `ip` for a plain Linux and for one with Towpath. After each step `towpath check` must find no
 //! difference, and frames about everything that steps may change must come out of both alike.
 //!
-//! TOWPATH_DIFF_STEPS sets the number of steps, TOWPATH_DIFF_SEED repeats a run. A history that fails is kept in out/test, too.
+//! TOWPATH_DIFF_STEPS sets the number of steps, TOWPATH_SEED repeats a run. A history that fails is kept in out/test, too.
 
 mod commands;
 mod frames;
@@ -401,7 +401,7 @@ impl Kept {
             Some(_) => "workers",
         };
         let kept = Self(folder.join(format!("history-{kind}-{seed}.txt")));
-        kept.say(&format!("TOWPATH_DIFF_SEED={seed} TOWPATH_DIFF_STEPS={}\n{}", steps.len(), written(steps)))?;
+        kept.say(&format!("TOWPATH_SEED={seed} TOWPATH_DIFF_STEPS={}\n{}", steps.len(), written(steps)))?;
         Ok(kept)
     }
 
@@ -449,7 +449,7 @@ fn histories(steps: usize, second: Second) -> Result<Sums> {
             kept.say(&format!("{why}\n"))?;
             let text = if second.is_some() { shortened(steps, second, &why)? } else { why };
             kept.say(&text)?;
-            bail!("TOWPATH_DIFF_SEED={seed} ({}): {text}", kept.0.display());
+            bail!("TOWPATH_SEED={seed} ({}): {text}", kept.0.display());
         }
         kept.succeeded()?;
         at += 1;
@@ -498,7 +498,7 @@ fn linux_agrees_with_itself_throughout_histories() -> Result<()> {
 #[test]
 fn histories_of_one_router_alone_are_found() -> Result<()> {
     const BURSTS: usize = 20;
-    let mut trial = Trial::new(LINUX)?;
+    let (mut trial, mut random) = (Trial::new(LINUX)?, Random::new(seed()));
     trial.run(&["route replace 198.18.0.0/24 via 203.0.113.10"])?;
     for (told, untold) in [
         ("route replace 198.18.0.0/24 via 192.0.2.10", "route replace 198.18.0.0/24 via 203.0.113.10"),
@@ -512,7 +512,7 @@ fn histories_of_one_router_alone_are_found() -> Result<()> {
     ] {
         trial.command(1, told)?;
         // Not every burst has a packet that it matters to.
-        let found = (0..BURSTS).find_map(|_| trial.burst(&mut Random::new(seed())).err());
+        let found = (0..BURSTS).find_map(|_| trial.burst(&mut random).err());
         ensure!(found.is_some_and(|error| error.to_string().contains("differs from linux")), "not found: {told}");
         trial.command(1, untold)?;
     }
