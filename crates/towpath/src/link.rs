@@ -88,10 +88,12 @@ impl Desk {
         }
         let end = self.session(connection, from);
         let error = end.err().map_or_else(|| "the cache manager has left".into(), |error| error.to_string());
+        // Who comes now is not refused, but waits until the session has ended.
+        let mut turn = self.turn();
         tracing::warn!("lost the cache manager at {from}: {error}; the fast path keeps its last state");
         self.peer.bye(&error);
         let sent = self.inbound.events.send(Event::SourceLost);
-        *self.turn() = None;
+        *turn = None;
         sent.context("the daemon has ended")
     }
 
