@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 use towpath_filter::Filter;
-use towpath_fpc::{PolicySource, Port, Rule, Scope};
+use towpath_fpc::{InVrfs, PolicySource, Port, Rule, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 
@@ -74,6 +74,8 @@ pub struct Finding {
     /// See `Policy`
     pub flows: Option<u32>,
     /// See `Policy`
+    pub in_vrfs: InVrfs,
+    /// See `Policy`
     pub rules: Option<Vec<Rule>>,
     /// See `Policy`
     pub momentary: bool,
@@ -82,7 +84,8 @@ pub struct Finding {
 impl Finding {
     /// A finding of any scope.
     pub fn new(scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { scope, reason, detail: detail.into(), filter: None, flows: None, rules: None, momentary: false }
+        let (filter, flows, in_vrfs, rules) = (None, None, InVrfs::Stay, None);
+        Self { scope, reason, detail: detail.into(), filter, flows, in_vrfs, rules, momentary: false }
     }
 
     /// The same, but that it is there for a moment only.

@@ -95,13 +95,14 @@ impl Watched {
 
     fn tell(&mut self, findings: Vec<Finding>) -> Found {
         let source = self.watcher.source();
-        let policy = |Finding { scope, reason, detail, filter, flows, rules, momentary }| Policy {
+        let policy = |Finding { scope, reason, detail, filter, flows, in_vrfs, rules, momentary }| Policy {
             source,
             scope,
             reason,
             detail,
             filter,
             flows,
+            in_vrfs,
             rules,
             momentary,
         };

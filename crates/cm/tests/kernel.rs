@@ -603,8 +603,9 @@ fn a_watcher_that_fails_makes_everything_unknown() {
         let policies = |model: &Model| model.policies.get(&PolicySource::Xfrm).cloned();
         assert_eq!(policies(&cm.model()), Some(Vec::new()));
         let finding = Finding::new(Scope::Egress(1, None), Reason::PolicyXfrm, "one");
-        let Finding { scope, reason, detail, filter, flows, rules, momentary } = finding.clone();
-        let policy = Policy { source: PolicySource::Xfrm, scope, reason, detail, filter, flows, rules, momentary };
+        let Finding { scope, reason, detail, filter, flows, in_vrfs, rules, momentary } = finding.clone();
+        let policy =
+            Policy { source: PolicySource::Xfrm, scope, reason, detail, filter, flows, in_vrfs, rules, momentary };
         say(Ok(vec![finding.clone()]));
         cm.wait("policy", |model| (policies(model) == Some(vec![policy.clone()])).then_some(()));
         say(Err(()));

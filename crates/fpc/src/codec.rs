@@ -21,7 +21,7 @@ use towpath_tables::{Reason, record::Family};
 /// First field of the `Hello`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TFPC");
 /// Version of the messages' layout; both ends must have the same.
-pub const VERSION: u16 = 12;
+pub const VERSION: u16 = 13;
 /// Bytes of a frame's header; the same in every version.
 pub const HEADER: usize = 12;
 /// Longest body.
@@ -452,7 +452,7 @@ structs! {
     Route { key, kind, protocol, via, mtu, unsupported }
     Hop { ifindex, gateway, weight, flags }
     NexthopObject { id, kind }
-    Policy { source, scope, reason, detail, filter, flows, rules, momentary }
+    Policy { source, scope, reason, detail, filter, flows, in_vrfs, rules, momentary }
     Rule { priority, iif, from, to, by_mark, action }
     Tuple { source, destination, source_port, destination_port, protocol }
     FamilySettings { family, hash_policy, flow_labels }
@@ -495,6 +495,7 @@ enums! {
     PortKind { 0 => Ethernet, 1 => Virtual, 2 => Vlan { lower, protocol, id }, 3 => Loopback, 4 => Other, 5 => Tunnel(tunnel) }
     Via { 0 => Hops(hops), 1 => Object(id) }
     NexthopObjectKind { 0 => Hop(hop), 1 => Blackhole, 2 => Group(members), 3 => Unsupported }
+    InVrfs { 0 => Stay, 1 => ByPort, 2 => ByVrf }
     PolicySource { 0 => Nftables, 1 => Xtables, 2 => Xfrm, 3 => Rules, 4 => Tc, 5 => Capture, 6 => Sysctl, 7 => Ports, 8 => Tunnels }
     RuleAction { 0 => Lookup(table), 1 => LookupBeyond(table, len), 2 => Vrf, 3 => Unknown, 4 => Skip }
     Scope { 0 => Family(family), 1 => Ingress(ifindex, family), 2 => Egress(ifindex, family), 3 => Local(family) }

@@ -478,6 +478,8 @@ pub struct Policy {
     /// Packets of connections that Linux handed over may pass it, once Linux itself accepted one of their direction under
     /// the rules of this generation: the number changes whenever the rules do. None: nothing passes
     pub flows: Option<u32>,
+    /// Where these connections pass that come in by a VRF's port
+    pub in_vrfs: InVrfs,
     /// All policy routing rules of the family, in the order in which Linux tries them, if they are known: the policy touches
     /// nothing any more once they are repeated
     pub rules: Option<Vec<Rule>>,
@@ -488,8 +490,24 @@ pub struct Policy {
 impl Policy {
     /// One that touches all of its scope.
     pub fn new(source: PolicySource, scope: Scope, reason: Reason, detail: impl Into<String>) -> Self {
-        Self { source, scope, reason, detail: detail.into(), filter: None, flows: None, rules: None, momentary: false }
+        let (filter, flows, in_vrfs, rules) = (None, None, InVrfs::Stay, None);
+        Self { source, scope, reason, detail: detail.into(), filter, flows, in_vrfs, rules, momentary: false }
     }
+}
+
+/// What packets of a connection that Linux accepted stand for others that came in by a port of a VRF. Linux makes the VRF's
+/// device the one that they came in by, so of an accepted packet it can mostly be seen no longer by which port it came. The
+/// least that the policies of a family say holds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Debug)]
+#[repr(u8)]
+pub enum InVrfs {
+    /// None: connections in VRFs are Linux's
+    #[default]
+    Stay = 0,
+    /// Those of which Linux still tells the port: they went past the VRF's device, by a flowtable
+    ByPort = 1,
+    /// All that came in by the VRF: the rules do not tell its ports apart
+    ByVrf = 2,
 }
 
 /// A policy routing rule (`ip rule`), as it is for packets without a mark. Where Linux asks for more than is here, the

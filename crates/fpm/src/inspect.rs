@@ -106,23 +106,35 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         }
     }
 
-    /// Says of connections of a family that Linux accepted whether they pass from one slot to another: not if something that no
+    /// Says of connections of a family that Linux accepted whether they pass from one slot, or by the number of a VRF, to another: not if something that no
     /// connection passes is in the way of all packets.
     pub fn passes(&self) -> impl Fn(Family, (u32, u32)) -> bool {
         let view = self.mirror.tables.view();
         let is_shut = |word: u32| Obstacle::of(word).is_some_and(|obstacle| !obstacle.flows);
         // By slot and family: whether they pass it on the way in, and on the way out.
-        let mut open = vec![[[false; 2]; 2]; view.ports().len()];
+        let mut open = vec![[[false; 2]; 2]; view.ports().len() + self.mirror.vrfs.len()];
         for PortState { slot, ready, egress_policy, .. } in self.ports() {
-            for (family, open) in open[slot as usize].iter_mut().enumerate() {
-                let words = [&view.config().policy[family], &view.ports()[slot as usize].ingress_policy[family]];
-                *open = [ready && !words.into_iter().any(|word| is_shut(word.load())), egress_policy[family].is_none()];
+            let port = &view.ports()[slot as usize];
+            for family in 0..2 {
+                let words = [&view.config().policy[family], &port.ingress_policy[family]];
+                let enters = ready && !words.into_iter().any(|word| is_shut(word.load()));
+                open[slot as usize][family] = [enters, egress_policy[family].is_none()];
+                if let Some(of_vrf) =
+                    open.get_mut(port.arrival[family].load() as usize).filter(|_| port.vrf.load() != 0)
+                {
+                    of_vrf[family][0] |= enters;
+                }
             }
         }
         let is_open = move |slot: u32, family: Family, way: usize| {
             open.get(slot as usize).is_some_and(|of| of[family as usize][way])
         };
         move |family, (from, to)| is_open(from, family, 0) && is_open(to, family, 1)
+    }
+
+    /// The VRFs that flows come in by, by their numbers in `FlowView::accepted`: interface indices.
+    pub fn vrfs(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.mirror.vrfs.iter().map(|(ifindex, number)| (*number, *ifindex))
     }
 
     /// Every interface Linux has, port or not.

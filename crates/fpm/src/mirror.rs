@@ -10,12 +10,12 @@ use crate::via::{ViaId, ViaKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::ops::Bound;
-use towpath_fpc::{Hop, NeighbourKey, Port, PortKind, Prefix, Scope};
+use towpath_fpc::{Hop, InVrfs, NeighbourKey, Port, PortKind, Prefix, Scope};
 use towpath_tables::backing::{Backing, GrowError};
 use towpath_tables::grace::Grace;
 use towpath_tables::lpm::Leaf;
 use towpath_tables::nexthop::{Action, Header, NexthopIdentity, NexthopValue};
-use towpath_tables::record::{Family, port_flags};
+use towpath_tables::record::{Family, PORT_SLOTS, port_flags};
 use towpath_tables::rib::Entry;
 use towpath_tables::store::TABLE_FULL;
 use towpath_tables::writer::{MAIN_ROOT, PortValue, Published, TableWriter};
@@ -58,6 +58,8 @@ pub(crate) struct Mirror<B, G> {
     prefixes: VecDeque<Prefix>,
     /// Slots of ports that have gone, to be freed once nothing leads there
     gone: Vec<u32>,
+    /// Numbers of VRFs by interface index, as `Flow::accepted` has them. None is used for another one
+    pub vrfs: BTreeMap<u32, u32>,
     pub missing: Missing,
     pub rooms: Rooms,
 }
@@ -81,14 +83,18 @@ pub(crate) fn ingress_policy(state: &State, chain: &[&Port], family: Family) -> 
 }
 
 /// Why no flow passes, if none does: connections are not what connection tracking has seen where packets are translated, and
-/// not told apart by their addresses where there are VRFs.
+/// in VRFs it takes rules of which it is known that they do not tell ports apart.
 fn passed_by_none(state: &State, port: &Port, family: Family) -> Option<Reason> {
     match &port.vrf {
         _ if state.is_mapped(port.ifindex) => Some(Reason::Mapped),
-        Some(_) => state.passed_by_flows(family),
+        Some(_) if state.flows_in_vrfs(family) == InVrfs::Stay => state.passed_by_flows(family),
+        Some(_) => None,
         None => None,
     }
 }
+
+/// Numbers of VRFs end here: with 1 more they fill their half of a word of `Flow::accepted`.
+const MAX_ARRIVAL: u32 = 0xffff;
 
 /// Identity of the next hop that stands for everything that is an exception for a reason.
 fn special(reason: Reason) -> NexthopIdentity {
@@ -118,6 +124,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             filled: Filled::UpTo(Family::V4, None),
             prefixes: VecDeque::new(),
             gone: Vec::new(),
+            vrfs: BTreeMap::new(),
             missing: Missing::default(),
             rooms: Rooms::default(),
         }
@@ -297,6 +304,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
         let (port, slot) = (chain[0], self.slots[&chain[0].ifindex]);
         let vlans = self.set_vlans(port.ifindex, children);
         let ways = Family::ALL.map(|family| self.rooms.way(state, port.ifindex, family));
+        let arrival = Family::ALL.map(|family| self.arrival(state, port, family));
         let value = PortValue {
             flags: flags(state, chain),
             mac: port.mac.unwrap_or_default(),
@@ -309,9 +317,28 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             },
             lower: chain.get(1).and_then(|lower| self.slots.get(&lower.ifindex)).copied().unwrap_or(slot),
             mtu: port.mtu,
+            vrf: arrival
+                .iter()
+                .any(|number| *number != 0)
+                .then_some(port.vrf.as_ref())
+                .flatten()
+                .map_or(0, |vrf| vrf.ifindex),
+            arrival,
         };
         self.tables.set_tunnel(slot, state.tunnel(port).as_ref());
         self.tables.set_port(slot, &value);
+    }
+
+    /// See `record::Port::arrival`.
+    fn arrival(&mut self, state: &State, port: &Port, family: Family) -> u32 {
+        let Some(vrf) = port.vrf.as_ref().filter(|_| state.flows_in_vrfs(family) == InVrfs::ByVrf) else { return 0 };
+        let next = PORT_SLOTS + self.vrfs.len() as u32;
+        match self.vrfs.get(&vrf.ifindex) {
+            Some(number) => *number,
+            // Nothing is accepted from a VRF by its port.
+            None if next >= MAX_ARRIVAL => 0,
+            None => *self.vrfs.entry(vrf.ifindex).or_insert(next),
+        }
     }
 
     /// Fills the table of a port's VLAN identifiers; None if it has no sub-interfaces (or there is no room: their

@@ -256,9 +256,12 @@ impl State {
     fn set_port(&mut self, port: Port) {
         let marked = Marked { generation: self.generations.current(Snapshot::Ports), value: port };
         let ifindex = marked.value.ifindex;
-        if self.ports.get(&ifindex).is_none_or(|old| old.value != marked.value) {
+        let old = self.ports.get(&ifindex).map(|old| &old.value);
+        if old != Some(&marked.value) {
             self.changes.ports.insert(ifindex);
         }
+        // Its packets come in by another device, for Linux's rules.
+        self.freed |= old.and_then(|old| old.vrf.as_ref()) != marked.value.vrf.as_ref();
         self.ports.insert(ifindex, marked);
     }
 
@@ -660,6 +663,12 @@ impl State {
     pub fn policy(&self, applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
         let touching = self.policies().filter(|policy| applies(&policy.scope) && !self.is_applied(policy));
         sum(touching.map(|policy| self.obstacle(policy)))
+    }
+
+    /// Which packets of a family's connections stand for others in VRFs.
+    pub fn flows_in_vrfs(&self, family: Family) -> InVrfs {
+        let passed = self.policies().filter(|policy| self.flows(policy).is_some() && policy.scope.concerns(family));
+        passed.map(|policy| policy.in_vrfs).min().unwrap_or_default()
     }
 
     /// Why packets of a family are exceptions of which connections pass, if they do.

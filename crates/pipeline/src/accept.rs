@@ -11,7 +11,7 @@ use crate::{Entry, Tables};
 use towpath_tables::flow::{Key, acceptance, is_open};
 use towpath_tables::lpm::Kind;
 use towpath_tables::opaque;
-use towpath_tables::record::{BY_SOURCE, PORT_SLOTS};
+use towpath_tables::record::{BY_SOURCE, PORT_SLOTS, Port};
 use towpath_wire::View;
 use towpath_wire::ethernet::{self, Tag};
 use towpath_wire::ipv4::Ipv4;
@@ -93,10 +93,11 @@ fn accept_key<const WORDS: usize, N: Network, S: Sent, T: Tables>(
     if !is_open(generation) {
         return None;
     }
-    let (from, to) = (slot_of(tables, packet.from())?, slot_out(packet, tables)?);
+    let (from, port) = arrived::<N, T>(tables, packet.from())?;
+    let to = slot_out(packet, tables)?;
     let accepted = &tables.flow(found.index())?.accepted[opaque(found.direction().other() as usize) % 2];
     let wanted = acceptance(generation, from, to);
-    if accepted.load() != wanted && is_known(packet, tables, header, from, to)? {
+    if accepted.load() != wanted && is_known(packet, tables, header, port, to)? {
         accepted.store(wanted);
     }
     Some(())
@@ -104,9 +105,9 @@ fn accept_key<const WORDS: usize, N: Network, S: Sent, T: Tables>(
 
 /// Whether it goes to a neighbour that is a next hop for its destination.
 #[inline(always)]
-fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, from: u32, to: u32) -> Option<bool> {
+fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, port: &Port, to: u32) -> Option<bool> {
     let link = packet.link()?;
-    let root = tables.port(from)?.root[N::FAMILY as usize].load();
+    let root = port.root[N::FAMILY as usize].load();
     // What it came from may be translated by now: nobody can say by which rule it was routed.
     if root & BY_SOURCE != 0 {
         return None;
@@ -120,6 +121,26 @@ fn is_known<N: Network, S: Sent, T: Tables>(packet: &S, tables: &T, header: &N, 
         Kind::Group(index) => tables.group(index)?.buckets.iter().any(|bucket| goes_there(bucket.load())),
         Kind::None | Kind::Node(_) => false,
     })
+}
+
+/// What `Flow::accepted` has for packets that Linux says came in by an interface, and a port that they may have come in by:
+/// of what comes in by a VRF's port Linux says the VRF's device (drivers/net/vrf.c, `vrf_ip_rcv`, `vrf_ip6_rcv`).
+#[inline(always)]
+fn arrived<N: Network, T: Tables>(tables: &T, ifindex: u32) -> Option<(u32, &Port)> {
+    if let Some(entry) = Entry::find(tables, ifindex) {
+        return Some((entry.slot, entry.port));
+    }
+    for slot in 0..PORT_SLOTS {
+        let port = tables.port(slot)?;
+        if port.ifindex.load() == ifindex {
+            return Some((slot, port));
+        }
+        if port.vrf.load() == ifindex {
+            let number = port.arrival[N::FAMILY as usize].load();
+            return (number >= PORT_SLOTS).then_some((number, port));
+        }
+    }
+    None
 }
 
 /// The slot of any port.

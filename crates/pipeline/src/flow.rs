@@ -47,7 +47,7 @@ fn forward_packet<N: Translated<WORDS>, const WORDS: usize, F: Frame, T: Tables>
     let (parsed, key, turn) = parse::<N, WORDS, F>(frame, entry, candidate)?;
     let found = tables.find_flow(&key).ok_or(Reason::FlowNew)?;
     let (flow, direction) = (tables.flow(found.index()).ok_or(Reason::Internal)?, found.direction());
-    let way = check_flow(tables, entry, flow, direction, turn)?;
+    let way = check_flow::<N, T>(tables, entry, flow, direction, turn)?;
     let leaving = Leaving { flow, direction };
     let hop = route::<N, WORDS, F, T>(frame, tables, entry, &parsed, leaving)?;
     if hop.port.wrapping_add(1) != way {
@@ -164,9 +164,18 @@ fn check_udp(udp: &Udp, len: usize) -> Result<Turn, Reason> {
     if said < size_of::<Udp>() || said > len { Err(Reason::Truncated) } else { Ok(Turn::None) }
 }
 
+/// What `Flow::accepted` has for packets of a family that come in here.
+#[inline(always)]
+fn arrival<N: Network>(entry: &Entry) -> u32 {
+    match entry.port.arrival[N::FAMILY as usize].load() {
+        0 => entry.slot,
+        vrf => vrf,
+    }
+}
+
 /// Whether a flow's packet may pass; 1 + the slot of the port that it must leave by.
 #[inline(always)]
-fn check_flow<T: Tables>(
+fn check_flow<N: Network, T: Tables>(
     tables: &T,
     entry: &Entry,
     flow: &Flow,
@@ -187,7 +196,7 @@ fn check_flow<T: Tables>(
     let config = tables.config().ok_or(Reason::Internal)?;
     let generation = config.flow_generation.load();
     let accepted = flow.accepted[place(direction)].load();
-    if !is_open(generation) || accepted >> 16 != acceptance(generation, entry.slot, 0) >> 16 {
+    if !is_open(generation) || accepted >> 16 != acceptance(generation, arrival::<N>(entry), 0) >> 16 {
         return Err(Reason::FlowWaiting);
     }
     if !is_watched(config.heartbeat.load(), tables.now()) {

@@ -35,7 +35,8 @@ pub struct FlowView {
     pub connection: Connection,
     /// What passed
     pub totals: FlowTotals,
-    /// Slots of the ports that Linux accepted a packet from and to, in the current generation
+    /// Slots of the ports that Linux accepted a packet from and to, in the current generation; from: or the number of a VRF
+    /// (`record::Port::arrival`)
     pub accepted: [Option<(u32, u32)>; 2],
     /// A FIN or RST was seen
     pub closed: bool,

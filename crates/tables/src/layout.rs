@@ -33,6 +33,8 @@ pub const fn layout_hash() -> u32 {
         offset_of!(Port, vlan),
         offset_of!(Port, lower),
         offset_of!(Port, mtu),
+        offset_of!(Port, vrf),
+        offset_of!(Port, arrival),
         offset_of!(Port, tunnel),
         PORT_PROBES as usize,
         offset_of!(Tunnel, sequence),

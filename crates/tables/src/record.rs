@@ -9,7 +9,7 @@ use crate::word::{W32, W64};
 use core::net::IpAddr;
 
 /// Version of this layout; a region of another version is never adopted, only replaced.
-pub const LAYOUT_VERSION: u32 = 16;
+pub const LAYOUT_VERSION: u32 = 17;
 /// First word of a region's `Config`.
 pub const MAGIC: u32 = u32::from_be_bytes(*b"TOWP");
 
@@ -163,8 +163,13 @@ pub struct Port {
     pub lower: W32,
     /// IP MTU in bytes
     pub mtu: W32,
+    /// Interface index of the VRF that it belongs to, where Linux's rules judge connections by VRF; 0 otherwise
+    pub vrf: W32,
+    /// Per family: what `Flow::accepted` has for packets that come in here. 0: the slot, as always but in VRFs, where it may be
+    /// the VRF's number, `PORT_SLOTS` or more: Linux makes the VRF's device the one that they came in by
+    pub arrival: [W32; 2],
     /// Reserved, zero
-    pub reserved: [W32; 4],
+    pub reserved: W32,
     /// What makes it a tunnel, on a line of its own
     pub tunnel: Tunnel,
 }
@@ -516,7 +521,7 @@ pub struct Flow {
     /// Reserved, zero
     pub reserved: W32,
     /// Per direction, what Linux accepted last of it: the generation in the upper half, then 1 + the slot of the port that it
-    /// came in by and 1 + that of the one that it left by, in 16 bits each; 0 if nothing
+    /// came in by (or its `Port::arrival`) and 1 + that of the one that it left by, in 16 bits each; 0 if nothing
     pub accepted: [W64; 2],
     /// Per direction, source and destination port as packets of it arrive, as on the wire
     pub ports: [W32; 2],

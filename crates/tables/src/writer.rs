@@ -84,13 +84,28 @@ pub struct PortValue {
     pub lower: u32,
     /// IP MTU in bytes
     pub mtu: u32,
+    /// Interface index of the VRF whose device stands for it where connections are accepted, or 0
+    pub vrf: u32,
+    /// Per family: the VRF's number there, `PORT_SLOTS` or more; 0 where the port stands for itself
+    pub arrival: [u32; 2],
 }
 
 impl PortValue {
     /// A port by itself, with the main tables, in which nothing is on yet.
     pub const fn plain(slot: u32) -> Self {
         let (mac, root, ingress_policy) = ([0; 6], MAIN_ROOT, [None; 2]);
-        Self { flags: 0, mac, root, ingress_policy, vlans: None, vlan: None, lower: slot, mtu: 0 }
+        Self {
+            flags: 0,
+            mac,
+            root,
+            ingress_policy,
+            vlans: None,
+            vlan: None,
+            lower: slot,
+            mtu: 0,
+            vrf: 0,
+            arrival: [0; 2],
+        }
     }
 }
 
@@ -584,9 +599,11 @@ impl<B: Backing, G: Grace> TableWriter<B, G> {
         for family in 0..2 {
             port.ingress_policy[family].store(Obstacle::word(value.ingress_policy[family]));
             port.root[family].store(value.root[family]);
+            port.arrival[family].store(value.arrival[family]);
         }
         port.vlans.store(value.vlans.unwrap_or(NO_VLANS));
         port.mtu.store(value.mtu);
+        port.vrf.store(value.vrf);
         order::publish(&port.flags, value.flags | port_flags::PRESENT);
         self.find_way(slot);
     }

@@ -72,6 +72,8 @@ fn ports_lie_where_programs_look_for_them() {
         vlan: Some((0x8100, 12)),
         lower: 5,
         mtu: 1400,
+        vrf: 9,
+        arrival: [0, PORT_SLOTS],
     };
     writer.set_port(6, &value);
     let port = &writer.view().ports()[6];
@@ -83,6 +85,7 @@ fn ports_lie_where_programs_look_for_them() {
         (port.vlans.load(), port.vlan.load(), port.lower.load(), port.mtu.load()),
         (NO_VLANS, 0x8100_000c, 5, 1400)
     );
+    assert_eq!((port.vrf.load(), port.arrival.each_ref().map(|number| number.load())), (9, [0, PORT_SLOTS]));
 }
 
 #[test]

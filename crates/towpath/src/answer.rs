@@ -213,7 +213,10 @@ impl Daemon {
 
     fn flows_page(&self, after: Option<u32>) -> report::Flows {
         let (view, first) = (self.fpm.tables().view(), after.unwrap_or(0));
-        let names: HashMap<u32, String> = self.fpm.ports().map(|state| (state.slot, state.port.name.clone())).collect();
+        let mut names: HashMap<u32, String> =
+            self.fpm.ports().map(|state| (state.slot, state.port.name.clone())).collect();
+        let vrf = |(number, ifindex)| Some((number, self.interface_by_index(ifindex)?.name.clone()));
+        names.extend(self.fpm.vrfs().filter_map(vrf));
         let name = |slot: u32| names.get(&slot).cloned();
         let passes = self.fpm.passes();
         let direction = |flow: &FlowView, which: usize| {

@@ -19,7 +19,7 @@ use towpath_tables::lpm::{self, Kind};
 use towpath_tables::mapping::{Service, Way};
 use towpath_tables::mappings;
 use towpath_tables::nexthop::NexthopIdentity;
-use towpath_tables::record::{Family, Port};
+use towpath_tables::record::{Family, PORT_SLOTS, Port};
 use towpath_tables::writer::MAIN_ROOT;
 use towpath_tables::{Reason, Tuple};
 
@@ -305,7 +305,8 @@ impl<'a> Walk<'a> {
             (Reason::FlowWaiting, Some((flow, direction))) => Some(match flow.accepted[*direction as usize] {
                 None => "the next packet of it that Linux forwards makes it fast".into(),
                 Some((from, to)) => {
-                    let [from, to] = [from, to].map(|slot| self.names.interface(self.interface_in(slot)));
+                    let [from, to] =
+                        [self.arrived_by(from), self.interface_in(to)].map(|index| self.names.interface(index));
                     format!("Linux accepted it from {from} to {to}, and this is another way")
                 }
             }),
@@ -392,6 +393,13 @@ impl<'a> Walk<'a> {
 
     fn interface_in(&self, slot: u32) -> u32 {
         self.view.ports().get(slot as usize).map_or(0, |port| port.ifindex.load())
+    }
+
+    /// The interface that Linux says a packet came in by, which it accepted: a port or a VRF.
+    fn arrived_by(&self, number: u32) -> u32 {
+        let of_vrf = |port: &&Port| port.arrival[self.family() as usize].load() == number;
+        let vrf = self.view.ports().iter().find(of_vrf).filter(|_| number >= PORT_SLOTS).map(|port| port.vrf.load());
+        vrf.unwrap_or_else(|| self.interface_in(number))
     }
 
     /// The object that decides, if there is one to name.

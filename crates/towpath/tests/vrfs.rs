@@ -3,11 +3,16 @@
 //!     left  192.0.2.2  --  eth0 [router] eth1  --  198.51.100.2  right
 
 mod common;
+#[path = "flows/support.rs"]
+#[allow(dead_code, reason = "each test file uses a part")]
+mod support;
 
 use common::{Beat, Daemon, LEFT, LEFT6, Net, RIGHT, RIGHT6, at, datagrams, eventually};
 use serde_json::Value;
 use std::net::UdpSocket;
-use towpath_lab::{Node, vrfs_supported, wait_for};
+use std::time::{Duration, Instant};
+use support::{FORWARDED, OUTSIDE, Pulse, Talk, echo, echoes, flow, tracked};
+use towpath_lab::{Node, supported, vrfs_supported, wait_for};
 
 /// The network, with a VRF red (table 10) to which nothing belongs yet; None where the kernel has none.
 fn network() -> Option<Net> {
@@ -225,20 +230,196 @@ fn hosts_in_two_vrfs_may_have_the_same_addresses() {
     same(&net);
 }
 
-#[test]
-fn no_connection_passes_in_a_vrf() {
-    let Some(net) = network() else { return };
+/// A firewall with masquerade and a port forwarding, for the VRF red: only the left may begin connections, and whoever uses
+/// the port forwarding.
+const FIREWALL: &str = "\
+    table inet filter { chain forward { \
+        type filter hook forward priority 0; policy drop; \
+        ct state invalid drop; ct state established,related accept; \
+        iifname { red, eth0 } oifname eth1 accept; ct status dnat accept; \
+    }; }; \
+    table ip nat { \
+        chain out { type nat hook postrouting priority srcnat; oifname eth1 masquerade; }; \
+        chain in { type nat hook prerouting priority dstnat; iifname eth1 tcp dport 8080 dnat to 192.0.2.2:80; }; \
+    };";
+
+/// The network with both ports in red, behind the firewall.
+fn firewall() -> Option<Net> {
+    let net = network()?;
     enslave(&net, &["eth0", "eth1"], "red");
-    let rules = "add table inet filter; add chain inet filter forward { type filter hook forward priority 0; policy drop; }; \
-        add rule inet filter forward ct state established,related accept; add rule inet filter forward ip protocol icmp accept; \
-        add rule inet filter forward udp dport 7000 accept";
-    net.router.run(["nft", rules]).expect("rules");
+    net.router.run(["nft", FIREWALL]).expect("rules");
+    net.router.sysctl("net.netfilter.nf_conntrack_tcp_loose", "0").expect("set");
+    Some(net)
+}
+
+/// Deletes the rule of a chain that has these words.
+fn delete_rule(net: &Net, chain: &str, words: &str) {
+    let rules = net.exec(&format!("nft -a list chain {chain}"));
+    let rule = rules.lines().find(|line| line.contains(words)).expect("the rule");
+    let handle = rule.rsplit(' ').next().expect("a handle");
+    net.exec(&format!("nft delete rule {chain} handle {handle}"));
+}
+
+fn connections_pass(engine: &[&str]) {
+    let Some(net) = firewall() else { return };
+    let _daemon = net.up(&[engine, &["--flows", "established", "eth0", "eth1"]].concat());
+    echoes(&net);
+    for (from, to, translated) in
+        [(&net.left, format!("{RIGHT}:7001"), OUTSIDE), (&net.right, format!("{OUTSIDE}:{FORWARDED}"), LEFT)]
+    {
+        let mut talk = Talk::start(from, &to);
+        talk.becomes_fast(&net);
+        talk.transfer(1 << 20);
+        let found = flow(&net, talk.port()).expect("it is known");
+        assert!([&found["reply"]["destination"], &found["reply"]["source"]].contains(&&translated.into()), "{found}");
+        assert_eq!([&found["original"]["in"], &found["reply"]["in"]], ["red", "red"], "as Linux says");
+        assert_eq!(tracked(&net, talk.port()).len(), 1, "Linux has it all the time");
+    }
+    for (number, to) in [(7002, RIGHT), (7003, RIGHT6)] {
+        let pulse = Pulse::between(&net.left, &net.right, (to, number));
+        pulse.becomes_fast(&net);
+        // What Linux drops as having come in by the VRF stops, and nothing else.
+        let rule = format!("insert rule inet filter forward iifname eth0 udp dport {number} drop");
+        net.router.run(["nft", &rule]).expect("a rule");
+        pulse.becomes_fast(&net);
+        net.router.run(["nft", &rule.replace("eth0", "red")]).expect("a rule");
+        pulse.ends(Instant::now(), Duration::from_secs(1));
+        delete_rule(&net, "inet filter forward", &format!("\"red\" udp dport {number}"));
+        pulse.becomes_fast(&net);
+    }
+    echo(&net.right, &format!("[{RIGHT6}]:7004"));
+    let mut talk = Talk::start(&net.left, &format!("[{RIGHT6}]:7004"));
+    talk.becomes_fast(&net);
+    talk.transfer(1 << 20);
+    same(&net);
+}
+
+#[test]
+fn connections_pass_in_a_vrf() {
+    connections_pass(&[]);
+}
+
+#[test]
+fn connections_pass_in_a_vrf_by_the_user_engine() {
+    connections_pass(&["--engine", "user"]);
+}
+
+#[test]
+fn a_flowtable_in_a_vrf_hands_connections_over() {
+    let Some(net) = firewall() else { return };
+    let flowtable = "add flowtable inet filter f { hook ingress priority 0; devices = { eth0, eth1 }; }";
+    if !supported("flowtables of nftables", || net.router.run(["nft", flowtable]).map(drop)) {
+        return;
+    }
+    let add = "insert rule inet filter forward meta l4proto { tcp, udp } flow add @f";
+    net.router.run(["nft", add]).expect("a rule");
+    let _daemon = net.up(&["eth0", "eth1"]);
+    echoes(&net);
+    let pulse = Pulse::start(&net, 7002);
+    pulse.becomes_fast(&net);
+    let mut talk = Talk::start(&net.left, &format!("{RIGHT}:7001"));
+    talk.becomes_fast(&net);
+    for port in [talk.port(), pulse.port] {
+        assert!(tracked(&net, port).concat().contains("[OFFLOAD]"));
+        let found = flow(&net, port).expect("it is known");
+        assert_eq!([&found["original"]["in"], &found["reply"]["in"]], ["eth0", "eth1"], "the VRF does not see it");
+    }
+    talk.transfer(1 << 20);
+}
+
+#[test]
+fn where_rules_tell_ports_of_a_vrf_apart_its_connections_are_linuxs() {
+    let Some(net) = firewall() else { return };
     let _daemon = net.up(&["--flows", "established", "eth0", "eth1"]);
-    let _beat = Beat::start(&net, RIGHT);
-    becomes(&net, (LEFT, RIGHT), "eth0", "policy-netfilter");
-    let before = (net.forwarded(), net.exceptions("policy-netfilter"));
-    eventually("Linux has them", || (net.exceptions("policy-netfilter") > before.1 + 50).then_some(()));
-    assert_eq!(net.forwarded(), before.0);
+    let pulse = Pulse::start(&net, 7002);
+    pulse.becomes_fast(&net);
+    let chain = "add chain inet filter first { type filter hook prerouting priority -300; }";
+    net.router.run(["nft", chain]).expect("a chain");
+    for (chain, rule, words) in [
+        ("first", "iifname eth7 drop", "chain first: meta iifname may differ between ports of a VRF"),
+        ("first", "fib saddr . iif oif missing drop", "chain first: fib may differ between ports of a VRF"),
+        ("forward", "meta sdifname eth7 drop", "chain forward: meta sdifname may differ between ports of a VRF"),
+    ] {
+        net.router.run(["nft", &format!("insert rule inet filter {chain} {rule}")]).expect(rule);
+        eventually(words, || net.json(&["status"])["policies"].to_string().contains(words).then_some(()));
+        let before = (net.forwarded(), net.exceptions("policy-netfilter"));
+        eventually("Linux has them", || (net.exceptions("policy-netfilter") > before.1 + 50).then_some(()));
+        assert_eq!(net.forwarded(), before.0, "{rule}");
+        pulse.goes_on();
+        net.exec(&format!("nft flush chain inet filter {chain}"));
+        if chain == "forward" {
+            net.exec("nft add rule inet filter forward accept");
+        }
+        pulse.becomes_fast(&net);
+    }
+    // What asks for it of nobody's port, or once for all behind the VRF, stands in nobody's way.
+    net.router.run(["nft", "add rule inet filter first ip saddr 203.0.113.0/24 drop"]).expect("a rule");
+    net.router.run(["nft", "insert rule inet filter forward iifname eth7 drop"]).expect("a rule");
+    pulse.becomes_fast(&net);
+}
+
+#[test]
+fn what_one_vrf_s_packets_opened_is_open_to_no_other_s() {
+    let Some(net) = firewall() else { return };
+    net.ip("link add blue type vrf table 20");
+    net.ip("link set blue up");
+    let other = net.add_host("left2", "eth2", "192.0.2", "2001:db8:1");
+    enslave(&net, &["eth2"], "blue");
+    // Blue leads to the same host, by the same port, and its packets are the same: for conntrack it is one connection.
+    net.ip("route add vrf blue 198.51.100.2 dev eth1");
+    net.ip("-6 route add vrf blue 2001:db8:2::2 dev eth1");
+    net.router.run(["nft", "insert rule inet filter forward iifname blue udp dport 7000 drop"]).expect("a rule");
+    net.router.run(["nft", "add rule inet filter forward iifname blue accept"]).expect("a rule");
+    let _daemon = net.up(&["--flows", "established", "eth0", "eth1", "eth2"]);
+    for (left, right) in [(LEFT, RIGHT), (LEFT6, RIGHT6)] {
+        let receiver = datagrams(&net.right, right, 7000);
+        let [red, blue] = [&net.left, &other].map(|host| datagrams(host, left, 5000));
+        let (mut bytes, mut answer) = ([0; 16], [0; 16]);
+        let mut exchange = || {
+            red.send_to(b"red", at(right, 7000)).expect("sent");
+            let (length, from) = receiver.recv_from(&mut bytes).expect("received");
+            assert_eq!(&bytes[..length], b"red");
+            receiver.send_to(b"back", from).expect("sent");
+            red.recv(&mut answer).expect("an answer");
+        };
+        eventually("red's go fast", || {
+            exchange();
+            support::is_fast(&flow(&net, 5000)?).then_some(())
+        });
+        let marker = datagrams(&net.right, right, 7009);
+        let waits = || net.exceptions("flow-waiting");
+        let before = waits();
+        for _ in 0..20 {
+            blue.send_to(b"blue", at(right, 7000)).expect("sent");
+        }
+        blue.send_to(b"end", at(right, 7009)).expect("sent");
+        marker.recv(&mut [0; 16]).expect("blue reaches it by another port");
+        eventually("they were Linux's", || (waits() >= before + 20).then_some(()));
+        receiver.set_nonblocking(true).expect("set");
+        assert!(receiver.recv(&mut [0; 16]).is_err(), "Linux drops what comes from blue");
+        receiver.set_nonblocking(false).expect("set");
+        let before = net.forwarded();
+        exchange();
+        assert!(net.forwarded() >= before + 2, "red's are fast as they were");
+        net.exec("conntrack -F");
+        eventually("it is over", || flow(&net, 5000).is_none().then_some(()));
+    }
+}
+
+#[test]
+fn connections_outlive_a_change_of_vrf_if_the_rules_let_them() {
+    let Some(net) = firewall() else { return };
+    let _daemon = net.up(&["--flows", "established", "eth0", "eth1"]);
+    let pulse = Pulse::start(&net, 7002);
+    for _ in 0..2 {
+        pulse.becomes_fast(&net);
+        assert_eq!(flow(&net, pulse.port).expect("it is known")["original"]["in"], "red");
+        ["eth0", "eth1"].iter().for_each(|port| drop(net.ip(&format!("link set {port} nomaster"))));
+        eventually("it goes by the port", || (flow(&net, pulse.port)?["original"]["in"] == "eth0").then_some(()));
+        pulse.becomes_fast(&net);
+        enslave(&net, &["eth0", "eth1"], "red");
+        eventually("it goes by the VRF", || (flow(&net, pulse.port)?["original"]["in"] == "red").then_some(()));
+    }
 }
 
 #[test]

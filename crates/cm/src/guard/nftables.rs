@@ -16,7 +16,7 @@ mod ruleset;
 mod xt;
 
 use super::proc::ProcNet;
-use super::{Finding, POLL, has_tunnels, nl};
+use super::{Finding, POLL, has_tunnels, nl, vrfs};
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::{Moved, PortIndex, Watcher};
@@ -27,7 +27,8 @@ use nl::{Netlink, Wakeup};
 use ruleset::Ruleset;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
-use towpath_fpc::PolicySource;
+use towpath_fpc::{InVrfs, PolicySource};
+use towpath_tables::record::Family;
 
 const SUBSYSTEM: u16 = 10;
 const GROUP: u32 = 7;
@@ -112,6 +113,17 @@ impl Nftables {
     }
 }
 
+impl Nftables {
+    /// Which packets of a family's connections stand for others in VRFs. A flowtable takes them before the VRF does.
+    fn in_vrfs(&self, family: Family) -> InVrfs {
+        match self.flows {
+            FlowMode::Flowtable => InVrfs::ByPort,
+            _ if self.ruleset.tells_apart(family) => InVrfs::Stay,
+            _ => InVrfs::ByVrf,
+        }
+    }
+}
+
 impl Watcher for Nftables {
     fn name(&self) -> &'static str {
         "nftables"
@@ -141,9 +153,15 @@ impl Watcher for Nftables {
         };
         let mut findings = self.ruleset.findings(ports, flows, self.flows);
         findings.extend(self.hooks.findings(&mut self.netlink, has_tunnels(ports), flows)?);
+        let in_vrfs = Family::ALL.map(|family| self.in_vrfs(family));
+        for finding in findings.iter_mut().filter(|finding| finding.flows.is_some()) {
+            let concerned = Family::ALL.into_iter().filter(|family| finding.scope.concerns(*family));
+            finding.in_vrfs = concerned.map(|family| in_vrfs[family as usize]).min().unwrap_or_default();
+        }
         if findings.iter().any(|finding| finding.flows.is_some()) {
             findings.extend(queues::findings(&mut self.queues)?);
             findings.extend(self.aside.findings(&self.ruleset, Instant::now()));
+            findings.extend(vrfs(ports).flat_map(|vrf| self.ruleset.tell_apart(vrf)));
         }
         Ok(findings)
     }

@@ -165,16 +165,20 @@ fn policy() -> impl Strategy<Value = Policy> {
     let reason = prop::sample::select(Reason::ALL);
     let rules = proptest::option::of(prop::collection::vec(rule(), 0..4));
     let told = (source(), scope, reason, ".{0,40}", proptest::option::of(filter), any::<Option<u32>>(), rules);
-    (told, any::<bool>()).prop_map(|((source, scope, reason, detail, filter, flows, rules), momentary)| Policy {
-        source,
-        scope,
-        reason,
-        detail,
-        filter,
-        flows,
-        rules,
-        momentary,
-    })
+    let in_vrfs = prop::sample::select(vec![InVrfs::Stay, InVrfs::ByPort, InVrfs::ByVrf]);
+    (told, in_vrfs, any::<bool>()).prop_map(
+        |((source, scope, reason, detail, filter, flows, rules), in_vrfs, momentary)| Policy {
+            source,
+            scope,
+            reason,
+            detail,
+            filter,
+            flows,
+            in_vrfs,
+            rules,
+            momentary,
+        },
+    )
 }
 
 fn tuple() -> impl Strategy<Value = Tuple> {

@@ -1,7 +1,7 @@
 //! Rules: roots of their own, led to by port and by source.
 
 use super::*;
-use towpath_tables::record::BY_SOURCE;
+use towpath_tables::record::{BY_SOURCE, PORT_SLOTS};
 
 const POLICIES: Snapshot = Snapshot::Policies(PolicySource::Rules);
 const ELSEWHERE: &str = "10.1.1.1";
@@ -21,6 +21,7 @@ fn rules(others: impl IntoIterator<Item = Rule>) -> Policy {
         detail: "rules".into(),
         filter: None,
         flows: None,
+        in_vrfs: InVrfs::Stay,
         rules: Some(all.collect()),
         momentary: false,
     }
@@ -211,18 +212,41 @@ fn a_port_in_a_vrf_is_led_by_its_table() {
 }
 
 #[test]
-fn no_connection_passes_in_a_vrf() {
+fn connections_in_a_vrf_pass_rules_that_do_not_tell_its_ports_apart() {
     let mut fixture = Fixture::new();
-    let red = Vrf { ifindex: 9, name: "red".into(), table: 10 };
-    fixture.batch([Message::Port(Port { vrf: Some(red), ..port(1) })]);
+    let vrf = |ifindex, name: &str| Some(Vrf { ifindex, name: name.into(), table: 10 });
+    fixture.batch([1, 2].map(|ifindex| Message::Port(Port { vrf: vrf(9, "red"), ..port(ifindex) })));
     let reason = Reason::PolicyNetfilter;
-    let passed = Policy { source: PolicySource::Nftables, reason, flows: Some(5), rules: None, ..rules([]) };
     let nftables = Snapshot::Policies(PolicySource::Nftables);
-    fixture.snapshot(nftables, [Message::Policy(passed)]);
-    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [Some(reason), None]);
+    let passed = |in_vrfs, generation| {
+        let policy =
+            Policy { source: PolicySource::Nftables, reason, flows: Some(generation), rules: None, ..rules([]) };
+        Message::Policy(Policy { in_vrfs, ..policy })
+    };
+    let record = |fixture: &Fixture, ifindex| {
+        let slot = fixture.fpm.tables().ports().find(|(_, of)| *of == ifindex).unwrap().0;
+        let port = &fixture.fpm.tables().view().ports()[slot as usize];
+        (port.vrf.load(), port.arrival.each_ref().map(|number| number.load()))
+    };
+    fixture.snapshot(nftables, [passed(InVrfs::ByVrf, 5)]);
+    assert_eq!([1, 2].map(|ifindex| enters(&fixture, ifindex)), [None; 2]);
+    assert_eq!([1, 2].map(|ifindex| record(&fixture, ifindex)), [(9, [PORT_SLOTS, 0]); 2], "of one family");
+    fixture.batch([Message::Port(Port { vrf: vrf(8, "blue"), ..port(2) })]);
+    assert_eq!([1, 2].map(|ifindex| record(&fixture, ifindex).1[0]), [PORT_SLOTS, PORT_SLOTS + 1]);
+    // A flowtable's packets have their port yet.
+    fixture.snapshot(nftables, [passed(InVrfs::ByPort, 6)]);
+    assert_eq!([1, 2].map(|ifindex| (enters(&fixture, ifindex), record(&fixture, ifindex))), [(None, (0, [0; 2])); 2]);
+    // One policy that knows of no such packets is enough.
+    fixture.snapshot(nftables, [passed(InVrfs::ByVrf, 7), passed(InVrfs::Stay, 7)]);
+    assert_eq!(
+        [1, 2].map(|ifindex| (enters(&fixture, ifindex), record(&fixture, ifindex))),
+        [(Some(reason), (0, [0; 2])); 2]
+    );
     assert_eq!(fixture.policy_word(), Obstacle::word(Some(Obstacle { reason, flows: true })));
+    fixture.batch([Message::Port(port(1))]);
+    assert_eq!((enters(&fixture, 1), record(&fixture, 1)), (None, (0, [0; 2])), "out of it");
     fixture.snapshot(nftables, []);
-    assert_eq!(enters(&fixture, 1), None);
+    assert_eq!(enters(&fixture, 2), None);
 }
 
 #[test]

@@ -253,7 +253,7 @@ impl<'a> Walk<'a> {
             "payload" if sets(5) => rule.sets(number(5), 0, name),
             "fib" => {
                 self.asks_routes(rule, name);
-                rule.loads(number(1), packet::fib(data))
+                rule.loads(number(1), packet::fib(class, data))
             }
             "meta" => rule.loads(number(1), packet::meta(class, data)),
             "ct" => rule.loads(number(1), packet::ct(class, data)),

@@ -19,6 +19,31 @@ pub struct Class {
     pub protocol: u8,
     /// Connection tracking has said what it is, and that it is no other than established
     pub tracked: bool,
+    /// What they have in common of the way in
+    pub by: By,
+}
+
+/// By what packets came in that may stand for each other (`towpath_pipeline::accept`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum By {
+    /// The same interface
+    Interface,
+    /// The same VRF: they have its device for the one that they came in by (drivers/net/vrf.c, `vrf_ip_rcv`)
+    Vrf,
+    /// The same VRF, but they have their ports yet: in prerouting, which they pass once so and once with the VRF's device
+    Ports,
+}
+
+impl By {
+    /// Of which ports of a VRF do not differ.
+    fn same(self) -> Byte {
+        if self == Self::Interface { Byte::FIXED } else { Byte::VARYING }
+    }
+
+    /// The same for the interface that they came in by.
+    pub fn device(self) -> Byte {
+        if self == Self::Ports { Byte::VARYING } else { Byte::FIXED }
+    }
 }
 
 impl Class {
@@ -62,12 +87,20 @@ pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
     let key = number(data, 2);
     let bytes = match key {
         Some(1) => class.ethertype().map(Byte::known).to_vec(),
-        // mark, iif, oif, groups of both, sdif
-        Some(3..=5 | 21 | 22 | 33) => vec![Byte::FIXED; 4],
-        // names and kinds of both, sdifname
-        Some(6 | 7 | 26 | 27 | 34) => vec![Byte::FIXED; 16],
-        // types of both
-        Some(8 | 9) => vec![Byte::FIXED; 2],
+        // mark, oif, its group
+        Some(3 | 5 | 22) => vec![Byte::FIXED; 4],
+        // its name and kind
+        Some(7 | 27) => vec![Byte::FIXED; 16],
+        // its type
+        Some(9) => vec![Byte::FIXED; 2],
+        // iif, its group
+        Some(4 | 21) => vec![class.by.device(); 4],
+        // its name and kind
+        Some(6 | 26) => vec![class.by.device(); 16],
+        // its type
+        Some(8) => vec![class.by.device(); 2],
+        Some(33) => vec![class.by.same(); 4],
+        Some(34) => vec![class.by.same(); 16],
         Some(15) => vec![Byte::known(class.pf())],
         Some(16) => vec![Byte::known(class.protocol)],
         // PACKET_HOST
@@ -77,6 +110,13 @@ pub fn meta(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
     let name = match key {
         Some(0) => "length",
         Some(2) => "priority",
+        Some(4) => "iif",
+        Some(6) => "iifname",
+        Some(8) => "iiftype",
+        Some(21) => "iifgroup",
+        Some(26) => "iifkind",
+        Some(33) => "sdif",
+        Some(34) => "sdifname",
         Some(13) => "rtclassid",
         Some(20) => "cpu",
         Some(24) => "random",
@@ -128,10 +168,13 @@ pub fn ct(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
 }
 
 /// What `fib` loads, and what it is called: by addresses, the mark and interfaces, while routes are what they are.
-pub fn fib(data: &Attributes<'_>) -> (Vec<Byte>, String) {
+pub fn fib(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
+    /// NFTA_FIB_F_IIF
+    const IIF: u32 = 1 << 3;
     /// NFTA_FIB_F_PRESENT
     const PRESENT: u32 = 1 << 5;
-    let present = number(data, 3).is_some_and(|flags| flags & PRESENT != 0);
+    let has = |flag| number(data, 3).is_some_and(|flags| flags & flag != 0);
+    let (present, byte) = (has(PRESENT), if has(IIF) { class.by.device() } else { Byte::FIXED });
     let length = match number(data, 2) {
         // Index, name, type of an address
         Some(1 | 3) => 4,
@@ -139,7 +182,7 @@ pub fn fib(data: &Attributes<'_>) -> (Vec<Byte>, String) {
         Some(2) => 16,
         _ => return (vec![Byte::VARYING; 16], "fib".to_owned()),
     };
-    (vec![Byte::FIXED; length], "fib".to_owned())
+    (vec![byte; length], "fib".to_owned())
 }
 
 /// What `payload` loads, and what it is called.
@@ -166,7 +209,7 @@ pub fn payload(class: Class, data: &Attributes<'_>) -> (Vec<Byte>, String) {
 fn link(class: Class, at: u32) -> Byte {
     let [high, low] = class.ethertype();
     match at {
-        0..6 => Byte::FIXED,
+        0..6 => class.by.same(),
         12 => Byte::known(high),
         13 => Byte::known(low),
         _ => Byte::VARYING,

@@ -6,13 +6,13 @@ use super::super::nl::{self, Message, Netlink, attrs, be32, find, text_of};
 use super::super::{Finding, count, has_tunnels};
 use super::barrier::{barrier, object_is_barrier};
 use super::meet::{self, Element, Set, Verdict, Walk};
-use super::packet::Class;
+use super::packet::{By, Class};
 use super::{SUBSYSTEM, header};
 use crate::conntrack::FlowMode;
 use crate::error::CmError;
 use crate::watch::PortIndex;
 use std::collections::{BTreeMap, BTreeSet};
-use towpath_fpc::Scope;
+use towpath_fpc::{Port, Scope};
 use towpath_tables::Reason;
 use towpath_tables::record::Family;
 use towpath_wire::transport::protocol;
@@ -48,6 +48,8 @@ pub struct Ruleset {
     barriers: BTreeSet<(u8, String)>,
     /// The same for what connections may pass while routes are what they are
     routed: BTreeSet<(u8, String)>,
+    /// The same for what tells ports of a VRF apart
+    apart: BTreeSet<(u8, String)>,
 }
 
 #[derive(PartialEq, Eq, Debug)]
@@ -79,7 +81,7 @@ impl Ruleset {
         let mut tracking: BTreeSet<_> = sets.iter().filter_map(|set| set.tracking.clone()).collect();
         let mut met = Met::default();
         sets.into_iter().for_each(|NamedSet { table, name, set, .. }| met.put_set(table, name, set));
-        let (mut barriers, mut routed) = (BTreeSet::new(), BTreeSet::new());
+        let (mut barriers, mut routed, mut apart) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for object in dump(netlink, "nftables objects", GETOBJ, object)? {
             if object_is_barrier(object.kind) {
                 barriers.insert((object.pf, object.place.clone()));
@@ -104,13 +106,29 @@ impl Ruleset {
             let found = met.chain(chain, &mut |table, set| elements(netlink, table, set))?;
             barriers.extend(found.changing);
             routed.extend(found.routed);
+            apart.extend(found.apart);
         }
-        Ok(Self { dormant, chains, rules, tracking, flowtables, barriers, routed })
+        Ok(Self { dormant, chains, rules, tracking, flowtables, barriers, routed, apart })
     }
 
     /// Whether rules may put connections into flowtables.
     pub fn has_flowtables(&self) -> bool {
         !self.flowtables.is_empty()
+    }
+
+    /// Whether rules may say of a connection in a VRF that came in by one port what they would not say of another.
+    pub fn tells_apart(&self, family: Family) -> bool {
+        self.apart.iter().any(|(pf, _)| families(*pf).contains(&family))
+    }
+
+    /// What stands in the way of connections in a VRF.
+    pub fn tell_apart(&self, vrf: &Port) -> Vec<Finding> {
+        let finding = |(pf, place): &(u8, String)| {
+            let detail = format!("{place} (no connection of the VRF {} may pass)", vrf.name);
+            let scope = move |family: &Family| Scope::Ingress(vrf.ifindex, Some(*family));
+            families(*pf).iter().map(move |family| Finding::new(scope(family), Reason::PolicyNetfilter, detail.clone()))
+        };
+        self.apart.iter().flat_map(finding).collect()
     }
 
     /// What stands in the way while the answers of a family's routes are not certain.
@@ -173,6 +191,8 @@ struct FoundIn {
     changing: Vec<(u8, String)>,
     /// What asks for routes
     routed: Vec<(u8, String)>,
+    /// What tells ports of a VRF apart
+    apart: Vec<(u8, String)>,
 }
 
 /// NF_IP_PRI_CONNTRACK
@@ -201,15 +221,23 @@ impl Met {
             return Ok(found);
         };
         let tracked = !self.untracked && (chain.hook != 0 || chain.priority > CONNTRACK);
+        let in_vrf = if chain.hook == 0 { By::Ports } else { By::Vrf };
         for family in families(chain.table.0) {
-            for protocol in [protocol::TCP, protocol::UDP] {
-                let class = Class { family: *family, protocol, tracked };
+            for (protocol, by) in
+                [protocol::TCP, protocol::UDP].into_iter().flat_map(|of| [(of, By::Interface), (of, in_vrf)])
+            {
+                let class = Class { family: *family, protocol, tracked, by };
                 let mut elements = |set: &str| elements(&chain.table, set);
                 let mut walk = Walk::new(table, class, &mut elements);
                 walk.base(&chain.name)?;
                 let place = |(name, what): (String, String)| {
                     format!("{}, chain {name}: {what}", table_name(chain.table.0, &chain.table.1))
                 };
+                if by == in_vrf {
+                    let apart = walk.found.map(|at| format!("{} may differ between ports of a VRF", place(at)));
+                    found.apart.extend(apart.map(|detail| (class.pf(), detail)));
+                    continue;
+                }
                 let changing = walk.found.map(|at| format!("{} may answer each packet differently", place(at)));
                 found.changing.extend(changing.map(|detail| (class.pf(), detail)));
                 found.routed.extend(walk.routed.map(|at| (class.pf(), place(at))));

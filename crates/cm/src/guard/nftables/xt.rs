@@ -1,7 +1,7 @@
 //! Matches and targets of xtables in rules of nftables, as iptables-nft makes them, for packets that go fast.
 
 use super::super::nl::{find, text_of};
-use super::bits::{Answer, is};
+use super::bits::{Answer, changing, is};
 use super::packet::{Class, TURNS};
 use towpath_wire::transport::Tcp;
 
@@ -9,7 +9,7 @@ use towpath_wire::transport::Tcp;
 /// interfaces, marks and helpers, or are about other protocols. By net/netfilter/xt_*.c and net/ipv{4,6}/netfilter, Linux 6.1.
 #[rustfmt::skip]
 const FIXED: &[&str] = &[
-    "ah", "connlabel", "connmark", "dccp", "devgroup", "esp", "helper", "icmp", "icmp6", "ipcomp", "iprange", "l2tp", "mark", "mh",
+    "ah", "connlabel", "connmark", "dccp", "esp", "helper", "icmp", "icmp6", "ipcomp", "iprange", "l2tp", "mark", "mh",
     "multiport", "pkttype", "sctp", "udp",
 ];
 
@@ -66,7 +66,9 @@ pub fn answer(class: Class, data: &[(u16, &[u8])]) -> Option<(Answer, String)> {
         "conntrack" => conntrack(class, revision, info),
         "state" => info.first_chunk().map(|mask| state(class, u32::from_ne_bytes(*mask))),
         "tcp" => tcp(info),
-        name if FIXED.contains(&name) || asks_routes(name) => Some(Answer::Fixed),
+        // They ask for the interface that a packet comes in by.
+        "devgroup" | "rpfilter" | "addrtype" => Some(changing(&[class.by.device()])),
+        name if FIXED.contains(&name) => Some(Answer::Fixed),
         _ => None,
     };
     Some((answer.unwrap_or(Answer::Varies), format!("match {name}")))
@@ -130,9 +132,10 @@ fn tcp(info: &[u8]) -> Option<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guard::nftables::packet::{By, meta};
     use towpath_tables::record::Family;
 
-    const CLASS: Class = Class { family: Family::V4, protocol: 6, tracked: true };
+    const CLASS: Class = Class { family: Family::V4, protocol: 6, tracked: true, by: By::Interface };
 
     fn said(name: &str, revision: u32, info: &[u8]) -> Option<Answer> {
         let name = format!("{name}\0");
@@ -171,6 +174,24 @@ mod tests {
         assert_eq!(said("tcp", 0, &flags(0, 0, 0)), Some(Answer::Fixed), "ports alone");
         assert_eq!(said("tcp", 0, &[[0; 8].as_slice(), &[8, 0, 0, 0]].concat()), Some(Answer::Varies), "an option");
         assert_eq!(said("tcp", 0, &[]), Some(Answer::Varies));
+    }
+
+    #[test]
+    fn ports_of_a_vrf_differ_before_it_only() {
+        let by = |by| Class { by, ..CLASS };
+        for name in ["devgroup", "rpfilter", "addrtype"] {
+            let said = |class| answer(class, &[(1, name.as_bytes()), (3, &[0; 64])]).map(|(answer, _)| answer);
+            let wanted = [Answer::Fixed, Answer::Fixed, Answer::Varies].map(Some);
+            assert_eq!([By::Interface, By::Vrf, By::Ports].map(|of| said(by(of))), wanted, "{name}");
+        }
+        for (key, wanted) in [(4, [0, 0, 1]), (6, [0, 0, 1]), (8, [0, 0, 1]), (21, [0, 0, 1]), (26, [0, 0, 1])]
+            .into_iter()
+            .chain([(33, [0, 1, 1]), (34, [0, 1, 1]), (5, [0; 3]), (7, [0; 3]), (22, [0; 3])])
+        {
+            let loaded = |of| meta(by(of), &[(2, &u32::to_be_bytes(key))]).0;
+            let said = [By::Interface, By::Vrf, By::Ports].map(|of| u32::from(changing(&loaded(of)) == Answer::Varies));
+            assert_eq!(said, wanted, "meta {key}");
+        }
     }
 
     #[test]
