@@ -106,8 +106,8 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         }
     }
 
-    /// Says of connections of a family that Linux accepted whether they pass from one slot, or by the number of a VRF, to another: not if something that no
-    /// connection passes is in the way of all packets.
+    /// Says of connections of a family that Linux accepted whether they pass from one slot (or VRF, by its number) to another:
+    /// not if something that no connection passes is in the way of all packets.
     pub fn passes(&self) -> impl Fn(Family, (u32, u32)) -> bool {
         let view = self.mirror.tables.view();
         let is_shut = |word: u32| Obstacle::of(word).is_some_and(|obstacle| !obstacle.flows);
@@ -119,10 +119,11 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
                 let words = [&view.config().policy[family], &port.ingress_policy[family]];
                 let enters = ready && !words.into_iter().any(|word| is_shut(word.load()));
                 open[slot as usize][family] = [enters, egress_policy[family].is_none()];
-                if let Some(of_vrf) =
-                    open.get_mut(port.arrival[family].load() as usize).filter(|_| port.vrf.load() != 0)
+                let vrf = port.arrival[family].load() as usize;
+                if vrf != 0
+                    && let Some(open) = open.get_mut(vrf)
                 {
-                    of_vrf[family][0] |= enters;
+                    open[family][0] |= enters;
                 }
             }
         }

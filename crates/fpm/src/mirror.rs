@@ -317,12 +317,7 @@ impl<B: Backing, G: Grace> Mirror<B, G> {
             },
             lower: chain.get(1).and_then(|lower| self.slots.get(&lower.ifindex)).copied().unwrap_or(slot),
             mtu: port.mtu,
-            vrf: arrival
-                .iter()
-                .any(|number| *number != 0)
-                .then_some(port.vrf.as_ref())
-                .flatten()
-                .map_or(0, |vrf| vrf.ifindex),
+            vrf: port.vrf.as_ref().filter(|_| arrival != [0; 2]).map_or(0, |vrf| vrf.ifindex),
             arrival,
         };
         self.tables.set_tunnel(slot, state.tunnel(port).as_ref());

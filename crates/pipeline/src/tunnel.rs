@@ -41,9 +41,9 @@ const ECT_0: u8 = 2;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Inside(pub u32);
 
-/// A packet that is to go into a tunnel: bits 0..8 are the place of its header, 8..16 the slot of the port that the frame
-/// came in by, 16..24 that of the tunnel that it came out of, or the same again, 24..32 that of the tunnel that it goes into, and 32..48 the folded sum
-/// over it if packets into that bear one.
+/// A packet that is to go into a tunnel: bits 0..8 are the place of its header, 8..16 the slot of the port that the frame came in
+/// by, 16..24 that of the tunnel that it came out of, or the same again, 24..32 that of the tunnel that it goes into, and 32..48
+/// the folded sum over it if packets into that bear one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entering(pub u64);
 
