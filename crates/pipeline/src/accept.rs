@@ -384,4 +384,29 @@ mod tests {
         assert_eq!(by(IN, OTHER, Some((0x8100, 200))), 0, "no VLANs there");
         assert_eq!(by(IN, OUT_DOUBLE, None), way(IN, OUT_DOUBLE), "its slot follows from its index here");
     }
+
+    #[test]
+    fn what_came_in_by_a_vrf_is_accepted_for_all_its_ports() {
+        const VRF: u32 = 77;
+        for six in [false, true] {
+            let connection = connection(six, 17);
+            let from = |from, numbers: [u32; 2]| {
+                let leaving = Leaving { from, ..leaving(packet(connection.reply.inverse(), 0)) };
+                accepted(&connection, &leaving, |world| {
+                    for (slot, port) in [(OTHER, VRF + 1), (IN, VRF)] {
+                        world.port(slot).vrf.store(port);
+                        let numbers = numbers.map(|number| number + u32::from(number > 0 && slot == OTHER));
+                        let arrival = &world.port(slot).arrival;
+                        arrival.iter().zip(numbers).for_each(|(arrival, number)| arrival.store(number));
+                    }
+                })[0]
+            };
+            let of = |own, other| if six { [other, own] } else { [own, other] };
+            let number = PORT_SLOTS + 3;
+            assert_eq!(from(VRF, of(number, 0)), acceptance(GENERATION, number, OUT));
+            assert_eq!(from(VRF + 1, of(number, 0)), acceptance(GENERATION, number + 1, OUT));
+            assert_eq!(from(VRF, of(0, number)), 0, "stands for its ports in the other family only");
+            assert_eq!(from(VRF + 2, of(number, 0)), 0, "another's");
+        }
+    }
 }

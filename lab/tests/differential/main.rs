@@ -476,14 +476,29 @@ fn linux_agrees_with_itself_about_connections() -> Result<()> {
 /// Connections that Towpath takes over from Linux, while the rules change now and then.
 #[test]
 fn towpath_agrees_with_linux_about_connections() -> Result<()> {
-    let mut pair = Pair::new("diff-tracked", ["linux", "towpath"], &stateful::TRACKED)?;
+    agrees_about_connections(&stateful::TRACKED, 2000)
+}
+
+/// The same where inside and outside are ports of one VRF.
+#[test]
+fn towpath_agrees_with_linux_about_connections_in_vrfs() -> Result<()> {
+    if !vrfs_supported() {
+        return Ok(());
+    }
+    let count = (frames() / 1000).clamp(150, 500) as u16;
+    agrees_about_connections(&Profile { name: "tracked-vrfs", send_redirects: false, ..ENSLAVED }, count)
+}
+
+fn agrees_about_connections(profile: &Profile, count: u16) -> Result<()> {
+    let mut pair = Pair::new(&format!("diff-{}", profile.name), ["linux", "towpath"], profile)?;
     pair.routers.iter().try_for_each(stateful::configure)?;
     let towpath = Towpath::up(&pair.routers[1].node, &[&["--flows", "established"], &PORT_NAMES[..]].concat())?;
+    pair.routers[1].settle()?;
     let another_rule = |pair: &Pair| {
         let add = "nft add rule inet stateful forward counter";
         pair.routers.iter().try_for_each(|router| router.node.sh(add).map(drop))
     };
-    let sent = stateful::run(&mut pair, seed(), 2000, 60, Strange::NoOldResets, another_rule)?;
+    let sent = stateful::run(&mut pair, seed(), count, 60, Strange::NoOldResets, another_rule)?;
     let entries = stateful::same_entries(&pair, stateful::entries_but_for_resets)?;
     let (fast, waiting) = (fast(&towpath)?, exceptions(&towpath, "flow-waiting")?);
     eprintln!("lab: {sent} packets of connections, {} came out, {fast} by the fast path", pair.received);

@@ -19,7 +19,8 @@ use towpath_lab::{Frame, wait_for};
 const INSIDE: usize = 0;
 const OUTSIDE: usize = 1;
 
-/// What the router does with addresses, beside letting connections from inside and to the forwarded ports through.
+/// What the router does with addresses, beside letting connections from inside and to the forwarded ports through. (In a VRF that
+/// is from either side: there `red` is where both come from.)
 pub const RULES: &str = "
 table inet stateful {
   chain forward {
@@ -27,7 +28,7 @@ table inet stateful {
     meta l4proto esp accept
     ct state established,related accept
     ct state invalid drop
-    iifname eth0 accept
+    iifname { eth0, red } accept
     ct status dnat accept
   }
   chain prerouting {

@@ -4,7 +4,7 @@ use super::*;
 use std::net::IpAddr;
 use towpath_tables::clock;
 use towpath_tables::flow::{AnyKey, Direction, Found, LEASE, acceptance};
-use towpath_tables::record::flow_state;
+use towpath_tables::record::{PORT_SLOTS, flow_state};
 use towpath_tables::{Connection, Obstacle, Tuple};
 
 /// The generation in which the cases' flows are accepted
@@ -126,6 +126,7 @@ impl Cases {
         self.translated();
         self.hairpin();
         self.tagged_flows();
+        self.flows_in_vrfs();
         self.checksums_of_flows();
         self.turns();
         self.not_of_a_flow();
@@ -233,6 +234,44 @@ impl Cases {
                 frame(IN, &[]),
                 Reason::FlowWaiting,
             );
+        }
+    }
+
+    /// Of what comes in by a VRF's port the VRF is known, per family.
+    fn flows_in_vrfs(&mut self) {
+        const VRF: u32 = PORT_SLOTS + 3;
+        for (family, six) in FAMILIES {
+            let [.., (_, arrives, leaves)] = translations(six);
+            let connection = connection(arrives, leaves, UDP, Direction::Reply);
+            let (before, after) = (packet(arrives, UDP, 0, &data(9)), packet(leaves, UDP, 0, &data(9)));
+            let router = |from, numbers: [u32; 2]| {
+                let router = accepted(connection, Direction::Reply, from, OUT);
+                move |world: &mut World| {
+                    router(world);
+                    world.port(IN).vrf.store(77);
+                    world.port(IN).arrival.iter().zip(numbers).for_each(|(arrival, number)| arrival.store(number));
+                }
+            };
+            let of = |own, other| if six { [other, own] } else { [own, other] };
+            for (name, from, numbers) in [("VRF", VRF, of(VRF, 0)), ("port of one", IN, of(0, VRF))] {
+                let expect =
+                    Expect::Forward { frame: forwarded(OUT, &[], &after), from: IN, to: OUT, device: OUT, hop: HOP };
+                self.flow(
+                    format!("flow, {family}, accepted from a {name}"),
+                    router(from, numbers),
+                    arrive(&before),
+                    expect,
+                    Effect::Passed(Direction::Reply, before.len()),
+                );
+            }
+            for (name, from, numbers) in [
+                ("another VRF", VRF + 1, of(VRF, VRF + 1)),
+                ("a VRF's port", IN, of(VRF, 0)),
+                ("the VRF, which does not stand for its ports", VRF, of(0, VRF)),
+            ] {
+                let name = format!("flow, {family}, accepted from {name}");
+                self.except(name, router(from, numbers), arrive(&before), Reason::FlowWaiting);
+            }
         }
     }
 
