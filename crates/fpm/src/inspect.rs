@@ -192,6 +192,11 @@ impl<B: Backing, G: Grace> Fpm<B, G> {
         in_force.collect::<BTreeSet<_>>().into_iter()
     }
 
+    /// Whether a policy about an interface is about the packets of a port: the same, one over it, or in a VRF that it is.
+    pub fn is_about(&self, interface: u32, port: u32) -> bool {
+        self.state.is_about(interface, port)
+    }
+
     /// Whether rules leave packets to Linux: by what they say, by what they ask of connections, or because there is no room
     /// for all of a port's.
     fn leaves_some(&self, policy: &Policy) -> bool {

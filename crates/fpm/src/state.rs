@@ -711,6 +711,11 @@ impl State {
         self.changes.rules = true;
     }
 
+    /// Whether what is about an interface is about the packets of a port.
+    pub fn is_about(&self, on: u32, port: u32) -> bool {
+        on == port || self.chain(port).is_some_and(|chain| is_about(&chain, on))
+    }
+
     /// The same for the policies for all packets of a port in a direction.
     fn port_policy(&self, chain: &[&Port], applies: impl Fn(&Scope) -> bool) -> Option<Obstacle> {
         let (touching, plain) = (self.policies().filter(|policy| applies(&policy.scope)), chain.len() == 1);
@@ -932,10 +937,14 @@ fn interface(scope: Scope) -> Option<u32> {
     }
 }
 
-/// Whether what is about an interface is about a port's packets: they pass what is underneath and, in Linux, the VRF.
 fn touches(chain: &[&Port], on: u32, of: Option<Family>, family: Family) -> bool {
+    of.is_none_or(|of| of == family) && is_about(chain, on)
+}
+
+/// Whether what is about an interface is about a port's packets: they pass what is underneath and, in Linux, the VRF.
+fn is_about(chain: &[&Port], on: u32) -> bool {
     let in_vrf = chain.first().and_then(|port| port.vrf.as_ref()).is_some_and(|vrf| vrf.ifindex == on);
-    of.is_none_or(|of| of == family) && (in_vrf || chain.iter().any(|port| port.ifindex == on))
+    in_vrf || chain.iter().any(|port| port.ifindex == on)
 }
 
 fn unsupported(chain: &[&Port]) -> Option<Reason> {

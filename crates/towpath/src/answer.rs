@@ -569,6 +569,10 @@ impl Names for Daemon {
         self.fpm.policies().filter(|policy| !self.fpm.is_filtered(policy)).collect()
     }
 
+    fn is_about(&self, interface: u32, port: u32) -> bool {
+        self.fpm.is_about(interface, port)
+    }
+
     fn filter(&self, number: u32) -> Option<String> {
         self.filter_numbered(number)
     }

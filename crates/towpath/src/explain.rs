@@ -36,6 +36,8 @@ pub trait Names {
     fn neighbour(&self, ifindex: u32, address: IpAddr) -> Option<String>;
     /// Settings of Linux that stand in the way
     fn policies(&self) -> Vec<&Policy>;
+    /// Whether a policy about an interface is about the packets of a port
+    fn is_about(&self, interface: u32, port: u32) -> bool;
     /// The operator's filter of a number
     fn filter(&self, number: u32) -> Option<String>;
     /// Captures that take what their filters match before anything else
@@ -457,9 +459,10 @@ impl<'a> Walk<'a> {
         let touches = |scope: Scope| match scope {
             Scope::Family(of) => of == family || outside(of),
             Scope::Local(of) => outside(of),
-            Scope::Ingress(ifindex, of) => ifindex == self.ingress.port && of.is_none_or(|of| of == family),
-            Scope::Egress(ifindex, of) => {
-                target.is_none_or(|target| target.ifindex == Some(ifindex)) && of.is_none_or(|of| of == family)
+            Scope::Ingress(on, of) => self.names.is_about(on, self.ingress.port) && of.is_none_or(|of| of == family),
+            Scope::Egress(on, of) => {
+                let leaves = |port| self.names.is_about(on, port);
+                target.is_none_or(|target| target.ifindex.is_some_and(leaves)) && of.is_none_or(|of| of == family)
             }
         };
         let policies = self.names.policies().into_iter();
@@ -467,7 +470,9 @@ impl<'a> Walk<'a> {
         // Those that connections pass decide only if there are no others.
         let strict = policies.iter().any(|policy| policy.flows.is_none());
         let deciding = policies.into_iter().filter(|policy| strict == policy.flows.is_none());
-        deciding.map(|policy| policy.detail.clone()).collect()
+        // One thing may be in the way of both directions.
+        let details: BTreeSet<_> = deciding.map(|policy| policy.detail.clone()).collect();
+        details.into_iter().collect()
     }
 
     fn dropped(self, detail: Option<String>) -> Explained {

@@ -257,6 +257,21 @@ fn becomes(net: &Net, wire: &Wire, path: &Path, reason: Option<&str>, expected: 
 }
 
 #[test]
+fn a_capture_underneath_sees_a_sub_interfaces_frames() {
+    let Some((net, wire)) = networks() else { return };
+    let _daemon = net.up(&["eth0", "eth1"]);
+    becomes(&net, &wire, &ONE_TO_ONE, None, FAST);
+    let mut capture = net.router.spawn(["tcpdump", "-i", "eth0", "-n", "-l", "vlan", "10"]).expect("tcpdump");
+    becomes(&net, &wire, &ONE_TO_ONE, Some("policy-capture"), (true, false));
+    capture.wait_for_output(DEADLINE, ONE_TO_ONE.destination).expect("it is seen");
+    let explained = net.json(&["explain", ONE_TO_ONE.source, ONE_TO_ONE.destination, "in", "eth0.10"]);
+    let detail = explained["verdict"]["detail"].to_string();
+    assert_eq!(detail.matches("packet socket").count(), 1, "it is named, once: {detail}");
+    drop(capture);
+    becomes(&net, &wire, &ONE_TO_ONE, None, FAST);
+}
+
+#[test]
 fn a_sub_interface_goes_down_vanishes_and_comes_back() {
     let Some((net, wire)) = networks() else { return };
     let _daemon = net.up(&["eth0", "eth1"]);

@@ -179,6 +179,8 @@ fn the_vrf_s_device_decides() {
     }
     let mut capture = net.router.spawn(["tcpdump", "-i", "red", "-n", "-l", "icmp"]).expect("tcpdump");
     becomes(&net, v4, "eth0", "policy-capture");
+    let detail = net.json(&["explain", v4.0, v4.1, "in", "eth0"])["verdict"]["detail"].to_string();
+    assert_eq!(detail.matches("packet socket").count(), 1, "it is named, once: {detail}");
     assert!(net.ping(&net.left, RIGHT));
     capture.wait_for_output(common::DEADLINE, "192.0.2.2 > 198.51.100.2").expect("it is seen");
     drop(capture);
